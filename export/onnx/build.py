@@ -1,0 +1,81 @@
+"""New nodes in an ONNX graph."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from normfuse.extras import need
+
+__all__ = ["Build", "const_of", "dims", "same_size"]
+
+Size = int | str
+
+
+class Build:
+    """Adds nodes in front of `before`; they inherit its place in the module tree.
+
+    A value that several places need (a mask) is built once: `shared` keeps it by key.
+    """
+
+    def __init__(self, model: Any, before: Any, shared: dict[Any, Any] | None = None) -> None:
+        self.ir = need("onnx_ir", extra="onnx")
+        self.graph = model.graph
+        self.before = before
+        self.shared = {} if shared is None else shared
+
+    def op(
+        self, op_type: str, *inputs: Any, domain: str = "", dtype: Any = None, shape: tuple[Size | None, ...] | None = None, **attributes: Any
+    ) -> Any:
+        """One node; returns its only output."""
+        node = self.ir.node(op_type, list(inputs), attributes, domain=domain, num_outputs=1)
+        node.metadata_props.update(self.before.metadata_props)
+        out = node.outputs[0]
+        if dtype is not None:
+            out.dtype = dtype
+        if shape is not None:
+            out.shape = self.ir.Shape(shape)
+        self.graph.insert_before(self.before, [node])
+        return out
+
+    def const(self, array: Any) -> Any:
+        """An initializer holding `array`."""
+        array = np.asarray(array)
+        key = ("const", array.dtype.str, array.shape, array.tobytes()) if array.size <= 16 else None
+        if key is not None and key in self.shared:
+            return self.shared[key]
+        n = len(self.graph.initializers)
+        while (name := f"const_{n}") in self.graph.initializers:
+            n += 1
+        value = self.ir.Value(name=name, const_value=self.ir.tensor(array, name=name))
+        value.dtype = value.const_value.dtype
+        value.shape = value.const_value.shape
+        self.graph.register_initializer(value)
+        if key is not None:
+            self.shared[key] = value
+        return value
+
+
+def dims(value: Any) -> tuple[Size | None, ...] | None:
+    """Sizes of `value`: an int, the expression of a symbolic size, or None where it is unknown; None without a rank."""
+    if value is None or value.shape is None:
+        return None
+    return tuple(d if isinstance(d, int) else d.value for d in value.shape.dims)
+
+
+def same_size(a: Size | None, b: Size | None) -> bool:
+    """Provably one size."""
+    return a is not None and a == b
+
+
+def const_of(value: Any) -> Any:
+    """The numpy array of a constant value; None for a computed one."""
+    if value is None:
+        return None
+    if value.const_value is not None:
+        return value.const_value.numpy()
+    node = value.producer()
+    if node is not None and node.op_type == "Constant" and "value" in node.attributes:
+        return node.attributes["value"].value.numpy()
+    return None

@@ -1,0 +1,144 @@
+"""How far the file is from the module, on the example inputs and on others like them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from normfuse.errors import ExportError
+from normfuse.export.onnx.program import Program
+from normfuse.export.onnx.runtime import run
+from normfuse.report import Error
+
+__all__ = ["TOLERANCE", "compare", "deviation", "tolerance_for"]
+
+log = logging.getLogger(__name__)
+
+#: Bound on max |difference| / max |expected| per dtype; the mantissa width beside it. About a thousand roundings in float32
+#: and float64, twenty in the half formats, which both sides round after every op but not at the same places.
+TOLERANCE = {
+    torch.float64: 1e-9,  # 52 bits
+    torch.float32: 1e-4,  # 23 bits
+    torch.float16: 2e-2,  # 10 bits
+    torch.bfloat16: 1e-1,  # 7 bits
+}
+
+
+def tolerance_for(dtypes: Sequence[torch.dtype]) -> float:
+    """The bound for a model that computes in `dtypes`: that of the coarsest."""
+    return max((TOLERANCE[d] for d in dtypes if d in TOLERANCE), default=TOLERANCE[torch.float32])
+
+
+def compare(program: Program, session: Any) -> Error:
+    """Largest deviation of the file in `session` from the module: on the example inputs, on random ones like them, and,
+    where axes may vary, at another size.
+
+    Raises:
+        ExportError: the runtime fails on inputs on which the module runs, or gives other shapes.
+    """
+    torch.manual_seed(0)
+    worst: Error | None = None
+    for label, flat in _trials(program):
+        try:
+            expected = program.reference(flat)
+        except Exception as e:
+            if label == "example":
+                raise
+            log.info("the module itself does not run on %s inputs: %s", label, e)
+            continue
+        got = run(session, program.feeds(flat))
+        error = deviation(expected, [got[name] for name in program.outputs], program.outputs, label)
+        log.debug("%s inputs: %s", label, error)
+        worst = error | worst
+    assert worst is not None
+    return worst
+
+
+def deviation(expected: Sequence[Tensor], got: Sequence[Tensor], names: Sequence[str], label: str = "example") -> Error:
+    """Largest difference over all outputs; NaN and infinity must stand at the same places.
+
+    Outputs that are no floating point count the fraction of values that differ.
+
+    Raises:
+        ExportError: a shape or a dtype differs.
+    """
+    worst = Error(0.0, 0.0, "float32")
+    dtypes = []
+    for name, want, have in zip(names, expected, got, strict=True):
+        if want.shape != have.shape or want.dtype != have.dtype:
+            raise ExportError(
+                f"output {name} on {label} inputs is {_kind(have)} in the file and {_kind(want)} in the module"
+            )
+        if want.numel() == 0:
+            continue
+        if not want.is_floating_point():
+            differing = float((want != have).float().mean())
+            worst = Error(max(worst.max_abs, differing), max(worst.max_rel, differing), worst.dtype)
+            continue
+        dtypes.append(want.dtype)
+        a, b = want.double(), have.double()
+        finite = a.isfinite() & b.isfinite()
+        same = finite | (a == b) | (a.isnan() & b.isnan())
+        if not bool(same.all()):
+            return Error(float("inf"), float("inf"), _short(want.dtype))
+        gap = float((a - b)[finite].abs().max()) if bool(finite.any()) else 0.0
+        scale = float(a[finite].abs().max()) if bool(finite.any()) else 0.0
+        worst = Error(max(worst.max_abs, gap), max(worst.max_rel, gap / scale if scale else gap), worst.dtype)
+    coarsest = max(dtypes, key=lambda d: TOLERANCE.get(d, 0.0), default=torch.float32)
+    return Error(worst.max_abs, worst.max_rel, _short(coarsest))
+
+
+def _trials(program: Program) -> Iterator[tuple[str, list[Any]]]:
+    flat = list(program.flat_inputs())
+    yield "example", flat
+    yield "random", [_like(leaf, leaf.shape) if isinstance(leaf, Tensor) else leaf for leaf in flat]
+    sizes = _other_sizes(program, flat)
+    if sizes is not None:
+        yield "resized", [_like(leaf, size) if isinstance(leaf, Tensor) else leaf for leaf, size in zip(flat, sizes, strict=True)]
+
+
+def _like(example: Tensor, shape: Sequence[int]) -> Tensor:
+    """Random values with the statistics of `example`; integers are drawn from its own, so that indices stay in range."""
+    if example.numel() == 0:
+        return example.new_zeros(tuple(shape))
+    if example.is_floating_point():
+        spread = float(example.float().std()) if example.numel() > 1 else 1.0
+        return (torch.randn(tuple(shape)) * (spread or 1.0) + float(example.float().mean())).to(example.dtype)
+    index = torch.randint(0, example.numel(), tuple(shape))
+    return example.detach().cpu().reshape(-1)[index]
+
+
+def _other_sizes(program: Program, flat: Sequence[Any]) -> list[tuple[int, ...]] | None:
+    """Shapes of the inputs with every varying size one larger (or smaller, where its range ends); None without such sizes."""
+    exported = program.exported
+    signature = exported.graph_signature
+    metas = {n.name: n.meta.get("val") for n in exported.graph.nodes if n.op == "placeholder"}
+    names = [s.arg.name for s in signature.input_specs if s.kind == torch.export.graph_signature.InputKind.USER_INPUT]
+    chosen: dict[Any, int] = {}
+    shapes: list[tuple[Any, ...]] = []
+    for name, leaf in zip(names, flat, strict=True):
+        value = metas.get(name)
+        if not isinstance(value, Tensor) or not isinstance(leaf, Tensor):
+            shapes.append(())
+            continue
+        shapes.append(tuple(value.shape))
+        for size, now in zip(value.shape, leaf.shape, strict=True):
+            if isinstance(size, torch.SymInt) and size.node.expr.is_Symbol:
+                bounds = exported.range_constraints.get(size.node.expr)
+                larger = bounds is None or now + 1 <= bounds.upper
+                chosen[size.node.expr] = now + 1 if larger else now - 1
+    if not chosen:
+        return None
+    return [tuple(int(d.node.expr.subs(chosen)) if isinstance(d, torch.SymInt) else d for d in shape) for shape in shapes]
+
+
+def _kind(value: Tensor) -> str:
+    return f"{_short(value.dtype)}{list(value.shape)}"
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,80 @@
+"""What is in an ONNX file."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from normfuse.errors import UsageError
+from normfuse.extras import need
+
+__all__ = ["NORM_OPS", "norm_counts", "op_counts", "provenance"]
+
+#: Normalizations, standard and of ONNX Runtime.
+NORM_OPS = frozenset(
+    {
+        "BatchNormalization",
+        "EmbedLayerNormalization",
+        "GroupNorm",
+        "GroupNormalization",
+        "InstanceNormalization",
+        "LayerNormalization",
+        "LpNormalization",
+        "MeanVarianceNormalization",
+        "RMSNormalization",
+        "SimplifiedLayerNormalization",
+        "SkipGroupNorm",
+        "SkipLayerNormalization",
+        "SkipSimplifiedLayerNormalization",
+    }
+)
+
+
+def op_counts(model: str | Path | Any) -> dict[str, int]:
+    """Number of nodes by op type, the most frequent first; subgraphs and functions count once.
+
+    Ops of another domain than ONNX's own carry it: `com.microsoft.Attention`.
+
+    Raises:
+        UsageError: the file is missing or is no ONNX model.
+    """
+    proto = _loaded(model)
+    nodes = [*_nodes(proto.graph.node), *(n for f in proto.functions for n in _nodes(f.node))]
+    counts = Counter(f"{n.domain}.{n.op_type}" if n.domain not in ("", "ai.onnx") else n.op_type for n in nodes)
+    return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+
+
+def norm_counts(model: str | Path | Any) -> dict[str, int]:
+    """Number of normalizations by op type; one that is spelt out in primitive ops is not recognised."""
+    return {op: n for op, n in op_counts(model).items() if op.rpartition(".")[2] in NORM_OPS}
+
+
+def provenance(model: str | Path | Any) -> dict[str, str]:
+    """What normfuse wrote into the file: version, target, passes, error, hashes; empty for a file of another origin."""
+    return {p.key: p.value for p in _loaded(model).metadata_props if p.key.startswith("normfuse.")}
+
+
+def _loaded(model: str | Path | Any) -> Any:
+    onnx = need("onnx", extra="onnx")
+    if not isinstance(model, (str, Path)):
+        return model
+    path = Path(model)
+    if not path.is_file():
+        raise UsageError(f"there is no file {path}")
+    try:
+        proto = onnx.load(str(path), load_external_data=False)
+    except Exception as e:  # protobuf raises DecodeError or whatever the bytes lead to
+        raise UsageError(f"{path} is not an ONNX model: {e}") from e
+    if not proto.graph.node and not proto.graph.output:
+        raise UsageError(f"{path} is not an ONNX model: it holds no graph")
+    return proto
+
+
+def _nodes(nodes: Iterable[Any]) -> Iterable[Any]:
+    for node in nodes:
+        yield node
+        for attribute in node.attribute:
+            for graph in [attribute.g, *attribute.graphs] if attribute.type in (5, 10) else []:
+                yield from _nodes(graph.node)

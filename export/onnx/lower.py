@@ -1,0 +1,117 @@
+"""From an exported program to ONNX models, one for each form of attention."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from normfuse.errors import ExportError
+from normfuse.export.onnx.attention import lower_attention
+from normfuse.export.onnx.build import dims
+from normfuse.export.onnx.names import name_graph
+from normfuse.export.onnx.opset17 import to_opset_17
+from normfuse.export.onnx.program import Program
+from normfuse.export.onnx.residual import keep_layer_norm_apart
+from normfuse.export.onnx.translate import MARKER_DOMAIN, table
+from normfuse.export.targets import Target
+from normfuse.extras import need
+
+__all__ = ["finished", "translated"]
+
+log = logging.getLogger(__name__)
+
+_TRANSLATED_OPSET = 18  # the oldest one that torch translates to; below it the result is converted
+
+
+def translated(program: Program, opset: int) -> Any:
+    """The program as an `onnx_ir.Model`; attention is still a marker.
+
+    Raises:
+        ExportError: torch has no translation for an op of the model; the message names it.
+    """
+    need("onnxscript", extra="onnx")
+    try:
+        with _quiet():
+            out = torch.onnx.export(
+                program.exported,
+                opset_version=max(opset, _TRANSLATED_OPSET),
+                custom_translation_table=table(opset),
+                verbose=False,
+            )
+    except Exception as e:
+        raise ExportError(f"torch cannot translate the model to ONNX opset {opset}: {_cause(e)}") from e
+    assert out is not None
+    return out.model
+
+
+def finished(model: Any, program: Program, target: Target, opset: int, form: str) -> tuple[Any, dict[str, int]]:
+    """A copy of the translated `model` for `target`, with attention in `form` and final names.
+
+    Returns: the model, and the number of attention sites by the form that they got.
+
+    Raises:
+        ExportError: the ops do not exist at `opset`.
+    """
+    ir = need("onnx_ir", extra="onnx")
+    need("onnx_ir.passes.common", extra="onnx")
+    common = ir.passes.common
+    model = model.clone()
+    sites = lower_attention(model, form)
+    if target.contrib:
+        keep_layer_norm_apart(model)
+        model.opset_imports["com.microsoft"] = 1
+    model.opset_imports.pop(MARKER_DOMAIN, None)
+    common.RemoveUnusedNodesPass()(model)
+    _drop_reshapes_to_same(model)
+    common.CommonSubexpressionEliminationPass()(model)
+    common.DeduplicateInitializersPass()(model)
+    common.RemoveUnusedNodesPass()(model)
+    if opset < _TRANSLATED_OPSET:
+        to_opset_17(model)
+    common.RemoveUnusedOpsetsPass()(model)
+    common.OutputFixPass()(model)
+    name_graph(model, program.inputs, program.outputs, program.axes)
+    return model, sites
+
+
+def _drop_reshapes_to_same(model: Any) -> None:
+    """Remove Reshape nodes between equal, fully known shapes."""
+    for node in list(model.graph):
+        if node.op_type != "Reshape" or node.domain:
+            continue
+        before, after = dims(node.inputs[0]), dims(node.outputs[0])
+        if before is not None and before == after and None not in before and not node.outputs[0].is_graph_output():
+            node.outputs[0].replace_all_uses_with(node.inputs[0])
+            model.graph.remove(node, safe=True)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter's progress lines, warnings and log records are about its own steps; errors still come as exceptions."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _cause(e: BaseException) -> str:
+    """The innermost message of a chain of exceptions; ours, if one is among them."""
+    chain = [e]
+    while (inner := chain[-1].__cause__ or chain[-1].__context__) is not None and inner not in chain:
+        chain.append(inner)
+    own = [x for x in chain if isinstance(x, ExportError)]
+    text = " ".join(str((own or chain)[-1]).split())
+    return text[:500] or type(chain[-1]).__name__

@@ -1,0 +1,184 @@
+"""A module and its inputs as an exported program with flat, named tensors on both sides."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from normfuse.errors import ExportError, UsageError
+from normfuse.export.onnx.dims import axis_names, exportable
+from normfuse.record import record
+
+__all__ = ["Program", "program"]
+
+
+@dataclass(frozen=True)
+class Program:
+    """An exported program, and how a call of the module maps to it.
+
+    Attributes:
+        exported: its outputs are the tensors among the module's outputs, flat, in order.
+        module: the module itself, the reference.
+        args, kwargs: example inputs.
+        inputs: names of the tensor inputs, in order; those that the model does not read are among them.
+        outputs: names of the tensor outputs, in order.
+        axes: readable name of each symbolic size, by symbol.
+        notes: outputs that are no tensors and were left out.
+    """
+
+    exported: torch.export.ExportedProgram
+    module: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    axes: dict[str, str]
+    notes: tuple[str, ...]
+
+    def flat_inputs(self) -> tuple[Any, ...]:
+        """Leaves of the example inputs in the order of the program, those that are no tensors included."""
+        return tuple(_flat_inputs(self.exported, self.args, self.kwargs))
+
+    def feeds(self, flat: Sequence[Any]) -> dict[str, Tensor]:
+        """Graph inputs for the leaves `flat`."""
+        return dict(zip(self.inputs, (leaf for leaf in flat if isinstance(leaf, Tensor)), strict=True))
+
+    def reference(self, flat: Sequence[Any]) -> list[Tensor]:
+        """Tensor outputs of the module on the leaves `flat`."""
+        args, kwargs = pytree.tree_unflatten(list(flat), self.exported.call_spec.in_spec)
+        with torch.no_grad():
+            return [leaf for leaf in pytree.tree_leaves(self.module(*args, **kwargs)) if isinstance(leaf, Tensor)]
+
+
+def program(module: nn.Module, example_inputs: Any = None, dynamic_shapes: Any = None) -> Program:
+    """Capture `module` for export; what is not given comes from the record that `normfuse.optimize` left.
+
+    Raises:
+        UsageError: there are no example inputs, or they do not fit.
+        ExportError: the module does not run on them, has no tensor output, or cannot be captured.
+    """
+    args, kwargs, dynamic_shapes = _inputs(module, example_inputs, dynamic_shapes)
+    graph_module = module if isinstance(module, fx.GraphModule) else _captured(module, args, kwargs, dynamic_shapes).module()
+    if not isinstance(graph_module, fx.GraphModule):
+        raise ExportError(f"cannot export {type(module).__name__}: torch.export did not return a graph")
+    leaves = _outputs(module, args, kwargs)
+    keep = [i for i, (_, leaf) in enumerate(leaves) if isinstance(leaf, Tensor)]
+    if not keep:
+        raise ExportError("the model returns no tensor; an ONNX file needs at least one")
+    exported = _captured(_flat(graph_module, keep), args, kwargs, dynamic_shapes)
+    inputs = tuple(
+        spec.arg.name
+        for spec, leaf in zip(_user_inputs(exported), _flat_inputs(exported, args, kwargs), strict=True)
+        if isinstance(leaf, Tensor)
+    )
+    if not inputs:
+        raise ExportError("the model takes no tensor; an ONNX file of it would be a constant")
+    names = _output_names([path for path, _ in leaves], keep, taken=set(inputs))
+    dropped = [_label(path) or "output" for i, (path, _) in enumerate(leaves) if i not in keep]
+    notes = (f"outputs that are no tensors were left out: {', '.join(dropped)}",) if dropped else ()
+    axes = axis_names(exported, args, kwargs, dynamic_shapes, inspect.signature(graph_module.forward))
+    return Program(exported, module, args, kwargs, inputs, names, axes, notes)
+
+
+def _inputs(module: nn.Module, example_inputs: Any, dynamic_shapes: Any) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
+    found = record(module)
+    if example_inputs is None:
+        if found is None or not found.has_inputs:
+            raise UsageError("this module was made without example inputs: pass example_inputs=(tensor, ...) or a dict of keyword inputs")
+        args, kwargs = found.args, dict(found.kwargs)
+    elif isinstance(example_inputs, Tensor):
+        args, kwargs = (example_inputs,), {}
+    elif isinstance(example_inputs, Mapping):
+        args, kwargs = (), dict(example_inputs)
+    elif isinstance(example_inputs, Sequence) and not isinstance(example_inputs, str):
+        args, kwargs = tuple(example_inputs), {}
+    else:
+        raise UsageError(f"example_inputs must be a tuple of positional inputs or a dict of keyword inputs, not {type(example_inputs).__name__}")
+    if dynamic_shapes is None and found is not None:
+        dynamic_shapes = found.dynamic_shapes
+    return args, kwargs, dynamic_shapes
+
+
+def _captured(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any) -> torch.export.ExportedProgram:
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            return torch.export.export(module, args, kwargs, dynamic_shapes=exportable(dynamic_shapes))
+    except Exception as e:  # torch.export raises errors of many kinds, none of them ours
+        hint = " (a module captured with fixed shapes stays fixed: pass dynamic_shapes to normfuse.optimize)" if dynamic_shapes else ""
+        raise ExportError(f"torch.export cannot capture the module on these inputs{hint}: {_first_lines(e)}") from e
+
+
+def _outputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[Any, Any]]:
+    try:
+        with torch.no_grad():
+            return pytree.tree_flatten_with_path(module(*args, **kwargs))[0]
+    except Exception as e:
+        raise UsageError(f"the module does not run on the example inputs: {_first_lines(e)}") from e
+
+
+def _flat(gm: fx.GraphModule, keep: Sequence[int]) -> fx.GraphModule:
+    """A copy of `gm` that returns the leaves `keep` of its output as a tuple; it shares the parameters."""
+    graph = copy.deepcopy(gm.graph)
+    output = graph.output_node()
+    leaves = pytree.tree_leaves(output.args[0], is_leaf=lambda x: isinstance(x, fx.Node))
+    output.args = (tuple(leaves[i] for i in keep),)
+    codegen = graph._codegen
+    if isinstance(codegen, fx.graph._PyTreeCodeGen):
+        spec = pytree.tree_structure((0,) * len(keep))
+        codegen.pytree_info = codegen.pytree_info._replace(out_spec=spec)
+    for node in list(graph.nodes):
+        if node.op == "call_module" and node.target == "_guards_fn":
+            graph.erase_node(node)
+    graph.eliminate_dead_code()
+    return fx.GraphModule(gm, graph)
+
+
+def _user_inputs(exported: torch.export.ExportedProgram) -> list[Any]:
+    return [s for s in exported.graph_signature.input_specs if s.kind == torch.export.graph_signature.InputKind.USER_INPUT]
+
+
+def _flat_inputs(exported: torch.export.ExportedProgram, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    # keyword inputs come in the order of the program, which need not be the order of the call
+    names = exported.call_spec.in_spec.child(1).context if exported.call_spec.in_spec is not None else list(kwargs)
+    return pytree.tree_leaves((args, {name: kwargs[name] for name in names}))
+
+
+def _output_names(paths: list[Any], keep: Sequence[int], taken: set[str]) -> tuple[str, ...]:
+    """Names after the place of each tensor: `logits`, `past_key_values.0.0`, `output_1`; unique, also among the inputs."""
+    names: list[str] = []
+    for i in keep:
+        label = _label(paths[i])
+        if not label:
+            label = "output"
+        elif label[0].isdigit():
+            label = f"output_{label}"
+        name, n = label, 1
+        while name in taken:
+            name, n = f"{label}_out{n if n > 1 else ''}", n + 1
+        taken.add(name)
+        names.append(name)
+    return tuple(names)
+
+
+def _label(path: Any) -> str:
+    parts = []
+    for key in path:
+        for attribute in ("key", "name", "idx"):
+            if hasattr(key, attribute):
+                parts.append(str(getattr(key, attribute)))
+                break
+    return ".".join(parts)
+
+
+def _first_lines(e: BaseException, lines: int = 3) -> str:
+    text = [line.strip() for line in str(e).splitlines() if line.strip()]
+    return " ".join(text[:lines]) or type(e).__name__

@@ -1,0 +1,60 @@
+"""What an export left behind."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from normfuse.report import Error
+
+__all__ = ["Exported"]
+
+
+@dataclass(frozen=True)
+class Exported:
+    """One exported file.
+
+    Attributes:
+        path: the ONNX file.
+        target: name of the target that it was made for.
+        opset: opset of the standard ops in it.
+        bytes: size of the file and of its external data together.
+        ops: number of nodes by op type; ops of a contrib domain carry it, e.g. `com.microsoft.Attention`.
+        norms: number of normalizations by op type.
+        inputs: names of the graph inputs.
+        outputs: names of the graph outputs; a nested output has one name a tensor, e.g. `past_key_values.0.0`.
+        error: deviation of the file in the runtime from the torch module; None when it was not run.
+        tolerance: the bound on `error.max_rel` that was held; None when it was not run.
+        attention: form of attention that was chosen; None when the model has no attention.
+        attention_sites: number of attention sites by the form each of them really has.
+        ratios: latency of the plain form over latency of each form that was measured; above 1 is faster than plain.
+        notes: what else the user should know, e.g. outputs that are no tensors and were left out.
+    """
+
+    path: Path
+    target: str
+    opset: int
+    bytes: int
+    ops: dict[str, int]
+    norms: dict[str, int]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    error: Error | None = None
+    tolerance: float | None = None
+    attention: str | None = None
+    attention_sites: dict[str, int] = field(default_factory=dict)
+    ratios: dict[str, float] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        """A few lines of at most 80 columns."""
+        lines = [f"{self.path}: {self.target}, opset {self.opset}, {self.bytes / 1e6:.1f} MB, {sum(self.ops.values())} nodes"]
+        norms = ", ".join(f"{n} {k}" for k, n in self.norms.items()) or "none"
+        lines.append(f"  norms      {norms}")
+        if self.attention is not None:
+            sites = ", ".join(f"{n} {k}" for k, n in self.attention_sites.items())
+            ratios = ", ".join(f"{k} {r:.3f}x" for k, r in self.ratios.items())
+            lines.append(f"  attention  {sites}" + (f" (measured: {ratios})" if ratios else ""))
+        if self.error is None:
+            lines.append("  error      not run")
+        else:
+            lines.append(f"  error      {self.error.max_rel:.1e} relative (bound {self.tolerance:.0e}), {self.error.dtype}")
+        return "\n".join([*lines, *(f"  note       {n}" for n in self.notes)])

@@ -1,0 +1,83 @@
+"""What a runtime takes: opset, contrib ops, form of attention."""
+
+import difflib
+from dataclasses import dataclass
+
+from normfuse.errors import UsageError
+
+__all__ = ["ATTENTION_FORMS", "MAX_OPSET", "MIN_OPSET", "TARGETS", "Target", "target_named"]
+
+#: Oldest opset: LayerNormalization exists from 17 on, and nothing older can be exported by torch.
+MIN_OPSET = 17
+#: Newest opset that torch translates to.
+MAX_OPSET = 23
+#: First opset with RMSNormalization and Attention.
+FUSED_NORM_OPSET = 23
+
+#: `decomposed`: MatMul, Softmax, MatMul. `attention23`: the standard op of opset 23. `mha`: MultiHeadAttention of
+#: ONNX Runtime. `qkv`: Attention of ONNX Runtime, which also holds the projection of the input to q, k and v.
+ATTENTION_FORMS = ("decomposed", "attention23", "mha", "qkv")
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where a file is to run.
+
+    Attributes:
+        name: what the user writes.
+        opset: the opset that is used unless another is asked for.
+        contrib: ops of the domain `com.microsoft` may be used.
+        attention: the forms of attention that the target takes, the default one first.
+        note: why these values, in one line.
+    """
+
+    name: str
+    opset: int
+    contrib: bool
+    attention: tuple[str, ...]
+    note: str
+
+    def has_fused_norms(self, opset: int) -> bool:
+        """RMSNormalization may be used; below opset 23 it is spelt out in older ops."""
+        return opset >= FUSED_NORM_OPSET
+
+    def attention_at(self, opset: int) -> tuple[str, ...]:
+        """The forms that exist at `opset`, the default one first."""
+        return tuple(form for form in self.attention if form != "attention23" or opset >= FUSED_NORM_OPSET)
+
+
+TARGETS = {
+    t.name: t
+    for t in (
+        Target("onnxruntime", 23, True, ATTENTION_FORMS, "RMSNormalization-23 costs half of LayerNormalization on CPU"),
+        # A TensorRT-RTX builder refuses Attention-23 in fp32 unless it is marked decomposable, and fuses the plain form as well.
+        Target("tensorrt", 23, False, ("decomposed", "attention23"), "the parser takes RMSNormalization-23 as one kernel"),
+        Target("portable", 20, False, ("decomposed", "attention23"), "the opset that torch itself exports to"),
+    )
+}
+
+
+def target_named(name: str) -> Target:
+    """The target called `name`.
+
+    Raises:
+        UsageError: there is none; the message names the closest one.
+    """
+    if name in TARGETS:
+        return TARGETS[name]
+    near = difflib.get_close_matches(str(name), TARGETS, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise UsageError(f"unknown target {name!r}{hint} Known targets: {', '.join(TARGETS)}")
+
+
+def opset_for(target: Target, opset: int | None) -> int:
+    """`opset`, or the default of `target`.
+
+    Raises:
+        UsageError: torch cannot export to it.
+    """
+    if opset is None:
+        return target.opset
+    if isinstance(opset, bool) or not isinstance(opset, int) or not MIN_OPSET <= opset <= MAX_OPSET:
+        raise UsageError(f"opset {opset!r} is not supported: expected an integer from {MIN_OPSET} to {MAX_OPSET}")
+    return opset

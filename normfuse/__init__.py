@@ -1,0 +1,51 @@
+"""normfuse: an optimizing compiler for trained PyTorch models.
+
+    import normfuse
+    fast = normfuse.optimize(model, example_inputs)
+    print(normfuse.report(fast))
+"""
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CaptureError", "CheckFailed", "Error", "ExportError", "MissingExtra", "NormfuseError", "PassReport", "Report", "RewriteError", "Site",
+    "UsageError", "__version__", "bench", "export", "nn", "optimize", "passes", "record", "report",
+]  # fmt: skip
+
+if TYPE_CHECKING:
+    from normfuse import export, nn, passes
+    from normfuse.api import optimize
+    from normfuse.engines import bench
+    from normfuse.errors import CaptureError, CheckFailed, ExportError, MissingExtra, NormfuseError, RewriteError, UsageError
+    from normfuse.record import record, report
+    from normfuse.report import Error, PassReport, Report, Site
+
+_HOMES = {
+    "bench": "normfuse.engines",
+    "optimize": "normfuse.api",
+    "record": "normfuse.record",
+    "report": "normfuse.record",
+    **dict.fromkeys(("Error", "PassReport", "Report", "Site"), "normfuse.report"),
+    **dict.fromkeys(
+        ("CaptureError", "CheckFailed", "ExportError", "MissingExtra", "NormfuseError", "RewriteError", "UsageError"), "normfuse.errors"
+    ),
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Public names load on first use, so that `normfuse --help` need not wait for PyTorch."""
+    import importlib
+
+    if name in ("export", "nn", "passes"):
+        return importlib.import_module(f"normfuse.{name}")
+    if name in _HOMES:
+        value = getattr(importlib.import_module(_HOMES[name]), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'normfuse' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,154 @@
+"""`normfuse.optimize`: capture, rewrite, prove, report."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+from collections import Counter
+from collections.abc import Callable, Sequence
+from time import perf_counter
+from typing import Any, Protocol
+
+from torch import fx
+
+from normfuse.capture import capture, flat_inputs
+from normfuse.errors import UsageError
+from normfuse.graph import Graph
+from normfuse.passes import PASSES
+from normfuse.prove import Proof, run
+from normfuse.record import Record
+from normfuse.report import PassReport, Report
+from normfuse.views import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, Op, RmsNorm, affine
+
+__all__ = ["DEFAULT", "Pass", "optimize"]
+
+log = logging.getLogger(__name__)
+
+DEFAULT = ("cleanup", "expose", "affine", "mean_free", "affine", "realise", "cleanup")
+"""The default pipeline. `affine` runs twice: LayerScale must be in the weights before they are centered, and a β can
+leave its norm only when the norm has become an RMSNorm."""
+
+_VERIFY = ("end", "each", "off")
+
+
+class Pass(Protocol):
+    """A rewrite of the whole graph."""
+
+    name: str
+
+    def __call__(self, graph: Graph) -> PassReport: ...
+
+
+def optimize(
+    model: Any,
+    example_inputs: Any = None,
+    *,
+    dynamic_shapes: Any = None,
+    passes: Sequence[str | Pass] | None = None,
+    quantize: Any = None,
+    calibration: Any = None,
+    verify: str = "end",
+) -> fx.GraphModule:
+    """A new module that computes the same function without what normalization costs at inference.
+
+    Args:
+        model: an `nn.Module`, an `fx.GraphModule` or an `ExportedProgram`; it is not changed.
+        example_inputs: a tuple of positional inputs or a dictionary of keyword inputs. Without them, inputs that the
+            model declares are used (timm, Hugging Face, torchvision), else the model is traced without shapes; rules
+            that need a shape then refuse.
+        dynamic_shapes: as in `torch.export.export`; without it all sizes are those of the example.
+        passes: names of passes (`normfuse.passes.PASSES`) or pass objects; None for the default pipeline.
+        quantize, calibration: reserved for ShiftQuant; only None is accepted so far.
+        verify: "end" compares the final graph with the original in float64 and in the model's own dtype, and takes
+            back every rewrite that is not exact; "each" does so after each pass; "off" compares nothing.
+
+    Returns:
+        An `fx.GraphModule` with the call signature of the model. `normfuse.report` says what was done to it.
+
+    Raises:
+        CaptureError: the model could not be traced.
+        UsageError: an argument is wrong.
+    """
+    start = perf_counter()
+    pipeline = _pipeline(passes)
+    if verify not in _VERIFY:
+        raise UsageError(f"verify={verify!r}: expected one of {', '.join(map(repr, _VERIFY))}")
+    if quantize is not None or calibration is not None:
+        raise UsageError("quantize= and calibration= are not available in this version; pass None")
+    captured = capture(model, example_inputs, dynamic_shapes)
+    graph = Graph.of(captured.gm)
+    original = graph.copy()
+    inputs = flat_inputs(captured.gm, captured.args, captured.kwargs or {}) if captured.has_inputs else None
+    proof = Proof(original, inputs) if verify != "off" and inputs is not None else None
+    graph, reports = run(graph, pipeline, proof, each=verify == "each")
+    after = _count(graph)
+    before = _count(original)
+    gm = graph.to_module(type(model).__name__ if not isinstance(model, fx.GraphModule) else "Optimized")
+    exact, drift = (None, None) if proof is None else (proof.exact(graph), proof.drift(graph))
+    notes = captured.notes
+    if verify != "off" and inputs is None:
+        notes += ("not verified: the model was traced without example inputs",)
+    report = Report(tuple(_last_word(reports)), exact, drift, *_norms(before, after), *_sizes(original, graph), notes, perf_counter() - start)
+    log.info("optimize: %d applied, %d refused in %.1f s", len(report.applied), len(report.refused), report.seconds)
+    return Record(captured.args, captured.kwargs or {}, captured.has_inputs, captured.dynamic_shapes, report).attach(gm)
+
+
+# -- pipeline ----------------------------------------------------------------------------------------------------------
+
+
+def _pipeline(passes: Sequence[str | Pass] | None) -> list[Pass]:
+    """Pass objects by name; affines that nobody realised would be no operators of PyTorch, so `realise` comes last."""
+    if passes is None:
+        return [PASSES[name] for name in DEFAULT]
+    if isinstance(passes, str):
+        raise UsageError(f"passes={passes!r}: expected a list of names, e.g. [{passes!r}]")
+    found = [_named(p) if isinstance(p, str) else p for p in passes]
+    for p in found:
+        if not callable(p) or not isinstance(getattr(p, "name", None), str):
+            raise UsageError(f"passes: {p!r} is neither a name nor a pass (a callable with a `name`)")
+    return found if any(p.name == "realise" for p in found[-2:]) else [*found, PASSES["realise"]]
+
+
+def _named(name: str) -> Pass:
+    if name in PASSES:
+        return PASSES[name]
+    near = difflib.get_close_matches(name, PASSES, 1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise UsageError(f"there is no pass {name!r}{hint} (passes: {', '.join(PASSES)})")
+
+
+def _last_word(reports: list[PassReport]) -> list[PassReport]:
+    """Of a pass that runs twice, only the last refusals stand: what it refused first may have succeeded since."""
+    last = {r.name: i for i, r in enumerate(reports)}
+    return [r if last[r.name] == i else PassReport(r.name, r.applied, (), r.undone, r.exact, r.drift, r.seconds) for i, r in enumerate(reports)]
+
+
+# -- figures -----------------------------------------------------------------------------------------------------------
+
+_KINDS = {BatchNorm: "batch_norm", InstanceNorm: "instance_norm", LayerNorm: "layer_norm", RmsNorm: "rms_norm", GroupNorm: "group_norm"}
+
+
+def _count(graph: Graph) -> Counter[str]:
+    views = (graph.view(n, 1) for n in graph)
+    counts = Counter(_KINDS[type(v)] for v in views if isinstance(v, Op) and type(v) in _KINDS)
+    assert not any(n.target is affine for n in graph), "realise has left an affine behind"
+    return counts
+
+
+def _norms(before: Counter[str], after: Counter[str]) -> tuple[dict[str, int], dict[str, int]]:
+    kinds = sorted({*before, *after})
+    return {k: before[k] for k in kinds}, {k: after[k] for k in kinds}
+
+
+def _sizes(before: Graph, after: Graph) -> tuple[int, int, int, int]:
+    def of(graph: Graph, size: Callable[[Any], int]) -> int:
+        return sum(size(c) for c in graph.constants.values())
+
+    return (
+        of(before, lambda c: c.numel),
+        of(after, lambda c: c.numel),
+        of(before, lambda c: c.numel * c.dtype.itemsize),
+        of(after, lambda c: c.numel * c.dtype.itemsize),
+    )
+
+

@@ -1,0 +1,87 @@
+"""The command `normfuse`: one file per verb.
+
+Exit codes: 0 fine, 1 a check failed, 2 usage or any other error that normfuse reports, 130 interrupted. Nothing heavy is
+imported before a verb needs it, so that `--help` is instant.
+"""
+
+import logging
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Sequence
+from types import FrameType
+
+import click
+
+from normfuse import __version__
+from normfuse.cli.bench import bench
+from normfuse.cli.demo import demo
+from normfuse.cli.export import export
+from normfuse.cli.inspect import inspect
+from normfuse.cli.optimize import optimize
+from normfuse.cli.passes import passes
+from normfuse.cli.verify import verify
+from normfuse.errors import CheckFailed, NormfuseError
+
+__all__ = ["cli", "main"]
+
+_log = logging.getLogger("normfuse")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="normfuse")
+def cli() -> None:
+    """Optimize trained PyTorch models: remove what normalization costs, prove the result, ship it.
+
+    SOURCE is timm:NAME, torchvision:NAME, hf:DIR (a local Hugging Face folder), FILE.pt2 (a saved
+    ExportedProgram) or package.module:factory.
+    """
+
+
+for command in (optimize, export, bench, verify, inspect, passes, demo):
+    cli.add_command(command)
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run the command line `args` (default: that of this process); the exit code."""
+    if hasattr(signal, "SIGTERM"):
+        signal.signal(signal.SIGTERM, _terminate)
+    _quiet_libraries()
+    try:
+        cli.main(args=None if args is None else list(args), prog_name="normfuse", standalone_mode=False)
+    except click.ClickException as e:
+        e.show()
+        return 2
+    except (click.Abort, KeyboardInterrupt):
+        _say("interrupted; nothing was written")
+        return 130
+    except BrokenPipeError:
+        # the reader (`| head`) has gone; Python would complain once more while it closes standard output
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except NormfuseError as e:
+        _log.debug("where it happened", exc_info=True)
+        _say(f"{'failed' if isinstance(e, CheckFailed) else 'error'}: {e}")
+        return 1 if isinstance(e, CheckFailed) else 2
+    except Exception as e:
+        _log.debug("where it happened", exc_info=True)
+        _say(
+            f"error: {type(e).__name__}: {e}\nThis should not happen; please report it with the output of the same command and -vv"
+        )
+        return 2
+    return 0
+
+
+def _say(text: str) -> None:
+    click.echo(text, err=True)
+
+
+def _terminate(_signal: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt  # unwinds like Ctrl-C, so that temporary files go
+
+
+def _quiet_libraries() -> None:
+    """What other libraries think aloud is noise here; errors that matter come back as exceptions."""
+    warnings.filterwarnings("ignore", module=r"(torch|torchvision|onnx|onnxscript|onnxruntime|timm|transformers|huggingface_hub)\b")
+    for name in ("torch", "onnxscript", "transformers", "timm"):
+        logging.getLogger(name).setLevel(logging.ERROR)

@@ -1,0 +1,97 @@
+"""`.onnx` files given where a model is expected."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from normfuse.errors import UsageError
+from normfuse.example_inputs import parse_shape, read_inputs
+from normfuse.sources import Options
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["file_inputs", "is_onnx", "run_file"]
+
+_TYPES = {"float": "float32", "float16": "float16", "double": "float64", "int64": "int64", "int32": "int32", "bool": "bool"}
+
+
+def is_onnx(source: str) -> bool:
+    return Path(source).suffix == ".onnx"
+
+
+def file_inputs(path: Path, options: Options) -> "dict[str, torch.Tensor]":
+    """Inputs for the file at `path` by name: those that the user states, else random ones of the sizes in the file.
+
+    Raises:
+        UsageError: there is no such file, or it leaves a size open that the user does not state.
+    """
+    import torch
+
+    from normfuse.export.onnx.runtime import session
+
+    if not path.is_file():
+        raise UsageError(f"{path} does not exist")
+    wanted = session(path, threads=1, optimized=False).get_inputs()
+    if options.input is not None:
+        return _by_name(path, [i.name for i in wanted], read_inputs(options.input))
+    stated = [parse_shape(text) for text in options.shapes]
+    named = {name: sizes for name, sizes, _ in stated if name is not None}
+    unnamed = [sizes for name, sizes, _ in stated if name is None]
+    generator = torch.Generator().manual_seed(options.seed)
+    inputs = {}
+    for position, wants in enumerate(wanted):
+        sizes = named.get(wants.name) or (unnamed[position] if position < len(unnamed) else _declared(path, wants, options))
+        kind = _TYPES.get(wants.type.removeprefix("tensor(").removesuffix(")"))
+        if kind is None:
+            raise UsageError(f"{path}: input {wants.name} is a {wants.type}; pass its values with --input")
+        dtype = getattr(torch, kind)
+        if dtype.is_floating_point:
+            values = torch.randn(sizes, generator=generator)
+        else:  # a file does not say how many ids it knows, but it knows two
+            values = torch.randint(0, 2, sizes, generator=generator)
+        inputs[wants.name] = values.to(dtype)
+    return inputs
+
+
+def run_file(path: Path, inputs: Any) -> "list[torch.Tensor]":
+    """Outputs of the file at `path` in ONNX Runtime, in the order of its graph outputs.
+
+    Args:
+        path: an `.onnx` file.
+        inputs: tensors by name, or in the order of the graph inputs; flags that are no tensors are left out.
+    """
+    import torch
+
+    from normfuse.export.onnx.runtime import run, session
+
+    opened = session(path)
+    names = [i.name for i in opened.get_inputs()]
+    tensors: Any
+    if isinstance(inputs, dict):
+        tensors = {k: v for k, v in inputs.items() if isinstance(v, torch.Tensor)}
+    else:
+        tensors = tuple(v for v in inputs if isinstance(v, torch.Tensor))
+    return list(run(opened, _by_name(path, names, tensors)).values())
+
+
+def _by_name(path: Path, names: list[str], inputs: Any) -> "dict[str, torch.Tensor]":
+    if isinstance(inputs, dict) and set(names) <= set(inputs):
+        return {n: inputs[n] for n in names}
+    values = tuple(inputs.values()) if isinstance(inputs, dict) else tuple(inputs)
+    if len(values) != len(names):
+        raise UsageError(f"{path} takes {len(names)} inputs ({', '.join(names)}), got {len(values)}")
+    return dict(zip(names, values, strict=True))
+
+
+def _declared(path: Path, wants: Any, options: Options) -> tuple[int, ...]:
+    sizes = []
+    for axis, size in enumerate(wants.shape):
+        if isinstance(size, int):
+            sizes.append(size)
+        elif axis == 0:
+            sizes.append(options.batch or 1)
+        elif axis == 1 and options.tokens is not None:
+            sizes.append(options.tokens)
+        else:
+            raise UsageError(f"{path} leaves the size {size!r} of input {wants.name} open: pass --shape {wants.name}=SIZES")
+    return tuple(sizes)

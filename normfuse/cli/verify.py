@@ -1,0 +1,118 @@
+"""`normfuse verify`."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from normfuse.cli.onnx_files import file_inputs, is_onnx, run_file
+from normfuse.cli.options import Model, Pipeline, json_option, model_options, pipeline_options, verbosity
+from normfuse.errors import CheckFailed, UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+    from normfuse.report import Error, Report
+
+__all__ = ["verify"]
+
+_DRIFT = {"float64": 1e-9, "float32": 1e-4, "bfloat16": 1e-1, "float16": 2e-2}
+"""Relative error in a dtype above which two runs of the same function differ by more than rounding."""
+
+
+@click.command(short_help="Prove an optimized or exported model.")
+@model_options
+@click.argument("other", required=False)
+@pipeline_options
+@click.option("--tolerance", type=float, help="Bound on the relative drift.  [default: by dtype, 1e-4 for float32]")
+@json_option
+@verbosity
+def verify(model: Model, other: str | None, pipeline: Pipeline, tolerance: float | None, as_json: bool, quiet: bool) -> None:
+    """Optimize SOURCE and prove the result; with OTHER (.onnx or .pt2) compare that file with SOURCE instead.
+
+    Exit code 1 when the error is above its bound or a rewrite had to be taken back.
+    """
+    if other is not None:
+        _compare(model, other, tolerance, as_json, quiet)
+        return
+    if is_onnx(model.source):
+        raise UsageError(f"{model.source} is exported already; compare it with its source: normfuse verify SOURCE {model.source}")
+    if pipeline.verify == "off":
+        raise UsageError("verify --verify off would verify nothing")
+    loaded = model.load()
+
+    from normfuse.record import report
+
+    found = report(pipeline.run(model, loaded))
+    failures = _failures(found, tolerance)
+    if as_json:
+        click.echo(json.dumps({"schema": 1, "holds": not failures, "failures": failures, "report": found.to_dict()}, indent=2))
+    elif not quiet:
+        click.echo(str(found))
+    if failures:
+        raise CheckFailed("; ".join(failures))
+
+
+def _failures(found: "Report", tolerance: float | None) -> list[str]:
+    from normfuse.verify import EXACT_BOUND
+
+    failures = [f"{site.path}: {site.rule} was taken back: {site.note}" for site in found.undone]
+    if found.exact is None or found.drift is None:
+        return [*failures, "; ".join(found.notes) or "the result was not verified"]
+    if not found.exact.max_rel <= EXACT_BOUND:
+        failures.append(f"the error in float64 is {found.exact.max_rel:.1e}, above {EXACT_BOUND:.0e}")
+    if not found.drift.max_rel <= _bound(found.drift, tolerance):
+        failures.append(
+            f"the drift in {found.drift.dtype} is {found.drift.max_rel:.1e}, above {_bound(found.drift, tolerance):.0e}"
+        )
+    return failures
+
+
+def _bound(error: "Error", tolerance: float | None) -> float:
+    return _DRIFT.get(error.dtype, 1e-4) if tolerance is None else tolerance
+
+
+def _compare(model: Model, other: str, tolerance: float | None, as_json: bool, quiet: bool) -> None:
+    from normfuse.verify import measure
+
+    if not is_onnx(other) and Path(other).suffix != ".pt2":
+        raise UsageError(f"{other}: expected an .onnx or .pt2 file to compare with {model.source}")
+    if is_onnx(model.source):
+        inputs: Any = file_inputs(Path(model.source), model.options)
+        expected = run_file(Path(model.source), inputs)
+    else:
+        loaded = model.load(inputs_needed=True)
+        inputs = loaded.kwargs if loaded.kwargs and not loaded.args else (*loaded.args, *loaded.kwargs.values())
+        expected = _run(loaded.module, loaded.args, loaded.kwargs)
+    found = run_file(Path(other), inputs) if is_onnx(other) else _run_program(other, inputs, trust=model.options.trust)
+    if len(found) != len(expected):
+        raise CheckFailed(f"{other} has {len(found)} outputs and {model.source} has {len(expected)}")
+    dtype = next((str(t.dtype).removeprefix("torch.") for t in expected if t.is_floating_point()), "float32")
+    error = measure(expected, found, dtype)
+    bound = _bound(error, tolerance)
+    holds = error.max_rel <= bound
+    if as_json:
+        data = {"schema": 1, "holds": holds, "max_abs": error.max_abs, "max_rel": error.max_rel, "bound": bound}
+        click.echo(json.dumps(data, indent=2))
+    elif not quiet:
+        click.echo(
+            f"{other} against {model.source}: {error.max_abs:.1e} absolute, {error.max_rel:.1e} relative (bound {bound:.0e})"
+        )
+    if not holds:
+        raise CheckFailed(f"the relative error is {error.max_rel:.1e}, above {bound:.0e}")
+
+
+def _run(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> "list[torch.Tensor]":
+    import torch
+    from torch.utils import _pytree as pytree
+
+    with torch.inference_mode():
+        return [t for t in pytree.tree_leaves(module(*args, **kwargs)) if isinstance(t, torch.Tensor)]
+
+
+def _run_program(path: str, inputs: Any, *, trust: bool) -> "list[torch.Tensor]":
+    from normfuse.pt2 import load_program
+
+    module = load_program(path, trust=trust).module()
+    return _run(module, (), inputs) if isinstance(inputs, dict) else _run(module, tuple(inputs), {})

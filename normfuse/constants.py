@@ -1,0 +1,157 @@
+"""Constants of a graph: exact, lazy, never overwritten.
+
+A rewrite computes new weights from old ones. Holding those in float64 for a whole model would cost twice the model;
+holding them in the model's own dtype would round at every step. So a constant is an *expression* over the tensors of
+the original model: small ones (gains, biases) are evaluated at once, large ones (weights) when somebody asks, in
+float64, and the result is cast a single time, when the final module is built.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["Constant"]
+
+_EAGER = 1 << 16  # values; a 512 KiB vector in float64 is not worth being lazy about
+
+
+class Constant:
+    """A tensor known at compile time: float64 inside (integers and booleans as they are), `dtype` outside.
+
+    Arithmetic, indexing and every `torch` function give new constants; nothing is written in place.
+
+    Attributes:
+        shape: its shape.
+        dtype: the dtype it takes in the final module; an expression inherits it from its first operand.
+        name: dotted name in the original model, or that of the first operand of the expression.
+        tensor: the original tensor if this is one, None for an expression.
+    """
+
+    __slots__ = ("_compute", "dtype", "name", "shape", "tensor")
+
+    def __init__(self, compute: Callable[[], Tensor], shape: torch.Size, dtype: torch.dtype, name: str, tensor: Tensor | None = None) -> None:
+        self._compute = compute
+        self.shape = shape
+        self.dtype = dtype
+        self.name = name
+        self.tensor = tensor
+
+    @classmethod
+    def of(cls, tensor: Tensor, name: str = "") -> Constant:
+        """An original tensor; it is referred to, not copied."""
+        tensor = tensor.detach()
+        return cls(lambda: _exact(tensor), tensor.shape, tensor.dtype, name, tensor)
+
+    @classmethod
+    def apply(cls, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Constant:
+        """The constant `function(*args, **kwargs)`; constants may stand anywhere among the arguments."""
+        operands = [a for a in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(a, Constant)]
+
+        def compute() -> Tensor:
+            a, k = torch.utils._pytree.tree_map(lambda v: v.value if isinstance(v, Constant) else v, (args, kwargs))
+            return _exact(function(*a, **k))
+
+        first = next((c for c in operands if c.name), operands[0] if operands else None)
+        size = max((c.numel for c in operands), default=0)
+        if size <= _EAGER:
+            value = compute()
+            dtype = first.dtype if first is not None and first.dtype.is_floating_point else value.dtype
+            return cls(lambda: value, value.shape, dtype if value.is_floating_point() else value.dtype, first.name if first else "")
+        meta, kmeta = torch.utils._pytree.tree_map(lambda v: v.meta if isinstance(v, Constant) else _meta(v), (args, kwargs))
+        result: Tensor = function(*meta, **kmeta)
+        dtype = first.dtype if first is not None and result.is_floating_point() else result.dtype
+        if result.numel() <= _EAGER:  # a bias computed from a weight: worth keeping, the weight is not
+            value = compute()
+            return cls(lambda: value, result.shape, dtype, first.name if first else "")
+        return cls(compute, result.shape, dtype, first.name if first else "")
+
+    @property
+    def value(self) -> Tensor:
+        """The exact value: float64, or the integer or boolean tensor itself."""
+        return self._compute()
+
+    @property
+    def native(self) -> Tensor:
+        """The value cast once to `dtype`; an original tensor itself, bit for bit."""
+        return self.tensor if self.tensor is not None else self.value.to(self.dtype)
+
+    @property
+    def meta(self) -> Tensor:
+        """Shape and dtype of `value`, without data."""
+        dtype = torch.float64 if self.dtype.is_floating_point else self.dtype
+        return torch.empty(self.shape, dtype=dtype, device="meta")
+
+    @property
+    def numel(self) -> int:
+        return self.shape.numel()
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    def cast(self, dtype: torch.dtype) -> Constant:
+        """The same values, to be stored in `dtype`."""
+        return self if dtype == self.dtype else Constant(self._compute, self.shape, dtype, self.name)
+
+    def named(self, name: str) -> Constant:
+        """The same values under another name."""
+        return Constant(self._compute, self.shape, self.dtype, name, self.tensor)
+
+    @classmethod
+    def __torch_function__(cls, function: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Constant:
+        return cls.apply(function, *args, **(kwargs or {}))
+
+    def __mul__(self, other: Constant | Tensor | float) -> Constant:
+        return Constant.apply(torch.mul, self, other)
+
+    def __rmul__(self, other: Tensor | float) -> Constant:
+        return Constant.apply(torch.mul, self, other)
+
+    def __add__(self, other: Constant | Tensor | float) -> Constant:
+        return Constant.apply(torch.add, self, other)
+
+    def __sub__(self, other: Constant | Tensor | float) -> Constant:
+        return Constant.apply(torch.sub, self, other)
+
+    def __truediv__(self, other: Constant | Tensor | float) -> Constant:
+        return Constant.apply(torch.div, self, other)
+
+    def __matmul__(self, other: Constant | Tensor) -> Constant:
+        return Constant.apply(torch.matmul, self, other)
+
+    def __neg__(self) -> Constant:
+        return Constant.apply(torch.neg, self)
+
+    def __getitem__(self, index: Any) -> Constant:
+        return Constant.apply(lambda v: v[index], self)
+
+    def reshape(self, *shape: int) -> Constant:
+        return Constant.apply(lambda v: v.reshape(*shape), self)
+
+    def expand(self, *shape: int) -> Constant:
+        return Constant.apply(lambda v: v.expand(*shape), self)
+
+    def sum(self, dim: Sequence[int] | int) -> Constant:
+        return Constant.apply(lambda v: v.sum(dim), self)
+
+    def mean(self, dim: int, *, keepdim: bool = False) -> Constant:
+        return Constant.apply(lambda v: v.mean(dim, keepdim=keepdim), self)
+
+    @property
+    def T(self) -> Constant:
+        return Constant.apply(torch.t, self)
+
+    def __repr__(self) -> str:
+        return f"Constant({self.name or '?'}, {tuple(self.shape)}, {str(self.dtype).removeprefix('torch.')})"
+
+
+def _exact(value: Tensor) -> Tensor:
+    return value.double() if value.is_floating_point() else value
+
+
+def _meta(value: Any) -> Any:
+    return value.to("meta") if isinstance(value, Tensor) else value

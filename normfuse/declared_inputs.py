@@ -1,0 +1,150 @@
+"""Example inputs that a model declares by itself: timm, Hugging Face and torchvision say what they take.
+
+Nothing is imported, downloaded or drawn from the global random generator: attributes of the model are read, and two
+calls give the same tensors.
+"""
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["declared_inputs"]
+
+_TOKENS = 16  # default sequence length: long enough for every relative position bucket that matters, cheap to run
+_LONGEST_AUDIO = 16_000  # samples: one second
+
+
+def declared_inputs(
+    model: nn.Module, *, batch: int = 2, tokens: int | None = None
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Positional and keyword example inputs for a model of timm, transformers or torchvision.
+
+    Args:
+        model: any module.
+        batch: leading size of every input; 2 so that a dynamic batch can be captured from it.
+        tokens: sequence length of token inputs; at most 16 by default, never more than the model has positions for.
+
+    Returns:
+        `(args, kwargs)` on the model's device and in its dtype, or None when the model declares nothing.
+    """
+    like = _Like.of(model)
+    if (config := getattr(model, "config", None)) is not None and hasattr(model, "main_input_name"):
+        kwargs = _hugging_face(model, config, like, batch, tokens)
+        return None if kwargs is None else ((), kwargs)
+    if (size := _timm_size(model)) is not None or (size := _torchvision_size(model)) is not None:
+        return (like.image(batch, *size),), {}
+    return None
+
+
+@dataclass(frozen=True)
+class _Like:
+    """Makes inputs in the dtype and on the device of a model."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "_Like":
+        first = next((p for p in model.parameters() if p.is_floating_point()), None)
+        return cls(torch.device("cpu"), torch.get_default_dtype()) if first is None else cls(first.device, first.dtype)
+
+    def image(self, *shape: int) -> Tensor:
+        generator = torch.Generator().manual_seed(0)
+        return torch.randn(shape, generator=generator).to(self.device, self.dtype)
+
+    def ids(self, batch: int, tokens: int, config: Any) -> Tensor:
+        vocabulary = int(config.vocab_size)
+        ids = (torch.arange(batch * tokens) * 7 + 3) % vocabulary
+        pad = getattr(config, "pad_token_id", None)
+        # models that count positions from the padding would see a shorter text
+        ids = torch.where(ids == pad, (ids + 1) % vocabulary, ids) if isinstance(pad, int) else ids
+        return ids.view(batch, tokens).to(self.device)
+
+
+def _timm_size(model: nn.Module) -> tuple[int, ...] | None:
+    """(channels, height, width) of a timm model, as built and not as pretrained: `img_size=` and `in_chans=` count."""
+    cfg = getattr(model, "pretrained_cfg", None)
+    size = cfg.get("input_size") if isinstance(cfg, Mapping) else getattr(cfg, "input_size", None)
+    if size is None or len(size) != 3:
+        return None
+    channels, *plane = (int(n) for n in size)
+    built = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    if isinstance(built, (tuple, list)) and len(built) == 2:
+        plane = [int(n) for n in built]
+    first = cfg.get("first_conv") if isinstance(cfg, Mapping) else getattr(cfg, "first_conv", None)
+    if isinstance(first, str):
+        stem = dict(model.named_modules()).get(first)
+        channels = int(getattr(stem, "in_channels", channels))
+    return (channels, *plane)
+
+
+def _torchvision_size(model: nn.Module) -> tuple[int, ...] | None:
+    module = type(model).__module__
+    if not module.startswith("torchvision.models") or any(s in module for s in (".detection", ".optical_flow")):
+        return None
+    if ".video" in module:
+        return (3, 16, 112, 112) if module.endswith("resnet") else (3, 16, 224, 224)
+    side = getattr(model, "image_size", None)
+    if not isinstance(side, int):
+        side = 299 if module.endswith("inception") else 224
+    return (3, side, side)
+
+
+def _hugging_face(model: nn.Module, config: Any, like: _Like, batch: int, tokens: int | None) -> dict[str, Any] | None:
+    takes = inspect.signature(model.forward).parameters
+    main = str(model.main_input_name)
+    inputs: dict[str, Any] = {}
+    if main == "input_ids":
+        text = config if hasattr(config, "vocab_size") else getattr(config, "text_config", None)
+        if text is None or not hasattr(text, "vocab_size"):
+            return None
+        length = min(tokens or _TOKENS, _positions(text))
+        inputs["input_ids"] = like.ids(batch, length, text)
+        if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in takes:
+            inputs["decoder_input_ids"] = like.ids(batch, length, text)
+    if main == "pixel_values" or (main == "input_ids" and {"pixel_values", "return_loss"} <= takes.keys()):
+        size = _pixels(config)
+        if size is None:
+            return None
+        inputs["pixel_values"] = like.image(batch, *size)
+    elif main == "input_values":
+        inputs["input_values"] = like.image(batch, _LONGEST_AUDIO)
+    elif main != "input_ids":
+        return _own_dummies(model)
+    if "use_cache" in takes and getattr(config, "use_cache", False) and _decodes(config):
+        # a cache object is no tensor: it can be neither exported nor compared
+        inputs["use_cache"] = False
+    return inputs
+
+
+def _own_dummies(model: nn.Module) -> dict[str, Any] | None:
+    """`dummy_inputs`, but only where the model's class wrote its own: the base class gives every model token ids."""
+    owner = next(c for c in type(model).__mro__ if "dummy_inputs" in vars(c) or c is object)
+    if owner is object or owner.__name__ == "PreTrainedModel":
+        return None
+    found = model.dummy_inputs
+    return dict(found) if isinstance(found, Mapping) else None
+
+
+def _positions(config: Any) -> int:
+    longest = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    if not isinstance(longest, int):
+        return 1 << 30  # relative positions: any length
+    return max(1, longest - 2)  # position tables of the RoBERTa family are two longer than the texts that they hold
+
+
+def _pixels(config: Any) -> tuple[int, int, int] | None:
+    vision = config if hasattr(config, "image_size") else getattr(config, "vision_config", None)
+    side = getattr(vision, "image_size", None)
+    if side is None:
+        return None
+    height, width = (side, side) if isinstance(side, int) else (int(side[0]), int(side[1]))
+    return int(getattr(vision, "num_channels", 3)), height, width
+
+
+def _decodes(config: Any) -> bool:
+    return bool(getattr(config, "is_encoder_decoder", False) or getattr(config, "is_decoder", True))

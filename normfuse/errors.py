@@ -1,0 +1,42 @@
+"""Everything normfuse raises on purpose.
+
+    NormfuseError
+    ├─ UsageError       an argument is wrong: unknown pass, misspelt name, existing target
+    │  └─ MissingExtra  an optional library is not installed; the message holds the pip line
+    ├─ CaptureError     the model could not be turned into a graph
+    ├─ RewriteError     a rewrite broke an invariant of the graph (a bug in a pass)
+    ├─ ExportError      a runtime or a file format could not take the graph
+    └─ CheckFailed      a check that the user asked for did not hold (exit code 1, not 2)
+
+A *refusal* is not an error: a rule that may not rewrite a site says so in the report.
+"""
+
+__all__ = ["CaptureError", "CheckFailed", "ExportError", "MissingExtra", "NormfuseError", "RewriteError", "UsageError"]
+
+
+class NormfuseError(Exception):
+    """Base of all errors that normfuse raises on purpose; the message is meant for the user."""
+
+
+class UsageError(NormfuseError):
+    """An argument is wrong; the message says which, what was expected and what to do."""
+
+
+class MissingExtra(UsageError):
+    """An optional library is not installed; the message holds the pip line that installs it."""
+
+
+class CaptureError(NormfuseError):
+    """The model could not be turned into a graph."""
+
+
+class RewriteError(NormfuseError):
+    """A rewrite broke an invariant of the graph: a bug in a pass, never a mistake of the user."""
+
+
+class ExportError(NormfuseError):
+    """A runtime or a file format could not take the graph."""
+
+
+class CheckFailed(NormfuseError):
+    """A check that the user asked for did not hold."""

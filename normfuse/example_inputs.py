@@ -1,0 +1,206 @@
+"""What a model is called with on the command line: `--shape`, `--input`, what it declares, and which sizes may vary."""
+
+import inspect
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from normfuse.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+    from normfuse.sources import Options
+
+__all__ = ["dynamic_shapes", "inputs_for", "parse_shape", "read_inputs"]
+
+Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+_SHAPE = re.compile(r"(?:(?P<name>[A-Za-z_]\w*)=)?(?P<dims>\d+(?:x\d+)*)(?::(?P<dtype>\w+))?")
+_DTYPES = ("float32", "float16", "bfloat16", "float64", "int64", "int32", "bool")
+_AXES = ("batch", "seq", "height", "width")
+
+
+def inputs_for(model: Any, options: "Options", own: Any = None) -> Inputs | None:
+    """Example inputs of `model`: what the user states, else what the source brings, else what the model declares.
+
+    Args:
+        model: a module or an `ExportedProgram`.
+        options: what the user states.
+        own: inputs that the source brings, e.g. what a factory returned beside its model.
+    """
+    import torch
+
+    from normfuse.declared_inputs import declared_inputs
+
+    batch = 1 if options.batch is None else options.batch
+    if batch < 1 or (options.tokens is not None and options.tokens < 1):
+        raise UsageError("--batch and --seq must be at least 1")
+    if options.input is not None:
+        return _named(model, read_inputs(options.input))
+    if options.shapes:
+        return _named(model, _drawn(model, options))
+    if isinstance(model, torch.export.ExportedProgram):
+        found = model.example_inputs
+        return None if found is None else (tuple(found[0]), dict(found[1]))
+    if own is not None:
+        return _named(model, own)
+    return declared_inputs(model, batch=batch, tokens=options.tokens)
+
+
+def parse_shape(text: str) -> tuple[str | None, tuple[int, ...], str | None]:
+    """`[NAME=]DIMxDIM...[:DTYPE]` as (name, sizes, dtype), e.g. `input_ids=1x128:int64`."""
+    found = _SHAPE.fullmatch(text.strip())
+    if found is None:
+        raise UsageError(f"--shape {text!r}: expected [NAME=]SIZES[:DTYPE], e.g. 1x3x224x224 or input_ids=1x128:int64")
+    dtype = found["dtype"]
+    if dtype is not None and dtype not in _DTYPES:
+        raise UsageError(f"--shape {text!r}: unknown dtype {dtype!r}; known: {', '.join(_DTYPES)}")
+    return found["name"], tuple(int(n) for n in found["dims"].split("x")), dtype
+
+
+def _drawn(model: Any, options: "Options") -> tuple[Any, ...] | dict[str, Any]:
+    import torch
+
+    generator = torch.Generator().manual_seed(options.seed)
+    native = _native_dtype(model)
+    drawn: list[tuple[str | None, Any]] = []
+    for text in options.shapes:
+        name, sizes, dtype_name = parse_shape(text)
+        dtype = getattr(torch, dtype_name) if dtype_name else torch.int64 if name and name.endswith("_ids") else native
+        if dtype.is_floating_point:
+            value = torch.randn(sizes, generator=generator).to(dtype)
+        elif name is not None and "mask" in name:
+            value = torch.ones(sizes, dtype=dtype)
+        else:
+            value = torch.randint(0, _vocabulary(model), sizes, generator=generator).to(dtype)
+        drawn.append((name, value))
+    names = [name for name, _ in drawn]
+    if all(n is None for n in names):
+        return tuple(value for _, value in drawn)
+    if any(n is None for n in names) or len(set(names)) < len(names):
+        raise UsageError("--shape: name all inputs, each once, or none of them")
+    return {str(name): value for name, value in drawn}
+
+
+def _native_dtype(model: Any) -> "torch.dtype":
+    import torch
+
+    parameters = model.parameters() if hasattr(model, "parameters") and callable(model.parameters) else ()
+    return next((p.dtype for p in parameters if p.is_floating_point()), torch.float32)
+
+
+def _vocabulary(model: Any) -> int:
+    """Ids below this are safe to look up; without any table, two values."""
+    import torch
+
+    if isinstance(size := getattr(getattr(model, "config", None), "vocab_size", None), int):
+        return size
+    if not isinstance(model, torch.nn.Module):
+        return 2
+    tables = [m.num_embeddings for m in model.modules() if isinstance(m, torch.nn.Embedding)]
+    return max(2, tables[0]) if tables else 2
+
+
+def read_inputs(path: Path) -> tuple[Any, ...] | dict[str, Any]:
+    """Inputs in a file: `.npz` and `.safetensors` by name (`arr_0`, `arr_1`, ... by position), `.npy`, `.pt`.
+
+    Raises:
+        UsageError: the file is missing, of another kind, damaged, or holds anything but tensors.
+    """
+    import torch
+
+    if not path.is_file():
+        raise UsageError(f"--input {path} does not exist")
+    arrays: Any
+    try:
+        if path.suffix in (".npz", ".npy"):
+            import numpy as np
+
+            loaded = np.load(path, allow_pickle=False)
+            arrays = {k: torch.from_numpy(loaded[k]) for k in loaded} if path.suffix == ".npz" else torch.from_numpy(loaded)
+        elif path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            arrays = load_file(path)
+        elif path.suffix in (".pt", ".pth"):
+            arrays = torch.load(path, map_location="cpu", weights_only=True)
+        else:
+            raise UsageError(f"--input {path}: expected .npz, .npy, .pt or .safetensors")
+    except UsageError:
+        raise
+    except Exception as e:
+        raise UsageError(f"--input {path} cannot be read as tensors: {type(e).__name__}: {str(e).splitlines()[0]}") from e
+    if isinstance(arrays, torch.Tensor):
+        return (arrays,)
+    if isinstance(arrays, Mapping):
+        positional = [f"arr_{i}" for i in range(len(arrays))]
+        return tuple(arrays[k] for k in positional) if set(positional) == set(arrays) else dict(arrays)
+    if isinstance(arrays, (tuple, list)):
+        return tuple(arrays)
+    raise UsageError(f"--input {path} holds a {type(arrays).__name__}: expected a tensor, a tuple of tensors or a dict of tensors")
+
+
+def _named(model: Any, inputs: Any) -> Inputs:
+    """Positional and keyword inputs; names that the model does not take are an error."""
+    import torch
+
+    if isinstance(inputs, torch.Tensor):
+        return (inputs,), {}
+    if not isinstance(inputs, Mapping):
+        return tuple(inputs), {}
+    if isinstance(model, torch.nn.Module) and not isinstance(model, torch.fx.GraphModule):
+        parameters = inspect.signature(model.forward).parameters
+        open_ended = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+        unknown = [k for k in inputs if k not in parameters]
+        if unknown and not open_ended:
+            raise UsageError(f"{type(model).__name__}.forward takes no {', '.join(unknown)}; it takes {', '.join(parameters)}")
+    return (), dict(inputs)
+
+
+def dynamic_shapes(names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any], parameters: Sequence[str]) -> Any:
+    """`dynamic_shapes` of `torch.export` for the axes called `names`.
+
+    `batch` is the first axis of every input, `seq` the second of integer inputs (B, T) and of features (B, T, C),
+    `height` and `width` the last two of images (B, C, H, W).
+
+    Args:
+        names: axes that may vary.
+        args, kwargs: example inputs.
+        parameters: names of the model's positional parameters, in order.
+
+    Raises:
+        UsageError: an axis that is not known, that no input has, or whose example size is 1.
+    """
+    import torch
+
+    unknown = [n for n in names if n not in _AXES]
+    if unknown:
+        raise UsageError(f"--dynamic {unknown[0]} is not known; known: {', '.join(_AXES)}")
+    dims = {n: torch.export.Dim(n) for n in names}
+    used: set[str] = set()
+
+    def of(x: Any) -> dict[int, Any] | None:
+        if not isinstance(x, torch.Tensor):
+            return None
+        here = {axis: dims[n] for axis, n in _axes(x).items() if n in dims}
+        used.update(_axes(x)[axis] for axis in here)
+        ones = [dims[n].__name__ for axis, n in _axes(x).items() if n in dims and x.shape[axis] == 1]
+        if ones:
+            raise UsageError(f"--dynamic {ones[0]}: the example input has size 1 there; pass --{ones[0]} 2 or larger inputs")
+        return here or None
+
+    shapes = {name: of(x) for name, x in (*zip(parameters, args, strict=False), *kwargs.items())}
+    idle = [n for n in names if n not in used]
+    if idle:
+        raise UsageError(f"--dynamic {idle[0]}: no input has such an axis")
+    return shapes
+
+
+def _axes(x: "torch.Tensor") -> dict[int, str]:
+    axes = {0: "batch"} if x.ndim else {}
+    if x.ndim == 3 or (x.ndim == 2 and not x.is_floating_point()):
+        axes[1] = "seq"
+    if x.ndim == 4:
+        axes |= {2: "height", 3: "width"}
+    return axes

@@ -1,0 +1,175 @@
+"""Run a pipeline and keep only what is proven: a rewrite that is not an identity is found, taken back and named."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from normfuse.errors import NormfuseError, RewriteError
+from normfuse.graph import Graph
+from normfuse.report import Error, PassReport, Site
+from normfuse.verify import EXACT_BOUND, evaluate, like, measure, shorten
+
+__all__ = ["Proof", "run"]
+
+log = logging.getLogger(__name__)
+
+Apply = Callable[[Any, Graph], PassReport]
+
+_ATTEMPTS = 16  # rewrites taken back one by one before a pass is given up as a whole
+_BROKEN = Error(float("inf"), float("inf"), "float64")
+
+
+class Proof:
+    """The original's outputs on the example inputs and on random ones, to compare rewritten graphs with.
+
+    Args:
+        original: the graph as captured.
+        inputs: one example value for each placeholder.
+    """
+
+    def __init__(self, original: Graph, inputs: Sequence[Any]) -> None:
+        few = shorten(lambda values: evaluate(original, values, exact=False), inputs)
+        self._samples = [few, like(few, seed=0)]
+        self._original = original
+        self._expected: dict[bool, list[list[torch.Tensor]]] = {}
+
+    def exact(self, graph: Graph) -> Error:
+        """The error in float64: rounding only, if the graph is an identity of the original."""
+        return self._error(graph, exact=True)
+
+    def drift(self, graph: Graph) -> Error:
+        """The error in the model's own dtype."""
+        return self._error(graph, exact=False)
+
+    def holds(self, graph: Graph) -> bool:
+        """Is the graph the same function, up to rounding in float64?"""
+        try:
+            return self.exact(graph).max_rel <= EXACT_BOUND
+        except Exception as e:  # a wrong rewrite may fail in any operator
+            log.debug("the rewritten graph does not run: %s", e)
+            return False
+
+    def _error(self, graph: Graph, *, exact: bool) -> Error:
+        expected = self._outputs(exact)
+        dtype = "float64" if exact else _native(expected[0])
+        worst = Error(0.0, 0.0, dtype)
+        for values, outputs in zip(self._samples, expected, strict=True):
+            worst = worst | measure(outputs, evaluate(graph, values, exact=exact), dtype)
+        return worst
+
+    def _outputs(self, exact: bool) -> list[list[torch.Tensor]]:
+        if exact not in self._expected:
+            first = evaluate(self._original, self._samples[0], exact=exact)
+            outputs = [first]
+            if len(self._samples) > 1:
+                try:
+                    outputs.append(evaluate(self._original, self._samples[1], exact=exact))
+                except Exception as e:  # the model may object to inputs that are not its own
+                    log.info("the original does not take random inputs (%s); verified on the example only", e)
+                    del self._samples[1:]
+            self._expected[exact] = outputs
+        return self._expected[exact][: len(self._samples)]
+
+
+def _native(outputs: Sequence[torch.Tensor]) -> str:
+    dtype = next((t.dtype for t in outputs if t.is_floating_point()), torch.get_default_dtype())
+    return str(dtype).removeprefix("torch.")
+
+
+def run(graph: Graph, pipeline: Sequence[Any], proof: Proof | None, *, each: bool = False) -> tuple[Graph, list[PassReport]]:
+    """Apply the passes in order; with a proof, take back every rewrite that breaks it and go on with the rest.
+
+    Args:
+        graph: where to start; it is not changed.
+        pipeline: passes.
+        proof: what the result is compared with; None compares nothing.
+        each: compare after every pass, and report its errors; else once at the end.
+    """
+    undone: dict[int, list[Site]] = {}
+    given_up: set[int] = set()
+    current = graph.copy()
+    for _ in range(_ATTEMPTS):
+        result, reports, before = _attempt(current, pipeline, given_up, proof if each else None)
+        if proof is None or proof.holds(result):
+            return result, [replace(r, undone=tuple(undone.get(i, ()))) if i in undone else r for i, r in enumerate(reports)]
+        i = _culprit(pipeline, [*before[1:], result], proof)
+        site = _guilty_site(pipeline[i], before[i], proof)
+        if site is None:
+            given_up.add(i)
+            site = Site(pipeline[i].name, "", "the pass as a whole was not an identity and was taken back")
+        else:
+            current.skip |= {(site.rule, site.path)}
+        log.warning("%s at %s is not an identity and was taken back", site.rule, site.path or "the whole model")
+        undone.setdefault(i, []).append(site)
+    names = ", ".join(sorted({s.rule for sites in undone.values() for s in sites}))
+    raise RewriteError(f"{_ATTEMPTS} rewrites in a row were not identities ({names}); leave these passes out with passes=[...]")
+
+
+def _attempt(
+    start: Graph, pipeline: Sequence[Any], given_up: set[int], proof: Proof | None
+) -> tuple[Graph, list[PassReport], list[Graph]]:
+    """One run from the start: the result, a report a pass, and the graph before each pass."""
+    graph = start.copy()
+    reports: list[PassReport] = []
+    before: list[Graph] = []
+    for i, p in enumerate(pipeline):
+        before.append(graph.copy())
+        if i in given_up:
+            reports.append(PassReport(p.name))
+            continue
+        begin = perf_counter()
+        try:
+            report = p(graph)
+        except NormfuseError:
+            raise
+        except Exception as e:  # a pass that fails leaves the model as it was; the others go on
+            log.exception("the pass %s failed and was left out", p.name)
+            graph = before[-1].copy()
+            site = Site(p.name, "", f"the pass failed and was left out: {type(e).__name__}: {e}")
+            report = PassReport(p.name, undone=(site,), seconds=perf_counter() - begin)
+        if proof is not None:
+            report = _with_errors(report, graph, proof)
+        log.info("%s: %d applied, %d refused", p.name, len(report.applied), len(report.refused))
+        reports.append(report)
+    return graph, reports, before
+
+
+def _with_errors(report: PassReport, graph: Graph, proof: Proof) -> PassReport:
+    try:
+        return replace(report, exact=proof.exact(graph), drift=proof.drift(graph))
+    except Exception:  # the graph does not even run: what `run` finds out right after
+        return replace(report, exact=_BROKEN, drift=_BROKEN)
+
+
+def _culprit(pipeline: Sequence[Any], after: Sequence[Graph], proof: Proof) -> int:
+    """The first pass after which the graph is another function (bisection: later passes do not repair it)."""
+    low, high = 0, len(pipeline) - 1
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (middle + 1, high) if proof.holds(after[middle]) else (low, middle)
+    return low
+
+
+def _guilty_site(p: Any, before: Graph, proof: Proof) -> Site | None:
+    """The first rewrite of the pass after which the graph is another function; None if no single rewrite is."""
+
+    def ran(fuel: int | None) -> Graph:
+        graph = before.copy()
+        graph.fuel = fuel
+        p(graph)
+        return graph
+
+    low, high = 0, len(ran(None).permitted)
+    if high == 0 or not proof.holds(ran(0)):
+        return None
+    while low + 1 < high:
+        middle = (low + high) // 2
+        low, high = (middle, high) if proof.holds(ran(middle)) else (low, middle)
+    rule, path = ran(high).permitted[high - 1]
+    return Site(rule, path, "not an identity in float64; taken back")

@@ -1,0 +1,155 @@
+"""The number of dimensions of values, as far as a graph without shapes guarantees it: `node.meta["rank"]`.
+
+Seeds are what the model demands (`nn.BatchNorm2d` takes 4-d inputs only, a permutation names every dimension) and the shapes of
+constants; ops that keep the rank carry it forward and backward.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+__all__ = ["propagate_ranks"]
+
+# result and first argument have as many dimensions as each other
+_SAME = {
+    *("relu", "relu6", "hardtanh", "gelu", "silu", "hardswish", "hardsigmoid", "leaky_relu", "prelu", "elu", "selu", "celu", "sigmoid"),
+    *("tanh", "mish", "softplus", "softmax", "log_softmax", "dropout", "feature_dropout", "alpha_dropout", "neg", "abs", "exp", "log"),
+    *("sqrt", "rsqrt", "reciprocal", "square", "clamp", "clamp_min", "clamp_max", "clone", "contiguous", "alias", "detach", "to"),
+    *("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "linear", "batch_norm", "layer_norm"),
+    *("group_norm", "instance_norm", "rms_norm", "max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d"),
+    *("adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "pad", "transpose", "slice", "roll", "flip", "cumsum"),
+    *("adaptive_max_pool2d", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "bitwise_not", "zeros_like", "ones_like", "narrow"),
+    *("glu", "threshold", "hardshrink", "log_sigmoid", "reflection_pad2d", "masked_fill", "rsub", "scaled_dot_product_attention", "erf"),
+    *("upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "upsample_bilinear2d", "upsample_bicubic2d"),
+}
+_BROADCAST = {"add", "sub", "mul", "div", "pow", "eq", "ne", "lt", "le", "gt", "ge", "maximum", "minimum", "where", "__and__", "__or__"}
+_REDUCTIONS = {"mean", "sum", "amax", "amin", "var", "std", "linalg_vector_norm"}
+_GROWING = {"unsqueeze": 1, "stack": 1, "select": -1, "unflatten": None}
+_LISTED = {"view": 1, "reshape": 1, "permute": 1}
+
+
+def propagate_ranks(graph: fx.Graph, root: nn.Module) -> fx.Graph:
+    """Fill in `meta["rank"]` wherever it follows; a value whose rank is open has none."""
+    for node in graph.nodes:
+        if node.op == "get_attr":
+            value = _attribute(root, str(node.target))
+            if isinstance(value, torch.Tensor):
+                node.meta["rank"] = value.ndim
+    changed = True
+    while changed:
+        forward = [_set(node, _forward(node)) for node in graph.nodes]
+        backward = [_set(x, rank) for node in reversed(graph.nodes) for x, rank in _backward(node)]
+        changed = any(forward) or any(backward)
+    return graph
+
+
+def _attribute(root: nn.Module, path: str) -> Any:
+    value: Any = root
+    for name in path.split("."):
+        value = getattr(value, name, None)
+    return value
+
+
+def _set(node: fx.Node, rank: int | None) -> bool:
+    if rank is None or "rank" in node.meta:
+        return False
+    node.meta["rank"] = rank
+    return True
+
+
+def _rank(value: Any) -> int | None:
+    """0 for a number; None for a node whose rank is open."""
+    return value.meta.get("rank") if isinstance(value, fx.Node) else 0
+
+
+def _name(node: fx.Node) -> str:
+    is_aten = node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload)
+    return str(node.target._schema.name).removeprefix("aten::").removesuffix("_") if is_aten else ""  # type: ignore[union-attr]
+
+
+def _argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
+    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
+
+
+def _forward(node: fx.Node) -> int | None:
+    name = _name(node)
+    if node.target is operator.getitem and isinstance(node.args[0], fx.Node):
+        return _part(node.args[0])
+    if not name or not node.args:
+        return None
+    first = node.args[0]
+    x = _rank(first[0] if isinstance(first, list | tuple) and first else first)
+    if name in _LISTED and isinstance(node.args[1], list | tuple):
+        return len(node.args[1])
+    if name in _BROADCAST:
+        ranks = [_rank(a) for a in node.args if isinstance(a, fx.Node)]
+        return None if None in ranks else max(r for r in ranks if r is not None)
+    if name == "expand" and isinstance(node.args[1], list | tuple):
+        return len(node.args[1])
+    if name == "embedding":
+        indices = _rank(node.args[1])
+        return None if indices is None else indices + 1
+    if name == "flatten":
+        return _flattened(x, _argument(node, 1, "start_dim", 0), _argument(node, 2, "end_dim", -1))
+    if x is None:
+        return None
+    if name in _SAME or name == "cat":
+        return x
+    if name in _REDUCTIONS and isinstance(dims := _argument(node, 2 if name == "linalg_vector_norm" else 1, "dim"), list | tuple):
+        return x if _keeps_dims(node, name) else x - len(dims)
+    if name in ("unsqueeze", "stack"):
+        return x + 1
+    if name == "select":
+        return x - 1
+    return x + len(node.args[2]) - 1 if name == "unflatten" and isinstance(node.args[2], list | tuple) else None
+
+
+def _keeps_dims(node: fx.Node, name: str) -> bool:
+    position = {"var": 3, "std": 3, "linalg_vector_norm": 3}.get(name, 2)
+    return bool(_argument(node, position, "keepdim", False))
+
+
+def _flattened(x: int | None, start: int, end: int) -> int | None:
+    if end == -1 and start >= 0:
+        # a 0-d tensor becomes 1-d as well
+        return start + 1
+    return None if x is None else x - ((end % x) - (start % x)) if x else 1
+
+
+def _part(source: fx.Node) -> int | None:
+    """Rank of one of several results."""
+    x = _rank(source.args[0]) if source.args else None
+    if x is None:
+        return None
+    name = _name(source)
+    if name in ("chunk", "split", "split_with_sizes", "tensor_split", "max_pool2d_with_indices", "topk"):
+        return x
+    return x - 1 if name == "unbind" else None
+
+
+def _backward(node: fx.Node) -> list[tuple[fx.Node, int]]:
+    """Ranks of arguments that follow from the rank of the result."""
+    name, out = _name(node), node.meta.get("rank")
+    if not name or not node.args:
+        return []
+    first = node.args[0]
+    if name == "permute" and isinstance(node.args[1], list | tuple):
+        out, name = len(node.args[1]), "contiguous"
+    if out is None:
+        return []
+    if name == "cat" and isinstance(first, list | tuple):
+        return [(x, out) for x in first if isinstance(x, fx.Node)]
+    if name in _BROADCAST:
+        operands = [a for a in node.args if isinstance(a, fx.Node)]
+        lower = [a for a in operands if (r := _rank(a)) is not None and r < out]
+        # all but one operand are smaller than the result: the last one makes its rank
+        return [(a, out) for a in operands if a not in lower] if len(lower) == len(operands) - 1 else []
+    if not isinstance(first, fx.Node):
+        return []
+    shift: Callable[[int], int] | None = {"unsqueeze": -1, "select": 1}.get(name) if name not in _SAME else 0  # type: ignore[assignment]
+    return [] if shift is None else [(first, out + shift)]  # type: ignore[operator]

@@ -1,0 +1,167 @@
+"""What was done to a model, what was refused and why, and how exact the result is."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from normfuse.errors import UsageError
+
+__all__ = ["Error", "PassReport", "Report", "Site"]
+
+_WIDTH = 80
+
+
+@dataclass(frozen=True)
+class Site:
+    """One place in the model where a rule was applied or refused.
+
+    Attributes:
+        rule: name of the rule, e.g. `affine_into_producer`.
+        path: module path of the place, e.g. `layer3.0.bn2`.
+        note: for a refusal, the reason; for a rewrite, where it went.
+        blocker: module path of the node that blocks a refused rewrite; empty when there is none.
+        remedy: the cheapest change that would unblock a refused rewrite; empty when none is known.
+    """
+
+    rule: str
+    path: str
+    note: str = ""
+    blocker: str = ""
+    remedy: str = ""
+
+
+@dataclass(frozen=True)
+class Error:
+    """Largest deviation from the original model.
+
+    Attributes:
+        max_abs: largest absolute difference over all outputs.
+        max_rel: largest over the outputs of (max |difference| / max |original|).
+        dtype: dtype both models ran in, e.g. `float64`.
+    """
+
+    max_abs: float
+    max_rel: float
+    dtype: str
+
+    def __or__(self, other: Error | None) -> Error:
+        """The worse of both."""
+        if other is None:
+            return self
+        return Error(max(self.max_abs, other.max_abs), max(self.max_rel, other.max_rel), self.dtype)
+
+
+@dataclass(frozen=True)
+class PassReport:
+    """What one pass did.
+
+    Attributes:
+        name: name of the pass.
+        applied: rewrites that stand.
+        refused: rewrites that were recognised and not allowed.
+        undone: rewrites that were applied, failed verification and were taken back.
+        exact: error of the graph after this pass in float64 (only with `verify="each"`).
+        drift: error in the model's own dtype (only with `verify="each"`).
+        seconds: wall time of the pass without verification.
+    """
+
+    name: str
+    applied: tuple[Site, ...] = ()
+    refused: tuple[Site, ...] = ()
+    undone: tuple[Site, ...] = ()
+    exact: Error | None = None
+    drift: Error | None = None
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `optimize` did; `str(report)` is a table of at most 80 columns.
+
+    Attributes:
+        passes: one entry a pass, in order.
+        exact: error of the final graph in float64: is it an identity? None when it was not verified.
+        drift: error of the final graph in the model's own dtype. None when it was not verified.
+        norms_before, norms_after: number of normalizations by kind, e.g. `{"batch_norm": 49}`.
+        parameters_before, parameters_after: number of values in parameters and buffers that the graph reads.
+        bytes_before, bytes_after: their size.
+        notes: what else the user should know (training mode, dropped outputs, not verified and why).
+        seconds: wall time of `optimize`, verification included.
+    """
+
+    passes: tuple[PassReport, ...] = ()
+    exact: Error | None = None
+    drift: Error | None = None
+    norms_before: dict[str, int] = field(default_factory=dict)
+    norms_after: dict[str, int] = field(default_factory=dict)
+    parameters_before: int = 0
+    parameters_after: int = 0
+    bytes_before: int = 0
+    bytes_after: int = 0
+    notes: tuple[str, ...] = ()
+    seconds: float = 0.0
+
+    @property
+    def applied(self) -> tuple[Site, ...]:
+        return tuple(site for p in self.passes for site in p.applied)
+
+    @property
+    def refused(self) -> tuple[Site, ...]:
+        return tuple(site for p in self.passes for site in p.refused)
+
+    @property
+    def undone(self) -> tuple[Site, ...]:
+        return tuple(site for p in self.passes for site in p.undone)
+
+    def __bool__(self) -> bool:
+        """Did anything change?"""
+        return bool(self.applied)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data: numbers, strings, lists and dictionaries."""
+        return {"schema": 1, **dataclasses.asdict(self)}
+
+    def to_json(self, path: str | Path | None = None, *, indent: int = 2) -> str:
+        """The report as JSON text; written to `path` as well when one is given."""
+        text = json.dumps(self.to_dict(), indent=indent)
+        if path is not None:
+            Path(path).write_text(text + "\n", encoding="utf-8")
+        return text
+
+    @classmethod
+    def from_json(cls, text: str) -> Report:
+        """The report that `to_json` wrote: `Report.from_json(report.to_json()) == report`."""
+        try:
+            data = json.loads(text)
+            if data.pop("schema") != 1:
+                raise ValueError("unknown schema")
+            passes = tuple(_pass_report(p) for p in data.pop("passes"))
+            errors = {k: _error(data.pop(k)) for k in ("exact", "drift")}
+            return cls(passes=passes, notes=tuple(data.pop("notes")), **errors, **data)
+        except (AttributeError, KeyError, TypeError, ValueError) as e:
+            raise UsageError(f"this is not the JSON of a normfuse report: {e}") from e
+
+    def to_html(self, path: str | Path) -> None:
+        """Write the report as one HTML page that needs no network."""
+        from normfuse.report_html import page
+
+        Path(path).write_text(page(self), encoding="utf-8")
+
+    def __str__(self) -> str:
+        from normfuse.report_text import table
+
+        return table(self, width=_WIDTH)
+
+
+def _error(data: dict[str, Any] | None) -> Error | None:
+    return None if data is None else Error(**data)
+
+
+def _pass_report(data: dict[str, Any]) -> PassReport:
+    sites = {k: tuple(Site(**s) for s in data.pop(k)) for k in ("applied", "refused", "undone")}
+    errors = {k: _error(data.pop(k)) for k in ("exact", "drift")}
+    return PassReport(**sites, **errors, **data)

@@ -1,0 +1,221 @@
+"""A report as plain text of a given width."""
+
+import math
+import re
+import textwrap
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+from normfuse.errors import UsageError
+from normfuse.report import Error, PassReport, Report, Site
+
+__all__ = ["Reason", "change", "compact", "duration", "magnitude", "reasons", "size", "table"]
+
+_NARROWEST = 20
+_NUMBER = re.compile(r"(?<!\d)(?:0|[1-9]\d*)(?!\d)")  # no leading zero: it would not come back as it was written
+_COLUMNS = 53  # everything right of the pass name: 2 x 9 for the counts, 2 x 11 for the errors, 13 for the time
+
+
+@dataclass(frozen=True)
+class Reason:
+    """Sites that one rule treated alike, for one reason.
+
+    Attributes:
+        rule, note, remedy: as in `Site`, the same for all of them.
+        paths: module paths, in the order of the report, each once.
+        blockers: module paths of what blocks them, each once.
+        count: number of sites; a path may hold several.
+    """
+
+    rule: str
+    note: str
+    remedy: str
+    paths: tuple[str, ...]
+    blockers: tuple[str, ...]
+    count: int
+
+
+def reasons(sites: Iterable[Site]) -> tuple[Reason, ...]:
+    """Sites of the same rule, reason and remedy together, largest group first."""
+    groups: dict[tuple[str, str, str], list[Site]] = {}
+    for site in sites:
+        groups.setdefault((site.rule, site.note, site.remedy), []).append(site)
+    found = [
+        Reason(
+            *key,
+            paths=tuple(dict.fromkeys(s.path for s in group)),
+            blockers=tuple(dict.fromkeys(s.blocker for s in group if s.blocker)),
+            count=len(group),
+        )
+        for key, group in groups.items()
+    ]
+    return tuple(sorted(found, key=lambda r: -r.count))
+
+
+def compact(paths: Iterable[str]) -> tuple[str, ...]:
+    """Three or more paths that differ in one number, written as one: `blocks.{0-11}.norm1`."""
+    paths = tuple(dict.fromkeys(paths))
+    templates: dict[str, dict[str, int]] = {}
+    for path in paths:
+        for number in _NUMBER.finditer(path):
+            template = f"{path[: number.start()]}\0{path[number.end() :]}"
+            templates.setdefault(template, {})[path] = int(number[0])
+    home: dict[str, str] = {}  # path -> the template that it is written in
+    for template, members in sorted(templates.items(), key=lambda item: -len(item[1])):
+        free = [path for path in members if path not in home]
+        if len(free) >= 3:
+            home |= dict.fromkeys(free, template)
+    numbers: dict[str, list[int]] = {}
+    for path, template in home.items():
+        numbers.setdefault(template, []).append(templates[template][path])
+    together = {t: t.replace("\0", "{" + ",".join(_ranges(sorted(ns))) + "}") for t, ns in numbers.items()}
+    return tuple(dict.fromkeys(together[home[path]] if path in home else path for path in paths))
+
+
+def _ranges(numbers: list[int]) -> Iterator[str]:
+    first = last = numbers[0]
+    for n in [*numbers[1:], None]:
+        if n is not None and n == last + 1:
+            last = n
+            continue
+        yield f"{first}" if first == last else f"{first}-{last}"
+        if n is not None:
+            first = last = n
+
+
+def magnitude(error: Error | None) -> str:
+    """The relative error in two digits; a dash where nothing was measured."""
+    return "-" if error is None else _scientific(error.max_rel)
+
+
+def _scientific(value: float) -> str:
+    return "0" if value == 0 else f"{value:.1e}" if math.isfinite(value) else f"{value}"
+
+
+def duration(seconds: float) -> str:
+    """Three digits and a unit: `9 ms`, `1.25 s`, `3 min 12 s`."""
+    if seconds < 0.9995:
+        return f"{seconds * 1e3:.0f} ms"
+    if seconds < 99.5:
+        return f"{seconds:.3g} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s"
+
+
+def size(count: int) -> str:
+    """Bytes in decimal units: `18.6 MB`."""
+    value = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 999.5:
+            return f"{value:.3g} {unit}"
+        value /= 1000
+    return f"{value:.3g} TB"
+
+
+def change(before: int, after: int, show: Callable[[int], str] = "{:,}".format) -> str:
+    """`200 -> 150 (-25.0 %)`"""
+    if before == after:
+        return f"{show(before)}, unchanged"
+    percent = f" ({(after - before) / before:+.1%})".replace("%", " %") if before else ""
+    return f"{show(before)} -> {show(after)}{percent}"
+
+
+def table(report: Report, width: int = 80) -> str:
+    """The report as text; no line is longer than `width`, whatever the module paths are.
+
+    Args:
+        report: what `normfuse.report` returns.
+        width: columns; 20 or more.
+    """
+    if width < _NARROWEST:
+        raise UsageError(f"a report needs at least {_NARROWEST} columns, not {width}")
+    lines = [*_passes(report, width), "", *_facts(report, width)]
+    for title, sites in (("undone: failed verification, taken back", report.undone), ("refused", report.refused)):
+        if sites:
+            lines += ["", *_wrap(title, width, 0), *_reasons(sites, width)]
+    if report.notes:
+        lines += ["", "notes"]
+        for note in report.notes:
+            lines += _wrap(f"- {note}", width, 2, hang=2)
+    return "\n".join(lines)
+
+
+def _passes(report: Report, width: int) -> Iterator[str]:
+    if not report.passes:
+        yield "no pass ran"
+        return
+    undone = sum(len(p.undone) for p in report.passes)
+    rows = [(p.name, p) for p in report.passes]
+    rows.append(("whole", _whole(report)))
+    room = width - _COLUMNS - (9 if undone else 0)
+    if room < 5:
+        for name, p in rows:
+            counts = f"{len(p.applied)} applied, {len(p.refused)} refused" + (f", {len(p.undone)} undone" if p.undone else "")
+            errors = f"exact {magnitude(p.exact)}, drift {magnitude(p.drift)}, {duration(p.seconds)}"
+            yield from _wrap(f"{name}: {counts}, {errors}", width, 0, hang=2)
+        return
+    names = [_shorten(_clean(name), room) for name, _ in rows]
+    column = max(4, *map(len, names))
+    head = ("applied", "refused", *(["undone"] if undone else []))
+    yield f"{'pass':<{column}}" + "".join(f"{h:>9}" for h in head) + f"{'exact':>11}{'drift':>11}{'time':>13}"
+    for name, (_, p) in zip(names, rows, strict=True):
+        counts = "".join(f"{len(sites):>9}" for sites in (p.applied, p.refused, *([p.undone] if undone else [])))
+        yield f"{name:<{column}}{counts}{magnitude(p.exact):>11}{magnitude(p.drift):>11}{duration(p.seconds):>13}"
+
+
+def _whole(report: Report) -> PassReport:
+    return PassReport("whole", report.applied, report.refused, report.undone, report.exact, report.drift, report.seconds)
+
+
+def _facts(report: Report, width: int) -> Iterator[str]:
+    kinds = sorted({*report.norms_before, *report.norms_after})
+    norms = [f"{k} {report.norms_before.get(k, 0)} -> {report.norms_after.get(k, 0)}" for k in kinds]
+    rules = Counter(site.rule for site in report.applied).most_common()
+    facts = {
+        "norms": ", ".join(norms) or "none",
+        "applied": ", ".join(f"{rule} {count}" for rule, count in rules) or "nothing",
+        "parameters": change(report.parameters_before, report.parameters_after),
+        "bytes": change(report.bytes_before, report.bytes_after, size),
+        "exact": _sentence(report.exact),
+        "drift": _sentence(report.drift),
+    }
+    for name, text in facts.items():
+        yield from _wrap(f"{name:<12}{text}", width, 0, hang=12 if width >= 40 else 2)
+
+
+def _sentence(error: Error | None) -> str:
+    if error is None:
+        return "not measured"
+    return f"{_scientific(error.max_rel)} relative, {_scientific(error.max_abs)} absolute ({error.dtype})"
+
+
+def _reasons(sites: Iterable[Site], width: int) -> Iterator[str]:
+    for r in reasons(sites):
+        times = f" ({r.count} times)" if r.count > 1 else ""
+        yield from _wrap(f"{r.rule}: {r.note or 'no reason given'}{times}", width, 2, hang=2)
+        yield from _wrap("at " + ", ".join(compact(r.paths)), width, 6, hang=3)
+        if r.blockers:
+            yield from _wrap("blocked by " + ", ".join(compact(r.blockers)), width, 6, hang=3)
+        if r.remedy:
+            yield from _wrap(f"to unblock: {r.remedy}", width, 6, hang=3)
+
+
+def _wrap(text: str, width: int, indent: int, hang: int = 0) -> list[str]:
+    return textwrap.wrap(
+        _clean(text, keep_runs=True),
+        width,
+        initial_indent=" " * indent,
+        subsequent_indent=" " * (indent + hang),
+        break_on_hyphens=False,
+    )
+
+
+def _clean(text: str, *, keep_runs: bool = False) -> str:
+    """One line of printable characters: a reason may quote anything."""
+    joined = re.sub(r"\s*[\r\n\t\v\f]+\s*", " ", text) if keep_runs else " ".join(text.split())
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in joined)
+
+
+def _shorten(text: str, room: int) -> str:
+    return text if len(text) <= room else text[: room - 1] + "…"

@@ -1,0 +1,314 @@
+"""From the name of a model to a model: `timm:NAME`, `torchvision:NAME`, `hf:DIR`, `FILE.pt2`, `package.module:factory`.
+
+A file never runs code unless `trust` is given. A factory is the user's own code: importing it is the point.
+"""
+
+import difflib
+import importlib
+import inspect
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from normfuse.errors import CaptureError, NormfuseError, UsageError
+from normfuse.extras import need
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+__all__ = ["Options", "Source", "load_source"]
+
+_log = logging.getLogger(__name__)
+_KINDS = "timm:NAME, torchvision:NAME, hf:DIR, FILE.pt2 or package.module:factory"
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a source is loaded and what it is called with.
+
+    Attributes:
+        pretrained: fetch the published weights; otherwise weights are random, with random norm statistics.
+        trust: files may run code (pickles, custom code of Hugging Face folders).
+        shapes: shapes of the inputs as text, see `normfuse.example_inputs.parse_shape`; instead of declared inputs.
+        input: a file that holds the inputs, instead of declared ones.
+        batch: leading size of declared inputs.
+        tokens: sequence length of declared inputs.
+        seed: of random weights and random inputs.
+    """
+
+    pretrained: bool = False
+    trust: bool = False
+    shapes: tuple[str, ...] = ()
+    input: Path | None = None
+    batch: int | None = None
+    tokens: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        given = [n for n, v in (("--shape", self.shapes), ("--input", self.input)) if v]
+        if len(given) > 1:
+            raise UsageError("--shape and --input both say what the model is called with: pass one of them")
+        sized = [n for n, v in (("--batch", self.batch), ("--seq", self.tokens)) if v is not None]
+        if given and sized:
+            raise UsageError(f"{sized[0]} sizes the inputs that a model declares itself; {given[0]} states them: pass one of them")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model and what it is called with.
+
+    Attributes:
+        name: as the user wrote it.
+        model: in eval mode, or a loaded `ExportedProgram`.
+        args, kwargs: example inputs; both empty when `has_inputs` is False.
+        has_inputs: example inputs are known.
+    """
+
+    name: str
+    model: "nn.Module | torch.export.ExportedProgram"
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    has_inputs: bool = True
+
+    @property
+    def module(self) -> "nn.Module":
+        """The model as something that can be called."""
+        import torch
+
+        return self.model.module() if isinstance(self.model, torch.export.ExportedProgram) else self.model
+
+    @property
+    def example_inputs(self) -> tuple[Any, ...] | dict[str, Any] | None:
+        """As `normfuse.optimize` takes them: a tuple of positional inputs or a dict of keyword inputs."""
+        if not self.has_inputs:
+            return None
+        if not self.kwargs:
+            return self.args
+        if not self.args:
+            return self.kwargs
+        names = list(inspect.signature(self.module.forward).parameters)
+        return dict(zip(names, self.args, strict=False)) | self.kwargs
+
+
+def load_source(source: str, options: Options | None = None) -> Source:
+    """The model that `source` names, with example inputs where they are known.
+
+    Raises:
+        UsageError: nothing is called that, a file is of the wrong kind, an extra is missing, inputs do not fit.
+        CaptureError: the user's factory raised, or weights could not be read.
+    """
+    from normfuse.example_inputs import inputs_for
+
+    options = options or Options()
+    kind, _, rest = source.partition(":")
+    model: Any
+    own: Any = None
+    if rest and kind in _LOADERS:
+        model, own = _LOADERS[kind](rest, options)
+    elif Path(source).suffix in _REFUSED or Path(source).suffix in (".pt", ".pth", ".pt2"):
+        model = _from_file(Path(source), options)
+    elif ":" in source and not Path(source).exists():
+        model, own = _from_factory(source, options)
+    else:
+        raise UsageError(f"{source!r} names no model: expected {_KINDS}")
+    import torch
+
+    if isinstance(model, torch.nn.Module) and not isinstance(model, torch.fx.GraphModule):
+        model.eval()
+    found = inputs_for(model, options, own)
+    return Source(source, model, has_inputs=False) if found is None else Source(source, model, *found)
+
+
+def _timm(name: str, options: Options) -> tuple["nn.Module", None]:
+    timm = need("timm", extra="timm")
+    known = timm.list_models()
+    base = name.split(".")[0]
+    if base not in known:
+        raise UsageError(f"timm has no model {name!r}{_hint(base, known)}")
+    with _building(f"timm:{name}", options):
+        model = timm.create_model(name, pretrained=options.pretrained)
+    return _weights(model, options), None
+
+
+def _torchvision(name: str, options: Options) -> tuple["nn.Module", Any]:
+    import torch
+
+    need("torchvision", extra="torchvision")
+    models = importlib.import_module("torchvision.models")
+    known = models.list_models()
+    if name not in known:
+        raise UsageError(f"torchvision has no model {name!r}{_hint(name, known)}")
+    with _building(f"torchvision:{name}", options):
+        model = models.get_model(name, weights="DEFAULT" if options.pretrained else None)
+        crop = getattr(models.get_model_weights(name).DEFAULT.transforms, "keywords", {}).get("crop_size")
+    side = crop[0] if isinstance(crop, (list, tuple)) else crop
+    if ".video" in type(model).__module__ or not isinstance(side, int):
+        return _weights(model, options), None
+    generator = torch.Generator().manual_seed(options.seed)
+    return _weights(model, options), (torch.randn((options.batch or 1, 3, side, side), generator=generator),)
+
+
+def _hugging_face(folder: str, options: Options) -> tuple["nn.Module", None]:
+    transformers = need("transformers", extra="hf")
+    path = Path(folder)
+    if not (path / "config.json").is_file():
+        raise UsageError(f"hf:{folder} is not a local Hugging Face folder: expected {path / 'config.json'}; download it first")
+    safe = {"local_files_only": True, "trust_remote_code": options.trust}
+    try:
+        config = transformers.AutoConfig.from_pretrained(path, **safe)
+        custom = bool(getattr(config, "auto_map", None))
+        name = next(iter(getattr(config, "architectures", None) or ()), "AutoModel")
+        known = not custom and hasattr(transformers, name)
+        cls = getattr(transformers, name) if known else transformers.AutoModel
+        if any(path.glob("*.safetensors")) or any(path.glob("*.bin")):
+            return cls.from_pretrained(path, **safe).eval(), None
+        _log.warning("%s holds no weights: they are random", path)
+        with _building(f"hf:{folder}", options):
+            built = cls(config) if known else transformers.AutoModel.from_config(config, trust_remote_code=options.trust)
+        return _weights(built, options), None
+    except NormfuseError:
+        raise
+    except Exception as e:
+        asks = "trust_remote_code" in str(e)
+        remedy = "it brings code of its own; pass --trust if you know where it comes from" if asks else f"{type(e).__name__}: {e}"
+        raise (UsageError if asks else CaptureError)(f"hf:{folder} could not be loaded: {remedy}") from e
+
+
+_LOADERS = {"timm": _timm, "torchvision": _torchvision, "hf": _hugging_face}
+_REFUSED = {
+    ".safetensors": "it holds weights and not what to compute with them; name a factory that builds the model and loads them "
+    "(package.module:factory), or hf:DIR for a Hugging Face folder",
+    ".onnx": "it is exported already; normfuse starts from the PyTorch model (bench, inspect and verify read .onnx files)",
+    ".py": "name the module and the factory in it, as package.module:factory",
+    ".ckpt": "checkpoints hold weights; name a factory that builds the model and loads them (package.module:factory)",
+    ".bin": "it holds weights and not what to compute with them; use hf:DIR or a factory (package.module:factory)",
+}
+
+
+def _from_file(path: Path, options: Options) -> Any:
+    if path.suffix in _REFUSED:
+        raise UsageError(f"{path} cannot be optimized: {_REFUSED[path.suffix]}")
+    if not path.is_file():
+        raise UsageError(f"{path} does not exist")
+    if path.suffix == ".pt2":
+        from normfuse.pt2 import load_program
+
+        return load_program(path, trust=options.trust)
+    return _from_pickle(path, options)
+
+
+def _from_pickle(path: Path, options: Options) -> "nn.Module":
+    import torch
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about TorchScript archives, which are refused below
+            loaded = torch.load(path, map_location="cpu", weights_only=not options.trust)
+    except Exception as e:
+        if options.trust:
+            raise CaptureError(f"{path} could not be loaded: {type(e).__name__}: {e}") from e
+        raise UsageError(
+            f"{path} holds a pickled object and not only tensors; loading it may run any code. Save the model with "
+            "torch.export.save as .pt2 or name a factory; pass --trust if you know where the file comes from"
+        ) from e
+    if isinstance(loaded, torch.jit.ScriptModule):
+        raise UsageError(f"{path} is a TorchScript archive, which holds no traceable module: start from the Python model")
+    if not isinstance(loaded, torch.nn.Module):
+        what = "a state dict: weights" if isinstance(loaded, Mapping) else f"an object of type {type(loaded).__name__}"
+        raise UsageError(
+            f"{path} holds {what} and not a model; name a factory that builds the model and loads them (package.module:factory)"
+        )
+    return loaded
+
+
+def _from_factory(source: str, options: Options) -> tuple[Any, Any]:
+    name, _, attribute = source.partition(":")
+    module = _import(name, source)
+    factory = module
+    for part in attribute.split("."):
+        if not hasattr(factory, part):
+            known = [n for n in vars(factory) if not n.startswith("_") and callable(getattr(factory, n))]
+            raise UsageError(f"{name} has no {attribute!r}{_hint(part, known)}")
+        factory = getattr(factory, part)
+    import torch
+
+    if isinstance(factory, torch.nn.Module):
+        return factory, None
+    if not callable(factory):
+        raise UsageError(f"{source} is of type {type(factory).__name__}: expected a function that returns a torch.nn.Module")
+    with _building(source, options):
+        made = factory()
+    own = None
+    if isinstance(made, tuple) and len(made) == 2:
+        made, own = made
+    if not isinstance(made, (torch.nn.Module, torch.export.ExportedProgram)):
+        raise UsageError(
+            f"{source} returned an object of type {type(made).__name__}: expected a torch.nn.Module, or a pair of a module and its example inputs"
+        )
+    return made, own
+
+
+def _import(name: str, source: str) -> Any:
+    if os.getcwd() not in sys.path and "" not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as e:
+        if e.name is not None and (name == e.name or name.startswith(f"{e.name}.")):
+            raise UsageError(f"{source}: there is no module {e.name!r} (looked in {os.getcwd()} too); expected {_KINDS}") from e
+        raise CaptureError(f"{source}: importing {name} failed: {e}") from e
+    except Exception as e:
+        raise CaptureError(f"{source}: importing {name} failed: {type(e).__name__}: {e}") from e
+
+
+@contextmanager
+def _building(source: str, options: Options) -> Iterator[None]:
+    """Builds are repeatable, leave the random generator alone, and fail with the name of the source."""
+    import torch
+
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(options.seed)
+        try:
+            yield
+        except NormfuseError:
+            raise
+        except Exception as e:
+            hint = " (the weights could not be fetched; leave --pretrained out for random ones)" if options.pretrained else ""
+            raise CaptureError(f"{source} could not be built: {type(e).__name__}: {e}{hint}") from e
+
+
+_RANGES = {"running_mean": (-0.2, 0.2), "running_var": (0.6, 1.6), "weight": (0.7, 1.4), "bias": (-0.2, 0.2)}
+
+
+def _weights(model: Any, options: Options) -> "nn.Module":
+    """Random weights get random norm statistics: with means 0 and scales 1 every wrong fold would look right."""
+    import torch
+
+    if options.pretrained:
+        return model  # type: ignore[no-any-return]
+    generator = torch.Generator().manual_seed(options.seed)
+
+    def draw(like: "torch.Tensor", low: float, high: float) -> None:
+        like.copy_(low + (high - low) * torch.rand(like.shape, generator=generator))
+
+    with torch.no_grad():
+        for module in model.modules():
+            if "norm" not in type(module).__name__.lower():
+                continue
+            for name, (low, high) in _RANGES.items():
+                tensor = getattr(module, name, None)
+                if isinstance(tensor, torch.Tensor) and tensor.ndim == 1 and tensor.is_floating_point():
+                    draw(tensor, low, high)
+    return model  # type: ignore[no-any-return]
+
+
+def _hint(name: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=3)
+    return f"; did you mean {' or '.join(near)}?" if near else ""

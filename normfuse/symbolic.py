@@ -1,0 +1,312 @@
+"""The front end for a module without example inputs: symbolic tracing, then ATen.
+
+The same form as `torch.export.export(model, args).module()` gives for the model in eval mode, as far as it can be known without
+shapes. torch's own wrappers (`nn.Linear`, `F.layer_norm`) are traced through by running their Python bodies, so what is recorded is
+what reaches ATen; a wrapper whose body looks at shapes is recorded as it is and lowered by `aten_table`, or stays.
+"""
+
+from __future__ import annotations
+
+import copy
+import enum
+import inspect
+import linecache
+import random
+import sys
+import traceback
+import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from normfuse.aten_table import to_aten
+from normfuse.errors import CaptureError
+from normfuse.in_place import functionalise
+from normfuse.rank import propagate_ranks
+
+__all__ = ["symbolic"]
+
+_TORCH = str(Path(torch.__file__).parent)
+_BATCH_NORM_RANKS = {nn.BatchNorm2d: 4, nn.BatchNorm3d: 5}
+
+
+def symbolic(model: nn.Module) -> fx.GraphModule:
+    """The ATen graph of `model` in eval mode, captured without example inputs.
+
+    Parameters and buffers are `get_attr` nodes under their dotted names and the same objects as in `model`, which is not touched.
+    An argument of `forward` whose default is None, a bool or a string is fixed to that default, and the graph checks it; other
+    arguments stay free. Nodes carry `nn_module_stack` and `stack_trace` as export writes them, no `val`, and `rank` (number of
+    dimensions) where the model guarantees it.
+
+    Raises:
+        CaptureError: the Python code of the model depends on shapes or values, or draws random numbers; names module and line.
+    """
+    with _random_state_kept() as drawn:
+        root = _private_copy(model)
+        tracer = _Tracer()
+        try:
+            graph = tracer.trace(root, concrete_args=_fixed_arguments(root))
+        except Exception as e:
+            raise CaptureError(tracer.explain(e)) from e
+    if drawn():
+        raise CaptureError(f"{type(model).__name__}.forward draws random numbers in Python while it is traced; pass example_inputs")
+    _restore_names(graph, root)
+    propagate_ranks(to_aten(graph), root)
+    # again, for what could be lowered once its rank was known
+    propagate_ranks(to_aten(graph), root)
+    functionalise(graph, root)
+    graph.lint()
+    return fx.GraphModule(root, graph, class_name=type(model).__name__)
+
+
+@contextmanager
+def _random_state_kept() -> Iterator[Callable[[], bool]]:
+    """Restores the random states of Python and torch; the yielded function says, afterwards, whether they had moved."""
+    moved = False
+    python, cpu = random.getstate(), torch.get_rng_state()
+    try:
+        yield lambda: moved
+    finally:
+        moved = random.getstate() != python or not torch.equal(torch.get_rng_state(), cpu)
+        random.setstate(python)
+        torch.set_rng_state(cpu)
+
+
+def _private_copy(model: nn.Module) -> nn.Module:
+    """`model` in eval mode, copied around its tensors."""
+    tensors = [*model.parameters(), *model.buffers()]
+    tensors += [v for module in model.modules() for v in vars(module).values() if isinstance(v, Tensor)]
+    try:
+        root = copy.deepcopy(model, {id(t): t for t in tensors})
+    except Exception as e:
+        raise CaptureError(f"{type(model).__name__} cannot be copied ({e}), and the original may not be touched") from e
+    return root.eval()
+
+
+def _fixed_arguments(root: nn.Module) -> dict[str, Any]:
+    """Arguments of forward that steer Python code rather than carry a value."""
+    parameters = inspect.signature(type(root).forward).parameters.values()
+    return {p.name: p.default for p in parameters if p.default is None or isinstance(p.default, bool | str)}
+
+
+def _restore_names(graph: fx.Graph, root: nn.Module) -> None:
+    """fx renames the arguments that it fixes (`mask_1`); callers pass them by their own names."""
+    names = [name for name in inspect.signature(type(root).forward).parameters if name != "self"]
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    for node, name in zip(placeholders, names, strict=True):
+        if not str(node.target).startswith("*"):
+            node.target = name
+
+
+class _Constant(fx.Proxy):
+    """A parameter or buffer: its shape is known, its values are not looked at."""
+
+    def __init__(self, node: fx.Node, tracer: fx.Tracer, value: Tensor) -> None:
+        super().__init__(node, tracer)
+        self.value = value
+
+    @property
+    def shape(self) -> torch.Size:  # type: ignore[override]
+        return self.value.shape
+
+    @property
+    def ndim(self) -> int:  # type: ignore[override]
+        return self.value.ndim
+
+    @property
+    def dtype(self) -> torch.dtype:  # type: ignore[override]
+        return self.value.dtype
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        return self.value.device
+
+    def size(self, dim: int | None = None) -> Any:
+        return self.value.shape if dim is None else self.value.shape[dim]
+
+    def dim(self) -> int:
+        return self.value.ndim
+
+    def numel(self) -> int:
+        return self.value.numel()
+
+    def __len__(self) -> int:
+        return len(self.value)
+
+
+class _Tracer(fx.Tracer):
+    """Traces through everything down to torch's built-in functions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.constants: dict[str, _Constant] = {}
+        self.names: dict[int, str] = {}
+        self.failed: str | None = None
+
+    def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
+        for name, tensor in (*root.named_buffers(), *root.named_parameters()):
+            self.names.setdefault(id(tensor), name)
+        self.root_type = _qualified(type(root))
+        return super().trace(root, concrete_args)
+
+    # -- modules ------------------------------------------------------------------------------------------------------------
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Trace through the module; one of torch's own whose code looks at shapes is recorded as a whole."""
+        path = self.path_of_module(m)
+        calls = self.num_calls.get(path, 0)
+        key = f"{path}@{calls}" if calls else path
+        self.num_calls[path] = calls + 1
+        self.module_stack[key] = (path, type(m))
+        rank = _checked_rank(m)
+        if rank is not False:
+            # the check looks at the rank of the input; what it guarantees is kept as meta["rank"]
+            m._check_input_dim = lambda input: None  # type: ignore[union-attr, assignment]
+        try:
+            if not _is_stock(m):
+                return forward(*args, **kwargs)
+            out = self.attempt(lambda: forward(*args, **kwargs))
+            if out is _FAILED:
+                return self.create_proxy("call_module", path, args, kwargs)
+            if rank:
+                out.node.meta["rank"] = args[0].node.meta["rank"] = rank
+            return out
+        except Exception:
+            self.failed = path if self.failed is None else self.failed
+            raise
+        finally:
+            self.module_stack.popitem(last=True)
+
+    def attempt(self, call: Callable[[], Any]) -> Any:
+        """The result of `call`, or `_FAILED` with the graph as it was before."""
+        last = next(iter(reversed(self.graph.nodes)), None)
+        constants, calls, depth = dict(self.constants), dict(self.num_calls), len(self.module_stack)
+        try:
+            return call()
+        except Exception:
+            while (node := next(iter(reversed(self.graph.nodes)), None)) is not last:
+                assert node is not None
+                self.graph.erase_node(node)
+            while len(self.module_stack) > depth:
+                self.module_stack.popitem(last=True)
+            self.constants, self.num_calls, self.failed = constants, calls, None
+            return _FAILED
+
+    # -- functions ----------------------------------------------------------------------------------------------------------
+
+    def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **more: Any) -> Any:
+        """Record a call; one of a Python function of torch by running its body."""
+        if kind == "call_function" and (body := _body(target, args, kwargs)) is not None:
+            out = self.attempt(lambda: body(*args, **kwargs))
+            if out is not _FAILED:
+                return out
+        return super().create_proxy(kind, target, args, kwargs, *rest, **more)
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        node = super().create_node(*args, **kwargs)
+        stack = {"L__self__": ("", self.root_type)}
+        stack |= {f"L__self__{key}": (path, _qualified(kind)) for key, (path, kind) in self.module_stack.items()}
+        node.meta["nn_module_stack"] = stack
+        if node.op.startswith("call") and (where := _stack_trace()):
+            node.meta["stack_trace"] = where
+        return node
+
+    # -- values -------------------------------------------------------------------------------------------------------------
+
+    def constant(self, tensor: Tensor) -> _Constant | None:
+        name = self.names.get(id(tensor))
+        if name is None:
+            return None
+        if name not in self.constants:
+            self.constants[name] = _Constant(self.create_node("get_attr", name, (), {}), self, tensor)
+        return self.constants[name]
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        """Parameters and buffers become constants of the graph when they are read."""
+        if isinstance(attr_val, Tensor) and (found := self.constant(attr_val)) is not None:
+            return found
+        return attr_val
+
+    def create_arg(self, a: Any) -> Any:
+        if isinstance(a, Tensor) and (found := self.constant(a)) is not None:
+            return found.node
+        if isinstance(a, dict) and is_dataclass(a):
+            # transformers' ModelOutput: a dictionary of the fields that are not None
+            given = {f.name: self.create_arg(getattr(a, f.name)) for f in fields(a) if getattr(a, f.name) is not None}
+            return self.create_node("call_function", type(a), (), given)
+        if isinstance(a, dict) and type(a) is not dict:
+            return self.create_node("call_function", type(a), (super().create_arg(dict(a)),), {})
+        if isinstance(a, enum.Enum):
+            return a
+        return super().create_arg(a)
+
+    def explain(self, error: Exception) -> str:
+        """What failed, in which module and line, and what to do."""
+        frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith((_TORCH, __file__, "<"))]
+        where = f" at {frames[-1].filename}:{frames[-1].lineno}: `{frames[-1].line}`" if frames else ""
+        module = f"module {self.failed!r}" if self.failed else "the model"
+        reason = str(error).split("\n")[0] or type(error).__name__
+        return f"cannot trace {module}{where} without shapes ({reason}); pass example_inputs"
+
+
+_FAILED: Any = object()
+
+
+def _qualified(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _is_stock(module: nn.Module) -> bool:
+    """Is the code of the module, and of all modules in it, torch's own?"""
+    forward = getattr(type(module).forward, "__module__", "")
+    return forward.startswith("torch.") and all(_is_stock(child) for child in module.children())
+
+
+def _checked_rank(module: nn.Module) -> int | None | bool:
+    """The rank that torch's own batch norm demands of its input; None when it allows several, False when it is no batch norm."""
+    check = getattr(type(module), "_check_input_dim", None)
+    if not isinstance(module, nn.modules.batchnorm._BatchNorm) or check is None or check.__module__ != "torch.nn.modules.batchnorm":
+        return False
+    return next((rank for kind, rank in _BATCH_NORM_RANKS.items() if check is kind._check_input_dim), None)
+
+
+def _body(function: Any, args: Any, kwargs: dict[str, Any]) -> Callable[..., Any] | None:
+    """The Python body of one of torch's functions, without the dispatch to `__torch_function__` in front of it."""
+    dispatched = torch._jit_internal.boolean_dispatched.get(function) if isinstance(function, types.FunctionType) else None
+    if dispatched is not None:
+        index, name = dispatched["index"], dispatched["arg_name"]
+        flag = kwargs.get(name, args[index] if index < len(args) else dispatched["default"])
+        function = dispatched["if_true" if flag else "if_false"]
+    if not isinstance(function, types.FunctionType) or function.__module__ not in ("torch.nn.functional", "torch.functional"):
+        return None
+    never = dict.fromkeys(("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic"), lambda *_: False)
+    # these verify batch sizes in training; the sizes are not known here
+    unchecked = dict.fromkeys(("_verify_batch_size", "_verify_spatial_size"), lambda *_: None)
+    scope = function.__globals__ | never | unchecked | {"_list_with_default": _complete_sizes}
+    body = types.FunctionType(function.__code__, scope, function.__name__, function.__defaults__, function.__closure__)
+    body.__kwdefaults__ = function.__kwdefaults__
+    return body
+
+
+def _complete_sizes(sizes: Any, defaults: Any) -> Any:
+    """Output sizes of an adaptive pool; one that is to be kept from the input (None) is not known here."""
+    if isinstance(sizes, list | tuple) and None in sizes:
+        raise TypeError("the sizes of the input are not known")
+    return sizes
+
+
+def _stack_trace() -> str:
+    """The frames of the model's code, outermost first, in the format of a traceback."""
+    lines: list[str] = []
+    frame: types.FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code.co_name != "trace":
+        name = frame.f_code.co_filename
+        if name != __file__ and (not name.startswith(_TORCH) or frame.f_code.co_name == "forward"):
+            lines.append(f'File "{name}", line {frame.f_lineno}, in {frame.f_code.co_name}\n    {linecache.getline(name, frame.f_lineno).strip()}')
+        frame = frame.f_back
+    return "\n  ".join(reversed(lines))

@@ -1,0 +1,556 @@
+"""Typed, frozen readings of graph nodes: match on the left of a rule, build on the right.
+
+A view is decoded through the operator's schema with defaults filled in. Decoding is total or opaque: an argument that
+the view does not model (`alpha=`, a weight that is computed, a keyword of a newer release) makes the value a plain
+`Value`, into which no rule looks. Fields annotated `Value` are tensors of the graph, `Constant` are tensors known at
+compile time; everything else is a literal (or the node of a symbolic size).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, fx
+
+from normfuse.constants import Constant
+
+__all__ = [
+    "VIEWS", "Add", "Addmm", "Affine", "AvgPool", "BatchNorm", "Cat", "Conv", "ConvTranspose", "Div", "Embedding", "GlobalAvgPool",
+    "GroupNorm", "Identity", "InstanceNorm", "LayerNorm", "LeakyRelu", "Linear", "MatMul", "MaxPool", "Mean", "Movement", "Mul",
+    "Neg", "Op", "Pad", "Permute", "Relu", "Reshape", "RmsNorm", "Sdpa", "Softmax", "Sub", "Value", "affine", "shape_of",
+]  # fmt: skip
+
+aten = torch.ops.aten
+
+
+def affine(x: Tensor, s: Tensor, t: Tensor) -> Tensor:
+    """y = s x + t, with s and t broadcast to x: the form that every static normalization takes between passes."""
+    return x * s + t
+
+
+@dataclass(frozen=True, eq=False)
+class Value:
+    """A tensor of the graph; `node` is None for one that a rule has just built."""
+
+    node: fx.Node | None = field(default=None, kw_only=True, repr=False)
+
+    @property
+    def shape(self) -> tuple[Any, ...] | None:
+        """Sizes (integers, or symbols where they vary); None when the model was captured without example inputs."""
+        return None if self.node is None else shape_of(self.node)
+
+    @property
+    def sole_use(self) -> bool:
+        """Is there one reader at most?"""
+        return self.node is None or len(self.node.users) <= 1
+
+    @property
+    def rank(self) -> int | None:
+        """Number of dimensions, if known."""
+        if self.node is None:
+            return None
+        shape = shape_of(self.node)
+        return len(shape) if shape is not None else self.node.meta.get("rank")
+
+
+def shape_of(node: fx.Node) -> tuple[Any, ...] | None:
+    """The sizes of a node's tensor; None when they are unknown or it is not a tensor."""
+    val = node.meta.get("val")
+    return tuple(val.shape) if isinstance(val, Tensor) else None
+
+
+@dataclass(frozen=True, eq=False)
+class Op(Value):
+    """A value that is understood. `target` is the operator it was decoded from, or is to be built with."""
+
+    targets: ClassVar[tuple[Any, ...]] = ()
+    target: Any = field(default=None, kw_only=True, repr=False)
+
+    @property
+    def operator(self) -> Any:
+        return self.target if self.target is not None else self.targets[0]
+
+
+# -- layers with weights ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Linear(Op):
+    """y = W x + b over the last axis; W (out, in)."""
+
+    targets = (aten.linear.default,)
+    x: Value
+    W: Constant
+    b: Constant | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Addmm(Op):
+    """y = x W + b for a matrix x; W (in, out): the layout of Hugging Face's Conv1D."""
+
+    targets = (aten.addmm.default,)
+    b: Constant
+    x: Value
+    W: Constant
+
+
+@dataclass(frozen=True, eq=False)
+class Conv(Op):
+    """Convolution in 1, 2 or 3 dimensions; W (out, in / groups, *kernel), channels on axis 1."""
+
+    targets = (
+        aten.conv2d.default, aten.conv1d.default, aten.conv3d.default,
+        aten.conv2d.padding, aten.conv1d.padding, aten.conv3d.padding,
+    )  # fmt: skip
+    x: Value
+    W: Constant
+    b: Constant | None = None
+    stride: Any = (1,)
+    padding: Any = (0,)
+    dilation: Any = (1,)
+    groups: int = 1
+
+    @property
+    def padded(self) -> bool:
+        """Do zeros enter the sum at the border?"""
+        if self.padding == "same":
+            return any(k > 1 for k in self.W.shape[2:])
+        return self.padding != "valid" and any(p != 0 for p in _sequence(self.padding))
+
+
+@dataclass(frozen=True, eq=False)
+class ConvTranspose(Op):
+    """Transposed convolution; W (in, out / groups, *kernel), channels on axis 1."""
+
+    targets = (aten.conv_transpose2d.input, aten.conv_transpose1d.default, aten.conv_transpose3d.input)
+    x: Value
+    W: Constant
+    b: Constant | None = None
+    stride: Any = (1,)
+    padding: Any = (0,)
+    output_padding: Any = (0,)
+    groups: int = 1
+    dilation: Any = (1,)
+
+
+@dataclass(frozen=True, eq=False)
+class Embedding(Op):
+    """Row look-up; W (rows, features). `padding_idx` only matters to gradients."""
+
+    targets = (aten.embedding.default,)
+    W: Constant
+    x: Value
+    padding_idx: int = -1
+    scale_grad: bool = False
+    sparse: bool = False
+
+
+# -- normalizations --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class BatchNorm(Op):
+    """γ (x − μ) / √(σ² + ε) + β over axis 1."""
+
+    targets = (aten.batch_norm.default,)
+    x: Value
+    gamma: Constant | None
+    beta: Constant | None
+    mean: Constant | None
+    var: Constant | None
+    training: bool
+    momentum: float
+    eps: float
+    cudnn: bool
+
+
+@dataclass(frozen=True, eq=False)
+class InstanceNorm(Op):
+    """Instance normalization; with `use_input_stats` off it is BatchNorm with running statistics."""
+
+    targets = (aten.instance_norm.default,)
+    x: Value
+    gamma: Constant | None
+    beta: Constant | None
+    mean: Constant | None
+    var: Constant | None
+    use_input_stats: bool
+    momentum: float
+    eps: float
+    cudnn: bool
+
+
+@dataclass(frozen=True, eq=False)
+class LayerNorm(Op):
+    """γ (x − mean) / √(var + ε) + β over the trailing axes `normalized`."""
+
+    targets = (aten.layer_norm.default,)
+    x: Value
+    normalized: Any
+    gamma: Constant | None = None
+    beta: Constant | None = None
+    eps: float = 1e-5
+    cudnn: bool = True
+
+
+@dataclass(frozen=True, eq=False)
+class RmsNorm(Op):
+    """γ x / √(mean x² + ε) over the trailing axes `normalized`; ε = None means the machine epsilon of the dtype."""
+
+    targets = (aten.rms_norm.default,)
+    x: Value
+    normalized: Any
+    gamma: Constant | None = None
+    eps: float | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class GroupNorm(Op):
+    """Normalization over groups of channels (axis 1) and all further axes."""
+
+    targets = (aten.group_norm.default,)
+    x: Value
+    groups: int
+    gamma: Constant | None = None
+    beta: Constant | None = None
+    eps: float = 1e-5
+    cudnn: bool = True
+
+
+# -- arithmetic ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Affine(Op):
+    """s x + t; s and t have the rank of x and broadcast to it. Lives between the passes `expose` and `realise`."""
+
+    targets = (affine,)
+    x: Value
+    s: Constant
+    t: Constant
+
+
+@dataclass(frozen=True, eq=False)
+class Add(Op):
+    targets = (aten.add.Tensor,)
+    x: Value | Constant | float
+    y: Value | Constant | float
+
+
+@dataclass(frozen=True, eq=False)
+class Sub(Op):
+    targets = (aten.sub.Tensor,)
+    x: Value | Constant | float
+    y: Value | Constant | float
+
+
+@dataclass(frozen=True, eq=False)
+class Mul(Op):
+    targets = (aten.mul.Tensor,)
+    x: Value | Constant | float
+    y: Value | Constant | float
+
+
+@dataclass(frozen=True, eq=False)
+class Div(Op):
+    targets = (aten.div.Tensor,)
+    x: Value | Constant | float
+    y: Value | Constant | float
+
+
+@dataclass(frozen=True, eq=False)
+class Neg(Op):
+    targets = (aten.neg.default,)
+    x: Value
+
+
+@dataclass(frozen=True, eq=False)
+class MatMul(Op):
+    targets = (aten.matmul.default, aten.bmm.default, aten.mm.default)
+    x: Value | Constant
+    y: Value | Constant
+
+
+@dataclass(frozen=True, eq=False)
+class Softmax(Op):
+    targets = (aten.softmax.int, aten._softmax.default)
+    x: Value
+    dim: int
+    dtype: Any = None
+
+
+@dataclass(frozen=True, eq=False)
+class Sdpa(Op):
+    """softmax(q kᵀ · scale + mask) v."""
+
+    targets = (aten.scaled_dot_product_attention.default,)
+    q: Value
+    k: Value
+    v: Value
+    mask: Value | Constant | None = None
+    dropout: float = 0.0
+    causal: bool = False
+    scale: float | None = None
+    gqa: bool = False
+
+
+# -- elementwise functions and pools ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Relu(Op):
+    targets = (aten.relu.default,)
+    x: Value
+
+
+@dataclass(frozen=True, eq=False)
+class LeakyRelu(Op):
+    targets = (aten.leaky_relu.default,)
+    x: Value
+    slope: float = 0.01
+
+
+@dataclass(frozen=True, eq=False)
+class MaxPool(Op):
+    targets = (aten.max_pool2d.default, aten.max_pool1d.default, aten.max_pool3d.default)
+    x: Value
+    kernel: Any
+    stride: Any = ()
+    padding: Any = (0,)
+    dilation: Any = (1,)
+    ceil_mode: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class AvgPool(Op):
+    targets = (aten.avg_pool2d.default, aten.avg_pool1d.default, aten.avg_pool3d.default)
+    x: Value
+    kernel: Any
+    stride: Any = ()
+    padding: Any = (0,)
+    ceil_mode: bool = False
+    count_include_pad: bool = True
+    divisor: int | None = None
+
+    @property
+    def mean(self) -> bool:
+        """Is every output a mean of inputs (no border zeros are counted, no divisor is forced)?"""
+        bordered = any(p != 0 for p in _sequence(self.padding)) and self.count_include_pad
+        return not bordered and self.divisor is None
+
+
+@dataclass(frozen=True, eq=False)
+class GlobalAvgPool(Op):
+    targets = (aten.adaptive_avg_pool2d.default, aten.adaptive_avg_pool1d.default, aten.adaptive_avg_pool3d.default)
+    x: Value
+    size: Any
+
+
+@dataclass(frozen=True, eq=False)
+class Mean(Op):
+    targets = (aten.mean.dim,)
+    x: Value
+    dim: Any
+    keepdim: bool = False
+    dtype: Any = None
+
+
+# -- movement: every output element is an input element ----------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Identity(Op):
+    """The same values: dropout in eval, copies, aliases."""
+
+    targets = (aten.clone.default, aten.contiguous.default, aten.alias.default, aten.detach.default)
+    x: Value
+    memory_format: Any = None
+
+
+@dataclass(frozen=True, eq=False)
+class Permute(Op):
+    """y[i...] = x[permuted]: axis k of y is axis dims[k] of x."""
+
+    x: Value | Constant
+    dims: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Reshape(Op):
+    """The same elements in the same order under another shape (the shapes are read off the nodes)."""
+
+    x: Value | Constant
+    rest: tuple[Any, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Movement(Op):
+    """Any other operator whose output elements are elements of x: slices, rolls, expansions, one piece of a split.
+
+    `piece` is the index into the result if the operator gives several tensors, else None.
+    """
+
+    x: Value | Constant
+    rest: tuple[Any, ...] = ()
+    kwargs: tuple[tuple[str, Any], ...] = ()
+    piece: int | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Cat(Op):
+    targets = (aten.cat.default,)
+    xs: Sequence[Value | Constant]
+    dim: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Pad(Op):
+    """Padding with a constant; `pad` counts from the last axis backwards, two numbers an axis."""
+
+    targets = (aten.constant_pad_nd.default,)
+    x: Value
+    pad: Any
+    value: float = 0.0
+
+
+VIEWS: dict[Any, type[Op]] = {
+    t: c
+    for c in (
+        Linear, Addmm, Conv, ConvTranspose, Embedding, BatchNorm, InstanceNorm, LayerNorm, RmsNorm, GroupNorm, Affine, Add, Sub, Mul, Div, Neg,
+        MatMul, Softmax, Sdpa, Relu, LeakyRelu, MaxPool, AvgPool, GlobalAvgPool, Mean, Identity, Cat, Pad,
+    )
+    for t in c.targets
+}  # fmt: skip
+
+RESHAPES = {
+    aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints, aten.unflatten.int, aten.unsqueeze.default,
+    aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.view_as.default, aten.reshape_as.default,
+}  # fmt: skip
+PERMUTES = {aten.permute.default, aten.transpose.int, aten.t.default, aten.movedim.intlist, aten.movedim.int, aten.swapaxes.default}
+MOVEMENTS = {
+    aten.expand.default, aten.slice.Tensor, aten.select.int, aten.narrow.default, aten.roll.default, aten.repeat.default, aten.flip.default,
+    aten.pixel_shuffle.default, aten.pixel_unshuffle.default, aten.channel_shuffle.default, aten.unfold.default,
+}  # fmt: skip
+SPLITS = {aten.split.Tensor, aten.split_with_sizes.default, aten.split.sizes, aten.chunk.default, aten.unbind.int, aten.tensor_split.sections}
+
+
+def pieces(node: fx.Node) -> bool:
+    """Does the node give several pieces of its input, each read by `getitem`?"""
+    return node.op == "call_function" and node.target in SPLITS
+
+
+def _sequence(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, (list, tuple)) else (value,)
+
+
+@lru_cache(maxsize=None)
+def _schema(target: Any) -> tuple[tuple[str, Any, bool], ...]:
+    return tuple((a.name, a.default_value, a.has_default_value()) for a in target._schema.arguments)
+
+
+@lru_cache(maxsize=None)
+def _fields(view: type[Op]) -> tuple[tuple[str, str], ...]:
+    return tuple((f.name, str(f.type)) for f in dataclasses.fields(view) if f.name not in ("node", "target"))
+
+
+def bind(node: fx.Node) -> list[Any] | None:
+    """The arguments of an operator call in schema order, defaults filled in; None if they do not bind."""
+    names = _schema(node.target)
+    if len(node.args) > len(names):
+        return None
+    given = dict(zip((n for n, _, _ in names), node.args, strict=False)) | dict(node.kwargs)
+    bound = [given.pop(name) if name in given else (default if has else _MISSING) for name, default, has in names]
+    return None if given or any(v is _MISSING for v in bound) else bound
+
+
+_MISSING = object()
+
+
+def decode(node: fx.Node, operand: Any) -> Op | None:
+    """The view of a node, or None if it is not fully understood.
+
+    Args:
+        node: a node of the graph.
+        operand: function that reads an argument: a `Value`, a `Constant`, or the literal itself.
+    """
+    if node.op != "call_function":
+        return None
+    target = node.target
+    if target is operator.getitem and isinstance(node.args[0], fx.Node) and pieces(node.args[0]):
+        whole = node.args[0]
+        x = operand(whole.args[0])
+        if not isinstance(x, (Value, Constant)) or not isinstance(node.args[1], int):
+            return None
+        return Movement(x, whole.args[1:], tuple(whole.kwargs.items()), node.args[1], node=node, target=whole.target)
+    if target is affine:
+        x, s, t = (operand(a) for a in node.args)
+        return Affine(x, s, t, node=node, target=target)
+    if not isinstance(target, torch._ops.OpOverload):
+        return None
+    if target in RESHAPES or target in PERMUTES or target in MOVEMENTS:
+        return _movement(node, operand)
+    view = VIEWS.get(target)
+    bound = bind(node) if view is not None or target is aten.dropout.default else None
+    if bound is None:
+        return None
+    if target is aten.dropout.default:
+        return Identity(operand(bound[0]), node=node, target=target) if bound[2] is False else None
+    assert view is not None
+    return _fill(view, node, bound, operand)
+
+
+def _movement(node: fx.Node, operand: Any) -> Op | None:
+    x = operand(node.args[0])
+    if not isinstance(x, (Value, Constant)):
+        return None
+    if node.target in RESHAPES:
+        return Reshape(x, node.args[1:], node=node, target=node.target)
+    if node.target in PERMUTES:
+        dims = _dims(node, x.ndim if isinstance(x, Constant) else x.rank)
+        return None if dims is None else Permute(x, dims, node=node, target=node.target)
+    if any(isinstance(a, fx.Node) for a in node.all_input_nodes[1:]) and node.target is not aten.expand.default:
+        return None  # an offset that is only known at run time
+    return Movement(x, node.args[1:], tuple(node.kwargs.items()), None, node=node, target=node.target)
+
+
+def _dims(node: fx.Node, rank: int | None) -> tuple[int, ...] | None:
+    if rank is None:
+        return None
+    index = torch.empty(tuple(range(2, 2 + rank)), device="meta")  # distinct sizes name the axes
+    moved = node.target(index, *node.args[1:], **node.kwargs)  # type: ignore[operator]
+    return tuple(size - 2 for size in moved.shape)
+
+
+def _fill(view: type[Op], node: fx.Node, bound: list[Any], operand: Any) -> Op | None:
+    fields = _fields(view)
+    values: dict[str, Any] = {}
+    for (name, kind), arg in zip(fields, bound, strict=False):
+        value = [operand(a) for a in arg] if isinstance(arg, (list, tuple)) and "Value" in kind else operand(arg)
+        if not _fits(kind, value):
+            return None
+        values[name] = value
+    names = _schema(node.target)
+    for (_, default, has), arg in zip(names[len(fields) :], bound[len(fields) :], strict=True):
+        if not has or arg != default:  # an argument that the view does not model
+            return None
+    return view(**values, node=node, target=node.target)
+
+
+def _fits(kind: str, value: Any) -> bool:
+    if "Value" not in kind and "Constant" not in kind:
+        return not isinstance(value, (Value, Constant))
+    if isinstance(value, list):
+        return kind.startswith("Sequence") and all(isinstance(v, (Value, Constant)) for v in value)
+    if isinstance(value, Constant):
+        return "Constant" in kind
+    if isinstance(value, Value):
+        return "Value" in kind
+    if value is None:
+        return "None" in kind
+    return "float" in kind and isinstance(value, (int, float))

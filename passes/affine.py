@@ -1,0 +1,326 @@
+"""Affines move to weights that can absorb them, up into the producer or down into all consumers."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from heapq import heappop, heappush
+from time import perf_counter
+from typing import Any
+
+from torch import fx
+
+from normfuse.constants import Constant
+from normfuse.graph import Graph, Refuse
+from normfuse.passes import into_consumer, into_producer
+from normfuse.passes.broadcast import collapse, is_one, is_zero
+from normfuse.report import PassReport, Site
+from normfuse.views import Affine as AffineOp
+from normfuse.views import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, Mul, Op, RmsNorm, Value, pieces
+
+__all__ = ["Affine"]
+
+_UNTIE = 1 << 20  # bytes: storing a shared weight once more is refused above this
+
+Plan = dict[fx.Node, Op]
+
+
+class Affine:
+    """s x + t is absorbed by the producer (linear, conv, embedding) or by all consumers, through what commutes with it."""
+
+    name = "affine"
+
+    def __call__(self, graph: Graph) -> PassReport:
+        start = perf_counter()
+        applied: list[Site] = []
+        while True:  # what landed may have been in the way of another
+            landed, refused = _sweep(graph)
+            applied += landed
+            graph.clean()
+            if not landed:
+                return PassReport(self.name, tuple(applied), tuple(refused), seconds=perf_counter() - start)
+
+
+def _sweep(graph: Graph) -> tuple[list[Site], list[Site]]:
+    """Try every affine once: the sites that landed, and those that were refused."""
+    landed: list[Site] = []
+    refused: list[Site] = []
+    for node in graph:
+        if not isinstance(graph.view(node, 1), AffineOp):
+            continue
+        composed = _composed(graph, node)
+        site = None if composed is None else _land(graph, composed, refused)
+        if site is not None:
+            landed.append(site)
+    return landed, refused
+
+
+def _composed(graph: Graph, node: fx.Node) -> fx.Node | None:
+    """s₂ (s₁ x + t₁) + t₂  =  (s₂ s₁) x + (s₂ t₁ + t₂);   1 x + 0 = x"""
+    op = graph.view(node, 2)
+    assert isinstance(op, AffineOp)
+    inner = op.x
+    if isinstance(inner, AffineOp) and inner.node is not None and len(inner.node.users) == 1:
+        origin = _weightiest(inner.node, node)
+        new = graph.emit(AffineOp(inner.x, inner.s * op.s, op.t + inner.t * op.s), node, origin)
+        new.meta["origin"], new.meta["composed"] = origin.meta.get("origin"), True
+        node.replace_all_uses_with(new)
+        node, op = new, graph.view(new, 2)
+        assert isinstance(op, AffineOp)
+    if is_one(op.s) and is_zero(op.t) and op.x.node is not None:
+        node.replace_all_uses_with(op.x.node)
+        return None
+    return node
+
+
+def _weightiest(*nodes: fx.Node) -> fx.Node:
+    """Of several affines that become one, the one whose name a user looks for: a norm before a constant."""
+    return next((n for n in nodes if _is_norm(n)), nodes[-1])
+
+
+def _is_norm(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("origin"), (BatchNorm, InstanceNorm, LayerNorm, RmsNorm, GroupNorm))
+
+
+def _land(graph: Graph, node: fx.Node, refused: list[Site]) -> Site | None:
+    op = graph.view(node, 3)
+    assert isinstance(op, AffineOp)
+    stays = op.x.node
+    assert stays is not None
+    reasons: list[tuple[str, Refuse]] = []
+    rule = "affine_into_producer"
+    if not isinstance(op.x, (LayerNorm, RmsNorm, GroupNorm)):  # those take γ and β back at no cost: see `realise`
+        try:
+            plan = _upward(graph, op)
+            if graph.permit(rule, graph.path(node)):
+                return _commit(graph, node, stays, plan, rule)
+            return None
+        except Refuse as e:
+            reasons.append((rule, e))
+    rule = "affine_into_consumers"
+    for s, t, rest in _parts(op):
+        try:
+            plan = _downward(graph, node, s, t)
+        except Refuse as e:
+            reasons.append((rule, e))
+            continue
+        if not graph.permit(rule, graph.path(node)):
+            return None
+        if rest is None:
+            return _commit(graph, node, stays, plan, rule)
+        kept = graph.emit(AffineOp(op.x, *rest), node)
+        kept.meta["origin"], kept.meta["composed"] = node.meta.get("origin"), True
+        return _commit(graph, node, kept, plan, rule)
+    if _reported(node):
+        refused.append(_refusal(graph, node, reasons))
+    return None
+
+
+def _refusal(graph: Graph, node: fx.Node, reasons: Sequence[tuple[str, Refuse]]) -> Site:
+    """One entry for both directions: of each the reason for the whole affine, not for a part tried after it."""
+    told = {rule: next(e for r, e in reasons if r == rule) for rule, _ in reasons}
+    last_rule, last = list(told.items())[-1]
+    words = {"affine_into_producer": "up", "affine_into_consumers": "down"}
+    reason = "; ".join(f"{words[r]}: {e.reason}" for r, e in told.items()) if len(told) > 1 else last.reason
+    return graph.site(last_rule, node, Refuse(reason, blocker=last.blocker, remedy=last.remedy))
+
+
+def _reported(node: fx.Node) -> bool:
+    origin = node.meta.get("origin")
+    return _is_norm(node) or (isinstance(origin, Mul) and isinstance(origin.x, Constant) | isinstance(origin.y, Constant))
+
+
+def _parts(op: AffineOp) -> list[tuple[Constant, Constant, tuple[Constant, Constant] | None]]:
+    """What to push down, in order of preference, with what stays behind.
+
+    The whole affine; else the shift alone when the scale stays free of charge in an RMSNorm before it; else the scale
+    alone when the value is a graph input, where nothing is there to take the rest.
+    """
+    parts: list[tuple[Constant, Constant, tuple[Constant, Constant] | None]] = [(op.s, op.t, None)]
+    if is_zero(op.t) or is_one(op.s):
+        return parts
+    one, zero = collapse(op.s * 0.0 + 1.0), collapse(op.t * 0.0)
+    if isinstance(op.x, RmsNorm):
+        parts.append((one, op.t, (op.s, zero)))
+    if op.x.node is not None and op.x.node.op == "placeholder" and bool(op.s.value.all()):
+        parts.append((op.s, zero, (one, op.t / op.s)))
+    return parts
+
+
+def _commit(graph: Graph, node: fx.Node, stays: fx.Node, plan: Plan, rule: str) -> Site:
+    into = ", ".join(dict.fromkeys(graph.path(n) for n in plan))
+    site = graph.site(rule, node, note=f"into {into}")
+    done: dict[fx.Node, fx.Node] = {}
+    for old, new in plan.items():
+        done[old] = graph.replace(old, _renewed(new, done))
+    node.replace_all_uses_with(done.get(stays, stays))
+    for old in [*reversed(plan), node]:  # so that later rules see who reads what now
+        if not old.users:
+            graph.fx.erase_node(old)
+    return site
+
+
+def _renewed(op: Op, done: dict[fx.Node, fx.Node]) -> Op:
+    """The operator with operands that were replaced meanwhile brought up to date."""
+
+    def new(value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return type(value)(new(v) for v in value)
+        return Value(node=done[value.node]) if isinstance(value, Value) and value.node in done else value
+
+    return dataclasses.replace(op, node=None, **{name: new(value) for name, value in _operands(op)})
+
+
+# -- up ----------------------------------------------------------------------------------------------------------------
+
+
+def _upward(graph: Graph, op: AffineOp) -> Plan:
+    """Which nodes absorb the affine above it, and how; raises Refuse when one demand cannot be met."""
+    plan: Plan = {}
+    demands = [(op.x, op.s, op.t)]
+    while demands:
+        value, s, t = demands.pop()
+        node = value.node
+        assert node is not None
+        if len(node.users) > 1:
+            raise Refuse(f"{graph.path(node)} feeds {len(node.users)} consumers", blocker=node)
+        if node in plan:
+            raise Refuse("the same value is used twice", blocker=node)
+        x = graph.view(node, 3)
+        new = _first(into_producer.RULES, AffineOp(x, s, t), node)
+        nested = _nested(new)
+        if pieces_of(node) is not None and len(nested) == 1:
+            _own(graph, node)
+        demands += nested
+        bare = _bare(new)
+        if not nested or _changed(bare, x):
+            _affordable(graph, x, bare)
+            plan[node] = bare
+    return plan
+
+
+def pieces_of(node: fx.Node) -> fx.Node | None:
+    """The split that a node takes its value from."""
+    whole = node.args[0] if node.args else None
+    return whole if isinstance(whole, fx.Node) and pieces(whole) else None
+
+
+def _own(graph: Graph, node: fx.Node) -> None:
+    whole = pieces_of(node)
+    assert whole is not None
+    source = whole.args[0]
+    if isinstance(source, fx.Node) and len(source.users) > 1:
+        raise Refuse(f"{graph.path(source)} feeds {len(source.users)} consumers", blocker=source)
+
+
+# -- down --------------------------------------------------------------------------------------------------------------
+
+
+def _downward(graph: Graph, start: fx.Node, s: Constant, t: Constant) -> Plan:
+    """Which nodes absorb the affine below it, and how; raises Refuse when one reader cannot."""
+    plan: Plan = {}
+    pending: dict[fx.Node, AffineOp] = {start: AffineOp(Value(node=start), s, t)}
+    queue: list[fx.Node] = []
+    seen: set[fx.Node] = set()
+
+    def operand(arg: Any, depth: int = 2) -> Any:
+        if isinstance(arg, fx.Node) and arg in pending:
+            return pending[arg]
+        return graph.operand(arg, depth)
+
+    def push(node: fx.Node) -> None:
+        for reader in graph.readers(node):
+            if reader not in seen:
+                seen.add(reader)
+                heappush(queue, reader)
+
+    push(start)
+    while queue:
+        node = heappop(queue)
+        if node.op == "output":
+            raise Refuse("the value is an output of the model", blocker=node)
+        view = graph.decode(node, operand)
+        new = _first(into_consumer.RULES, view, node) if isinstance(view, Op) else None
+        if new is None:
+            raise Refuse(f"{_name(node)} does not take an affine", blocker=node)
+        if isinstance(new, AffineOp):
+            # the operator itself stays and reads the bare value, unless the rule built another one
+            if isinstance(new.x, Op) and _changed(new.x, view):
+                plan[node] = new.x
+            pending[node] = AffineOp(Value(node=node), new.s, new.t)
+            push(node)
+            continue
+        assert isinstance(new, Op)
+        _affordable(graph, view, new)
+        plan[node] = new
+    return plan
+
+
+# -- both --------------------------------------------------------------------------------------------------------------
+
+
+def _first(rules: Sequence[Any], op: Op, node: fx.Node) -> Op:
+    for rule in rules:
+        try:
+            value = rule(op)
+        except Refuse as e:
+            e.blocker = e.blocker or node
+            raise
+        if value is not None:
+            assert isinstance(value, Op)
+            return value
+    raise Refuse(f"{_name(node)} does not take an affine", blocker=node)
+
+
+def _name(node: fx.Node) -> str:
+    if node.op == "placeholder":
+        return f"the input {node.name}"
+    return str(node.target).removeprefix("aten.").split(".")[0] if node.op == "call_function" else node.op
+
+
+def _operands(op: Op) -> list[tuple[str, Any]]:
+    return [(f.name, getattr(op, f.name)) for f in dataclasses.fields(op) if f.name not in ("node", "target")]
+
+
+def _nested(op: Op) -> list[tuple[Value, Constant, Constant]]:
+    found = []
+    for _, value in _operands(op):
+        for v in value if isinstance(value, (list, tuple)) else (value,):
+            if isinstance(v, AffineOp) and v.node is None and not (is_one(v.s) and is_zero(v.t)):
+                found.append((v.x, v.s, v.t))
+    return found
+
+
+def _bare(op: Op) -> Op:
+    """The operator on its operands without their affines."""
+
+    def strip(value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return type(value)(strip(v) for v in value)
+        return value.x if isinstance(value, AffineOp) and value.node is None else value
+
+    return dataclasses.replace(op, node=None, **{name: strip(value) for name, value in _operands(op)})
+
+
+def _changed(new: Op, old: Op) -> bool:
+    """Does the operator read another constant or another literal than before?"""
+
+    def flat(op: Op) -> list[Any]:
+        return [v for _, value in _operands(op) for v in (value if isinstance(value, (list, tuple)) else (value,)) if not isinstance(v, Value)]
+
+    a, b = flat(new), flat(old)
+    return type(new) is not type(old) or len(a) != len(b) or any(x is not y and (isinstance(x, Constant) or x != y) for x, y in zip(a, b, strict=True))
+
+
+def _affordable(graph: Graph, old: Value, new: Op) -> None:
+    """Refuse to store a large shared weight a second time."""
+    if not isinstance(old, Op):
+        return
+    kept = {id(c) for _, c in _operands(new) if isinstance(c, Constant)}
+    for name, c in _operands(old):
+        if isinstance(c, Constant) and id(c) not in kept and c.numel * c.dtype.itemsize > _UNTIE and graph.shared(c):
+            size = c.numel * c.dtype.itemsize / 1e6
+            raise Refuse(
+                f"{c.name or name} is shared; folding would store its {size:.0f} MB twice", blocker=old.node, remedy="untie the weight before optimize"
+            )
+

@@ -1,0 +1,141 @@
+"""Per-channel vectors that broadcast against a value, and how they move with it.
+
+`s` and `t` of an affine are constants that broadcast to the value they apply to, aligned at the last axis like every
+broadcast in PyTorch. Axes are therefore counted from the end: -1 is the feature axis of a transformer, -3 the channel
+axis of an image. An axis on which nothing varies has size 1, so the shape itself says what an affine depends on.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from normfuse.constants import Constant
+from normfuse.graph import Refuse
+from normfuse.views import Movement, Op, Permute, Reshape, Value
+
+__all__ = ["axes", "channelwise", "collapse", "is_one", "is_zero", "moved", "per_channel", "positive", "unmoved"]
+
+UNKNOWN = "shape unknown"
+PASS_INPUTS = "pass example_inputs"
+
+
+def axes(*constants: Constant) -> set[int]:
+    """Axes, counted from the end, along which any of the constants varies."""
+    return {i - c.ndim for c in constants for i, size in enumerate(c.shape) if size > 1}
+
+
+def is_zero(c: Constant) -> bool:
+    return not bool(c.value.any())
+
+
+def is_one(c: Constant) -> bool:
+    return bool((c.value == 1).all())
+
+
+def positive(c: Constant) -> bool:
+    return bool((c.value > 0).all())
+
+
+def collapse(c: Constant) -> Constant:
+    """The same values with size 1 on every axis along which they do not vary."""
+    value = c.value
+    for i in range(value.ndim):
+        first = value.narrow(i, 0, 1) if value.shape[i] else value
+        if value.shape[i] > 1 and (value.stride(i) == 0 or bool((value == first).all())):
+            value = first
+    return Constant.of(value.clone(), c.name).cast(c.dtype)
+
+
+def channelwise(c: Constant, axis: int, rank: int) -> Constant:
+    """A vector (or one number for all of it) laid along `axis` of a value of the given rank."""
+    return c.reshape(*[-1 if i == axis % rank else 1 for i in range(rank)])
+
+
+def per_channel(c: Constant, axis: int, size: int) -> Constant:
+    """The vector of `size` values that `c` holds along `axis` (counted from the end), if it varies along no other."""
+    if axes(c) - {axis}:
+        raise Refuse("the affine varies along more than the channel axis")
+    return c.reshape(-1) if c.numel == size else c.reshape(1).expand(size)
+
+
+def hint(size: Any) -> int:
+    """A size as a number: itself, or the example's value of a symbolic one."""
+    if isinstance(size, int):
+        return size
+    try:
+        return int(size.node.hint)
+    except (AttributeError, TypeError) as e:
+        raise Refuse("a size is only known at run time") from e
+
+
+def moved(op: Movement | Permute | Reshape, c: Constant) -> Constant:
+    """What `c`, an affine on the operand of a movement, is on its result."""
+    if not axes(c):
+        return c
+    shape, result = op.x.shape, op.shape
+    if shape is None or result is None or op.node is None:
+        raise Refuse(UNKNOWN, remedy=PASS_INPUTS)
+    out = _run(op, c.value.expand([hint(d) for d in shape]))
+    return _static(collapse(Constant.of(out, c.name).cast(c.dtype)), result)
+
+
+def unmoved(op: Movement | Permute | Reshape, c: Constant, rest: float) -> Constant:
+    """The affine on the operand of a movement that gives `c` on its result; elements that are not moved get `rest`."""
+    whole = not isinstance(op, Movement)
+    if whole and not axes(c):
+        return c.reshape(1)
+    shape, result = op.x.shape, op.shape
+    if shape is None or result is None:
+        raise Refuse(UNKNOWN, remedy=PASS_INPUTS)
+    sizes = [hint(d) for d in shape]
+    if whole:
+        laid = c.value.expand([hint(d) for d in result])
+        back = laid.permute(_inverse(op.dims)) if isinstance(op, Permute) else laid.reshape(sizes)
+        return _static(collapse(Constant.of(back, c.name).cast(c.dtype)), shape)
+    index = _run(op, torch.arange(torch.Size(sizes).numel()).reshape(sizes))
+    if index.unique().numel() != index.numel():
+        raise Refuse("elements are repeated")
+    full = torch.full((torch.Size(sizes).numel(),), rest, dtype=torch.float64)
+    full[index.reshape(-1)] = c.value.expand(index.shape).reshape(-1)
+    return _static(collapse(Constant.of(full.reshape(sizes), c.name).cast(c.dtype)), shape)
+
+
+def _inverse(dims: tuple[int, ...]) -> list[int]:
+    return sorted(range(len(dims)), key=dims.__getitem__)
+
+
+def _run(op: Op, x: Tensor) -> Tensor:
+    """The movement of `op` itself, on other data of the same size."""
+    assert op.node is not None
+    node = op.node.args[0] if isinstance(op, Movement) and op.piece is not None else op.node
+    assert isinstance(node, fx.Node)
+    args, kwargs = fx.node.map_arg((node.args[1:], dict(node.kwargs)), _literal)
+    if node.target is torch.ops.aten.view.default:
+        out = x.reshape(*args)
+    else:
+        out = node.target(x, *args, **kwargs)  # type: ignore[operator]
+    return out[op.piece] if isinstance(op, Movement) and op.piece is not None else out
+
+
+def _literal(node: fx.Node) -> Any:
+    val = node.meta.get("val")
+    if isinstance(val, Tensor):  # reshape_as: only the shape of the other operand matters
+        return torch.empty([hint(d) for d in val.shape])
+    if val is None:
+        raise Refuse(UNKNOWN, remedy=PASS_INPUTS)
+    return hint(val)
+
+
+def _static(c: Constant, shape: tuple[Any, ...]) -> Constant:
+    for axis in axes(c):
+        if not isinstance(shape[axis], int):
+            raise Refuse("channels are mixed with an axis of varying size")
+    return c
+
+
+def same_shape(a: Value, b: Value) -> bool:
+    """Have both values one shape, symbol for symbol?"""
+    return a.shape is not None and b.shape is not None and [str(d) for d in a.shape] == [str(d) for d in b.shape]

@@ -1,0 +1,145 @@
+"""Static normalizations become `Affine`: one object that the algebra can move."""
+
+from __future__ import annotations
+
+from time import perf_counter
+
+import torch
+
+from normfuse.constants import Constant
+from normfuse.graph import Graph, Refuse
+from normfuse.passes.broadcast import PASS_INPUTS, UNKNOWN, axes, channelwise
+from normfuse.report import PassReport, Site
+from normfuse.views import Add, Affine, BatchNorm, Div, GroupNorm, InstanceNorm, LayerNorm, Mul, Op, RmsNorm, Sub, Value
+
+__all__ = ["Expose"]
+
+
+def batch_norm_is_affine(op: Op) -> Value | None:
+    """γ (x − μ) / √(σ² + ε) + β  =  s x + t,   s = γ / √(σ² + ε),   t = β − s μ"""
+    match op:
+        case BatchNorm(training=True) | BatchNorm(mean=None) | BatchNorm(var=None):
+            raise Refuse("uses batch statistics, which are not constants", remedy="train with track_running_stats=True")
+        case InstanceNorm(use_input_stats=True):
+            raise Refuse("uses the statistics of each instance, which are not constants")
+        case BatchNorm(x, gamma, beta, Constant() as mean, Constant() as var, eps=eps):
+            pass
+        case InstanceNorm(x, gamma, beta, Constant() as mean, Constant() as var, eps=eps):
+            pass
+        case _:
+            return None
+    if x.rank is None:
+        raise Refuse(UNKNOWN, remedy=PASS_INPUTS)
+    s = torch.rsqrt(var + eps)
+    s = s if gamma is None else gamma * s
+    t = -(s * mean) if beta is None else beta - s * mean
+    return Affine(x, channelwise(s, 1, x.rank), channelwise(t, 1, x.rank))
+
+
+def norm_is_core_and_affine(op: Op) -> Value | None:
+    """γ N(x) + β  with N the normalization itself, for LayerNorm, RMSNorm (β = 0) and GroupNorm"""
+    match op:
+        case LayerNorm(x, shape, Constant() as gamma, beta, eps):
+            return Affine(LayerNorm(x, shape, None, None, eps), gamma, _like(gamma, 0.0) if beta is None else beta)
+        case LayerNorm(x, shape, None, Constant() as beta, eps):
+            return Affine(LayerNorm(x, shape, None, None, eps), _like(beta, 1.0), beta)
+        case RmsNorm(x, shape, Constant() as gamma, eps):
+            return Affine(RmsNorm(x, shape, None, eps), gamma, _like(gamma, 0.0))
+        case GroupNorm(x, groups, gamma, beta, eps) if gamma is not None or beta is not None:
+            if x.rank is None:
+                raise Refuse(UNKNOWN, remedy=PASS_INPUTS)
+            some = gamma if gamma is not None else beta
+            assert some is not None
+            s = _like(some, 1.0) if gamma is None else gamma
+            t = _like(some, 0.0) if beta is None else beta
+            return Affine(GroupNorm(x, groups, None, None, eps), channelwise(s, 1, x.rank), channelwise(t, 1, x.rank))
+        case _:
+            return None
+
+
+def constant_arithmetic_is_affine(op: Op) -> Value | None:
+    """x ⊙ c,  x / c,  x + c,  x − c,  c − x   for a constant c that varies along one axis at most"""
+    match op:
+        case Mul(Value() as x, c) | Mul(c, Value() as x):
+            s, t = c, 0.0
+        case Div(Value() as x, Constant() as c) if c.dtype.is_floating_point and bool(c.value.all()):
+            s, t = torch.reciprocal(c), 0.0  # type: ignore[call-overload]
+        case Div(Value() as x, float() | int() as c) if c != 0:
+            s, t = 1.0 / c, 0.0
+        case Add(Value() as x, c) | Add(c, Value() as x):
+            s, t = 1.0, c
+        case Sub(Value() as x, c):
+            s, t = 1.0, _negated(c)
+        case Sub(c, Value() as x):
+            s, t = -1.0, c
+        case _:
+            return None
+    if isinstance(c, Value) or not _vector(c, x, op):
+        return None
+    return Affine(x, _constant(s, c), _constant(t, c))
+
+
+def _vector(c: Constant | float, x: Value, op: Op) -> bool:
+    """Is c a finite scalar or vector that broadcasts to x without enlarging it? Anything else is a table or a mask."""
+    if not isinstance(c, Constant):
+        return not isinstance(c, bool) and abs(c) < 1e30 and _floating(x)
+    if len(axes(c)) > 1 or not c.dtype.is_floating_point or not _floating(x):
+        return False
+    if x.rank is None:
+        return c.numel == 1 or c.ndim == 1
+    return c.ndim <= x.rank and op.shape is not None and x.shape is not None and len(op.shape) == x.rank and all(
+        c.shape[a] == x.shape[a] for a in axes(c)
+    )  # fmt: skip
+
+
+def _floating(x: Value) -> bool:
+    val = None if x.node is None else x.node.meta.get("val")
+    return val is None or val.dtype.is_floating_point
+
+
+def _negated(c: Constant | float | Value) -> Constant | float:
+    return -c if not isinstance(c, Value) else 0.0
+
+
+def _constant(value: Constant | float | Value, like: Constant | float) -> Constant:
+    if isinstance(value, Constant):
+        return value
+    assert not isinstance(value, Value)
+    return _like(like, float(value))
+
+
+def _like(c: Constant | float, value: float) -> Constant:
+    """A single number, to be stored in the dtype of c."""
+    dtype = c.dtype if isinstance(c, Constant) else torch.get_default_dtype()
+    return Constant.of(torch.tensor([value], dtype=torch.float64)).cast(dtype)
+
+
+class Expose:
+    """Static normalizations become y = s x + t: BatchNorm, and the γ, β of every norm, LayerScale, constant gains.
+
+    A change of form only, which `realise` takes back where nothing came of it; so nothing is reported as applied.
+    """
+
+    name = "expose"
+    rules = (batch_norm_is_affine, norm_is_core_and_affine, constant_arithmetic_is_affine)
+
+    def __call__(self, graph: Graph) -> PassReport:
+        start = perf_counter()
+        refused: list[Site] = []
+        for node in graph:
+            op = graph.view(node, 2)
+            if not isinstance(op, Op):
+                continue
+            for rule in self.rules:
+                try:
+                    value = rule(op)
+                except Refuse as refusal:
+                    refused.append(graph.site(rule.__name__, node, refusal))
+                    break
+                if value is None:
+                    continue
+                if graph.permit(rule.__name__, graph.path(node)):
+                    graph.replace(node, value).meta["origin"] = op
+                break
+        graph.clean()
+        return PassReport(self.name, refused=tuple(refused), seconds=perf_counter() - start)

@@ -1,0 +1,101 @@
+"""Affines that found no place become the cheapest operator that computes them: where they started, never slower."""
+
+from __future__ import annotations
+
+import dataclasses
+from time import perf_counter
+
+import torch
+
+from normfuse.constants import Constant
+from normfuse.graph import Graph
+from normfuse.passes.broadcast import axes, collapse, is_one, is_zero, per_channel
+from normfuse.report import PassReport
+from normfuse.views import Add, Affine, BatchNorm, GroupNorm, LayerNorm, Mul, Op, RmsNorm, Value
+
+__all__ = ["Realise"]
+
+
+def into_norm(op: Op) -> Value | None:
+    """s N(x) + t  =  the norm N with γ = s and β = t;   RMSNorm has no β, so s N(x) + t = RMSNorm(x; γ = s) + t"""
+    match op:
+        case Affine(LayerNorm(x, shape, None, None, eps) as norm, s, t) if norm.sole_use and _feature(s, t):
+            n = shape[-1]
+            gamma = None if is_one(s) and is_zero(t) else _whole(s, n)
+            return LayerNorm(x, shape, gamma, None if is_zero(t) else _whole(t, n), eps) if len(shape) == 1 else None
+        case Affine(RmsNorm(x, shape, None, eps) as norm, s, t) if norm.sole_use and _feature(s, t) and len(shape) == 1:
+            scaled = RmsNorm(x, shape, None if is_one(s) else _whole(s, shape[-1]), eps)
+            return scaled if is_zero(t) else Add(scaled, _whole(t, shape[-1]))
+        case Affine(GroupNorm(x, groups, None, None, eps) as norm, s, t) if norm.sole_use and x.rank and axes(s, t) <= {1 - x.rank}:
+            n = max(s.numel, t.numel)
+            return GroupNorm(x, groups, per_channel(s, 1 - x.rank, n), per_channel(t, 1 - x.rank, n), eps)
+        case _:
+            return None
+
+
+def into_batch_norm(op: Op) -> Value | None:
+    """s x + t  =  BatchNorm(x; γ = s, β = t, μ = 0, σ² = 1, ε = 0) over axis 1 of a value with further axes: one operator, not two"""
+    match op:
+        case Affine(x, s, t) if x.rank is not None and x.rank > 2 and axes(s) == {1 - x.rank} and not is_one(s) and not is_zero(t) and axes(t) <= axes(s):
+            c, of = s.numel, s.name.removesuffix("weight") or "affine."
+            zero, one = (
+                Constant.of(torch.full((c,), v, dtype=torch.float64)).cast(s.dtype).named(f"{of}{n}") for n, v in (("running_mean", 0.0), ("running_var", 1.0))
+            )
+            return BatchNorm(x, per_channel(s, 1 - x.rank, c), per_channel(t, 1 - x.rank, c), zero, one, False, 0.0, 0.0, False)
+        case _:
+            return None
+
+
+def into_arithmetic(op: Op) -> Value | None:
+    """s x + t  as a product, a sum, or both"""
+    match op:
+        case Affine(x, s, t):
+            scaled = x if is_one(s) else Mul(x, _operand(s))
+            return scaled if is_zero(t) else Add(scaled, _operand(t))
+        case _:
+            return None
+
+
+class Realise:
+    """What is left of y = s x + t becomes γ and β of the norm before it, one BatchNorm, or a product and a sum."""
+
+    name = "realise"
+    rules = (into_norm, into_batch_norm, into_arithmetic)
+
+    def __call__(self, graph: Graph) -> PassReport:
+        start = perf_counter()
+        for node in graph:
+            op = graph.view(node, 2)
+            if not isinstance(op, Affine):
+                continue
+            value = next(v for v in (rule(op) for rule in (_origin, *self.rules)) if v is not None)
+            graph.replace(node, value)
+        graph.clean()
+        return PassReport(self.name, seconds=perf_counter() - start)
+
+
+def _origin(op: Op) -> Value | None:
+    """The operator that the affine was read from, with its own constants, if nothing has changed it since."""
+    assert op.node is not None
+    assert isinstance(op, Affine)
+    origin = op.node.meta.get("origin")
+    if origin is None or op.node.meta.get("composed"):
+        return None
+    match origin, op.x:
+        case (LayerNorm(), LayerNorm(x, gamma=None, beta=None)) | (RmsNorm(), RmsNorm(x, gamma=None)) | (GroupNorm(), GroupNorm(x, gamma=None, beta=None)):
+            return dataclasses.replace(origin, x=x, node=None) if op.x.node is not None and len(op.x.node.users) == 1 else None
+        case (LayerNorm() | RmsNorm() | GroupNorm()), _:
+            return None
+    return dataclasses.replace(origin, node=None, **{side: op.x for side in ("x", "y") if isinstance(getattr(origin, side, None), Value)})
+
+
+def _feature(s: Constant, t: Constant) -> bool:
+    return axes(s, t) <= {-1}
+
+
+def _whole(c: Constant, size: int) -> Constant:
+    return per_channel(c, -1, size)
+
+
+def _operand(c: Constant) -> Constant | float:
+    return float(c.value.reshape(-1)[0]) if not axes(c) else collapse(c)

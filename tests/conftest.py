@@ -1,0 +1,27 @@
+"""Every test starts from the same seeds, on one thread, without a hub."""
+
+import os
+import random
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers or huggingface_hub is imported
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+# Derandomised: a run of the suite is repeatable. HYPOTHESIS_PROFILE=search looks for new examples, and longer.
+_COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
+settings.register_profile("repeatable", derandomize=True, max_examples=40, **_COMMON)
+settings.register_profile("search", max_examples=1000, print_blob=True, **_COMMON)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
+
+# Tests are spread over processes; threads inside each of them would fight for the same cores.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seeds() -> None:
+    torch.manual_seed(0)
+    np.random.seed(0)
+    random.seed(0)

@@ -1,0 +1,114 @@
+"""What is built and installed is what stands in the repository."""
+
+import ast
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import normfuse
+
+pytestmark = pytest.mark.checkout
+
+ROOT = Path(__file__).resolve().parent.parent
+ROOMS = {"normfuse": ROOT / "normfuse", "normfuse.passes": ROOT / "passes", "normfuse.export": ROOT / "export"}
+
+
+@pytest.fixture(scope="module")
+def project() -> dict[str, Any]:
+    if sys.version_info < (3, 11):
+        import tomli as tomllib
+    else:
+        import tomllib
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+def _sources(pattern: str) -> dict[str, Path]:
+    """Files of the rooms by their path in the wheel; links are left out, what they lead to is counted once."""
+    found = {}
+    for package, folder in ROOMS.items():
+        for path in folder.rglob(pattern):
+            inside = path.relative_to(folder)
+            if "__pycache__" not in inside.parts and not (package == "normfuse" and inside.parts[0] in ("passes", "export")):
+                found[f"{package.replace('.', '/')}/{inside.as_posix()}"] = path
+    return found
+
+
+def test_package_list_is_the_folders(project: dict[str, Any]) -> None:
+    """setuptools takes the list literally: a package that is not on it is missing from the wheel without a word."""
+    folders = {name.removesuffix("/__init__.py").replace("/", ".") for name in _sources("__init__.py")}
+    assert set(project["tool"]["setuptools"]["packages"]) == folders
+
+
+@pytest.mark.parametrize("room", ["passes", "export"])
+def test_links_lead_to_the_rooms(room: str) -> None:
+    link = ROOT / "normfuse" / room
+    assert link.is_symlink()
+    assert Path(link.readlink()) == Path("..", room)
+
+
+def test_every_folder_with_code_is_a_package() -> None:
+    folders = {name.rpartition("/")[0] for name in _sources("*.py")}
+    assert folders == {name.removesuffix("/__init__.py") for name in _sources("__init__.py")}
+
+
+def test_version_can_be_read_without_importing() -> None:
+    tree = ast.parse((ROOT / "normfuse" / "__init__.py").read_text(encoding="utf-8"))
+    values = [n.value for n in tree.body if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == "__version__"]
+    assert [ast.literal_eval(v) for v in values] == [normfuse.__version__]
+
+
+def test_changelog_knows_the_version() -> None:
+    headings = re.findall(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert normfuse.__version__ in headings
+
+
+@pytest.mark.parametrize("python", ["3.10", "3.13"])
+def test_every_dependency_is_pinned(project: dict[str, Any], python: str) -> None:
+    """An open range takes whatever came out last night."""
+    from packaging.requirements import Requirement
+    from packaging.utils import canonicalize_name
+
+    extras = project["project"]["optional-dependencies"]
+    named = {Requirement(r).name for group in (project["project"]["dependencies"], *extras.values()) for r in group} - {"normfuse"}
+    pins: dict[str, int] = {}
+    for line in (ROOT / "requirements" / "constraints.txt").read_text(encoding="utf-8").splitlines():
+        text = line.partition("#")[0].strip()
+        if not text:
+            continue
+        pin = Requirement(text)
+        assert re.fullmatch(r"==[\w.]+", str(pin.specifier)), line
+        if pin.marker is None or pin.marker.evaluate({"python_version": python}):
+            pins[canonicalize_name(pin.name)] = pins.get(canonicalize_name(pin.name), 0) + 1
+    assert set(pins.values()) == {1}, "one pin a package"
+    assert {canonicalize_name(name) for name in named} <= set(pins)
+
+
+def test_sources_parse_on_the_oldest_python() -> None:
+    for path in _sources("*.py").values():
+        ast.parse(path.read_text(encoding="utf-8"), feature_version=(3, 10))
+
+
+def test_wheel_holds_every_source_file_and_no_other(tmp_path: Path) -> None:
+    setuptools = pytest.importorskip("setuptools", minversion="77")
+    assert setuptools is not None
+    for name in ("normfuse", "passes", "export"):
+        shutil.copytree(ROOT / name, tmp_path / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    build = "import setuptools.build_meta as b; print(b.build_wheel('dist'))"
+    done = subprocess.run([sys.executable, "-c", build], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (wheel,) = (tmp_path / "dist").glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = {n for n in archive.namelist() if ".dist-info/" not in n}
+        metadata = next(archive.read(n).decode() for n in archive.namelist() if n.endswith("/METADATA"))
+    assert names == {*_sources("*.py"), "normfuse/py.typed", *_sources("*.safetensors")}
+    assert f"\nVersion: {normfuse.__version__}\n" in metadata
+    assert "\nLicense-Expression: Apache-2.0\n" in metadata
+    assert sum(p.stat().st_size for p in _sources("*.safetensors").values()) < 2_000_000

@@ -1,0 +1,254 @@
+"""The report as text, HTML and JSON."""
+
+import dataclasses
+import math
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from normfuse.errors import UsageError
+from normfuse.report import Error, PassReport, Report, Site
+from normfuse.report_html import page
+from normfuse.report_text import change, compact, duration, magnitude, reasons, size, table
+
+SITES = tuple(
+    Site("affine_into_consumers", f"blocks.{i}.norm1", "a reader is not linear", f"blocks.{i}.act", "use a linear reader")
+    for i in range(12)
+)
+REPORT = Report(
+    passes=(
+        PassReport("expose", applied=(Site("batch_norm_is_affine", "layer1.bn2"),), seconds=0.002),
+        PassReport(
+            "affine",
+            applied=(Site("affine_into_producer", "layer1.bn1", "into layer1.conv1"),),
+            refused=(Site("affine_into_producer", "layer1.bn2", "conv2 feeds 2 consumers", "layer1.conv2"), *SITES),
+            exact=Error(1e-15, 1.6e-16, "float64"),
+            drift=Error(1e-6, 2.2e-7, "float32"),
+            seconds=0.0094,
+        ),
+        PassReport("mean_free", undone=(Site("layer_norm_is_rms_norm", "blocks.0.norm2", "exact error 2.0e-03"),), seconds=1.251),
+    ),
+    exact=Error(2.2e-15, 3.2e-16, "float64"),
+    drift=Error(1e-6, 2.0e-7, "float32"),
+    norms_before={"batch_norm": 2, "layer_norm": 25},
+    norms_after={"batch_norm": 1, "rms_norm": 25},
+    parameters_before=4000,
+    parameters_after=3000,
+    bytes_before=16_000_000,
+    bytes_after=12_000_000,
+    notes=("the model was in training mode",),
+    seconds=4.2,
+)
+
+words = st.text(max_size=300)
+paths = st.one_of(words, st.from_regex(r"[a-z]{1,40}(\.[a-z0-9_]{1,40}){0,12}", fullmatch=True))
+sites = st.builds(Site, rule=words, path=paths, note=words, blocker=paths, remedy=words)
+errors = st.none() | st.builds(Error, st.floats(), st.floats(), st.sampled_from(["float64", "bfloat16"]))
+counts = st.integers(0, 10**15)
+norms = st.dictionaries(words, st.integers(0, 999), max_size=4)
+some_sites = st.lists(sites, max_size=4).map(tuple)
+reports = st.builds(
+    Report,
+    passes=st.lists(
+        st.builds(PassReport, words, some_sites, some_sites, some_sites, errors, errors, st.floats(0, 1e6)), max_size=3
+    ).map(tuple),
+    exact=errors,
+    drift=errors,
+    norms_before=norms,
+    norms_after=norms,
+    parameters_before=counts,
+    parameters_after=counts,
+    bytes_before=counts,
+    bytes_after=counts,
+    notes=st.lists(words, max_size=3).map(tuple),
+    seconds=st.floats(0, 1e6),
+)
+
+
+def test_table_reads_as_documented() -> None:
+    assert table(REPORT) == (
+        """\
+pass       applied  refused   undone      exact      drift         time
+expose           1        0        0          -          -         2 ms
+affine           1       13        0    1.6e-16    2.2e-07         9 ms
+mean_free        0        0        1          -          -       1.25 s
+whole            2       13        1    3.2e-16    2.0e-07        4.2 s
+
+norms       batch_norm 2 -> 1, layer_norm 25 -> 0, rms_norm 0 -> 25
+applied     batch_norm_is_affine 1, affine_into_producer 1
+parameters  4,000 -> 3,000 (-25.0 %)
+bytes       16 MB -> 12 MB (-25.0 %)
+exact       3.2e-16 relative, 2.2e-15 absolute (float64)
+drift       2.0e-07 relative, 1.0e-06 absolute (float32)
+
+undone: failed verification, taken back
+  layer_norm_is_rms_norm: exact error 2.0e-03
+      at blocks.0.norm2
+
+refused
+  affine_into_consumers: a reader is not linear (12 times)
+      at blocks.{0-11}.norm1
+      blocked by blocks.{0-11}.act
+      to unblock: use a linear reader
+  affine_into_producer: conv2 feeds 2 consumers
+      at layer1.bn2
+      blocked by layer1.conv2
+
+notes
+  - the model was in training mode"""
+    )
+    assert str(REPORT) == table(REPORT, 80)
+
+
+def test_empty_report_says_so() -> None:
+    text = table(Report())
+    assert text.startswith("no pass ran\n")
+    assert "exact       not measured" in text
+    assert "refused" not in text
+
+
+@pytest.mark.parametrize("width", [pytest.param(w, id=str(w)) for w in (20, 30, 58, 59, 80, 200)])
+def test_long_paths_are_broken_not_cut(width: int) -> None:
+    path = "x" * 300
+    report = Report(passes=(PassReport("p" * 300, refused=(Site("r" * 300, path, "n" * 300, "b" * 300, "m" * 300),)),))
+    lines = table(report, width).splitlines()
+    assert max(map(len, lines)) <= width
+    assert "".join(line.strip() for line in lines).count("x" * 300) == 1
+
+
+@given(reports, st.integers(20, 300))
+def test_no_line_is_wider_than_asked(report: Report, width: int) -> None:
+    assert all(len(line) <= width for line in table(report, width).split("\n"))
+
+
+def test_a_width_that_cannot_hold_a_word_is_an_error() -> None:
+    with pytest.raises(UsageError, match="at least 20 columns, not 19"):
+        table(REPORT, 19)
+
+
+@given(reports)
+def test_json_comes_back_as_it_was(report: Report) -> None:
+    back = Report.from_json(report.to_json())
+    assert back == report or _has_nan(report)  # NaN is not equal to itself
+    assert repr(back) == repr(report)
+
+
+def _has_nan(report: Report) -> bool:
+    found = [report.exact, report.drift, *(e for p in report.passes for e in (p.exact, p.drift))]
+    return any(math.isnan(v) for e in found if e is not None for v in (e.max_abs, e.max_rel))
+
+
+def test_json_file_is_the_returned_text(tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
+    assert REPORT.to_json(path) + "\n" == path.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"schema": 2}', '{"schema": 1, "passes": [{"nme": 1}]}'])
+def test_other_json_is_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="not the JSON of a normfuse report"):
+        Report.from_json(text)
+
+
+class _Page(HTMLParser):
+    """Tags that are opened and closed, attributes, and the visible text."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: set[str] = set()
+        self.attributes: set[str] = set()
+        self.text = ""
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self.attributes |= {name for name, _ in attrs}
+        if tag not in {"meta"}:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def _parse(report: Report) -> _Page:
+    parser = _Page()
+    parser.feed(page(report))
+    parser.close()
+    assert parser.open == []
+    return parser
+
+
+@given(reports)
+def test_html_is_well_formed_whatever_the_names_are(report: Report) -> None:
+    parsed = _parse(report)
+    assert parsed.tags.isdisjoint({"script", "link", "img", "iframe"})
+    assert parsed.attributes <= {"lang", "charset", "name", "content", "class", "style"}
+
+
+def test_html_escapes_and_shows_everything(tmp_path: Path) -> None:
+    evil = "<script>alert('&')</script>"
+    report = dataclasses.replace(
+        REPORT,
+        passes=(PassReport(evil, (Site(evil, evil, evil),), (Site(evil, evil, evil, evil, evil),), (Site(evil, evil, evil),)),),
+        norms_before={evil: 1},
+        notes=(evil,),
+    )
+    report.to_html(tmp_path / "report.html")
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "<script" not in text
+    assert "://" not in text  # nothing is loaded
+    assert _parse(report).text.count(evil) == 14
+
+
+def test_html_lists_what_the_text_lists() -> None:
+    text = _parse(REPORT).text
+    for expected in ("blocks.{0-11}.norm1", "conv2 feeds 2 consumers", "use a linear reader", "3.2e-16", "27 → 26", "4.2 s"):
+        assert expected in text
+
+
+def test_reasons_group_equal_refusals_largest_first() -> None:
+    first, second = reasons(REPORT.refused)
+    assert (first.count, len(first.paths), len(first.blockers)) == (12, 12, 12)
+    assert (second.count, second.blockers) == (1, ("layer1.conv2",))
+
+
+@pytest.mark.parametrize(
+    ("given_paths", "expected"),
+    [
+        pytest.param(["a.0.n", "a.1.n", "a.2.n"], ("a.{0-2}.n",), id="range"),
+        pytest.param(["a.0.n", "a.1.n"], ("a.0.n", "a.1.n"), id="two-stay"),
+        pytest.param(["a.5", "a.3", "a.9", "a.4"], ("a.{3-5,9}",), id="gaps-and-order"),
+        pytest.param(["a.00", "a.01", "a.02"], ("a.00", "a.01", "a.02"), id="leading-zeros"),
+        pytest.param(["a", "a", "b"], ("a", "b"), id="repeated"),
+        pytest.param(["layer1.0.bn1", "layer1.0.bn2", "layer1.0.bn3", "stem"], ("layer1.0.bn{1-3}", "stem"), id="attached"),
+    ],
+)
+def test_compact_keeps_every_number(given_paths: list[str], expected: tuple[str, ...]) -> None:
+    assert compact(given_paths) == expected
+
+
+@pytest.mark.parametrize(
+    ("shown", "expected"),
+    [
+        pytest.param(duration(0.0004), "0 ms", id="nothing"),
+        pytest.param(duration(0.9994), "999 ms", id="below-a-second"),
+        pytest.param(duration(0.9996), "1 s", id="a-second"),
+        pytest.param(duration(12.34), "12.3 s", id="seconds"),
+        pytest.param(duration(192), "3 min 12 s", id="minutes"),
+        pytest.param(size(0), "0 B", id="no-bytes"),
+        pytest.param(size(999_600), "1 MB", id="round-up-to-mega"),
+        pytest.param(size(3 * 10**12), "3 TB", id="tera"),
+        pytest.param(magnitude(None), "-", id="not-measured"),
+        pytest.param(magnitude(Error(0, 0, "float64")), "0", id="zero"),
+        pytest.param(magnitude(Error(math.inf, math.inf, "float64")), "inf", id="infinite"),
+        pytest.param(change(0, 5), "0 -> 5", id="from-nothing"),
+        pytest.param(change(7, 7), "7, unchanged", id="unchanged"),
+    ],
+)
+def test_numbers_read_well(shown: str, expected: str) -> None:
+    assert shown == expected
