@@ -7,11 +7,15 @@
 
 from typing import TYPE_CHECKING, Any
 
+import normfuse.report as _report_module  # loads the module now: later it would take the place of the function of the same name
+
+del _report_module, globals()["report"]
+
 __version__ = "0.1.0"
 
 __all__ = [
     "CaptureError", "CheckFailed", "Error", "ExportError", "MissingExtra", "NormfuseError", "PassReport", "Report", "RewriteError", "Site",
-    "UsageError", "__version__", "bench", "export", "nn", "optimize", "passes", "record", "report",
+    "UsageError", "__version__", "bench", "export", "nn", "optimize", "passes", "report",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
@@ -19,13 +23,12 @@ if TYPE_CHECKING:
     from normfuse.api import optimize
     from normfuse.engines import bench
     from normfuse.errors import CaptureError, CheckFailed, ExportError, MissingExtra, NormfuseError, RewriteError, UsageError
-    from normfuse.record import record, report
+    from normfuse.record import report
     from normfuse.report import Error, PassReport, Report, Site
 
 _HOMES = {
     "bench": "normfuse.engines",
     "optimize": "normfuse.api",
-    "record": "normfuse.record",
     "report": "normfuse.record",
     **dict.fromkeys(("Error", "PassReport", "Report", "Site"), "normfuse.report"),
     **dict.fromkeys(

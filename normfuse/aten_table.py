@@ -71,6 +71,7 @@ class Lowering:
         self.kinds: dict[fx.Node, Kind] = {}
         self.proven = proven_tensors(graph)
         self.node: fx.Node | None = None
+        self.last_part: dict[fx.Node, fx.Node] = {}
 
     def kind(self, node: fx.Node) -> Kind:
         return self.kinds.get(node)
@@ -103,9 +104,17 @@ class Lowering:
                 new = self.method(str(node.target), node.args, dict(node.kwargs))
         if new is None:
             self.kinds[node] = self.kind_of_rest(node)
+            self.gather_part(node)
         else:
             node.replace_all_uses_with(new)
             self.graph.erase_node(node)
+
+    def gather_part(self, node: fx.Node) -> None:
+        """Move one of several results right behind the call that makes them, where export has it."""
+        if node.target is not operator.getitem or not isinstance(source := node.args[0], fx.Node) or self.kind(source) != "tensors":
+            return
+        self.last_part.get(source, source).append(node)
+        self.last_part[source] = node
 
     def function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node | None:
         if isinstance(target, torch._ops.OpOverload):
@@ -134,7 +143,14 @@ class Lowering:
             return self.function(_DUNDERS[name], args, kwargs)
         if name in _CASTS and len(args) == 1 and not kwargs:
             return self.emit(aten.to.dtype, args[0], _CASTS[name])
-        return _METHODS[name](self, *args, **kwargs) if name in _METHODS else self.call(name, *args, **kwargs)
+        if name in _METHODS:
+            return _METHODS[name](self, *args, **kwargs)
+        if name == "where":
+            return self.call("where", args[1], args[0], *args[2:], **kwargs) if len(args) == 3 else None
+        found = resolve(name, args, kwargs, self.kind)
+        # x.polygamma(n) is polygamma(n, x): only a schema that begins with the tensor is the method
+        is_method = found is not None and found[0]._schema.arguments[0].name == "self"
+        return self.emit(found[0], *found[1], **found[2]) if found and is_method else None
 
     def getitem(self, x: Any, index: Any) -> fx.Node | None:
         if self.is_tensor(x):
@@ -243,8 +259,8 @@ def _split(low: Lowering, x: Any, size: Any, dim: Any = 0) -> fx.Node | None:
     return low.call("split_with_sizes", x, size, dim)
 
 
-def _norm(low: Lowering, x: Any, p: Any = "fro", dim: Any = None, keepdim: bool = False, dtype: Any = None) -> fx.Node | None:
-    if p == "nuc" or p is None or (p == "fro" and not (dim is None or isinstance(dim, int) or len(dim) <= 2)):
+def _norm(low: Lowering, x: Any, p: Any = "fro", dim: Any = None, keepdim: bool = False, out: Any = None, dtype: Any = None) -> fx.Node | None:
+    if out is not None or p == "nuc" or p is None or (p == "fro" and not (dim is None or isinstance(dim, int) or len(dim) <= 2)):
         return None
     dims = [dim] if isinstance(dim, int) else dim
     if p == "fro" and dims is None and not keepdim and dtype is None:
@@ -268,7 +284,11 @@ def _to(low: Lowering, x: Any, *args: Any, **kwargs: Any) -> fx.Node | None:
 def _group_norm(
     low: Lowering, input: Any, num_groups: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5
 ) -> fx.Node | None:
-    return low.call("group_norm", input, num_groups, weight, bias, eps, torch.backends.cudnn.enabled)
+    return low.call("group_norm", input, num_groups, weight, bias, eps, False)
+
+
+def _glu(low: Lowering, input: Any, dim: int = -1) -> fx.Node | None:
+    return low.call("glu", input, dim)
 
 
 def _feature_dropout(low: Lowering, input: Any, p: Any = 0.5, training: Any = True, inplace: bool = False) -> fx.Node | None:
@@ -309,6 +329,7 @@ _FUNCTIONS: dict[Any, Callable[..., fx.Node | None]] = {
     F.group_norm: _group_norm,
     F.dropout2d: _feature_dropout,
     F.dropout3d: _feature_dropout,
+    F.glu: _glu,
     F.interpolate: _interpolate,
     torch.norm: _norm,
     torch.split: _split,

@@ -146,9 +146,10 @@ def _shadow(model: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
     except Exception as e:
         raise CaptureError(f"{type(model).__name__} cannot be copied ({_first_line(e)}); pass an ExportedProgram: torch.export.export(model, args)") from e
     shadow.eval() if not isinstance(shadow, fx.GraphModule) else shadow
-    config = getattr(shadow, "config", None)
-    if getattr(config, "use_cache", False):
-        config.use_cache = False  # type: ignore[union-attr]
+    caching = [m.config for m in shadow.modules() if getattr(getattr(m, "config", None), "use_cache", False) is True]
+    for config in caching:
+        config.use_cache = False
+    if caching:
         notes.append("use_cache was switched off: the optimized model returns no past_key_values")
     return shadow, tuple(notes)
 

@@ -69,7 +69,7 @@ class Outcome:
         return [text for text, failed in found.items() if failed]
 
 
-def run(console: Console, *, seconds: float = 6.0) -> tuple[Outcome, ...]:
+def run(console: Console, *, seconds: float = 5.0) -> tuple[Outcome, ...]:
     """Run the demo and print what happens, at most 80 columns wide.
 
     Args:

@@ -33,7 +33,8 @@ _UNKNOWN = 100
 
 def packet(name: str) -> Any:
     """`torch.ops.aten.<name>`, or None when there is no such op."""
-    return getattr(torch.ops.aten, name, None)
+    found = getattr(torch.ops.aten, name, None)
+    return found if isinstance(found, torch._ops.OpOverloadPacket) else None
 
 
 def resolve(name: str, args: Sequence[Any], kwargs: Mapping[str, Any], kind: KindOf) -> tuple[Any, tuple[Any, ...], dict[str, Any]] | None:
@@ -72,18 +73,23 @@ def _argument(schema: Any, position: int | str) -> Any:
 
 @functools.cache
 def _overloads(name: str) -> tuple[Any, ...]:
-    """Overloads of `aten::name` that read at least one tensor, without the `out=` and named-dimension forms."""
+    """Overloads of `aten::name` from tensors to tensors, without the `out=`, named-dimension and TorchScript forms."""
     found = packet(name)
     if found is None:
         return ()
-    overloads = (getattr(found, key) for key in found.overloads())
+    # upsample ops: torch.nn.functional calls the form with lists of scales
+    keys = sorted(found.overloads(), key=lambda key: key != "vec")
+    overloads = (getattr(found, key) for key in keys)
     return tuple(o for o in overloads if _usable(o._schema))
 
 
 def _usable(schema: Any) -> bool:
     types = [str(a.real_type) for a in schema.arguments]
-    out = any(a.is_out for a in schema.arguments)
-    return not out and not any("Dimname" in t or t == "t" for t in types) and any("Tensor" in t for t in types)
+    returns = {str(r.real_type) for r in schema.returns}
+    if any(a.is_out for a in schema.arguments) or not returns or returns - {"Tensor", "List[Tensor]"}:
+        return False
+    foreign = any("Dimname" in t or "Dict" in t or t in ("t", "List[t]") for t in types) or "hacked_twin" in schema.overload_name
+    return not foreign and any("Tensor" in t for t in types)
 
 
 def _bind(schema: Any, args: Sequence[Any], kwargs: Mapping[str, Any], kind: KindOf, *, numbers: bool) -> Any:

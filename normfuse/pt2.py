@@ -62,8 +62,43 @@ def save_program(gm: "fx.GraphModule", path: str | Path, *, force: bool = False)
         program = torch.export.export(gm, found.args, found.kwargs, dynamic_shapes=found.dynamic_shapes)
     except Exception as e:
         raise ExportError(f"the optimized module could not be captured for {path}: {e}") from e
-    with atomic(path, force=force) as partial:
-        torch.export.save(program, partial, extra_files={_REPORT: found.report.to_json()})
+    with atomic(path, force=force) as partial, _Forgiving(partial) as file:
+        torch.export.save(program, file, extra_files={_REPORT: found.report.to_json()})
+
+
+class _Forgiving(io.RawIOBase):
+    """A new file that takes every write and raises the first failure when it is closed.
+
+    torch's writer aborts the whole process when a write fails, because its destructor writes once more.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self._file = path.open("wb")
+        self._failure: OSError | None = None
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        size = memoryview(data).nbytes
+        if self._failure is None:
+            try:
+                self._file.write(data)
+            except OSError as e:
+                self._failure = e
+        return size
+
+    def close(self) -> None:
+        if self.closed:
+            return
+        super().close()
+        try:
+            self._file.close()
+        except OSError as e:
+            self._failure = self._failure or e
+        if self._failure is not None:
+            raise self._failure
 
 
 def read_report(path: str | Path) -> str | None:

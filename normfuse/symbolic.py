@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import enum
 import inspect
+import itertools
 import linecache
 import random
 import sys
@@ -46,7 +47,8 @@ def symbolic(model: nn.Module) -> fx.GraphModule:
     Raises:
         CaptureError: the Python code of the model depends on shapes or values, or draws random numbers; names module and line.
     """
-    with _random_state_kept() as drawn:
+    # export, too, writes cudnn_enabled=False
+    with _random_state_kept() as drawn, torch.backends.cudnn.flags(enabled=False):
         root = _private_copy(model)
         tracer = _Tracer()
         try:
@@ -158,7 +160,11 @@ class _Tracer(fx.Tracer):
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Trace through the module; one of torch's own whose code looks at shapes is recorded as a whole."""
-        path = self.path_of_module(m)
+        path = (self.submodule_paths or {}).get(m)
+        if path is None:
+            if next(itertools.chain(m.parameters(), m.buffers()), None) is not None:
+                raise fx.proxy.TraceError(f"{type(m).__name__} holds tensors and is not registered as a submodule")
+            return forward(*args, **kwargs)
         calls = self.num_calls.get(path, 0)
         key = f"{path}@{calls}" if calls else path
         self.num_calls[path] = calls + 1

@@ -22,6 +22,8 @@ __all__ = ["Affine"]
 
 _UNTIE = 1 << 20  # bytes: storing a shared weight once more is refused above this
 
+UP, DOWN = "affine_into_producer", "affine_into_consumers"
+
 Plan = dict[fx.Node, Op]
 
 
@@ -83,44 +85,56 @@ def _is_norm(node: fx.Node) -> bool:
 
 
 def _land(graph: Graph, node: fx.Node, refused: list[Site]) -> Site | None:
+    """Move the affine to where it is free; the site, or None (with an entry in `refused`) where it stays."""
     op = graph.view(node, 3)
     assert isinstance(op, AffineOp)
-    stays = op.x.node
-    assert stays is not None
+    assert op.x.node is not None
     reasons: list[tuple[str, Refuse]] = []
-    rule = "affine_into_producer"
-    if not isinstance(op.x, (LayerNorm, RmsNorm, GroupNorm)):  # those take γ and β back at no cost: see `realise`
+    for rule, s, t, rest in _ways(node, op):
         try:
-            plan = _upward(graph, op)
-            if graph.permit(rule, graph.path(node)):
-                return _commit(graph, node, stays, plan, rule)
-            return None
-        except Refuse as e:
-            reasons.append((rule, e))
-    rule = "affine_into_consumers"
-    for s, t, rest in _parts(op):
-        try:
-            plan = _downward(graph, node, s, t)
+            plan = _upward(graph, op.x, s, t) if rule == UP else _downward(graph, node, s, t)
         except Refuse as e:
             reasons.append((rule, e))
             continue
         if not graph.permit(rule, graph.path(node)):
             return None
-        if rest is None:
-            return _commit(graph, node, stays, plan, rule)
-        kept = graph.emit(AffineOp(op.x, *rest), node)
-        kept.meta["origin"], kept.meta["composed"] = node.meta.get("origin"), True
-        return _commit(graph, node, kept, plan, rule)
+        stays = op.x.node
+        if rest is not None:
+            stays = graph.emit(AffineOp(op.x, *rest), node)
+            stays.meta["origin"], stays.meta["composed"] = node.meta.get("origin"), True
+        return _commit(graph, node, stays, plan, rule)
     if _reported(node):
         refused.append(_refusal(graph, node, reasons))
     return None
 
 
+def _ways(node: fx.Node, op: AffineOp) -> list[tuple[str, Constant, Constant, tuple[Constant, Constant] | None]]:
+    """Where to move what, in order of preference: the rule, the scale and shift that move, and what stays behind.
+
+    The whole affine up, then down. Else a part of it, where what stays is one operator fewer than the whole: the shift
+    alone when the scale stays free of charge in an RMSNorm before it; the scale alone when it would be a product of its
+    own (not one BatchNorm), or when the value is a graph input, where nothing can take the rest.
+    """
+    core = isinstance(op.x, (LayerNorm, RmsNorm, GroupNorm))  # takes γ and β back at no cost: see `realise`
+    ways: list[tuple[str, Constant, Constant, tuple[Constant, Constant] | None]] = [] if core else [(UP, op.s, op.t, None)]
+    ways.append((DOWN, op.s, op.t, None))
+    if is_zero(op.t) or is_one(op.s):
+        return ways
+    one, zero = collapse(op.s * 0.0 + 1.0), collapse(op.t * 0.0)
+    if isinstance(op.x, RmsNorm):
+        ways.append((DOWN, one, op.t, (op.s, zero)))
+    if not core and not _is_norm(node):
+        ways.append((UP, op.s, zero, (one, op.t)))
+    if op.x.node is not None and op.x.node.op == "placeholder" and bool(op.s.value.all()):
+        ways.append((DOWN, op.s, zero, (one, op.t / op.s)))
+    return ways
+
+
 def _refusal(graph: Graph, node: fx.Node, reasons: Sequence[tuple[str, Refuse]]) -> Site:
     """One entry for both directions: of each the reason for the whole affine, not for a part tried after it."""
     told = {rule: next(e for r, e in reasons if r == rule) for rule, _ in reasons}
-    last_rule, last = list(told.items())[-1]
-    words = {"affine_into_producer": "up", "affine_into_consumers": "down"}
+    last_rule, last = list(told.items())[-1] if told else (DOWN, Refuse("nothing can take it"))
+    words = {UP: "up", DOWN: "down"}
     reason = "; ".join(f"{words[r]}: {e.reason}" for r, e in told.items()) if len(told) > 1 else last.reason
     return graph.site(last_rule, node, Refuse(reason, blocker=last.blocker, remedy=last.remedy))
 
@@ -128,23 +142,6 @@ def _refusal(graph: Graph, node: fx.Node, reasons: Sequence[tuple[str, Refuse]])
 def _reported(node: fx.Node) -> bool:
     origin = node.meta.get("origin")
     return _is_norm(node) or (isinstance(origin, Mul) and isinstance(origin.x, Constant) | isinstance(origin.y, Constant))
-
-
-def _parts(op: AffineOp) -> list[tuple[Constant, Constant, tuple[Constant, Constant] | None]]:
-    """What to push down, in order of preference, with what stays behind.
-
-    The whole affine; else the shift alone when the scale stays free of charge in an RMSNorm before it; else the scale
-    alone when the value is a graph input, where nothing is there to take the rest.
-    """
-    parts: list[tuple[Constant, Constant, tuple[Constant, Constant] | None]] = [(op.s, op.t, None)]
-    if is_zero(op.t) or is_one(op.s):
-        return parts
-    one, zero = collapse(op.s * 0.0 + 1.0), collapse(op.t * 0.0)
-    if isinstance(op.x, RmsNorm):
-        parts.append((one, op.t, (op.s, zero)))
-    if op.x.node is not None and op.x.node.op == "placeholder" and bool(op.s.value.all()):
-        parts.append((op.s, zero, (one, op.t / op.s)))
-    return parts
 
 
 def _commit(graph: Graph, node: fx.Node, stays: fx.Node, plan: Plan, rule: str) -> Site:
@@ -174,10 +171,10 @@ def _renewed(op: Op, done: dict[fx.Node, fx.Node]) -> Op:
 # -- up ----------------------------------------------------------------------------------------------------------------
 
 
-def _upward(graph: Graph, op: AffineOp) -> Plan:
+def _upward(graph: Graph, x: Value, s: Constant, t: Constant) -> Plan:
     """Which nodes absorb the affine above it, and how; raises Refuse when one demand cannot be met."""
     plan: Plan = {}
-    demands = [(op.x, op.s, op.t)]
+    demands = [(x, s, t)]
     while demands:
         value, s, t = demands.pop()
         node = value.node
@@ -186,15 +183,15 @@ def _upward(graph: Graph, op: AffineOp) -> Plan:
             raise Refuse(f"{graph.path(node)} feeds {len(node.users)} consumers", blocker=node)
         if node in plan:
             raise Refuse("the same value is used twice", blocker=node)
-        x = graph.view(node, 3)
-        new = _first(into_producer.RULES, AffineOp(x, s, t), node)
+        view = graph.view(node, 3)
+        new = _first(into_producer.RULES, AffineOp(view, s, t), node)
         nested = _nested(new)
         if pieces_of(node) is not None and len(nested) == 1:
             _own(graph, node)
         demands += nested
         bare = _bare(new)
-        if not nested or _changed(bare, x):
-            _affordable(graph, x, bare)
+        if not nested or (isinstance(view, Op) and _changed(bare, view)):
+            _affordable(graph, view, bare)
             plan[node] = bare
     return plan
 

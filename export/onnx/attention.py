@@ -130,7 +130,8 @@ def _attention23(site: Site, at: Build) -> bool:
         return False
     # the op aligns a causal mask to the last key or to the first depending on its version: leave it out unless both agree
     causal = site.causal and site.square
-    bias = bias_of(site.mask, site, at, causal=site.causal and not causal)
+    # ONNX Runtime does not broadcast the mask over queries and keys, though the standard allows it
+    bias = _full_bias(site, at, causal=site.causal and not causal)
     inputs = [site.query, site.key, site.value, *([bias.values] if bias.values is not None else [])]
     out = at.op("Attention", *inputs, scale=site.scale, is_causal=int(causal), dtype=site.query.dtype)
     _finish(site, _masked(out, bias, at))
@@ -277,9 +278,9 @@ def _transposed(value: Any, perm: tuple[int, ...], at: Build) -> Any:
     return at.op("Transpose", value, perm=list(perm), dtype=value.dtype)
 
 
-def _full_bias(site: Site, at: Build) -> Bias:
-    """The mask as the contrib ops take it: four axes, the last two not broadcast."""
-    bias = bias_of(site.mask, site, at, causal=False)
+def _full_bias(site: Site, at: Build, *, causal: bool = False) -> Bias:
+    """The mask with four axes, the last two not broadcast."""
+    bias = bias_of(site.mask, site, at, causal=causal)
     if bias.values is None:
         return bias
     have, q, k = dims(bias.values), dims(site.query), dims(site.key)

@@ -256,6 +256,24 @@ def _cumsum(node: fx.Node, known: dict[fx.Node, Indexed]) -> Indexed | None:
     return Affine(tuple(found.constant if i == axis else 0 for i in range(len(found.coefficients))), found.constant)
 
 
+def _diff(node: fx.Node, known: dict[fx.Node, Indexed]) -> Indexed | None:
+    """x[i] − x[i − 1] along an axis: its coefficient, also at the seam where one value was put in front."""
+    source, n, axis, before, after = (*node.args, *(None, 1, -1, None, None)[len(node.args) :])
+    form = _affine(source, known)
+    if form is None or n != 1 or not isinstance(axis, int) or after is not None or not form.coefficients:
+        return None
+    axis %= len(form.coefficients)
+    step = form.coefficients[axis]
+    if before is not None:
+        first = _affine(before, known)
+        if first is None or not isinstance(before, fx.Node) or before.meta["val"].shape[axis] != 1:
+            return None
+        gap = _combined(form, first, -1)
+        if any(c for i, c in enumerate(gap.coefficients) if i != axis) or gap.constant != step:
+            return None
+    return Affine((0,) * len(form.coefficients), step)
+
+
 def _index(node: fx.Node, known: dict[fx.Node, Indexed]) -> Indexed | None:
     """x[i, j]: the form of x with the forms of i and j in the place of its indices."""
     source, indices, rank = node.args[0], node.args[1], _rank(node)
@@ -331,6 +349,7 @@ _RULES: dict[Any, Callable[[fx.Node, dict[fx.Node, Indexed]], Indexed | None]] =
     **dict.fromkeys((getattr(_aten, "__and__").Tensor, _aten.bitwise_and.Tensor, _aten.logical_and.default), _and),
     **dict.fromkeys((_aten.bitwise_not.default, _aten.logical_not.default), _not),
     _aten.cumsum.default: _cumsum,
+    _aten.diff.default: _diff,
     _aten.index.Tensor: _index,
     _aten.cat.default: _cat,
     **dict.fromkeys((_aten.constant_pad_nd.default, _aten.pad.default), _pad),

@@ -38,6 +38,8 @@ def linear_of(value: Any) -> Linear | None:
             if b is not None and b.ndim == 1 and (found := linear_of(product)) is not None and found.bias is None:
                 return Linear(found.x, found.weight, b) if b.size == found.weight.shape[1] else None
         return None
+    if node.op_type in ("Mul", "Div"):
+        return _scaled(node)
     if node.op_type == "MatMul":
         weight = _matrix(node.inputs[1])
         x = node.inputs[0]
@@ -46,6 +48,16 @@ def linear_of(value: Any) -> Linear | None:
         return Linear(x, weight, None)
     if node.op_type == "Reshape":
         return _flattened(value, node.inputs[0])
+    return None
+
+
+def _scaled(node: Any) -> Linear | None:
+    """(x W + b) s = x (W s) + b s for a number s"""
+    for product, factor in (node.inputs, reversed(node.inputs)) if node.op_type == "Mul" else (node.inputs,):
+        s = const_of(factor)
+        if s is not None and s.size == 1 and (found := linear_of(product)) is not None:
+            s = s.reshape(()) if node.op_type == "Mul" else 1 / s.reshape(())
+            return Linear(found.x, found.weight * s, None if found.bias is None else found.bias * s)
     return None
 
 

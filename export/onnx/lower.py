@@ -14,10 +14,12 @@ import torch
 from normfuse.errors import ExportError
 from normfuse.export.onnx.attention import lower_attention
 from normfuse.export.onnx.build import dims
+from normfuse.export.onnx.eager_attention import mark_attention
 from normfuse.export.onnx.names import name_graph
 from normfuse.export.onnx.opset17 import to_opset_17
 from normfuse.export.onnx.program import Program
 from normfuse.export.onnx.residual import keep_layer_norm_apart
+from normfuse.export.onnx.rotary import full_rotary_tables
 from normfuse.export.onnx.translate import MARKER_DOMAIN, table
 from normfuse.export.targets import Target
 from normfuse.extras import need
@@ -47,6 +49,7 @@ def translated(program: Program, opset: int) -> Any:
     except Exception as e:
         raise ExportError(f"torch cannot translate the model to ONNX opset {opset}: {_cause(e)}") from e
     assert out is not None
+    mark_attention(out.model)
     return out.model
 
 
@@ -62,21 +65,23 @@ def finished(model: Any, program: Program, target: Target, opset: int, form: str
     need("onnx_ir.passes.common", extra="onnx")
     common = ir.passes.common
     model = model.clone()
-    sites = lower_attention(model, form)
-    if target.contrib:
-        keep_layer_norm_apart(model)
-        model.opset_imports["com.microsoft"] = 1
-    model.opset_imports.pop(MARKER_DOMAIN, None)
-    common.RemoveUnusedNodesPass()(model)
-    _drop_reshapes_to_same(model)
-    common.CommonSubexpressionEliminationPass()(model)
-    common.DeduplicateInitializersPass()(model)
-    common.RemoveUnusedNodesPass()(model)
-    if opset < _TRANSLATED_OPSET:
-        to_opset_17(model)
-    common.RemoveUnusedOpsetsPass()(model)
-    common.OutputFixPass()(model)
-    name_graph(model, program.inputs, program.outputs, program.axes)
+    with _quiet():
+        full_rotary_tables(model)
+        sites = lower_attention(model, form)
+        if target.contrib:
+            keep_layer_norm_apart(model)
+            model.opset_imports["com.microsoft"] = 1
+        model.opset_imports.pop(MARKER_DOMAIN, None)
+        common.RemoveUnusedNodesPass()(model)
+        _drop_reshapes_to_same(model)
+        common.CommonSubexpressionEliminationPass()(model)
+        common.DeduplicateInitializersPass()(model)
+        common.RemoveUnusedNodesPass()(model)
+        if opset < _TRANSLATED_OPSET:
+            to_opset_17(model)
+        common.RemoveUnusedOpsetsPass()(model)
+        common.OutputFixPass()(model)
+        name_graph(model, program.inputs, program.outputs, program.axes)
     return model, sites
 
 

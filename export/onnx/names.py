@@ -58,7 +58,8 @@ def _paths(graph: Any) -> dict[Any, str]:
     for node in graph:
         scopes = node.metadata_props.get(_SCOPES)
         if scopes:
-            modules = ast.literal_eval(scopes)[:-1]
+            # torch puts a name of its own where a node stands in no module
+            modules = [m for m in ast.literal_eval(scopes)[:-1] if not m.startswith("_empty_nn_module_stack")]
             paths[node] = "/" + modules[-1].replace(".", "/") if modules and modules[-1] else ""
     for node in graph:
         if node not in paths:

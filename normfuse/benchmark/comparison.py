@@ -17,6 +17,9 @@ from normfuse.benchmark.statistics import Interval, median_interval
 __all__ = ["Comparison", "Timing", "Verdict"]
 
 
+_ALLOWANCE = 0.05  # the most that noise may excuse
+
+
 class Verdict(enum.Enum):
     """What a comparison says about a demanded speedup.
 
@@ -117,8 +120,11 @@ class Comparison:
 
     @property
     def default_bound(self) -> float:
-        """The speedup below which b counts as slower: 1 minus the noise."""
-        return 1 - self.noise
+        """The speedup that is demanded unless another is: 1 minus the noise, but never less than 0.95.
+
+        Without the cap a machine that is noisy enough would let everything pass.
+        """
+        return 1 - min(self.noise, _ALLOWANCE)
 
     def verdict(self, at_least: float | None = None) -> Verdict:
         """Is b at least `at_least` times as fast as a?
@@ -151,15 +157,15 @@ class Comparison:
         for timing, name in ((self.a, self.a.name), (self.again, f"{self.a.name} (again)"), (self.b, self.b.name)):
             label = name if len(name) <= width else name[: width - 1] + "…"
             rows.append(f"{label:<{width}} {timing.median:>10.3f} {timing.minimum:>10.3f} {timing.p90:>10.3f} {timing.calls:>7}")
-        where = "own process each" if self.isolated else "one process"
-        pinned = f", pinned to CPU {','.join(map(str, self.cpus))}" if self.cpus else ""
-        threads = f"{self.threads} thread{'s' if self.threads > 1 else ''}"
+        where = "each in a process of its own" if self.isolated else "in one process"
+        pinned = f", on CPU {','.join(map(str, self.cpus))}" if self.cpus else ""
         libraries = ", ".join(f"{k} {v}" for k, v in self.machine.libraries.items() if k in ("torch", "onnxruntime"))
         rows += [
             "",
-            f"speedup         {self.speedup}  (95 %; above 1: {self.b.name} is faster)",
-            f"against itself  {self.itself}  (99 %; noise {self.noise:.1%})",
-            f"{self.rounds} rounds, {threads}{pinned}, {where}, {self.disturbed:.0%} of turns disturbed",
+            f"speedup         {self.speedup}  (95 % interval; above 1 is faster)",
+            f"against itself  {self.itself}  (99 % interval; noise {self.noise:.1%})",
+            f"{self.rounds} rounds, {where}, {self.disturbed:.0%} of turns disturbed by others",
+            f"{self.threads} thread{'s' if self.threads > 1 else ''}{pinned}",
             f"{self.machine.cpu}, {self.machine.cores} cores, {libraries}",
         ]
         return "\n".join(row if len(row) <= 80 else row[:79] + "…" for row in rows)

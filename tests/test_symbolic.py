@@ -1,0 +1,175 @@
+"""The front end without example inputs gives what `torch.export` gives with them."""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from normfuse.errors import CaptureError
+from normfuse.symbolic import symbolic
+from tests.zoo import ZOO
+
+aten = torch.ops.aten
+
+# arithmetic on sizes: with example inputs the sizes are numbers, and so is what is computed from them
+_ON_SIZES = {operator.floordiv, operator.mul, operator.pow, operator.add, operator.sub, aten.sym_size.int}
+TRACEABLE = [pytest.param(entry, id=name) for name, entry in ZOO.items() if entry.traceable]
+
+
+def calls(gm: fx.GraphModule) -> list[fx.Node]:
+    """The calls of a graph in order, without arithmetic on sizes and without export's checks of its inputs."""
+    gm.graph.eliminate_dead_code()
+    nodes = [n for n in gm.graph.nodes if n.op.startswith("call_") and n.name != "_guards_fn"]
+    return [n for n in nodes if n.target not in _ON_SIZES and n.target is not aten._assert_tensor_metadata.default]
+
+
+def out_of_place(target: Any) -> str:
+    """Export leaves in-place calls in place; both spellings are one op."""
+    name, _, overload = str(target).rpartition(".")
+    return f"{name.removesuffix('_')}.{overload}" if name.startswith("aten.") else str(target)
+
+
+def exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> fx.GraphModule:
+    return torch.export.export(model, args, kwargs or {}).module()  # type: ignore[return-value]
+
+
+def same_arguments(ours: list[fx.Node], theirs: list[fx.Node]) -> None:
+    """Every literal, constant and operand is the same; a computed size or a free argument stands for any number."""
+    index = {n: i for i, n in enumerate(ours)}
+    other = {n: i for i, n in enumerate(theirs)}
+
+    def check(a: Any, b: Any, where: str) -> None:
+        if isinstance(a, fx.Node) and (a.target in _ON_SIZES or (a.op == "placeholder" and not isinstance(b, fx.Node))):
+            assert isinstance(b, int | float), where
+        elif isinstance(a, fx.Node):
+            assert isinstance(b, fx.Node), where
+            assert a.op == b.op, where
+            assert a.op == "get_attr" or index.get(a) == other.get(b), where
+        elif isinstance(a, list | tuple):
+            assert len(a) == len(b), where
+            for x, y in zip(a, b, strict=True):
+                check(x, y, where)
+        elif isinstance(a, int) and a < 0:
+            # behind an ellipsis dimensions are counted from the end
+            assert isinstance(b, int), where
+        else:
+            assert type(a) is type(b), where
+            assert a == b, where
+
+    for a, b in zip(ours, theirs, strict=True):
+        check(a.args, b.args, f"{a.format_node()}  |  {b.format_node()}")
+        check(list(a.kwargs.items()), list(b.kwargs.items()), f"{a.format_node()}  |  {b.format_node()}")
+
+
+def assert_same(a: Any, b: Any) -> None:
+    left, left_spec = pytree.tree_flatten(a)
+    right, right_spec = pytree.tree_flatten(b)
+    assert left_spec == right_spec
+    torch.testing.assert_close(left, right)
+
+
+@pytest.mark.parametrize("entry", TRACEABLE)
+def test_symbolic_agrees_with_export(entry: Any) -> None:
+    model = entry.build()
+    gm = symbolic(model)
+    assert_same(gm(*entry.args, **entry.kwargs), model(*entry.args, **entry.kwargs))
+    ours, theirs = calls(gm), calls(exported(model, entry.args, entry.kwargs))
+    assert [out_of_place(n.target) for n in ours] == [out_of_place(n.target) for n in theirs]
+    same_arguments(ours, theirs)
+
+
+class Fn(nn.Module):
+    """A function of an image, a matrix and integers, as a module."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor, y: Tensor, i: Tensor) -> Any:
+        return self.function(x) if isinstance(self.function, nn.Module) else self.function(x, y, i)
+
+
+FUNCTIONS: dict[str, Callable[[Tensor, Tensor, Tensor], Any]] = {
+    "relu": lambda x, y, i: torch.relu(x) + x.relu() + F.relu(x) + nn.ReLU()(x),
+    "activations": lambda x, y, i: F.gelu(F.silu(F.hardswish(F.hardsigmoid(F.leaky_relu(F.elu(F.mish(F.softplus(x)))))))),
+    "clamps": lambda x, y, i: F.hardtanh(F.relu6(x), -0.5, 2.0).clamp(min=0).clamp(-1, 1),
+    "gelu_tanh": lambda x, y, i: F.gelu(x, approximate="tanh"),
+    "glu_softmin": lambda x, y, i: F.softmin(F.glu(x, dim=1), dim=-1),
+    "rarer": lambda x, y, i: F.selu(F.celu(F.threshold(F.hardshrink(F.softsign(F.tanhshrink(F.logsigmoid(x)))), 0.1, 2))),
+    "softmax": lambda x, y, i: torch.softmax(x, -1) + x.softmax(dim=1) + F.softmax(x, dim=1, dtype=torch.float32),
+    "log_softmax": lambda x, y, i: F.log_softmax(x, -1).exp(),
+    "arithmetic": lambda x, y, i: 2 * (1 - x) / 3 + 1 - x * x / (x + 5.0) - x**2,
+    "number_first": lambda x, y, i: (1 + x, 2 * x, 3 - x, 4 / x, 2**x),
+    "alpha": lambda x, y, i: torch.add(x, x, alpha=2) - torch.sub(x, x, alpha=0.5),
+    "integers": lambda x, y, i: (i // 2, i % 3, -i, abs(i), ~i),
+    "comparisons": lambda x, y, i: ((x > 0) & (x <= 1) | (x == 0), x != x, i < 2, i >= i),
+    "rounding": lambda x, y, i: torch.div(x, 2, rounding_mode="floor"),
+    "reductions": lambda x, y, i: (x.mean(), x.mean(1), x.sum((2, 3), keepdim=True), x.amax(dim=1), x.var(1, unbiased=False), x.std(-1)),
+    "axis": lambda x, y, i: x.sum(axis=1, keepdims=True),
+    "maxima": lambda x, y, i: (x.max(), x.max(1)[0], torch.max(x, x), x.argmax(dim=1), x.topk(2)[0]),
+    "var_mean": lambda x, y, i: torch.var_mean(x, 1)[0],
+    "norms": lambda x, y, i: (y.norm(), y.norm(dim=1, keepdim=True), F.normalize(y, dim=-1), torch.norm(y, 1, 0)),
+    "matrix": lambda x, y, i: (y @ y.T, torch.matmul(y, y.t()), y.mm(y.transpose(0, 1)), torch.einsum("ab,cb->ac", y, y)),
+    "einsum_list": lambda x, y, i: torch.einsum("ab,cb,db->acd", [y, y, y]),
+    "shapes": lambda x, y, i: x.flatten(1).view(2, -1).reshape(2, 4, -1).permute(0, 2, 1).contiguous().transpose(1, 2).unsqueeze(0).squeeze(0),
+    "sizes": lambda x, y, i: x.view(x.size(0), x.shape[1] * x.size(2), -1).expand(2, -1, -1),
+    "unflatten": lambda x, y, i: torch.flatten(x, 2).unflatten(-1, (6, 6)).movedim(1, -1).swapaxes(1, 2),
+    "concatenation": lambda x, y, i: torch.stack([torch.cat([x, x], dim=1), torch.cat((x, x), 1)]),
+    "splits": lambda x, y, i: [torch.cat((b, a)) for a, b in (x.chunk(2, 1), x.split(2, dim=1), x.split([2, 2], 1), x.unbind(0))],
+    "slices": lambda x, y, i: (x[:, 1:3], x[:, ::2], x[0], x[:, 0], x[:, :, 1:, None, :-1], x[-1:], x[:, -1]),
+    "ellipsis": lambda x, y, i: (x[..., 0], x[..., None], x[..., 1:, :2], x[:, ..., None, 0]),
+    "whole": lambda x, y, i: (x[...], x[:], y[:, :]),
+    "index": lambda x, y, i: (x[:, i[0]], y[i], x.index_select(1, i[0]), y.gather(1, i[:, :2]), x[:, i[0]]),
+    "masks": lambda x, y, i: x.masked_fill(x > 0, float("-inf")) + torch.where(x > 0, x, 0.0) + x.where(x > 1, x),
+    "casts": lambda x, y, i: x.double().to(torch.float16).float().type(torch.float64).half(),
+    "elementwise": lambda x, y, i: x.abs().sqrt().exp().log().rsqrt().square().reciprocal().tanh().sigmoid().sin().pow(0.5),
+    "rolls": lambda x, y, i: torch.roll(x, (1, -1), dims=(2, 3)).flip(1).repeat(1, 2, 1, 1).cumsum(0).repeat_interleave(2, 0),
+    "padding": lambda x, y, i: F.pad(F.pad(F.pad(x, (1, 1)), (1, 1, 1, 1), value=0.5), (1, 1, 2, 2), mode="reflect"),
+    "pools": lambda x, y, i: F.avg_pool2d(F.max_pool2d(x, 2, stride=1), 2, ceil_mode=True) + F.adaptive_avg_pool2d(x, 1),
+    "adaptive": lambda x, y, i: F.adaptive_avg_pool2d(x, (3, 2)) + F.adaptive_max_pool2d(x, (3, 2)) + F.lp_pool2d(x, 2, 2)[..., :2],
+    "indices": lambda x, y, i: F.max_pool2d(x, 2, return_indices=True)[0],
+    "convolutions": lambda x, y, i: (F.conv2d(x, torch.ones(2, 4, 3, 3)), F.conv2d(x, torch.ones(2, 4, 3, 3), padding="same")),
+    "transposed": lambda x, y, i: F.conv_transpose2d(x, torch.ones(4, 2, 3, 3), stride=2, padding=1, output_padding=1),
+    "linear": lambda x, y, i: F.linear(x, torch.ones(3, 6), torch.ones(3)),
+    "layer_norm": lambda x, y, i: F.layer_norm(x, (6,)) + F.rms_norm(x, (6,)) + F.group_norm(x, 2, eps=1e-3),
+    "instance_norm": lambda x, y, i: F.instance_norm(x),
+    "dropout": lambda x, y, i: F.dropout(x, 0.1, training=False) + F.dropout2d(x, training=False) + F.alpha_dropout(x),
+    "bilinear": lambda x, y, i: F.interpolate(x, size=(3, 3), mode="bilinear") + F.interpolate(x, (3, 3)),
+    "bicubic": lambda x, y, i: F.interpolate(x, scale_factor=2, mode="bicubic", align_corners=True),
+    "pixel_shuffle": lambda x, y, i: F.pixel_unshuffle(F.pixel_shuffle(x, 2), 2),
+    "attention": lambda x, y, i: F.scaled_dot_product_attention(x, x, x, is_causal=True, scale=0.3),
+    "embedding": lambda x, y, i: F.embedding(i, torch.ones(9, 3)) + F.embedding(i, torch.ones(9, 3), padding_idx=1),
+    "one_hot": lambda x, y, i: F.one_hot(i, 9),
+    "similarity": lambda x, y, i: (F.cosine_similarity(y, y), F.pairwise_distance(y, y)),
+    "likes": lambda x, y, i: torch.zeros_like(x) + torch.ones_like(x) + torch.full_like(x, 2.0),
+    "properties": lambda x, y, i: (y.T, x.mT),
+    "stock_batch_norm": nn.BatchNorm2d(4).eval(),
+    "stock_padded": nn.Conv2d(4, 2, 3, padding=1, padding_mode="circular"),
+    "stock_upsample": nn.UpsamplingBilinear2d(scale_factor=2),
+    "stock_shapes": nn.Sequential(nn.Flatten(2), nn.Unflatten(2, (6, 6)), nn.PixelUnshuffle(2), nn.ZeroPad2d(1)),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_function_agrees_with_export(name: str) -> None:
+    model = Fn(FUNCTIONS[name]).eval()
+    args = (torch.rand(2, 4, 6, 6) + 0.5, torch.rand(3, 5), torch.tensor([[1, 2, 0], [0, 2, 1]]))
+    gm = symbolic(model)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        expected = model(*args)
+        torch.manual_seed(0)
+        assert_same(gm(*args), expected)
+    # a tensor made in Python is a constant here and a call in export
+    made = {"aten.ones.default", "aten.lift_fresh_copy.default", "aten.detach.default"}
+    ours, theirs = ([t for n in calls(g) if (t := out_of_place(n.target)) not in made] for g in (gm, exported(model, args)))
+    assert ours == theirs
