@@ -79,7 +79,9 @@ def main() -> None:
         train(model, *inputs(training), epochs=epochs, rate=rate)
         values = sum(p.numel() for p in model.parameters())
         took = time.perf_counter() - start
-        print(f"{name}: {values:,} parameters, {accuracy(model, *inputs(test)):.3f} of {HELD_OUT} held-out digits right, {took:.0f} s")
+        print(
+            f"{name}: {values:,} parameters, {accuracy(model, *inputs(test)):.3f} of {HELD_OUT} held-out digits right, {took:.0f} s"
+        )
         with atomic(options.out / f"digits_{name}.safetensors", force=True) as path:
             save_file(model.state_dict(), path)
     with atomic(options.out / "digits_test.safetensors", force=True) as path:

@@ -80,11 +80,11 @@ def optimize(
     original = graph.copy()
     inputs = flat_inputs(captured.gm, captured.args, captured.kwargs or {}) if captured.has_inputs else None
     proof = Proof(original, inputs) if verify != "off" and inputs is not None else None
-    graph, reports = run(graph, pipeline, proof, each=verify == "each")
+    graph, reports, exact = run(graph, pipeline, proof, each=verify == "each")
     after = _count(graph)
     before = _count(original)
     gm = graph.to_module(type(model).__name__ if not isinstance(model, fx.GraphModule) else "Optimized")
-    exact, drift = (None, None) if proof is None else (proof.exact(graph), proof.drift(graph))
+    drift = None if proof is None else proof.drift(graph)
     notes = captured.notes
     if verify != "off" and inputs is None:
         notes += ("not verified: the model was traced without example inputs",)

@@ -27,9 +27,16 @@ _OPERATORS: dict[Any, str] = {
     **{operator.add: "add", operator.sub: "sub", operator.mul: "mul", operator.truediv: "div", operator.pow: "pow"},
     **{operator.iadd: "add_", operator.isub: "sub_", operator.imul: "mul_", operator.itruediv: "div_", operator.ipow: "pow_"},
     **{operator.floordiv: "floor_divide", operator.mod: "remainder", operator.matmul: "matmul", operator.neg: "neg"},
-    **{operator.abs: "abs", operator.invert: "bitwise_not", operator.and_: "__and__", operator.or_: "__or__", operator.xor: "__xor__"},
+    **{
+        operator.abs: "abs",
+        operator.invert: "bitwise_not",
+        operator.and_: "__and__",
+        operator.or_: "__or__",
+        operator.xor: "__xor__",
+    },
     **{operator.lt: "lt", operator.le: "le", operator.gt: "gt", operator.ge: "ge", operator.eq: "eq", operator.ne: "ne"},
 }
+_WRITES = {getattr(operator, f"i{name}") for name in ("add", "sub", "mul", "truediv", "pow", "floordiv", "mod", "and", "or", "xor")}
 _DUNDERS = {f"__{op.__name__.strip('_')}__": op for op in (*_OPERATORS, operator.getitem)}
 _CASTS = {
     **{"float": torch.float32, "double": torch.float64, "half": torch.float16, "bfloat16": torch.bfloat16},
@@ -59,8 +66,8 @@ def _has_effect(node: fx.Node) -> bool:
         return str(node.target).endswith("_")
     if node.target is torch._assert and node.args[0] is True:
         return False
-    written = node.target in _OPERATORS and _OPERATORS[node.target].endswith("_") and not _OPERATORS[node.target].startswith("__")
-    return node.op == "call_module" or written or node.is_impure(impure_random=False)
+    is_check = getattr(node.target, "__name__", "").startswith("_assert")
+    return node.op == "call_module" or node.target in _WRITES or is_check or node.is_impure(impure_random=False)
 
 
 class Lowering:
@@ -228,8 +235,10 @@ class Lowering:
         return None
 
     def kind_of_arithmetic(self, node: fx.Node) -> Kind:
-        kinds = {self.kind(a) if isinstance(a, fx.Node) else "number" for a in node.args}
-        return "number" if kinds == {"number"} else "tensor" if "tensor" in kinds else None
+        kinds = {self.kind(a) if isinstance(a, fx.Node) else "size" if isinstance(a, tuple | list) else "number" for a in node.args}
+        if "tensor" in kinds:
+            return "tensor"
+        return "size" if kinds == {"size"} else "number" if kinds == {"number"} else None
 
 
 def _node_name(overload: Any) -> str:
@@ -259,7 +268,9 @@ def _split(low: Lowering, x: Any, size: Any, dim: Any = 0) -> fx.Node | None:
     return low.call("split_with_sizes", x, size, dim)
 
 
-def _norm(low: Lowering, x: Any, p: Any = "fro", dim: Any = None, keepdim: bool = False, out: Any = None, dtype: Any = None) -> fx.Node | None:
+def _norm(
+    low: Lowering, x: Any, p: Any = "fro", dim: Any = None, keepdim: bool = False, out: Any = None, dtype: Any = None
+) -> fx.Node | None:
     if out is not None or p == "nuc" or p is None or (p == "fro" and not (dim is None or isinstance(dim, int) or len(dim) <= 2)):
         return None
     dims = [dim] if isinstance(dim, int) else dim
@@ -310,9 +321,7 @@ def _interpolate(
     if rank not in (3, 4, 5) or recompute_scale_factor or antialias or (mode, rank) not in _UPSAMPLES:
         return None
     input.meta.setdefault("rank", rank)
-    sizes, scales = (
-        v if v is None or isinstance(v, list | tuple) else [v] * (rank - 2) for v in (size, scale_factor)
-    )
+    sizes, scales = (v if v is None or isinstance(v, list | tuple) else [v] * (rank - 2) for v in (size, scale_factor))
     corners = () if mode == "nearest" else (bool(align_corners),)
     return low.call(_UPSAMPLES[mode, rank], input, sizes, *corners, scales)
 

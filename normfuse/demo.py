@@ -62,7 +62,8 @@ class Outcome:
         exact = self.report.exact
         found = {
             f"{self.name}: norms are left: {left}": bool(left),
-            f"{self.name}: the error in float64 is {magnitude(exact)}, above {_EXACT:.0e}": exact is None or not exact.max_rel <= _EXACT,
+            f"{self.name}: the error in float64 is {magnitude(exact)}, above {_EXACT:.0e}": exact is None
+            or not exact.max_rel <= _EXACT,
             f"{self.name}: {self.of - self.same} of {self.of} predictions changed": self.same != self.of,
             f"{self.name}: {len(self.report.undone)} rewrites were taken back": bool(self.report.undone),
         }
@@ -96,12 +97,11 @@ def run(console: Console, *, seconds: float = 5.0) -> tuple[Outcome, ...]:
     failures = [f for o in outcomes for f in o.failures()]
     if failures:
         raise CheckFailed("; ".join(failures))
-    norms = sum(sum(o.report.norms_before.values()) for o in outcomes)
-    left = sum(sum(o.report.norms_after.values()) for o in outcomes)
-    _say(
-        console,
-        f"demo: {norms} norms -> {left} (RMSNorm), 0 of {sum(o.of for o in outcomes)} predictions changed, {perf_counter() - start:.0f} s",
-    )
+    before = sum(sum(o.report.norms_before.values()) for o in outcomes)
+    after = sum(sum(o.report.norms_after.values()) for o in outcomes)
+    answers = sum(o.of for o in outcomes)
+    took = perf_counter() - start
+    _say(console, f"demo: {before} norms -> {after} (RMSNorm), 0 of {answers} predictions changed, {took:.0f} s")
     return tuple(outcomes)
 
 
@@ -161,7 +161,7 @@ def _facts(found: "Report") -> Iterable[str]:
     kinds = sorted({*found.norms_before, *found.norms_after})
     yield "norms       " + ", ".join(f"{k} {found.norms_before.get(k, 0)} -> {found.norms_after.get(k, 0)}" for k in kinds)
     yield f"parameters  {change(found.parameters_before, found.parameters_after)}"
-    yield f"exact       {magnitude(found.exact)} relative in float64 (an identity: below {_EXACT:.0e})"
+    yield f"exact       {magnitude(found.exact)} relative in float64; the bound of an identity is {_EXACT:.0e}"
     yield f"drift       {magnitude(found.drift)} relative in {found.drift.dtype if found.drift else 'its own dtype'}"
 
 
@@ -177,10 +177,11 @@ def _measured(o: Outcome, original: Path) -> Iterable[str]:
     yield f"onnx nodes  {len(before)} ({kinds(before)})"
     yield f"         -> {len(after)} ({kinds(after)})"
     yield f"onnx error  {o.difference:.1e} relative, optimized file against original file"
-    yield f"digits      {o.right['original']} of {o.of} right before, {o.right['optimized onnx']} after; {o.same} of {o.of} answers the same"
-    a, b, speedup = o.latency.a, o.latency.b, o.latency.speedup
+    right = f"{o.right['original']} of {o.of} right before, {o.right['optimized onnx']} after"
+    yield f"digits      {right}; {o.same} of {o.of} answers the same"
+    a, b, ratio, noise = o.latency.a, o.latency.b, o.latency.speedup, o.latency.noise
     yield f"latency     {a.median:.3f} ms -> {b.median:.3f} ms for {_BATCH} images, {o.latency.threads} threads"
-    yield f"speedup     {speedup.value:.3f} [{speedup.low:.3f}, {speedup.high:.3f}] at 95 %; noise {o.latency.noise:.1%}: {_words(o.latency)}"
+    yield f"speedup     {ratio.value:.3f} [{ratio.low:.3f}, {ratio.high:.3f}] at 95 %; noise {noise:.1%}: {_words(o.latency)}"
 
 
 def _words(latency: "Comparison") -> str:

@@ -30,7 +30,9 @@ class Block(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, T, D) each
         mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         x = x + self.scale1 * self.proj(mixed)
-        return x + self.scale2 * self.fc2(F.gelu(self.fc1(self.norm2(x))))
+        wide: Tensor = self.fc1(self.norm2(x))  # (B, T, 4C)
+        narrow: Tensor = self.fc2(F.gelu(wide))
+        return x + self.scale2 * narrow
 
 
 class DigitsViT(nn.Module):
@@ -50,7 +52,8 @@ class DigitsViT(nn.Module):
         x = torch.cat([self.cls.expand(x.shape[0], -1, -1), x], 1) + self.pos
         for block in self.blocks:
             x = block(x)
-        return self.head(self.norm(x[:, 0]))  # type: ignore[no-any-return]
+        logits: Tensor = self.head(self.norm(x[:, 0]))
+        return logits
 
 
 class Residual(nn.Module):
@@ -69,7 +72,8 @@ class Residual(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = F.relu(self.norm1(self.expand(self.norm(x))))
         y = F.relu(self.norm2(self.depthwise(y)))
-        return x + self.norm3(self.project(y))
+        branch: Tensor = self.norm3(self.project(y))
+        return x + branch
 
 
 class DigitsCNN(nn.Module):
@@ -88,7 +92,8 @@ class DigitsCNN(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         x = F.relu(self.norm1(self.stem(self.norm0(image))))
         x = F.relu(self.norm2(self.down(self.blocks(x))))
-        return self.head(x.mean((2, 3)))  # type: ignore[no-any-return]
+        logits: Tensor = self.head(x.mean((2, 3)))
+        return logits
 
 
 def load(name: str) -> nn.Module:

@@ -6,9 +6,6 @@ the process of an ONNX Runtime engine holds ONNX Runtime and not torch, as it wo
 
 from __future__ import annotations
 
-import contextlib
-import io
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -133,22 +130,19 @@ def export_original(source: Source, path: str | Path, *, dynamic_shapes: Any = N
     """
     import torch
 
+    if not isinstance(source.model, torch.export.ExportedProgram):
+        from normfuse.export.onnx.baseline import export_original as export_module
+
+        export_module(source.model, source.args, source.kwargs, path, dynamic_shapes)
+        return
     need("onnxscript", extra="onnx")
-    # the exporter warns about each op version and logs a summary; none of it is about the user's model
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
-        try:
-            torch.onnx.export(
-                source.model,
-                source.args,
-                str(path),
-                kwargs=source.kwargs or None,
-                dynamic_shapes=dynamic_shapes,
-                dynamo=True,
-                verbose=False,
-            )
-        except Exception as e:
-            raise ExportError(f"torch cannot export the original of {source.name} to ONNX: {' '.join(str(e).split())[:500]}") from e
+    from normfuse.export.onnx.quiet import quiet
+
+    try:
+        with quiet():
+            torch.onnx.export(source.model, (), str(path), dynamo=True, verbose=False)
+    except Exception as e:
+        raise ExportError(f"torch cannot export {source.name} to ONNX: {' '.join(str(e).split())[:500]}") from e
 
 
 def _open_source(source: str, options: Options, compile: bool, threads: int) -> Call:

@@ -116,7 +116,7 @@ class Graph:
                 _place(root, node.target, native.clone() if constant.tensor is not None else native.contiguous(), self._owner, constant)
             elif node.op in ("get_attr", "call_module"):
                 _place_module(root, str(node.target), _attribute(self._owner, str(node.target)))
-        self.constants = {names[k]: v for k, v in self.constants.items()}
+        self.constants = {names[k]: Constant.of(_attribute(root, names[k]), names[k]) for k in self.constants}
         gm = fx.GraphModule(root, self.fx, name)
         gm.graph.lint()
         gm.meta.update({k: v for k, v in getattr(self._owner, "meta", {}).items() if k != "normfuse"})
@@ -174,9 +174,14 @@ class Graph:
         return sum(len(n.users) for n in self.fx.find_nodes(op="get_attr", target=key)) > 1
 
     @staticmethod
-    def readers(node: fx.Node) -> tuple[fx.Node, ...]:
-        """Who reads the value: its users, with the pieces of a split in place of the split."""
-        return tuple(r for user in node.users for r in (tuple(user.users) if pieces(user) else (user,)))
+    def consumers(node: fx.Node) -> tuple[fx.Node, ...]:
+        """Its users without those that only look at its shape."""
+        return tuple(user for user in node.users if not _reads_shape_only(user, node))
+
+    @classmethod
+    def readers(cls, node: fx.Node) -> tuple[fx.Node, ...]:
+        """Who reads the value: its consumers, with the pieces of a split in place of the split."""
+        return tuple(r for user in cls.consumers(node) for r in (tuple(user.users) if pieces(user) else (user,)))
 
     def owned(self, path: str) -> Any:
         """What a `call_module` or a `get_attr` that is no tensor refers to."""
@@ -315,6 +320,14 @@ def path_of(node: fx.Node) -> str:
         return node.name
     lines = re.findall(r'File "([^"]+)", line (\d+)', str(node.meta.get("stack_trace") or ""))
     return f"{name} ({PurePath(lines[-1][0]).name}:{lines[-1][1]})" if lines else node.name
+
+
+_SHAPE_ONLY = {torch.ops.aten.sym_size.int, torch.ops.aten.sym_numel.default, torch.ops.aten.sym_stride.int}
+_SHAPE_OF_SECOND = {torch.ops.aten.reshape_as.default, torch.ops.aten.view_as.default, torch.ops.aten.expand_as.default}
+
+
+def _reads_shape_only(user: fx.Node, node: fx.Node) -> bool:
+    return user.target in _SHAPE_ONLY or (user.target in _SHAPE_OF_SECOND and user.args[0] is not node)
 
 
 def _effect(node: fx.Node) -> bool:

@@ -21,7 +21,14 @@ aten = torch.ops.aten
 _FRESH_COMPOSITES = {
     *("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "linear", "batch_norm"),
     *("layer_norm", "group_norm", "instance_norm", "rms_norm", "softmax", "log_softmax", "matmul", "max_pool1d", "max_pool2d"),
-    *("max_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "upsample_nearest2d", "upsample_bilinear2d"),
+    *(
+        "max_pool3d",
+        "adaptive_avg_pool1d",
+        "adaptive_avg_pool2d",
+        "adaptive_avg_pool3d",
+        "upsample_nearest2d",
+        "upsample_bilinear2d",
+    ),
     *("relu6", "selu", "scaled_dot_product_attention", "clone"),
 }
 # ops that read a tensor and keep nothing of it

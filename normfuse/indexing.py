@@ -45,7 +45,10 @@ def _known(item: Any, kind: KindOf) -> bool:
     if isinstance(item, fx.Node):
         return kind(item) in ("number", "tensor")
     if isinstance(item, slice):
-        return all(v is None or isinstance(v, int) or (isinstance(v, fx.Node) and kind(v) == "number") for v in (item.start, item.stop, item.step))
+        return all(
+            v is None or isinstance(v, int) or (isinstance(v, fx.Node) and kind(v) == "number")
+            for v in (item.start, item.stop, item.step)
+        )
     return item is None or item is ... or (isinstance(item, int) and not isinstance(item, bool))
 
 

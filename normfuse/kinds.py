@@ -5,6 +5,7 @@ Arithmetic on a tensor and on a size look the same in Python; only the former ha
 
 from __future__ import annotations
 
+import builtins
 import operator
 from typing import Any
 
@@ -16,10 +17,19 @@ from normfuse.overloads import Kind, is_tensor_position, nodes_in
 __all__ = ["attribute_kind", "name_of", "overload_kind", "placeholder_kind", "proven_tensors"]
 
 # methods of plain Python values: a call of one of these does not prove a tensor
-_AMBIGUOUS = {name for t in (dict, list, tuple, str, set, int, float) for name in dir(t)}
+_AMBIGUOUS = {name for t in (dict, list, tuple, set, int, float) for name in dir(t)}
 _ATTRIBUTES: dict[str, Kind] = {"shape": "size", "dtype": "dtype", "device": "device", "ndim": "number", "requires_grad": "number"}
 _NAMESPACES = (torch._C._VariableFunctions, torch._C._nn, torch._C._linalg, torch._C._special, torch._C._fft)
-_ARITHMETIC = {operator.add, operator.sub, operator.mul, operator.truediv, operator.pow, operator.iadd, operator.isub, operator.imul}
+_ARITHMETIC = {
+    operator.add,
+    operator.sub,
+    operator.mul,
+    operator.truediv,
+    operator.pow,
+    operator.iadd,
+    operator.isub,
+    operator.imul,
+}
 _UNARY = {operator.neg, operator.abs, operator.pos}
 
 
@@ -37,7 +47,11 @@ def placeholder_kind(node: fx.Node) -> Kind:
     if text in ("int", "float", "bool"):
         return "number"
     optional = str(node.type).replace("torch.Tensor", "Tensor")
-    tensor = node.type is Tensor or text in ("Tensor", "torch.Tensor") or optional in ("Optional[Tensor]", "typing.Optional[Tensor]", "Tensor | None")
+    tensor = (
+        node.type is Tensor
+        or text in ("Tensor", "torch.Tensor")
+        or optional in ("Optional[Tensor]", "typing.Optional[Tensor]", "Tensor | None")
+    )
     return "tensor" if tensor else None
 
 
@@ -50,7 +64,11 @@ def overload_kind(overload: torch._ops.OpOverload) -> Kind:
     returns = [str(r.real_type) for r in overload._schema.returns]
     if len(returns) > 1 or returns == ["List[Tensor]"]:
         return "tensors"
-    return {"Tensor": "tensor", "int": "number", "SymInt": "number", "float": "number", "bool": "number"}.get(returns[0]) if returns else None
+    return (
+        {"Tensor": "tensor", "int": "number", "SymInt": "number", "float": "number", "bool": "number"}.get(returns[0])
+        if returns
+        else None
+    )
 
 
 def proven_tensors(graph: fx.Graph) -> set[fx.Node]:
@@ -81,6 +99,8 @@ def _add_operator(node: fx.Node, proven: set[fx.Node]) -> None:
     operands = [a for a in node.args if isinstance(a, fx.Node)]
     if getattr(node.target, "__module__", "") == "torch.nn.functional" or node.target is operator.matmul:
         proven.update(nodes_in(list(node.args[: 2 if node.target is operator.matmul else 1])))
+    elif node.target is builtins.getattr and node.args[1] in _ATTRIBUTES:
+        proven.update(nodes_in(node.args[0]))
     elif node.target is operator.getitem and isinstance(node.args[1], tuple):
         proven.update(nodes_in(node.args[0]))
     elif node in proven and (node.target in _UNARY or (node.target in _ARITHMETIC and len(operands) == 1)):

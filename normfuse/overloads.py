@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-__all__ = ["Kind", "KindOf", "is_tensor_position", "nodes_in", "resolve"]
+__all__ = ["Kind", "KindOf", "is_tensor_position", "nodes_in", "resolve", "returns_one_tensor"]
 
 Kind = str | None
 """What a value is at run time: tensor, tensors (list or tuple of them), number, size, dtype, device; None when unknown."""
@@ -24,7 +24,9 @@ KindOf = Callable[[fx.Node], Kind]
 # torch's own parser takes these spellings too
 _SPELLINGS = {"input": "self", "x": "self", "a": "self", "x1": "self", "axis": "dim", "keepdims": "keepdim", "x2": "other"}
 # torch's own parser wraps a number into a tensor for these; all others have an overload for numbers
-_NUMBERS_AS_TENSORS = {f"{name}{suffix}" for name in ("add", "sub", "mul", "div", "floor_divide", "true_divide") for suffix in ("", "_")}
+_NUMBERS_AS_TENSORS = {
+    f"{name}{suffix}" for name in ("add", "sub", "mul", "div", "floor_divide", "true_divide") for suffix in ("", "_")
+}
 _NAMED_TYPES = {torch.dtype: "ScalarType", torch.device: "Device", torch.layout: "Layout", torch.memory_format: "MemoryFormat"}
 _MISSING = object()
 # cost of taking a value whose kind is unknown; a conversion costs 1
@@ -37,7 +39,9 @@ def packet(name: str) -> Any:
     return found if isinstance(found, torch._ops.OpOverloadPacket) else None
 
 
-def resolve(name: str, args: Sequence[Any], kwargs: Mapping[str, Any], kind: KindOf) -> tuple[Any, tuple[Any, ...], dict[str, Any]] | None:
+def resolve(
+    name: str, args: Sequence[Any], kwargs: Mapping[str, Any], kind: KindOf
+) -> tuple[Any, tuple[Any, ...], dict[str, Any]] | None:
     """The overload of `aten::name` that takes these arguments, with the arguments as export writes them.
 
     Returns None when no overload does, when it takes no tensor (arithmetic on sizes stays arithmetic), or when a value whose
@@ -62,6 +66,12 @@ def is_tensor_position(name: str, position: int | str) -> bool:
     """Must this argument of `aten::name` be a tensor (or a list of tensors), whatever the overload?"""
     found = [_argument(overload._schema, position) for overload in _overloads(name)]
     return bool(found) and all(a is not None and str(a.real_type) in ("Tensor", "Optional[Tensor]", "List[Tensor]") for a in found)
+
+
+@functools.cache
+def returns_one_tensor(name: str) -> bool:
+    """Is the result of `aten::name` one tensor, whatever the overload?"""
+    return bool(found := _overloads(name)) and all([str(r.real_type) for r in o._schema.returns] == ["Tensor"] for o in found)
 
 
 def _argument(schema: Any, position: int | str) -> Any:
@@ -101,7 +111,9 @@ def _bind(schema: Any, args: Sequence[Any], kwargs: Mapping[str, Any], kind: Kin
     values = list(args)
     if len(values) > 1 and len(positional) > 1 and _is_list(positional[1]) and all(_is_int(v, kind) for v in values[1:]):
         # x.view(2, 3) and x.permute(1, 0): the sizes may come as separate arguments
-        values = [values[0], values[1:]] if len(values) > 2 or positional[1].N is None else values
+        alone = len(values) == 2
+        known = not alone or not isinstance(values[1], fx.Node) or kind(values[1]) == "number"
+        values = [values[0], values[1:]] if known and (not alone or positional[1].N is None) else values
     if len(values) > len(positional):
         return None
     named = {a.name: v for a, v in zip(positional, values, strict=False)}
@@ -179,7 +191,9 @@ def _fit(value: Any, argument: Any, kind: KindOf, *, numbers: bool) -> tuple[int
 
 
 def _fit_node(found: Kind, node: fx.Node, expected: str) -> tuple[int, Any] | None:
-    wanted = {"Tensor": "tensor", "ScalarType": "dtype", "Device": "device", "bool": "number", "str": "text"}.get(expected, "number")
+    wanted = {"Tensor": "tensor", "ScalarType": "dtype", "Device": "device", "bool": "number", "str": "text"}.get(
+        expected, "number"
+    )
     if found is None:
         return _UNKNOWN, node
     return (0, node) if found == wanted else None
@@ -189,8 +203,11 @@ def _fit_list(value: Any, argument: Any, element: str, kind: KindOf) -> tuple[in
     if isinstance(value, fx.Node):
         found = kind(value)
         whole = {"Tensor": "tensors", "int": "size", "SymInt": "size"}.get(element)
-        if found is None or found == whole:
-            return (0 if found else _UNKNOWN), value
+        if found is not None and found == whole:
+            return 0, value
+        if found is None:
+            # one number or a whole list of them?
+            return None
     if isinstance(value, torch.Size | tuple | list):
         items = [_fit_item(v, element, kind) for v in value]
         return None if None in items else (sum(i[0] for i in items if i), [i[1] for i in items if i])

@@ -22,7 +22,6 @@ log = logging.getLogger(__name__)
 Apply = Callable[[Any, Graph], PassReport]
 
 _ATTEMPTS = 16  # rewrites taken back one by one before a pass is given up as a whole
-_BROKEN = Error(float("inf"), float("inf"), "float64")
 
 
 class Proof:
@@ -40,8 +39,12 @@ class Proof:
         self._expected: dict[bool, list[list[torch.Tensor]]] = {}
 
     def exact(self, graph: Graph) -> Error:
-        """The error in float64: rounding only, if the graph is an identity of the original."""
-        return self._error(graph, exact=True)
+        """The error in float64: rounding only, if the graph is an identity of the original; infinite if it does not run."""
+        try:
+            return self._error(graph, exact=True)
+        except Exception as e:  # a wrong rewrite may fail in any operator
+            log.debug("the rewritten graph does not run: %s", e)
+            return Error(float("inf"), float("inf"), "float64")
 
     def drift(self, graph: Graph) -> Error:
         """The error in the model's own dtype."""
@@ -49,11 +52,7 @@ class Proof:
 
     def holds(self, graph: Graph) -> bool:
         """Is the graph the same function, up to rounding in float64?"""
-        try:
-            return self.exact(graph).max_rel <= EXACT_BOUND
-        except Exception as e:  # a wrong rewrite may fail in any operator
-            log.debug("the rewritten graph does not run: %s", e)
-            return False
+        return self.exact(graph).max_rel <= EXACT_BOUND
 
     def _error(self, graph: Graph, *, exact: bool) -> Error:
         expected = self._outputs(exact)
@@ -82,7 +81,9 @@ def _native(outputs: Sequence[torch.Tensor]) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def run(graph: Graph, pipeline: Sequence[Any], proof: Proof | None, *, each: bool = False) -> tuple[Graph, list[PassReport]]:
+def run(
+    graph: Graph, pipeline: Sequence[Any], proof: Proof | None, *, each: bool = False
+) -> tuple[Graph, list[PassReport], Error | None]:
     """Apply the passes in order; with a proof, take back every rewrite that breaks it and go on with the rest.
 
     Args:
@@ -90,14 +91,18 @@ def run(graph: Graph, pipeline: Sequence[Any], proof: Proof | None, *, each: boo
         pipeline: passes.
         proof: what the result is compared with; None compares nothing.
         each: compare after every pass, and report its errors; else once at the end.
+
+    Returns:
+        The rewritten graph, one report a pass, and the error of the graph in float64.
     """
     undone: dict[int, list[Site]] = {}
     given_up: set[int] = set()
     current = graph.copy()
     for _ in range(_ATTEMPTS):
         result, reports, before = _attempt(current, pipeline, given_up, proof if each else None)
-        if proof is None or proof.holds(result):
-            return result, [replace(r, undone=tuple(undone.get(i, ()))) if i in undone else r for i, r in enumerate(reports)]
+        exact = None if proof is None else proof.exact(result)
+        if proof is None or exact is None or exact.max_rel <= EXACT_BOUND:
+            return result, [replace(r, undone=tuple(undone.get(i, r.undone))) for i, r in enumerate(reports)], exact
         i = _culprit(pipeline, [*before[1:], result], proof)
         site = _guilty_site(pipeline[i], before[i], proof)
         if site is None:
@@ -134,17 +139,10 @@ def _attempt(
             site = Site(p.name, "", f"the pass failed and was left out: {type(e).__name__}: {e}")
             report = PassReport(p.name, undone=(site,), seconds=perf_counter() - begin)
         if proof is not None:
-            report = _with_errors(report, graph, proof)
+            report = replace(report, exact=proof.exact(graph), drift=proof.drift(graph))
         log.info("%s: %d applied, %d refused", p.name, len(report.applied), len(report.refused))
         reports.append(report)
     return graph, reports, before
-
-
-def _with_errors(report: PassReport, graph: Graph, proof: Proof) -> PassReport:
-    try:
-        return replace(report, exact=proof.exact(graph), drift=proof.drift(graph))
-    except Exception:  # the graph does not even run: what `run` finds out right after
-        return replace(report, exact=_BROKEN, drift=_BROKEN)
 
 
 def _culprit(pipeline: Sequence[Any], after: Sequence[Graph], proof: Proof) -> int:

@@ -13,7 +13,7 @@ import re
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, cast
 
 from normfuse.errors import CaptureError, ExportError, UsageError
 from normfuse.files import atomic
@@ -63,7 +63,7 @@ def save_program(gm: "fx.GraphModule", path: str | Path, *, force: bool = False)
     except Exception as e:
         raise ExportError(f"the optimized module could not be captured for {path}: {e}") from e
     with atomic(path, force=force) as partial, _Forgiving(partial) as file:
-        torch.export.save(program, file, extra_files={_REPORT: found.report.to_json()})
+        torch.export.save(program, cast("IO[bytes]", file), extra_files={_REPORT: found.report.to_json()})
 
 
 class _Forgiving(io.RawIOBase):
@@ -79,6 +79,12 @@ class _Forgiving(io.RawIOBase):
 
     def writable(self) -> bool:
         return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        return self._file.seek(offset, whence)  # torch goes back to the start when it is done
 
     def write(self, data: Any) -> int:
         size = memoryview(data).nbytes

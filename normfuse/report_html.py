@@ -80,14 +80,17 @@ def _cards(report: Report) -> Iterator[str]:
     before, after = sum(report.norms_before.values()), sum(report.norms_after.values())
     yield _card("normalizations", f"{before} → {after}" if before or after else "none", "")
     yield _card("exact error (float64)", magnitude(report.exact), _absolute(report.exact))
-    yield _card(f"drift ({report.drift.dtype if report.drift else 'native dtype'})", magnitude(report.drift), _absolute(report.drift))
+    yield _card(
+        f"drift ({report.drift.dtype if report.drift else 'native dtype'})", magnitude(report.drift), _absolute(report.drift)
+    )
     yield _card("parameters", f"{report.parameters_after:,}", change(report.parameters_before, report.parameters_after))
     yield _card("size", size(report.bytes_after), change(report.bytes_before, report.bytes_after, size))
     yield _card("time", duration(report.seconds), "verification included")
 
 
 def _card(title: str, value: str, below: str) -> str:
-    return f"<div class=card><span class=soft>{escape(title)}</span><b>{escape(value)}</b><span class=soft>{escape(below)}</span></div>"
+    head, foot = (f"<span class=soft>{escape(text)}</span>" for text in (title, below))
+    return f"<div class=card>{head}<b>{escape(value)}</b>{foot}</div>"
 
 
 def _absolute(error: Error | None) -> str:
@@ -98,7 +101,9 @@ def _passes(report: Report) -> str:
     if not report.passes:
         return "<p class=soft>No pass ran.</p>"
     longest = max(p.seconds for p in report.passes) or 1.0
-    rows = "".join(_row(p.name, p, f"<span class=bar style='width:{p.seconds / longest * 5:.2f}rem'></span>") for p in report.passes)
+    rows = "".join(
+        _row(p.name, p, f"<span class=bar style='width:{p.seconds / longest * 5:.2f}rem'></span>") for p in report.passes
+    )
     whole = PassReport("", report.applied, report.refused, report.undone, report.exact, report.drift, report.seconds)
     head = "".join(f"<th>{h}</th>" for h in ("pass", "applied", "refused", "undone", "exact", "drift", "time", ""))
     return f"<div class=frame><table><tr>{head}</tr>{rows}{_row('whole', whole, '', ' class=whole')}</table></div>"
@@ -118,7 +123,8 @@ def _norms(report: Report) -> str:
     if not kinds:
         return "<p class=soft>The model has none.</p>"
     rows = "".join(
-        f"<tr><td>{escape(k)}</td><td>{report.norms_before.get(k, 0)}</td><td>{report.norms_after.get(k, 0)}</td></tr>" for k in kinds
+        f"<tr><td>{escape(k)}</td><td>{report.norms_before.get(k, 0)}</td><td>{report.norms_after.get(k, 0)}</td></tr>"
+        for k in kinds
     )
     return f"<div class=frame><table><tr><th>kind</th><th>before</th><th>after</th></tr>{rows}</table></div>"
 
@@ -153,7 +159,8 @@ def _applied(sites: Iterable[Site]) -> str:
     blocks = []
     for rule, members in sorted(rules.items(), key=lambda item: -len(item[1])):
         places = "".join(
-            f"<li><code>{escape(s.path)}</code>{f' <span class=soft>{escape(s.note)}</span>' if s.note else ''}</li>" for s in members
+            f"<li><code>{escape(s.path)}</code>{f' <span class=soft>{escape(s.note)}</span>' if s.note else ''}</li>"
+            for s in members
         )
         summary = f"<summary><code class=rule>{escape(rule)}</code> <span class=soft>{len(members)} ×</span></summary>"
         blocks.append(f"<details>{summary}<ul>{places}</ul></details>")

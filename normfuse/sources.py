@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-__all__ = ["Options", "Source", "load_source"]
+__all__ = ["Options", "Source", "load_source", "randomise_norms"]
 
 _log = logging.getLogger(__name__)
 _KINDS = "timm:NAME, torchvision:NAME, hf:DIR, FILE.pt2 or package.module:factory"
@@ -114,7 +114,7 @@ def load_source(source: str, options: Options | None = None) -> Source:
         model, own = _LOADERS[kind](rest, options)
     elif Path(source).suffix in _REFUSED or Path(source).suffix in (".pt", ".pth", ".pt2"):
         model = _from_file(Path(source), options)
-    elif ":" in source and not Path(source).exists():
+    elif kind not in _LOADERS and kind and rest and not Path(source).exists():
         model, own = _from_factory(source, options)
     else:
         raise UsageError(f"{source!r} names no model: expected {_KINDS}")
@@ -230,7 +230,8 @@ def _from_pickle(path: Path, options: Options) -> "nn.Module":
 
 def _from_factory(source: str, options: Options) -> tuple[Any, Any]:
     name, _, attribute = source.partition(":")
-    module = _import(name, source)
+    with _building(source, options):  # models may be built while the module is imported
+        module = _import(name, source)
     factory = module
     for part in attribute.split("."):
         if not hasattr(factory, part):
@@ -289,15 +290,19 @@ _RANGES = {"running_mean": (-0.2, 0.2), "running_var": (0.6, 1.6), "weight": (0.
 
 def _weights(model: Any, options: Options) -> "nn.Module":
     """Random weights get random norm statistics: with means 0 and scales 1 every wrong fold would look right."""
+    return model if options.pretrained else randomise_norms(model, seed=options.seed)
+
+
+def randomise_norms(model: "nn.Module", *, seed: int) -> "nn.Module":
+    """Give the norms of a freshly built model statistics and affines that look trained, in place; returns `model`.
+
+    Args:
+        model: vectors called weight, bias, running_mean and running_var of classes with `norm` in their name are drawn.
+        seed: of a generator of its own; the global one is left alone.
+    """
     import torch
 
-    if options.pretrained:
-        return model  # type: ignore[no-any-return]
-    generator = torch.Generator().manual_seed(options.seed)
-
-    def draw(like: "torch.Tensor", low: float, high: float) -> None:
-        like.copy_(low + (high - low) * torch.rand(like.shape, generator=generator))
-
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for module in model.modules():
             if "norm" not in type(module).__name__.lower():
@@ -305,8 +310,8 @@ def _weights(model: Any, options: Options) -> "nn.Module":
             for name, (low, high) in _RANGES.items():
                 tensor = getattr(module, name, None)
                 if isinstance(tensor, torch.Tensor) and tensor.ndim == 1 and tensor.is_floating_point():
-                    draw(tensor, low, high)
-    return model  # type: ignore[no-any-return]
+                    tensor.copy_(low + (high - low) * torch.rand(tensor.shape, generator=generator))
+    return model
 
 
 def _hint(name: str, known: Sequence[str]) -> str:

@@ -12,6 +12,7 @@ import enum
 import inspect
 import itertools
 import linecache
+import operator
 import random
 import sys
 import traceback
@@ -29,10 +30,12 @@ from normfuse.aten_table import to_aten
 from normfuse.errors import CaptureError
 from normfuse.in_place import functionalise
 from normfuse.rank import propagate_ranks
+from normfuse.traced_types import isinstance_answered
 
 __all__ = ["symbolic"]
 
 _TORCH = str(Path(torch.__file__).parent)
+_WRITING_OPERATORS = {f"i{name}" for name in ("add", "sub", "mul", "truediv", "pow", "floordiv", "mod", "and", "or", "xor")}
 _BATCH_NORM_RANKS = {nn.BatchNorm2d: 4, nn.BatchNorm3d: 5}
 
 
@@ -48,8 +51,13 @@ def symbolic(model: nn.Module) -> fx.GraphModule:
         CaptureError: the Python code of the model depends on shapes or values, or draws random numbers; names module and line.
     """
     # export, too, writes cudnn_enabled=False
-    with _random_state_kept() as drawn, torch.backends.cudnn.flags(enabled=False):
-        root = _private_copy(model)
+    if model._forward_hooks or model._forward_pre_hooks:
+        # torch.fx calls forward of the outermost module itself
+        raise CaptureError(
+            f"{type(model).__name__} has forward hooks, which tracing without shapes would skip; pass example_inputs"
+        )
+    root = _private_copy(model)
+    with _random_state_kept() as drawn, torch.backends.cudnn.flags(enabled=False), isinstance_answered(root):
         tracer = _Tracer()
         try:
             graph = tracer.trace(root, concrete_args=_fixed_arguments(root))
@@ -58,12 +66,12 @@ def symbolic(model: nn.Module) -> fx.GraphModule:
     if drawn():
         raise CaptureError(f"{type(model).__name__}.forward draws random numbers in Python while it is traced; pass example_inputs")
     _restore_names(graph, root)
+    _refuse_state(graph, root)
     propagate_ranks(to_aten(graph), root)
     # again, for what could be lowered once its rank was known
     propagate_ranks(to_aten(graph), root)
     functionalise(graph, root)
-    graph.lint()
-    return fx.GraphModule(root, graph, class_name=type(model).__name__)
+    return fx.GraphModule(root, _renumbered(graph), class_name=type(model).__name__)
 
 
 @contextmanager
@@ -98,14 +106,73 @@ def _fixed_arguments(root: nn.Module) -> dict[str, Any]:
 
 def _restore_names(graph: fx.Graph, root: nn.Module) -> None:
     """fx renames the arguments that it fixes (`mask_1`); callers pass them by their own names."""
-    names = [name for name in inspect.signature(type(root).forward).parameters if name != "self"]
+    names = list(inspect.signature(type(root).forward).parameters)[1:]
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     for node, name in zip(placeholders, names, strict=True):
         if not str(node.target).startswith("*"):
             node.target = name
 
 
-class _Constant(fx.Proxy):
+def _refuse_state(graph: fx.Graph, root: nn.Module) -> None:
+    """Parameters and buffers are those of the user's model, which is never written to."""
+    for node in graph.nodes:
+        name = str(getattr(node.target, "__name__", node.target))
+        written = name in _WRITING_OPERATORS or (name.endswith("_") and not name.endswith("__"))
+        if node.op in ("call_function", "call_method") and written and getattr(node.args[0], "op", "") == "get_attr":
+            state = node.args[0].target
+            raise CaptureError(f"{type(root).__name__}.forward writes to {state!r} in eval mode; pass example_inputs")
+
+
+def _renumbered(graph: fx.Graph) -> fx.Graph:
+    """A copy whose nodes are named as export names them: conv2d, conv2d_1, ..."""
+    new, nodes = fx.Graph(), dict[fx.Node, fx.Node]()
+    for node in graph.nodes:
+        name = node.target._schema.name.split("::")[-1] if isinstance(node.target, torch._ops.OpOverload) else node.name
+        args, kwargs = fx.map_arg((node.args, node.kwargs), nodes.__getitem__)
+        nodes[node] = new.create_node(node.op, node.target, args, kwargs, name, node.type)
+        nodes[node].meta = {key: value for key, value in node.meta.items() if key != "is_wrapped"}
+    new.lint()
+    return new
+
+
+class _Value(fx.Proxy):
+    """A traced value. fx knows no `y += x` and would read it as `y = y + x`, which loses the write where `y` is a view."""
+
+    def _write(self, function: Callable[[Any, Any], Any], other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+    def __iadd__(self, other: Any) -> Any:
+        return self._write(operator.iadd, other)
+
+    def __isub__(self, other: Any) -> Any:
+        return self._write(operator.isub, other)
+
+    def __imul__(self, other: Any) -> Any:
+        return self._write(operator.imul, other)
+
+    def __itruediv__(self, other: Any) -> Any:
+        return self._write(operator.itruediv, other)
+
+    def __ipow__(self, other: Any) -> Any:
+        return self._write(operator.ipow, other)
+
+    def __ifloordiv__(self, other: Any) -> Any:
+        return self._write(operator.ifloordiv, other)
+
+    def __imod__(self, other: Any) -> Any:
+        return self._write(operator.imod, other)
+
+    def __iand__(self, other: Any) -> Any:
+        return self._write(operator.iand, other)
+
+    def __ior__(self, other: Any) -> Any:
+        return self._write(operator.ior, other)
+
+    def __ixor__(self, other: Any) -> Any:
+        return self._write(operator.ixor, other)
+
+
+class _Constant(_Value):
     """A parameter or buffer: its shape is known, its values are not looked at."""
 
     def __init__(self, node: fx.Node, tracer: fx.Tracer, value: Tensor) -> None:
@@ -149,12 +216,17 @@ class _Tracer(fx.Tracer):
         self.constants: dict[str, _Constant] = {}
         self.names: dict[int, str] = {}
         self.failed: str | None = None
+        self.autocast = _autocast()
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         for name, tensor in (*root.named_buffers(), *root.named_parameters()):
             self.names.setdefault(id(tensor), name)
         self.root_type = _qualified(type(root))
-        return super().trace(root, concrete_args)
+        rank = _rank_check_removed(root)
+        graph = super().trace(root, concrete_args)
+        if rank:
+            next(iter(graph.nodes)).meta["rank"] = rank
+        return graph
 
     # -- modules ------------------------------------------------------------------------------------------------------------
 
@@ -169,10 +241,7 @@ class _Tracer(fx.Tracer):
         key = f"{path}@{calls}" if calls else path
         self.num_calls[path] = calls + 1
         self.module_stack[key] = (path, type(m))
-        rank = _checked_rank(m)
-        if rank is not False:
-            # the check looks at the rank of the input; what it guarantees is kept as meta["rank"]
-            m._check_input_dim = lambda input: None  # type: ignore[union-attr, assignment]
+        rank = _rank_check_removed(m)
         try:
             if not _is_stock(m):
                 return forward(*args, **kwargs)
@@ -208,12 +277,15 @@ class _Tracer(fx.Tracer):
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **more: Any) -> Any:
         """Record a call; one of a Python function of torch by running its body."""
         if kind == "call_function" and (body := _body(target, args, kwargs)) is not None:
-            out = self.attempt(lambda: body(*args, **kwargs))
+            is_torch = body is not target
+            out = self.attempt(lambda: _one_value(body(*args, **kwargs)) if not is_torch else body(*args, **kwargs))
             if out is not _FAILED:
                 return out
         return super().create_proxy(kind, target, args, kwargs, *rest, **more)
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        if _autocast() != self.autocast:
+            raise fx.proxy.TraceError("autocast inside forward is not recorded")
         node = super().create_node(*args, **kwargs)
         stack = {"L__self__": ("", self.root_type)}
         stack |= {f"L__self__{key}": (path, _qualified(kind)) for key, (path, kind) in self.module_stack.items()}
@@ -221,6 +293,9 @@ class _Tracer(fx.Tracer):
         if node.op.startswith("call") and (where := _stack_trace()):
             node.meta["stack_trace"] = where
         return node
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Value(node, self)
 
     # -- values -------------------------------------------------------------------------------------------------------------
 
@@ -253,14 +328,22 @@ class _Tracer(fx.Tracer):
 
     def explain(self, error: Exception) -> str:
         """What failed, in which module and line, and what to do."""
-        frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith((_TORCH, __file__, "<"))]
+        frames = [
+            f
+            for f in traceback.extract_tb(error.__traceback__)
+            if not f.filename.startswith((_TORCH, str(Path(__file__).parent), "<"))
+        ]
         where = f" at {frames[-1].filename}:{frames[-1].lineno}: `{frames[-1].line}`" if frames else ""
         module = f"module {self.failed!r}" if self.failed else "the model"
-        reason = str(error).split("\n")[0] or type(error).__name__
+        reason = str(error).split("\n")[0].split(". ")[0] or type(error).__name__
         return f"cannot trace {module}{where} without shapes ({reason}); pass example_inputs"
 
 
 _FAILED: Any = object()
+
+
+def _autocast() -> tuple[bool, ...]:
+    return tuple(torch.is_autocast_enabled(device) for device in ("cpu", "cuda"))
 
 
 def _qualified(kind: type) -> str:
@@ -273,22 +356,28 @@ def _is_stock(module: nn.Module) -> bool:
     return forward.startswith("torch.") and all(_is_stock(child) for child in module.children())
 
 
-def _checked_rank(module: nn.Module) -> int | None | bool:
-    """The rank that torch's own batch norm demands of its input; None when it allows several, False when it is no batch norm."""
+def _rank_check_removed(module: nn.Module) -> int | None:
+    """Keep torch's own batch norms from looking at the rank of their input; the one that they demand, None when they allow several."""
     check = getattr(type(module), "_check_input_dim", None)
     if not isinstance(module, nn.modules.batchnorm._BatchNorm) or check is None or check.__module__ != "torch.nn.modules.batchnorm":
-        return False
+        return None
+    module._check_input_dim = lambda input: None  # type: ignore[method-assign, assignment]
     return next((rank for kind, rank in _BATCH_NORM_RANKS.items() if check is kind._check_input_dim), None)
 
 
 def _body(function: Any, args: Any, kwargs: dict[str, Any]) -> Callable[..., Any] | None:
-    """The Python body of one of torch's functions, without the dispatch to `__torch_function__` in front of it."""
+    """The Python body of a function; of one of torch's without the dispatch to `__torch_function__` in front of it."""
     dispatched = torch._jit_internal.boolean_dispatched.get(function) if isinstance(function, types.FunctionType) else None
     if dispatched is not None:
         index, name = dispatched["index"], dispatched["arg_name"]
         flag = kwargs.get(name, args[index] if index < len(args) else dispatched["default"])
         function = dispatched["if_true" if flag else "if_false"]
-    if not isinstance(function, types.FunctionType) or function.__module__ not in ("torch.nn.functional", "torch.functional"):
+    if not isinstance(function, types.FunctionType):
+        return None
+    if (function.__module__ or "").split(".")[0] != "torch":
+        # behind fx.wrap: what its author kept from plain fx may well be traceable here
+        return None if "isinstance" in function.__code__.co_names else function
+    if function.__module__ not in ("torch.nn.functional", "torch.functional"):
         return None
     never = dict.fromkeys(("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic"), lambda *_: False)
     # these verify batch sizes in training; the sizes are not known here
@@ -297,6 +386,13 @@ def _body(function: Any, args: Any, kwargs: dict[str, Any]) -> Callable[..., Any
     body = types.FunctionType(function.__code__, scope, function.__name__, function.__defaults__, function.__closure__)
     body.__kwdefaults__ = function.__kwdefaults__
     return body
+
+
+def _one_value(result: Any) -> fx.Proxy:
+    """fx.wrap cannot hand several values back."""
+    if not isinstance(result, fx.Proxy):
+        raise TypeError("not one traced value")
+    return result
 
 
 def _complete_sizes(sizes: Any, defaults: Any) -> Any:
@@ -313,6 +409,8 @@ def _stack_trace() -> str:
     while frame is not None and frame.f_code.co_name != "trace":
         name = frame.f_code.co_filename
         if name != __file__ and (not name.startswith(_TORCH) or frame.f_code.co_name == "forward"):
-            lines.append(f'File "{name}", line {frame.f_lineno}, in {frame.f_code.co_name}\n    {linecache.getline(name, frame.f_lineno).strip()}')
+            lines.append(
+                f'File "{name}", line {frame.f_lineno}, in {frame.f_code.co_name}\n    {linecache.getline(name, frame.f_lineno).strip()}'
+            )
         frame = frame.f_back
     return "\n  ".join(reversed(lines))

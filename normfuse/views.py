@@ -235,6 +235,14 @@ class Affine(Op):
     s: Constant
     t: Constant
 
+    @property
+    def shape(self) -> tuple[Any, ...] | None:
+        return self.x.shape if self.node is None else shape_of(self.node)
+
+    @property
+    def rank(self) -> int | None:
+        return self.x.rank if self.node is None else Value.rank.fget(self)  # type: ignore[attr-defined,no-any-return]
+
 
 @dataclass(frozen=True, eq=False)
 class Add(Op):
@@ -434,7 +442,7 @@ RESHAPES = {
 }  # fmt: skip
 PERMUTES = {aten.permute.default, aten.transpose.int, aten.t.default, aten.movedim.intlist, aten.movedim.int, aten.swapaxes.default}
 MOVEMENTS = {
-    aten.expand.default, aten.slice.Tensor, aten.select.int, aten.narrow.default, aten.roll.default, aten.repeat.default, aten.flip.default,
+    aten.expand.default, aten.expand_as.default, aten.slice.Tensor, aten.select.int, aten.narrow.default, aten.roll.default, aten.repeat.default, aten.flip.default,
     aten.pixel_shuffle.default, aten.pixel_unshuffle.default, aten.channel_shuffle.default, aten.unfold.default,
 }  # fmt: skip
 SPLITS = {aten.split.Tensor, aten.split_with_sizes.default, aten.split.sizes, aten.chunk.default, aten.unbind.int, aten.tensor_split.sections}
@@ -514,7 +522,7 @@ def _movement(node: fx.Node, operand: Any) -> Op | None:
     if node.target in PERMUTES:
         dims = _dims(node, x.ndim if isinstance(x, Constant) else x.rank)
         return None if dims is None else Permute(x, dims, node=node, target=node.target)
-    if any(isinstance(a, fx.Node) for a in node.all_input_nodes[1:]) and node.target is not aten.expand.default:
+    if any(isinstance(a, fx.Node) for a in node.all_input_nodes[1:]) and node.target not in (aten.expand.default, aten.expand_as.default):
         return None  # an offset that is only known at run time
     return Movement(x, node.args[1:], tuple(node.kwargs.items()), None, node=node, target=node.target)
 

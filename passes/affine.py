@@ -179,8 +179,9 @@ def _upward(graph: Graph, x: Value, s: Constant, t: Constant) -> Plan:
         value, s, t = demands.pop()
         node = value.node
         assert node is not None
-        if len(node.users) > 1:
-            raise Refuse(f"{graph.path(node)} feeds {len(node.users)} consumers", blocker=node)
+        consumers = graph.consumers(node)
+        if len(consumers) > 1:
+            raise Refuse(f"{graph.path(node)} feeds {len(consumers)} consumers", blocker=node)
         if node in plan:
             raise Refuse("the same value is used twice", blocker=node)
         view = graph.view(node, 3)
@@ -206,8 +207,8 @@ def _own(graph: Graph, node: fx.Node) -> None:
     whole = pieces_of(node)
     assert whole is not None
     source = whole.args[0]
-    if isinstance(source, fx.Node) and len(source.users) > 1:
-        raise Refuse(f"{graph.path(source)} feeds {len(source.users)} consumers", blocker=source)
+    if isinstance(source, fx.Node) and len(graph.consumers(source)) > 1:
+        raise Refuse(f"{graph.path(source)} feeds {len(graph.consumers(source))} consumers", blocker=source)
 
 
 # -- down --------------------------------------------------------------------------------------------------------------

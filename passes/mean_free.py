@@ -16,9 +16,9 @@ from torch import fx
 from normfuse.constants import Constant
 from normfuse.graph import Graph, Refuse
 from normfuse.passes.broadcast import PASS_INPUTS, UNKNOWN, axes, is_zero
-from normfuse.passes.streams import Place, centered, centered_writer, operands, reads_shape_only
+from normfuse.passes.streams import Place, centered, centered_writer, operands
 from normfuse.report import PassReport, Site
-from normfuse.views import Affine, LayerNorm, Mean, Op, RmsNorm, Sub, Value, affine, pieces
+from normfuse.views import Add, Affine, Identity, LayerNorm, Mean, Movement, Op, Permute, Reshape, RmsNorm, Sub, Value, affine, pieces
 
 __all__ = ["MeanFree"]
 
@@ -137,11 +137,21 @@ def _find_readers_of_the_mean(graph: Graph, found: Streams) -> None:
     order = {n: i for i, n in enumerate(graph)}
     for node in sorted(found.axis, key=order.__getitem__, reverse=True):
         for reader in graph.readers(node):
-            if reads_shape_only(reader) or _blind(graph, reader, node, found.axis[node]):
+            if _blind(graph, reader, node, found.axis[node]):
                 continue
             if (node, found.axis[node]) in found.edges.get(reader, ()) and reader not in found.sees_mean:
                 continue
-            found.sees_mean.setdefault(node, found.sees_mean.get(reader, reader) if reader in found.edges else reader)
+            found.sees_mean.setdefault(node, found.sees_mean.get(reader) or _who_looks(graph, reader))
+
+
+def _who_looks(graph: Graph, reader: fx.Node) -> fx.Node:
+    """The operator that a user would name: the first one below `reader` that does more than pass the value on."""
+    while isinstance(graph.view(reader, 1), (Add, Identity, Permute, Reshape, Movement)):
+        further = graph.readers(reader)
+        if not further:
+            break
+        reader = further[0]
+    return reader
 
 
 def _blind(graph: Graph, reader: fx.Node, node: fx.Node, axis: int) -> bool:

@@ -17,12 +17,11 @@ from normfuse.views import (
     Neg, Op, Pad, Permute, Reshape, Sub, Value,
 )  # fmt: skip
 
-__all__ = ["centered_writer", "operands", "reads_shape_only", "width"]
+__all__ = ["centered_writer", "operands", "width"]
 
 aten = torch.ops.aten
 
 _CASTS = {aten.to.dtype, aten._to_copy.default}
-_SHAPE_ONLY = {aten.sym_size.int, aten.sym_numel.default}
 
 Place = tuple[fx.Node, int]
 
@@ -33,10 +32,6 @@ def width(node: fx.Node, axis: int) -> int | None:
     if not isinstance(val, Tensor) or -axis > val.ndim or not isinstance(val.shape[axis], int):
         return None
     return int(val.shape[axis])
-
-
-def reads_shape_only(node: fx.Node) -> bool:
-    return node.target in _SHAPE_ONLY
 
 
 def operands(graph: Graph, node: fx.Node, axis: int) -> list[Place] | None:

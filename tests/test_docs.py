@@ -65,8 +65,8 @@ def run_page(page: Path, folder: Path) -> int:
         "PYTHONPATH": str(ROOT),
         "COLUMNS": "80",
     }
-    count = 0
-    for count, block in enumerate(blocks(page.read_text(encoding="utf-8")), start=1):
+    found = list(blocks(page.read_text(encoding="utf-8")))
+    for block in found:
         where = f"{page.relative_to(page.parent.parent)}:{block.line}"
         if block.language == "python":
             # a real file, with the page's line numbers: tracebacks and inspect.getsource then show the code
@@ -80,7 +80,7 @@ def run_page(page: Path, folder: Path) -> int:
                 cwd=folder, env=environment, capture_output=True, text=True, timeout=LIMIT_S, stdin=subprocess.DEVNULL,
             )  # fmt: skip
             assert done.returncode == expected, f"{where}: {text}\nexit {done.returncode}\n{done.stdout}{done.stderr}"
-    return count
+    return len(found)
 
 
 @pytest.mark.parametrize("page", [pytest.param(p, id=str(p.relative_to(ROOT))) for p in PAGES])

@@ -13,7 +13,15 @@ import normfuse
 
 ROOT = Path(normfuse.__file__).parent
 # What a user calls stands above the rooms and may know all of them; everything else in normfuse/ is the core.
-FRONT = ("normfuse", "normfuse.__main__", "normfuse.api", "normfuse.cli", "normfuse.demo", "normfuse.demo_models", "normfuse.engines")
+FRONT = (
+    "normfuse",
+    "normfuse.__main__",
+    "normfuse.api",
+    "normfuse.cli",
+    "normfuse.demo",
+    "normfuse.demo_models",
+    "normfuse.engines",
+)
 LAYERS = ("core", "passes", "export", "front")
 OPTIONAL = ("onnx", "onnxruntime", "onnxscript", "onnx_ir", "timm", "torchvision", "transformers")
 
@@ -48,7 +56,9 @@ def _imports(path: Path) -> Iterator[str]:
         match node:
             case ast.Import(names=names):
                 yield from (a.name for a in names if a.name.startswith("normfuse."))
-            case ast.Attribute(value=ast.Name("normfuse"), attr=name) if name != "__version__":  # a constant, known before any import
+            case ast.Attribute(value=ast.Name("normfuse"), attr=name) if (
+                name != "__version__"
+            ):  # a constant, known before any import
                 yield "normfuse"
             case ast.ImportFrom(module=str(module), names=names, level=0) if module.split(".")[0] == "normfuse":
                 for alias in names:
@@ -72,13 +82,16 @@ def test_imports_point_down(module: str) -> None:
 
 
 def test_command_line_is_imported_by_nobody() -> None:
-    importers = [m for m, path in MODULES.items() if not m.startswith("normfuse.cli") for i in _imports(path) if i.startswith("normfuse.cli")]
+    importers = [
+        m for m, path in MODULES.items() if not m.startswith("normfuse.cli") for i in _imports(path) if i.startswith("normfuse.cli")
+    ]
     assert set(importers) <= {"normfuse.__main__"}
 
 
 def test_import_loads_no_optional_library() -> None:
     """`import normfuse` works, and is quick, without any extra installed."""
-    code = f"import sys, normfuse.api, normfuse.cli, normfuse.demo, normfuse.export; print([m for m in {OPTIONAL!r} if m in sys.modules])"
+    modules = "normfuse.api, normfuse.cli, normfuse.demo, normfuse.engines, normfuse.export"
+    code = f"import sys, {modules}; print([m for m in {OPTIONAL!r} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT.parent, check=True)
     assert done.stdout.strip() == "[]"
 
@@ -88,7 +101,9 @@ def test_optional_libraries_are_imported_where_used(module: str) -> None:
     """At the top of a file they would make every command need every extra; `need` gives the pip line instead."""
     tree = ast.parse(MODULES[module].read_text(encoding="utf-8"))
     top = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
-    names = [a.name for n in top if isinstance(n, ast.Import) for a in n.names] + [n.module or "" for n in top if isinstance(n, ast.ImportFrom)]
+    names = [a.name for n in top if isinstance(n, ast.Import) for a in n.names] + [
+        n.module or "" for n in top if isinstance(n, ast.ImportFrom)
+    ]
     assert not [name for name in names if name.split(".")[0] in OPTIONAL]
 
 

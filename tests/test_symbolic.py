@@ -113,14 +113,23 @@ FUNCTIONS: dict[str, Callable[[Tensor, Tensor, Tensor], Any]] = {
     "integers": lambda x, y, i: (i // 2, i % 3, -i, abs(i), ~i),
     "comparisons": lambda x, y, i: ((x > 0) & (x <= 1) | (x == 0), x != x, i < 2, i >= i),
     "rounding": lambda x, y, i: torch.div(x, 2, rounding_mode="floor"),
-    "reductions": lambda x, y, i: (x.mean(), x.mean(1), x.sum((2, 3), keepdim=True), x.amax(dim=1), x.var(1, unbiased=False), x.std(-1)),
+    "reductions": lambda x, y, i: (
+        x.mean(),
+        x.mean(1),
+        x.sum((2, 3), keepdim=True),
+        x.amax(dim=1),
+        x.var(1, unbiased=False),
+        x.std(-1),
+    ),
     "axis": lambda x, y, i: x.sum(axis=1, keepdims=True),
     "maxima": lambda x, y, i: (x.max(), x.max(1)[0], torch.max(x, x), x.argmax(dim=1), x.topk(2)[0]),
     "var_mean": lambda x, y, i: torch.var_mean(x, 1)[0],
     "norms": lambda x, y, i: (y.norm(), y.norm(dim=1, keepdim=True), F.normalize(y, dim=-1), torch.norm(y, 1, 0)),
     "matrix": lambda x, y, i: (y @ y.T, torch.matmul(y, y.t()), y.mm(y.transpose(0, 1)), torch.einsum("ab,cb->ac", y, y)),
     "einsum_list": lambda x, y, i: torch.einsum("ab,cb,db->acd", [y, y, y]),
-    "shapes": lambda x, y, i: x.flatten(1).view(2, -1).reshape(2, 4, -1).permute(0, 2, 1).contiguous().transpose(1, 2).unsqueeze(0).squeeze(0),
+    "shapes": lambda x, y, i: (
+        x.flatten(1).view(2, -1).reshape(2, 4, -1).permute(0, 2, 1).contiguous().transpose(1, 2).unsqueeze(0).squeeze(0)
+    ),
     "sizes": lambda x, y, i: x.view(x.size(0), x.shape[1] * x.size(2), -1).expand(2, -1, -1),
     "unflatten": lambda x, y, i: torch.flatten(x, 2).unflatten(-1, (6, 6)).movedim(1, -1).swapaxes(1, 2),
     "concatenation": lambda x, y, i: torch.stack([torch.cat([x, x], dim=1), torch.cat((x, x), 1)]),
@@ -173,3 +182,290 @@ def test_function_agrees_with_export(name: str) -> None:
     made = {"aten.ones.default", "aten.lift_fresh_copy.default", "aten.detach.default"}
     ours, theirs = ([t for n in calls(g) if (t := out_of_place(n.target)) not in made] for g in (gm, exported(model, args)))
     assert ours == theirs
+
+
+# -- what cannot be traced ------------------------------------------------------------------------------------------------------
+
+
+class Branch(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * 2 if x.sum() > 0 else x
+
+
+class RankBranch(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.flatten(1) if len(x.shape) == 4 else x
+
+
+class RandomDepth(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * 2 if random.random() < 0.5 else x
+
+
+class RandomConstant(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.rand(3)
+
+
+class Unregistered(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = [nn.Linear(3, 3)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers[0](x)
+
+
+class Autocast(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return F.linear(x, x)
+
+
+class UnknownType(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.max(x, 1)
+        return y[0] if isinstance(y, tuple) else y
+
+
+@pytest.mark.parametrize(
+    ("make", "line"),
+    [
+        pytest.param(Branch, "if x.sum() > 0", id="value"),
+        pytest.param(RankBranch, "len(x.shape)", id="rank"),
+        pytest.param(Unregistered, "self.layers[0](x)", id="unregistered"),
+        pytest.param(RandomDepth, "random numbers", id="random_branch"),
+        pytest.param(RandomConstant, "random numbers", id="random_constant"),
+        pytest.param(Autocast, "F.linear(x, x)", id="autocast"),
+        pytest.param(UnknownType, "isinstance(y, tuple)", id="isinstance"),
+    ],
+)
+def test_untraceable_model_is_a_capture_error(make: Callable[[], nn.Module], line: str) -> None:
+    model = nn.Sequential(nn.Identity(), make())
+    random_state, torch_state = random.getstate(), torch.get_rng_state()
+    with pytest.raises(CaptureError, match="pass example_inputs") as caught:
+        symbolic(model)
+    assert line in str(caught.value)
+    assert "random" in line or "module '1'" in str(caught.value)
+    assert random.getstate() == random_state
+    assert torch.equal(torch.get_rng_state(), torch_state)
+    assert "isinstance" not in globals()
+
+
+def test_untraceable_zoo_model_names_its_line() -> None:
+    with pytest.raises(CaptureError, match=r"zoo_streams.py:\d+: `if ids.shape"):
+        symbolic(ZOO["shape_branch"].build())
+
+
+# -- what stays as it was -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["cnn_bn", "preln_gpt", "in_place"])
+def test_model_is_untouched(name: str) -> None:
+    entry = ZOO[name]
+    model = entry.build().train()
+    seen: list[Any] = []
+    handle = next(model.children()).register_forward_hook(lambda *_: seen.append(1))
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    members = {k: dict(vars(m)) for k, m in model.named_modules()}
+    symbolic(model)
+    assert all(m.training for m in model.modules())
+    assert {k: dict(vars(m)) for k, m in model.named_modules()} == members
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    handle.remove()
+
+
+def test_parameters_are_the_same_objects_under_their_first_names() -> None:
+    model = ZOO["preln_gpt"].build()
+    gm = symbolic(model)
+    own = dict(model.named_parameters()) | dict(model.named_buffers())
+    read = [n.target for n in gm.graph.nodes if n.op == "get_attr"]
+    assert set(read) <= set(own)
+    assert len(read) == len(set(read))
+    assert "head.weight" not in read
+    for name in read:
+        module, _, attribute = name.rpartition(".")
+        assert getattr(gm.get_submodule(module), attribute) is own[name]
+    assert not any(n.op == "call_module" for n in gm.graph.nodes)
+
+
+@dataclasses.dataclass
+class Pair:
+    left: Tensor
+    right: Tensor
+
+
+class Structured(nn.Module):
+    def forward(self, x: Tensor, mask: Tensor | None = None, *, scale: float = 2.0, double: bool = False) -> dict[str, Any]:
+        if mask is not None:
+            x = x * mask
+        y = x * scale
+        return {"pair": Pair(x, y), "list": [x, (y, None)], "number": 3}
+
+
+def test_structure_and_keywords_are_kept() -> None:
+    model, x = Structured(), torch.randn(2, 3)
+    gm = symbolic(model)
+    for kwargs in ({}, {"scale": 3.0}, {"mask": None, "double": False}):
+        out, expected = gm(x, **kwargs), model(x, **kwargs)
+        assert type(out["pair"]) is Pair
+        assert torch.equal(out["pair"].right, expected["pair"].right)
+        assert type(out["list"]) is list
+        assert out["list"][1][1] is None
+        assert out["number"] == 3
+    with pytest.raises(AssertionError, match="mask has been specialized"):
+        gm(x, mask=torch.ones(2, 3))
+    with pytest.raises(AssertionError, match="double has been specialized"):
+        gm(x, double=True)
+
+
+class TypeBranch(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.view(x.shape[0], -1)
+        size = y.shape[0] if isinstance(y.shape[0], int) else 1
+        return (torch.relu(y) if isinstance(y, Tensor) and not isinstance(y, list | tuple) else y).view(size, 1, -1)
+
+
+def test_isinstance_sees_the_value_at_run_time() -> None:
+    x = torch.randn(2, 3, 4)
+    assert_same(symbolic(TypeBranch())(x), TypeBranch()(x))
+
+
+class OpaqueParts(nn.Module):
+    """Modules and functions that have no one ATen form without shapes: recorded as they are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn, self.attention = nn.GRU(4, 4, batch_first=True), nn.MultiheadAttention(4, 2, batch_first=True)
+        self.norm = nn.InstanceNorm1d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, _ = self.rnn(x)
+        y = y + self.attention(y, y, y, need_weights=False)[0]
+        y = self.norm(y.transpose(1, 2)) * x.shape[-1]
+        return F.interpolate(y, scale_factor=2.0) + torch.zeros(x.size(1) * 0 + 1)
+
+
+def test_unknown_parts_stay_and_work() -> None:
+    model, x = OpaqueParts().eval(), torch.randn(2, 5, 4)
+    gm = symbolic(model)
+    assert_same(gm(x), model(x))
+    assert [n.target for n in gm.graph.nodes if n.op == "call_module"] == ["rnn", "attention", "norm"]
+
+
+# -- in-place -------------------------------------------------------------------------------------------------------------------
+
+
+def _on_input(x: Tensor, y: Tensor, i: Tensor) -> Tensor:
+    x.mul_(2)
+    return x + 1
+
+
+def _through_view(x: Tensor, y: Tensor, i: Tensor) -> Tensor:
+    z = x * 2
+    z[:, 0].add_(1)
+    return z
+
+
+def _augmented_view(x: Tensor, y: Tensor, i: Tensor) -> Tensor:
+    z = x * 2
+    v = z[:, 0]
+    v += 1
+    return z
+
+
+def _seen_by_view(x: Tensor, y: Tensor, i: Tensor) -> tuple[Tensor, Tensor]:
+    z = x * 2
+    v = z.view(-1)
+    z.add_(1)
+    return z, v
+
+
+def _seen_by_reshape(x: Tensor, y: Tensor, i: Tensor) -> tuple[Tensor, Tensor]:
+    z = x * 2
+    v = F.dropout(z.reshape(-1), training=False)
+    z.add_(1)
+    return z, v
+
+
+def _widening(x: Tensor, y: Tensor, i: Tensor) -> Tensor:
+    z = y.half() * 2
+    z += y
+    return z
+
+
+def _statement(x: Tensor, y: Tensor, i: Tensor) -> tuple[Tensor, Tensor]:
+    z = x * 2
+    w = z + 1
+    z.add_(1).mul_(3)
+    F.relu_(z)
+    return z, w
+
+
+@pytest.mark.parametrize(
+    ("function", "left"),
+    [
+        pytest.param(_on_input, ["aten.mul_.Tensor"], id="input"),
+        pytest.param(_through_view, ["aten.add_.Tensor"], id="through_view"),
+        pytest.param(_augmented_view, ["aten.add_.Tensor"], id="augmented_view"),
+        pytest.param(_seen_by_view, ["aten.add_.Tensor"], id="seen_by_view"),
+        pytest.param(_seen_by_reshape, ["aten.add_.Tensor"], id="seen_by_reshape"),
+        pytest.param(_widening, ["aten.add_.Tensor"], id="promotion"),
+        pytest.param(_statement, [], id="fresh"),
+    ],
+)
+def test_in_place_is_removed_only_when_nobody_sees_it(function: Callable[..., Any], left: list[str]) -> None:
+    model = Fn(function)
+    gm = symbolic(model)
+    args = (torch.randn(2, 3), torch.randn(3), torch.zeros(1))
+    ours, theirs = ([a.clone() for a in args] for _ in range(2))
+    assert_same(gm(*ours), model(*theirs))
+    assert_same(ours, theirs)
+    assert [str(n.target) for n in gm.graph.nodes if "_." in str(n.target) and str(n.target).startswith("aten")] == left
+
+
+# -- provenance and ranks -------------------------------------------------------------------------------------------------------
+
+
+def test_provenance_is_that_of_export() -> None:
+    entry = ZOO["preln_vit"]
+    model = entry.build()
+    gm, other = symbolic(model), exported(model, entry.args)
+    for ours, theirs in zip(calls(gm), calls(other), strict=True):
+        assert ours.meta["nn_module_stack"] == theirs.meta["nn_module_stack"], ours
+        assert "zoo_streams.py" in ours.meta["stack_trace"]
+
+
+def ranks(model: nn.Module) -> dict[str, int | None]:
+    return {n.name: n.meta.get("rank") for n in symbolic(model).graph.nodes if n.op != "get_attr"}
+
+
+def test_rank_follows_from_batch_norm() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.BatchNorm2d(4), nn.MaxPool2d(2), nn.Flatten(1), nn.Linear(4, 2))
+    found = ranks(model)
+    assert found.pop("linear") == found.pop("flatten") == 2
+    assert found.pop("output") is None
+    assert set(found.values()) == {4}
+
+
+def test_rank_of_a_convolution_alone_is_open() -> None:
+    assert set(ranks(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.BatchNorm1d(4))).values()) == {None}
+
+
+@pytest.mark.parametrize("entry", TRACEABLE)
+def test_ranks_are_right(entry: Any) -> None:
+    model = entry.build()
+    gm = symbolic(model)
+    wrong = []
+
+    class Check(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            value = super().run_node(n)
+            if "rank" in n.meta and n.meta["rank"] != value.ndim:
+                wrong.append(n)
+            return value
+
+    inputs = {n.target: n.args[0] if n.args else None for n in gm.graph.find_nodes(op="placeholder")}
+    inputs |= dict(zip(inputs, entry.args, strict=False)) | entry.kwargs
+    Check(gm).run(*inputs.values())
+    assert not wrong

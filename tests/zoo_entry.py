@@ -35,11 +35,11 @@ def randomise_norms(model: nn.Module) -> nn.Module:
     """Give every norm of `model` the look of a trained one, in place; uses the global random state.
 
     Running means N(0, 1), running variances U(.5, 2), gains ±U(.5, 1.5), shifts N(0, 1). A norm is a module whose class
-    name ends in `Norm` or in `Norm` and a dimension, whatever library it comes from.
+    name contains `Norm`, whatever library it comes from (`BatchNormAct2d`, `LlamaRMSNorm`).
     """
     with torch.no_grad():
         for module in model.modules():
-            if not type(module).__name__.rstrip("123d").endswith("Norm"):
+            if "norm" not in type(module).__name__.lower():
                 continue
             for name, value in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
                 match name:

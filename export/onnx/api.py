@@ -233,7 +233,7 @@ def _facts(
     made = record(gm)
     if made is not None:
         report = made.report
-        facts["passes"] = json.dumps({p.name: len(p.applied) for p in report.passes})
+        facts["passes"] = json.dumps([[p.name, len(p.applied)] for p in report.passes])  # a pass may run twice
         if report.exact is not None:
             facts["exact"] = f"{report.exact.max_rel:.3e}"
         if report.drift is not None:

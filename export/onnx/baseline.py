@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import io
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +10,7 @@ import torch
 from torch import nn
 
 from normfuse.errors import ExportError
+from normfuse.export.onnx.quiet import quiet
 from normfuse.extras import need
 from normfuse.files import atomic
 
@@ -46,8 +44,7 @@ def export_original(
             config.use_cache = False
     with atomic(path, force=force) as temporary:
         try:
-            with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-                warnings.simplefilter("ignore")
+            with quiet(), torch.no_grad():
                 torch.onnx.export(plain, args, str(temporary), kwargs=kwargs or {}, dynamo=True, dynamic_shapes=dynamic_shapes, verbose=False)
         except OSError:
             raise

@@ -36,7 +36,8 @@ def _mark(model: Any, softmax: Any) -> bool:
     if scores is None:
         return False
     product, scale, mask = scores
-    query, key_t, value = product.inputs[0], product.inputs[1], after.inputs[1]
+    (query, a), (key_t, b), value = _unscaled(product.inputs[0]), _unscaled(product.inputs[1]), after.inputs[1]
+    scale *= a * b
     if any(v.shape is None or len(v.shape) != 4 for v in (query, key_t, value)):
         return False
     if mask is not None and (mask.shape is None or len(mask.shape) > 4 or mask.dtype != query.dtype):
@@ -71,21 +72,34 @@ def _scores(value: Any) -> tuple[Any, float, Any] | None:
 def _scaled(value: Any) -> tuple[Any, float] | None:
     node, scale = value.producer(), 1.0
     if node is not None and not node.domain and node.op_type in ("Mul", "Div"):
-        if _only_reader(value) is None:
+        found = _factored(node, value) if _only_reader(value) is not None else None
+        if found is None:
             return None
-        for inner, factor in (node.inputs, reversed(node.inputs)) if node.op_type == "Mul" else (node.inputs,):
-            number = const_of(factor)
-            if number is not None and number.size == 1 and dims(inner) == dims(value):
-                scale = float(number.reshape(-1)[0])
-                scale = scale if node.op_type == "Mul" else 1 / scale
-                value = inner
-                node = value.producer()
-                break
-        else:
-            return None
+        value, scale = found
+        node = value.producer()
     if node is None or node.domain or node.op_type != "MatMul" or _only_reader(value) is None:
         return None
     return node, scale
+
+
+def _unscaled(value: Any) -> tuple[Any, float]:
+    """`value` without a number that only the scores see: (s q) kᵀ = s (q kᵀ)"""
+    if _only_reader(value) is None:
+        return value, 1.0
+    node = value.producer()
+    if node is None or node.domain or node.op_type not in ("Mul", "Div"):
+        return value, 1.0
+    return _factored(node, value) or (value, 1.0)
+
+
+def _factored(node: Any, value: Any) -> tuple[Any, float] | None:
+    """x and s for x · s and x / (1/s), when s is one number and the shape stays."""
+    for inner, factor in (node.inputs, reversed(node.inputs)) if node.op_type == "Mul" else (node.inputs,):
+        number = const_of(factor)
+        if number is not None and number.size == 1 and dims(inner) is not None and dims(inner) == dims(value):
+            scale = float(number.reshape(-1)[0])
+            return inner, scale if node.op_type == "Mul" else 1 / scale
+    return None
 
 
 def _swapped(value: Any, at: Build) -> Any:

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import logging
-import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -18,6 +14,7 @@ from normfuse.export.onnx.eager_attention import mark_attention
 from normfuse.export.onnx.names import name_graph
 from normfuse.export.onnx.opset17 import to_opset_17
 from normfuse.export.onnx.program import Program
+from normfuse.export.onnx.quiet import quiet
 from normfuse.export.onnx.residual import keep_layer_norm_apart
 from normfuse.export.onnx.rotary import full_rotary_tables
 from normfuse.export.onnx.translate import MARKER_DOMAIN, table
@@ -39,7 +36,7 @@ def translated(program: Program, opset: int) -> Any:
     """
     need("onnxscript", extra="onnx")
     try:
-        with _quiet():
+        with quiet(), torch.no_grad():
             out = torch.onnx.export(
                 program.exported,
                 opset_version=max(opset, _TRANSLATED_OPSET),
@@ -65,7 +62,7 @@ def finished(model: Any, program: Program, target: Target, opset: int, form: str
     need("onnx_ir.passes.common", extra="onnx")
     common = ir.passes.common
     model = model.clone()
-    with _quiet():
+    with quiet():
         full_rotary_tables(model)
         sites = lower_attention(model, form)
         if target.contrib:
@@ -94,22 +91,6 @@ def _drop_reshapes_to_same(model: Any) -> None:
         if before is not None and before == after and None not in before and not node.outputs[0].is_graph_output():
             node.outputs[0].replace_all_uses_with(node.inputs[0])
             model.graph.remove(node, safe=True)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """The exporter's progress lines, warnings and log records are about its own steps; errors still come as exceptions."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
-    levels = [logger.level for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
 
 
 def _cause(e: BaseException) -> str:

@@ -138,6 +138,9 @@ def _flat(gm: fx.GraphModule, keep: Sequence[int]) -> fx.GraphModule:
     for node in list(graph.nodes):
         if node.op == "call_module" and node.target == "_guards_fn":
             graph.erase_node(node)
+        elif node.target is torch.ops.aten.view.default:
+            # a view depends on strides, which attention has others of when it is traced again; ONNX has none
+            node.target = torch.ops.aten.reshape.default
     graph.eliminate_dead_code()
     return fx.GraphModule(gm, graph)
 

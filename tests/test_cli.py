@@ -1,0 +1,373 @@
+"""The command line: exit codes, one clear message a mistake, no partial file, JSON, and the whole way for a small model."""
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from normfuse.cli import main
+from normfuse.report import Report
+
+MODELS = """
+import torch
+from torch import nn
+
+def build():
+    m = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(288, 10))
+    with torch.no_grad():
+        m[1].running_mean.normal_()
+        m[1].running_var.uniform_(0.5, 2)
+    return m, (torch.randn(2, 3, 8, 8),)
+
+def bare():
+    return build()[0]
+
+def other():
+    m, x = build()
+    m[4].bias.data += 1
+    return m, x
+
+class Branches(nn.Module):
+    def forward(self, x):
+        return x if x.sum() > 0 else -x
+
+def untraceable():
+    return Branches(), (torch.ones(2),)
+
+def interrupted():
+    raise KeyboardInterrupt
+
+def large():
+    return nn.Linear(256, 256), (torch.zeros(1, 256),)
+"""
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Run]:
+    """Run the command in this process, in a folder with `models.py`; (exit code, standard output, standard error)."""
+    (tmp_path / "models.py").write_text(MODELS, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if p])
+    monkeypatch.delitem(sys.modules, "models", raising=False)
+    levels = {name: logging.getLogger(name).level for name in ("normfuse", "torch", "onnxscript", "transformers", "timm")}
+    handler = signal.getsignal(signal.SIGTERM)
+
+    def run(*args: str) -> tuple[int, str, str]:
+        code = main(args)
+        out = capsys.readouterr()
+        return code, out.out, out.err
+
+    with warnings.catch_warnings():
+        yield run
+    signal.signal(signal.SIGTERM, handler)
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)
+
+
+def files() -> set[str]:
+    return {p.name for p in Path().iterdir()} - {"models.py", "__pycache__"}
+
+
+def command(*args: str, **options: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *args], capture_output=True, text=True, timeout=300, check=False, **options)  # type: ignore[call-overload,no-any-return]
+
+
+# -- the whole way -----------------------------------------------------------------------------------------------------
+
+
+def test_optimized_model_is_saved_with_its_report_and_computes_the_same(run: Run) -> None:
+    code, out, _ = run("optimize", "models:build", "-o", "fast.pt2", "--report", "report.html")
+    assert code == 0
+    assert "batch_norm 1 -> 0" in out
+    assert files() == {"fast.pt2", "report.html"}
+    from normfuse.pt2 import read_report
+
+    report = Report.from_json(read_report("fast.pt2") or "")
+    assert report.norms_before == {"batch_norm": 1}
+    assert report.exact is not None
+    assert run("verify", "models:build", "fast.pt2")[0] == 0
+    program = torch.export.load("fast.pt2")
+    assert not any("batch_norm" in str(n.target) for n in program.graph.nodes)
+
+
+def test_saved_model_can_be_optimized_again(run: Run) -> None:
+    assert run("optimize", "models:build", "-o", "once.pt2", "-q")[0] == 0
+    code, out, _ = run("optimize", "once.pt2", "-o", "twice.pt2", "--json")
+    assert code == 0
+    assert Report.from_json(out).applied == ()
+    assert run("verify", "models:build", "twice.pt2")[0] == 0
+
+
+def test_exported_model_is_verified_and_inspected(run: Run) -> None:
+    pytest.importorskip("onnxruntime")
+    code, out, _ = run("export", "models:build", "-o", "fast.onnx", "--json", "--report", "report.json")
+    assert code == 0
+    data = json.loads(out)
+    assert data["export"]["norms"] == {}
+    assert data["report"] == json.loads(Path("report.json").read_text())
+    code, out, _ = run("verify", "models:build", "fast.onnx", "--json")
+    assert code == 0
+    assert json.loads(out)["holds"]
+    code, out, _ = run("inspect", "fast.onnx", "--json")
+    assert code == 0
+    assert json.loads(out)["ops"]["Conv"] == 1
+    assert "normfuse.version" in json.loads(out)["provenance"]
+    code, out, _ = run("verify", "fast.onnx", "fast.onnx")
+    assert code == 0
+    assert "0.0e+00 relative" in out
+
+
+def test_dynamic_batch_reaches_the_file(run: Run) -> None:
+    ort = pytest.importorskip("onnxruntime")
+    assert run("export", "models:bare", "--shape", "2x3x8x8", "--dynamic", "batch", "-o", "fast.onnx", "-q")[0] == 0
+    session = ort.InferenceSession("fast.onnx")
+    name = session.get_inputs()[0].name
+    assert session.run(None, {name: torch.randn(5, 3, 8, 8).numpy()})[0].shape == (5, 10)
+
+
+def test_verify_proves_the_rewrites(run: Run) -> None:
+    code, out, _ = run("verify", "models:build", "--verify", "each", "--json")
+    assert code == 0
+    data = json.loads(out)
+    assert data["holds"]
+    assert data["report"]["exact"]["max_rel"] <= 1e-9
+
+
+def test_verify_fails_when_the_drift_is_above_the_tolerance(run: Run) -> None:
+    code, _, err = run("verify", "models:build", "--tolerance", "0")
+    assert code == 1
+    assert err.startswith("failed: the drift in float32 is")
+
+
+def test_verify_of_another_model_fails(run: Run) -> None:
+    assert run("optimize", "models:other", "-o", "other.pt2", "-q")[0] == 0
+    code, out, err = run("verify", "models:build", "other.pt2", "--json")
+    assert code == 1
+    assert not json.loads(out)["holds"]
+    assert "relative error" in err
+
+
+def test_verify_without_inputs_does_not_pretend(run: Run) -> None:
+    code, _, err = run("verify", "models:bare")
+    assert code == 1
+    assert "without example inputs" in err
+
+
+def test_inspect_says_what_would_happen_and_writes_nothing(run: Run) -> None:
+    code, out, _ = run("inspect", "models:bare")
+    assert code == 0
+    assert "batch_norm" in out
+    assert "affine_into_producer" in out
+    assert files() == set()
+    code, out, _ = run("inspect", "models:bare", "--json")
+    data = json.loads(out)
+    assert data["norms_before"] == {"batch_norm": 1}
+    assert data["norms_after"] == {"batch_norm": 0}
+    assert {site["path"] for site in data["applied"]} == {"1"}
+
+
+def test_passes_are_listed_with_their_identities(run: Run) -> None:
+    from normfuse.passes import PASSES
+
+    code, out, _ = run("passes", "--json")
+    assert code == 0
+    listed = json.loads(out)
+    assert [p["name"] for p in listed] == list(PASSES)
+    assert all(p["identity"] for p in listed)
+    code, out, _ = run("passes")
+    assert all(name in out for name in PASSES)
+
+
+def test_passes_can_be_chosen(run: Run) -> None:
+    code, out, _ = run("inspect", "models:bare", "--passes", "cleanup", "--json")
+    assert code == 0
+    assert json.loads(out)["norms_after"] == {"batch_norm": 1}
+
+
+def test_bench_measures_and_judges(run: Run) -> None:
+    pytest.importorskip("onnxruntime")
+    assert run("export", "models:build", "-o", "fast.onnx", "-q")[0] == 0
+    common = ("bench", "models:build", "--engine", "fast.onnx", "--rounds", "2", "--warmup", "0", "--threads", "1", "--json")
+    code, out, _ = run(*common, "--at-least", "0.000001")
+    assert code == 0
+    data = json.loads(out)
+    assert (data["a"]["name"], data["b"]["name"]) == ("onnxruntime", "fast.onnx")
+    assert data["verdict"] == "holds"
+    code, out, err = run(*common, "--at-least", "1000000")
+    assert code == 1
+    assert json.loads(out)["verdict"] == "fails"
+    assert err.startswith("failed: fast.onnx is")
+
+
+def test_quiet_prints_nothing(run: Run) -> None:
+    assert run("optimize", "models:build", "-o", "fast.pt2", "-q") == (0, "", "")
+
+
+# -- mistakes ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        pytest.param("nonsense", "No such command", id="unknown verb"),
+        pytest.param("optimize", "Missing argument", id="no source"),
+        pytest.param("optimize models:build", "Missing option '-o'", id="no output"),
+        pytest.param("optimize nowhere:build -o x.pt2", "no module 'nowhere'", id="no such module"),
+        pytest.param("optimize /nowhere.pt2 -o x.pt2", "does not exist", id="missing file"),
+        pytest.param("optimize models:build -o x.onnx", "ends in .pt2", id="wrong suffix"),
+        pytest.param("optimize models:build -o models.py", "ends in .pt2", id="over a source"),
+        pytest.param("optimize models:build -o there.pt2", "exists already", id="existing target"),
+        pytest.param("optimize models:build -o nowhere/x.pt2", "does not exist", id="missing folder"),
+        pytest.param("optimize models:build -o x.pt2 --report r.txt", ".html or .json", id="report of another kind"),
+        pytest.param("optimize models:build -o x.pt2 --report there.json", "exists already", id="existing report"),
+        pytest.param("optimize models:build -o x.pt2 --passes affin", "did you mean 'affine'", id="unknown pass"),
+        pytest.param("optimize models:build -o x.pt2 --verify maybe", "Invalid value", id="unknown verification"),
+        pytest.param("optimize models:bare -o x.pt2", "declares no inputs", id="no inputs"),
+        pytest.param("optimize models:bare -o x.pt2 --shape 2x3x9x9", "could not be captured", id="inputs that do not fit"),
+        pytest.param("optimize models:bare -o x.pt2 --shape two", "--shape 'two'", id="shape that cannot be read"),
+        pytest.param("optimize models:untraceable -o x.pt2", "could not be captured", id="model that cannot be captured"),
+        pytest.param("optimize models:build -o x.pt2 --dynamic time", "not known", id="unknown axis"),
+        pytest.param("export models:build -o x.onnx --target phone", "unknown target", id="unknown target"),
+        pytest.param("export models:build -o x.onnx --opset 5", "opset 5", id="impossible opset"),
+        pytest.param("export models:build -o x.engine", "ends in .onnx", id="export to another kind"),
+        pytest.param("bench models:build --against magic", "unknown engine", id="unknown engine"),
+        pytest.param("bench models:build --seconds 0 --against eager --engine eager", "seconds", id="no time"),
+        pytest.param("verify models:build x.txt", "expected an .onnx or .pt2", id="comparison with another kind"),
+        pytest.param("verify models:build --verify off", "verify nothing", id="verification of nothing"),
+        pytest.param("inspect missing.onnx", "missing.onnx", id="missing onnx file"),
+    ],
+)
+def test_mistake_is_one_clear_message_and_exit_code_2(run: Run, args: str, message: str) -> None:
+    Path("there.pt2").write_text("mine")
+    Path("there.json").write_text("mine")
+    code, out, err = run(*args.split())
+    assert code == 2
+    assert message in err
+    assert "Traceback" not in err
+    assert out == ""
+    assert files() == {"there.pt2", "there.json"}
+    assert Path("there.pt2").read_text() == "mine"
+
+
+def test_traceback_is_logged_on_demand(run: Run, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG, "normfuse")
+    assert run("optimize", "nowhere:build", "-o", "x.pt2", "-vv")[0] == 2
+    assert any(r.exc_info for r in caplog.records)
+
+
+def test_existing_target_is_replaced_on_demand(run: Run) -> None:
+    Path("fast.pt2").write_text("old")
+    assert run("optimize", "models:build", "-o", "fast.pt2", "--force", "-q")[0] == 0
+    assert torch.export.load("fast.pt2") is not None
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write everywhere")
+def test_unwritable_folder_is_an_error(run: Run) -> None:
+    Path("locked").mkdir(mode=0o555)
+    code, _, err = run("optimize", "models:build", "-o", "locked/x.pt2")
+    assert code == 2
+    assert "not writable" in err
+
+
+def test_interrupt_while_loading(run: Run) -> None:
+    code, _, err = run("optimize", "models:interrupted", "-o", "x.pt2")
+    assert code == 130
+    assert "interrupted" in err
+    assert files() == set()
+
+
+@pytest.mark.parametrize(
+    ("target", "args"),
+    [
+        pytest.param("torch.export.save", ("optimize", "models:build", "-o", "x.pt2"), id="optimize"),
+        pytest.param("normfuse.export.onnx.api._append_metadata", ("export", "models:build", "-o", "x.onnx"), id="export"),
+    ],
+)
+def test_interrupt_while_writing_leaves_no_file(
+    run: Run, monkeypatch: pytest.MonkeyPatch, target: str, args: tuple[str, ...]
+) -> None:
+    reached = []
+
+    def interrupt(*_args: object, **_kwargs: object) -> None:
+        reached.append(sorted(p.name for p in Path().iterdir()))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(target, interrupt)
+    code, _, _ = run(*args)
+    assert code == 130
+    assert any(".x." in name for name in reached[0]), "the temporary file stood beside the target"
+    assert files() == set()
+
+
+def test_unexpected_error_asks_for_a_report(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(*_args: object, **_kwargs: object) -> None:
+        raise ZeroDivisionError("by accident")
+
+    monkeypatch.setattr("normfuse.api.optimize", wrong)
+    code, _, err = run("optimize", "models:build", "-o", "x.pt2")
+    assert code == 2
+    assert "ZeroDivisionError: by accident" in err
+    assert "please report" in err
+
+
+# -- in a process of its own -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "args", [(), *((v,) for v in ("optimize", "export", "bench", "verify", "inspect", "passes", "demo"))], ids=str
+)
+def test_help_is_instant(args: tuple[str, ...]) -> None:
+    code = f"import sys; from normfuse.cli import main; c = main([*{args!r}, '--help']); print('torch' in sys.modules); sys.exit(c)"
+    found = command("-c", code)
+    assert found.returncode == 0, found.stderr
+    assert "Usage: normfuse" in found.stdout
+    assert found.stdout.endswith("False\n"), "torch was imported for a help text"
+
+
+def test_module_is_the_command() -> None:
+    found = command("-m", "normfuse", "--version")
+    assert found.returncode == 0
+    assert found.stdout.startswith("normfuse, version ")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a limit on the size of files")
+@pytest.mark.parametrize("args", [("optimize", "-o", "x.pt2"), ("export", "-o", "x.onnx")], ids=["optimize", "export"])
+def test_full_disk_is_an_error_without_a_partial_file(tmp_path: Path, args: tuple[str, ...]) -> None:
+    import resource
+
+    (tmp_path / "models.py").write_text(MODELS, encoding="utf-8")
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+    verb, *rest = args
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "PYTHONDONTWRITEBYTECODE": "1"}
+    found = command("-m", "normfuse", verb, "models:large", *rest, cwd=tmp_path, preexec_fn=limit, env=environment)
+    assert found.returncode == 2, found.stderr
+    assert "cannot write x." in found.stderr
+    assert "Traceback" not in found.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["models.py"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["interrupt", "terminate"])
+def test_signal_ends_the_process_with_130(tmp_path: Path, number: signal.Signals) -> None:
+    # the factory raises the signal in its own process, so that it arrives while the command is at work
+    (tmp_path / "models.py").write_text(
+        f"import os\ndef build():\n    os.kill(os.getpid(), {int(number)})\n    import time; time.sleep(60)\n"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "PYTHONDONTWRITEBYTECODE": "1"}
+    found = command("-m", "normfuse", "optimize", "models:build", "-o", "x.pt2", cwd=tmp_path, env=environment)
+    assert found.returncode == 130, found.stderr
+    assert "Traceback" not in found.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["models.py"]
