@@ -19,35 +19,32 @@ from normfuse.indexing import lower_index
 from normfuse.kinds import attribute_kind, name_of, overload_kind, placeholder_kind, proven_tensors
 from normfuse.overloads import Kind, resolve
 
-__all__ = ["Lowering", "to_aten"]
+__all__ = ["WRITES", "Lowering", "to_aten"]
 
 aten = torch.ops.aten
 
+# fmt: off
 _OPERATORS: dict[Any, str] = {
-    **{operator.add: "add", operator.sub: "sub", operator.mul: "mul", operator.truediv: "div", operator.pow: "pow"},
-    **{operator.iadd: "add_", operator.isub: "sub_", operator.imul: "mul_", operator.itruediv: "div_", operator.ipow: "pow_"},
-    **{operator.floordiv: "floor_divide", operator.mod: "remainder", operator.matmul: "matmul", operator.neg: "neg"},
-    **{
-        operator.abs: "abs",
-        operator.invert: "bitwise_not",
-        operator.and_: "__and__",
-        operator.or_: "__or__",
-        operator.xor: "__xor__",
-    },
-    **{operator.lt: "lt", operator.le: "le", operator.gt: "gt", operator.ge: "ge", operator.eq: "eq", operator.ne: "ne"},
+    operator.add: "add", operator.sub: "sub", operator.mul: "mul", operator.truediv: "div", operator.pow: "pow",
+    operator.iadd: "add_", operator.isub: "sub_", operator.imul: "mul_", operator.itruediv: "div_", operator.ipow: "pow_",
+    operator.floordiv: "floor_divide", operator.mod: "remainder", operator.matmul: "matmul",
+    operator.neg: "neg", operator.abs: "abs", operator.invert: "bitwise_not",
+    operator.and_: "__and__", operator.or_: "__or__", operator.xor: "__xor__",
+    operator.lt: "lt", operator.le: "le", operator.gt: "gt", operator.ge: "ge", operator.eq: "eq", operator.ne: "ne",
 }
-_WRITES = {getattr(operator, f"i{name}") for name in ("add", "sub", "mul", "truediv", "pow", "floordiv", "mod", "and", "or", "xor")}
-_DUNDERS = {f"__{op.__name__.strip('_')}__": op for op in (*_OPERATORS, operator.getitem)}
 _CASTS = {
-    **{"float": torch.float32, "double": torch.float64, "half": torch.float16, "bfloat16": torch.bfloat16},
-    **{"int": torch.int32, "long": torch.int64, "bool": torch.bool, "short": torch.int16, "char": torch.int8, "byte": torch.uint8},
+    "float": torch.float32, "double": torch.float64, "half": torch.float16, "bfloat16": torch.bfloat16, "bool": torch.bool,
+    "int": torch.int32, "long": torch.int64, "short": torch.int16, "char": torch.int8, "byte": torch.uint8,
 }
-_MODE_RANKS = {"linear": 3, "bilinear": 4, "bicubic": 4, "trilinear": 5}
 _UPSAMPLES = {
-    **{("nearest", rank): f"upsample_nearest{rank - 2}d" for rank in (3, 4, 5)},
-    **{("linear", 3): "upsample_linear1d", ("bilinear", 4): "upsample_bilinear2d"},
-    **{("bicubic", 4): "upsample_bicubic2d", ("trilinear", 5): "upsample_trilinear3d"},
+    ("nearest", 3): "upsample_nearest1d", ("nearest", 4): "upsample_nearest2d", ("nearest", 5): "upsample_nearest3d",
+    ("linear", 3): "upsample_linear1d", ("bilinear", 4): "upsample_bilinear2d", ("bicubic", 4): "upsample_bicubic2d",
+    ("trilinear", 5): "upsample_trilinear3d",
 }
+# fmt: on
+WRITES = {getattr(operator, f"i{name}") for name in ("add", "sub", "mul", "truediv", "pow", "floordiv", "mod", "and", "or", "xor")}
+_DUNDERS = {f"__{op.__name__.strip('_')}__": op for op in (*_OPERATORS, operator.getitem)}
+_MODE_RANKS = {"linear": 3, "bilinear": 4, "bicubic": 4, "trilinear": 5}
 _PROPERTIES = {"T": "numpy_T", "mT": "mT", "H": "matrix_H", "mH": "mH"}
 
 
@@ -67,7 +64,7 @@ def _has_effect(node: fx.Node) -> bool:
     if node.target is torch._assert and node.args[0] is True:
         return False
     is_check = getattr(node.target, "__name__", "").startswith("_assert")
-    return node.op == "call_module" or node.target in _WRITES or is_check or node.is_impure(impure_random=False)
+    return node.op == "call_module" or node.target in WRITES or is_check or node.is_impure(impure_random=False)
 
 
 class Lowering:
@@ -135,7 +132,8 @@ class Lowering:
         if target in _OPERATORS:
             return self.arithmetic(target, args)
         if target is torch._assert and isinstance(args[0], fx.Node):
-            return self.drop_shape_check(args[0])
+            self.drop_shape_check(args[0])
+            return None
         if target in _FUNCTIONS:
             return _FUNCTIONS[target](self, *args, **kwargs)
         name = name_of(target)
@@ -247,14 +245,14 @@ def _node_name(overload: Any) -> str:
 
 def _is_shape(node: fx.Node) -> bool:
     """`x.shape` or `x.size()`, not a slice of one."""
-    return (node.op == "call_method" and node.target == "size") or (node.target is builtins.getattr and node.args[1] == "shape")
+    return node.target == "size" if node.op == "call_method" else node.target is builtins.getattr and str(node.args[1]) == "shape"
 
 
 def _is_rank(value: Any) -> bool:
     """`x.ndim` or `x.dim()`."""
     if not isinstance(value, fx.Node):
         return False
-    return value.target == "dim" if value.op == "call_method" else value.target is builtins.getattr and value.args[1] == "ndim"
+    return value.target == "dim" if value.op == "call_method" else value.target is builtins.getattr and str(value.args[1]) == "ndim"
 
 
 def _size(low: Lowering, x: fx.Node, dim: Any = None) -> fx.Node | None:

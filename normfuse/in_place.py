@@ -2,7 +2,7 @@
 
     y = conv(x); y.add_(z); f(y)   ->   y = conv(x); y' = add(y, z); f(y')
 
-Condition: y is storage that one op has just made and no view of y is alive. What writes through a view, into an input, a parameter
+Condition: y is storage that one op has just made, or the only view of it, and no other view of it is alive. What writes through a view, into an input, a parameter
 or a buffer, stays in place.
 """
 
@@ -30,6 +30,11 @@ _FRESH_COMPOSITES = {
         "upsample_bilinear2d",
     ),
     *("relu6", "selu", "scaled_dot_product_attention", "clone"),
+}
+# results that may share storage with the first argument, and with nothing else
+_VIEWS = {
+    *("slice", "select", "view", "reshape", "flatten", "unflatten", "transpose", "permute", "unsqueeze", "squeeze", "contiguous"),
+    *("dropout", "alias"),
 }
 # ops that read a tensor and keep nothing of it
 _READS_ONLY = {"sym_size", "sym_numel"}
@@ -71,8 +76,16 @@ def _out_of_place(node: fx.Node) -> Any:
 def _unseen(node: fx.Node, order: dict[fx.Node, int]) -> bool:
     """Is the written value new storage that only later calls, and earlier ones that are done with it, read?"""
     written = node.args[0]
-    earlier = [user for user in written.users if order[user] < order[node]]  # type: ignore[union-attr]
-    return _makes_storage(written) and all(_makes_storage(user) or _name(user) in _READS_ONLY for user in earlier)
+    assert isinstance(written, fx.Node)
+    earlier = [user for user in written.users if order[user] < order[node]]
+    return _owns_storage(written) and all(_makes_storage(user) or _name(user) in _READS_ONLY for user in earlier)
+
+
+def _owns_storage(node: Any) -> bool:
+    """Does nothing but this value refer to its storage? True for new storage and for the one view of a value that has no other use."""
+    while _name(node) in _VIEWS and isinstance(node.args[0], fx.Node) and len(node.args[0].users) == 1:
+        node = node.args[0]
+    return _makes_storage(node)
 
 
 def _name(node: Any) -> str:

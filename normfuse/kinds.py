@@ -19,7 +19,7 @@ __all__ = ["attribute_kind", "name_of", "overload_kind", "placeholder_kind", "pr
 # methods of plain Python values: a call of one of these does not prove a tensor
 _AMBIGUOUS = {name for t in (dict, list, tuple, set, int, float) for name in dir(t)}
 _ATTRIBUTES: dict[str, Kind] = {"shape": "size", "dtype": "dtype", "device": "device", "ndim": "number", "requires_grad": "number"}
-_NAMESPACES = (torch._C._VariableFunctions, torch._C._nn, torch._C._linalg, torch._C._special, torch._C._fft)
+_NAMESPACES = [getattr(torch._C, name) for name in ("_VariableFunctions", "_nn", "_linalg", "_special", "_fft")]
 _ARITHMETIC = {
     operator.add,
     operator.sub,
@@ -99,10 +99,14 @@ def _add_operator(node: fx.Node, proven: set[fx.Node]) -> None:
     operands = [a for a in node.args if isinstance(a, fx.Node)]
     if getattr(node.target, "__module__", "") == "torch.nn.functional" or node.target is operator.matmul:
         proven.update(nodes_in(list(node.args[: 2 if node.target is operator.matmul else 1])))
-    elif node.target is builtins.getattr and node.args[1] in _ATTRIBUTES:
-        proven.update(nodes_in(node.args[0]))
-    elif node.target is operator.getitem and isinstance(node.args[1], tuple):
+    elif _reads_as_tensor(node):
         proven.update(nodes_in(node.args[0]))
     elif node in proven and (node.target in _UNARY or (node.target in _ARITHMETIC and len(operands) == 1)):
         # tensor = f(x, number): x is the tensor
         proven.update(operands)
+
+
+def _reads_as_tensor(node: fx.Node) -> bool:
+    """`x.shape` and its kin, or `x[:, 0]`: no list and no dictionary takes several indices."""
+    attribute = node.target is builtins.getattr and node.args[1] in _ATTRIBUTES
+    return attribute or (node.target is operator.getitem and isinstance(node.args[1], tuple))

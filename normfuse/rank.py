@@ -7,7 +7,6 @@ constants; ops that keep the rank carry it forward and backward.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -112,8 +111,7 @@ _BROADCAST = {
     "__or__",
 }
 _REDUCTIONS = {"mean", "sum", "amax", "amin", "var", "std", "linalg_vector_norm"}
-_GROWING = {"unsqueeze": 1, "stack": 1, "select": -1, "unflatten": None}
-_LISTED = {"view": 1, "reshape": 1, "permute": 1}
+_LISTED = {"view", "reshape", "permute", "expand"}
 
 
 def propagate_ranks(graph: fx.Graph, root: nn.Module) -> fx.Graph:
@@ -172,8 +170,6 @@ def _forward(node: fx.Node) -> int | None:
     if name in _BROADCAST:
         ranks = [_rank(a) for a in node.args if isinstance(a, fx.Node)]
         return None if None in ranks else max(r for r in ranks if r is not None)
-    if name == "expand" and isinstance(node.args[1], list | tuple):
-        return len(node.args[1])
     if name == "embedding":
         indices = _rank(node.args[1])
         return None if indices is None else indices + 1
@@ -234,5 +230,5 @@ def _backward(node: fx.Node) -> list[tuple[fx.Node, int]]:
         return [(a, out) for a in operands if a not in lower] if len(lower) == len(operands) - 1 else []
     if not isinstance(first, fx.Node):
         return []
-    shift: Callable[[int], int] | None = {"unsqueeze": -1, "select": 1}.get(name) if name not in _SAME else 0  # type: ignore[assignment]
-    return [] if shift is None else [(first, out + shift)]  # type: ignore[operator]
+    shift = 0 if name in _SAME else {"unsqueeze": -1, "select": 1}.get(name)
+    return [] if shift is None else [(first, out + shift)]

@@ -251,7 +251,7 @@ def _from_factory(source: str, options: Options) -> tuple[Any, Any]:
         made, own = made
     if not isinstance(made, (torch.nn.Module, torch.export.ExportedProgram)):
         raise UsageError(
-            f"{source} returned an object of type {type(made).__name__}: expected a torch.nn.Module, or a pair of a module and its example inputs"
+            f"{source} returned an object of type {type(made).__name__}: expected a module, or a module and its example inputs"
         )
     return made, own
 

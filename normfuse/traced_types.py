@@ -1,7 +1,7 @@
 """`isinstance` on traced values.
 
-A traced value is a `torch.fx.Proxy`, so that `isinstance(x, Tensor)` in a model's code would silently take the wrong branch. While a
-model is traced, its files see this `isinstance` instead, which answers for the value that will be there at run time or fails.
+A traced value is a `torch.fx.Proxy`, so that `isinstance(x, Tensor)` in a model's code would silently take the wrong branch. While
+a model is traced, its files see this `isinstance` instead, which answers for the value that will be there at run time or fails.
 """
 
 from __future__ import annotations

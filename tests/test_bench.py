@@ -299,7 +299,7 @@ def test_process_that_dies_is_an_error_that_names_the_engine() -> None:
 
 
 def test_engine_that_cannot_be_opened_says_why() -> None:
-    with pytest.raises(NormfuseError, match="failing failed .*the file is broken"):
+    with pytest.raises(NormfuseError, match=r"failing failed .*the file is broken"):
         measure([Engine("failing", open_failing), Engine("failing", open_failing)], Schedule(**QUICK))
 
 

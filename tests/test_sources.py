@@ -140,7 +140,7 @@ def test_torchvision_knows_the_crop_of_its_weights() -> None:
 @pytest.mark.parametrize("library", ["timm", "torchvision"])
 def test_misspelt_model_gets_a_suggestion(library: str) -> None:
     pytest.importorskip(library)
-    with pytest.raises(UsageError, match="did you mean .*resnet18"):
+    with pytest.raises(UsageError, match=r"did you mean .*resnet18"):
         load_source(f"{library}:resnte18")
 
 

@@ -137,10 +137,9 @@ class Comparison:
         bound = self.default_bound if at_least is None else at_least
         if self.speedup.low >= bound:
             return Verdict.HOLDS
-        if at_least is None:
-            slower = self.speedup.high < 1 and self.speedup.value < 1 - self.noise
-        else:
-            slower = self.speedup.high < at_least
+        if at_least is not None:
+            return Verdict.FAILS if self.speedup.high < at_least else Verdict.UNDECIDED
+        slower = self.speedup.high < 1 and self.speedup.value < 1 - self.noise
         return Verdict.FAILS if slower else Verdict.UNDECIDED
 
     def slower(self, at_least: float | None = None) -> bool:
