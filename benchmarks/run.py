@@ -32,9 +32,10 @@ __all__ = ["main"]
 RESULTS = Path(__file__).parent / "results"
 ALSO = ("eager", "compile")
 _COLUMNS = (
-    "model", "threads", "original ms", "optimized ms", "speedup", "against itself", "verdict", *ALSO, "norms before", "norms in the file",
+    "model", "threads", "original ms", "optimized ms", "speedup", "against itself", "verdict", *ALSO,
+    "norms before", "norms in the file",
 )  # fmt: skip
-_console = Console(stderr=True)
+_console = Console(stderr=True, soft_wrap=True)
 
 
 @click.command()

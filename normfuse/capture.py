@@ -139,8 +139,8 @@ def _shadow(model: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
     if any(m.training for m in model.modules()) and not isinstance(model, fx.GraphModule):
         notes.append("the model was in training mode; it was optimized as in eval()")
         log.warning("%s", notes[-1])
-    tensors = [*model.parameters(), *model.buffers()]
-    memo: dict[int, Any] = {id(t): t for t in tensors}
+    own = [t for m in model.modules() for t in vars(m).values() if isinstance(t, Tensor)]  # plain attributes, e.g. of old weight norm
+    memo: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers(), *own)}
     try:
         shadow = copy.deepcopy(model, memo)
     except Exception as e:
@@ -192,7 +192,11 @@ def _any_batch(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 def _trace(model: nn.Module, notes: tuple[str, ...]) -> Captured:
     from normfuse.symbolic import symbolic
 
-    return Captured(symbolic(model), has_inputs=False, kwargs={}, notes=notes)
+    gm = symbolic(model)
+    write = next((n for n in gm.graph.nodes if _is_write(n) or (n.op == "call_method" and str(n.target).endswith("_"))), None)
+    if write is not None:
+        raise CaptureError(f"{type(model).__name__} writes in place ({write.name}), which only shapes can tell apart from its readers; pass example_inputs")
+    return Captured(gm, has_inputs=False, kwargs={}, notes=notes)
 
 
 def _exported_program(program: ExportedProgram, given: tuple[tuple[Any, ...], dict[str, Any]] | None) -> Captured:
@@ -269,15 +273,20 @@ def _drop_guards(gm: fx.GraphModule) -> None:
 
 
 def _writes(gm: fx.GraphModule) -> bool:
-    return any(isinstance(n.target, torch._ops.OpOverload) and n.target._schema.is_mutable and n.target is not aten.batch_norm.default for n in gm.graph.nodes)
+    return any(_is_write(n) for n in gm.graph.nodes)
+
+
+def _is_write(node: fx.Node) -> bool:
+    target = node.target
+    return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable and target is not aten.batch_norm.default
 
 
 def _writes_are_local(gm: fx.GraphModule) -> bool:
     """Replace f_(x) by f(x) where x is fresh (no view, no input) and nobody else reads it; False if one is left."""
     for node in gm.graph.nodes:
-        target = node.target
-        if not isinstance(target, torch._ops.OpOverload) or not target._schema.is_mutable or target is aten.batch_norm.default:
+        if not _is_write(node):
             continue
+        target: Any = node.target
         x = node.args[0] if node.args else None
         twin = getattr(getattr(aten, target._schema.name.split("::")[1].rstrip("_"), None), target._overloadname, None)
         if not isinstance(x, fx.Node) or twin is None or not _fresh(x) or len(x.users) != 1:

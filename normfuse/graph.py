@@ -168,10 +168,13 @@ class Graph:
     def constant(self, node: fx.Node) -> Constant | None:
         return self.constants.get(str(node.target)) if node.op == "get_attr" else None
 
+    def readers_of(self, constant: Constant) -> list[fx.Node]:
+        """The operators that read this very constant: more than one for a tied embedding or a shared module."""
+        key = self._keys.get(id(constant))
+        return [] if key is None else [user for n in self.fx.find_nodes(op="get_attr", target=key) for user in n.users]
+
     def shared(self, constant: Constant) -> bool:
-        """Is this weight read by more than one node (tied embedding, shared module)?"""
-        key = self._keys.get(id(constant), "")
-        return sum(len(n.users) for n in self.fx.find_nodes(op="get_attr", target=key)) > 1
+        return len(self.readers_of(constant)) > 1
 
     @staticmethod
     def consumers(node: fx.Node) -> tuple[fx.Node, ...]:

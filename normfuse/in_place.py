@@ -2,8 +2,8 @@
 
     y = conv(x); y.add_(z); f(y)   ->   y = conv(x); y' = add(y, z); f(y')
 
-Condition: y is storage that one op has just made, or the only view of it, and no other view of it is alive. What writes through a view, into an input, a parameter
-or a buffer, stays in place.
+Condition: y is storage that one op has just made, or the only view of it, and no other view of it is alive. What writes through
+another view, into an input, a parameter or a buffer, stays in place.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def _unseen(node: fx.Node, order: dict[fx.Node, int]) -> bool:
 
 
 def _owns_storage(node: Any) -> bool:
-    """Does nothing but this value refer to its storage? True for new storage and for the one view of a value that has no other use."""
+    """Does nothing but this value refer to its storage? So it is for new storage, and for a view of it that is its only use."""
     while _name(node) in _VIEWS and isinstance(node.args[0], fx.Node) and len(node.args[0].users) == 1:
         node = node.args[0]
     return _makes_storage(node)

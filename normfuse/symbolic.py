@@ -38,13 +38,13 @@ def symbolic(model: nn.Module) -> fx.GraphModule:
     Raises:
         CaptureError: the Python code of the model depends on shapes or values, or draws random numbers; names module and line.
     """
-    # export, too, writes cudnn_enabled=False
     if model._forward_hooks or model._forward_pre_hooks:
         # torch.fx calls forward of the outermost module itself
         raise CaptureError(
             f"{type(model).__name__} has forward hooks, which tracing without shapes would skip; pass example_inputs"
         )
     root = _private_copy(model)
+    # export, too, writes cudnn_enabled=False
     with _random_state_kept() as drawn, torch.backends.cudnn.flags(enabled=False), isinstance_answered(root):
         tracer = Tracer()
         try:
@@ -104,6 +104,8 @@ def _restore_names(graph: fx.Graph, root: nn.Module) -> None:
 def _refuse_state(graph: fx.Graph, root: nn.Module) -> None:
     """Parameters and buffers are those of the user's model, which is never written to."""
     for node in graph.nodes:
+        if node.target is torch.batch_norm and node.args[5] is True and node.args[3] is not None:
+            raise CaptureError(f"{type(root).__name__}.forward updates running statistics in eval mode; pass example_inputs")
         name = str(getattr(node.target, "__name__", node.target))
         written = node.target in WRITES or (name.endswith("_") and not name.endswith("__"))
         if node.op in ("call_function", "call_method") and written and getattr(node.args[0], "op", "") == "get_attr":

@@ -508,7 +508,7 @@ def decode(node: fx.Node, operand: Any) -> Op | None:
     if bound is None:
         return None
     if target is aten.dropout.default:
-        return Identity(operand(bound[0]), node=node, target=target) if bound[2] is False else None
+        return Identity(operand(bound[0]), node=node) if bound[2] is False else None
     assert view is not None
     return _fill(view, node, bound, operand)
 

@@ -16,7 +16,7 @@ from normfuse.passes import into_consumer, into_producer
 from normfuse.passes.broadcast import collapse, is_one, is_zero
 from normfuse.report import PassReport, Site
 from normfuse.views import Affine as AffineOp
-from normfuse.views import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, Mul, Op, RmsNorm, Value, pieces
+from normfuse.views import BatchNorm, Embedding, GroupNorm, InstanceNorm, LayerNorm, Mul, Op, RmsNorm, Value, pieces
 
 __all__ = ["Affine"]
 
@@ -311,14 +311,15 @@ def _changed(new: Op, old: Op) -> bool:
 
 
 def _affordable(graph: Graph, old: Value, new: Op) -> None:
-    """Refuse to store a large shared weight a second time."""
+    """Refuse to store a shared weight a second time if it is large, or a table that a tied head reads too."""
     if not isinstance(old, Op):
         return
     kept = {id(c) for _, c in _operands(new) if isinstance(c, Constant)}
     for name, c in _operands(old):
-        if isinstance(c, Constant) and id(c) not in kept and c.numel * c.dtype.itemsize > _UNTIE and graph.shared(c):
-            size = c.numel * c.dtype.itemsize / 1e6
-            raise Refuse(
-                f"{c.name or name} is shared; folding would store its {size:.0f} MB twice", blocker=old.node, remedy="untie the weight before optimize"
-            )
-
+        if not isinstance(c, Constant) or id(c) in kept:
+            continue
+        others = [n for n in graph.readers_of(c) if n is not old.node]
+        size = c.numel * c.dtype.itemsize
+        if others and (size > _UNTIE or any(isinstance(graph.view(n, 1), Embedding) for n in [*others, old.node])):
+            reason = f"{c.name or name} is shared with {graph.path(others[0])}; folding would store its {size / 1e6:.1f} MB twice"
+            raise Refuse(reason, blocker=old.node, remedy="untie the weight before optimize")

@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from normfuse.errors import CaptureError
 from normfuse.symbolic import symbolic
-from tests.zoo import ZOO
+from tests.zoo import ZOO, randomise_norms
 
 aten = torch.ops.aten
 
@@ -228,6 +228,43 @@ class UnknownType(nn.Module):
         return y[0] if isinstance(y, tuple) else y
 
 
+class Counter(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return x * self.calls
+
+
+class TrainingStatistics(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(3))
+        self.register_buffer("var", torch.ones(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.batch_norm(x, self.mean, self.var, training=True)
+
+
+@pytest.mark.parametrize("make", [Counter, TrainingStatistics])
+def test_writing_to_state_is_a_capture_error(make: Callable[[], nn.Module]) -> None:
+    model = make()
+    with pytest.raises(CaptureError, match="in eval mode; pass example_inputs"):
+        symbolic(model)
+    assert all(isinstance(v, Tensor) for v in model.buffers())
+
+
+def test_hooks_run_or_are_an_error() -> None:
+    model, x = nn.Sequential(nn.ReLU()), torch.randn(2, 3)
+    model[0].register_forward_hook(lambda module, args, out: out * 2)
+    assert_same(symbolic(model)(x), model(x))
+    model.register_forward_pre_hook(lambda module, args: (args[0] + 1,))
+    with pytest.raises(CaptureError, match="forward hooks"):
+        symbolic(model)
+
+
 @pytest.mark.parametrize(
     ("make", "line"),
     [
@@ -374,6 +411,12 @@ def _augmented_view(x: Tensor, y: Tensor, i: Tensor) -> Tensor:
     return z
 
 
+def _sole_view(x: Tensor, y: Tensor, i: Tensor) -> Tensor:
+    z = torch.cat([x, x])[:2].view(-1)
+    z += 1
+    return z
+
+
 def _seen_by_view(x: Tensor, y: Tensor, i: Tensor) -> tuple[Tensor, Tensor]:
     z = x * 2
     v = z.view(-1)
@@ -411,6 +454,7 @@ def _statement(x: Tensor, y: Tensor, i: Tensor) -> tuple[Tensor, Tensor]:
         pytest.param(_seen_by_view, ["aten.add_.Tensor"], id="seen_by_view"),
         pytest.param(_seen_by_reshape, ["aten.add_.Tensor"], id="seen_by_reshape"),
         pytest.param(_widening, ["aten.add_.Tensor"], id="promotion"),
+        pytest.param(_sole_view, [], id="sole_view"),
         pytest.param(_statement, [], id="fresh"),
     ],
 )
@@ -469,3 +513,38 @@ def test_ranks_are_right(entry: Any) -> None:
     inputs |= dict(zip(inputs, entry.args, strict=False)) | entry.kwargs
     Check(gm).run(*inputs.values())
     assert not wrong
+
+
+# -- real architectures ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small", "densenet121", "shufflenet_v2_x0_5", "regnet_y_400mf"])
+def test_torchvision_agrees_with_export(name: str) -> None:
+    models = pytest.importorskip("torchvision.models")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = randomise_norms(models.get_model(name)).eval()
+        x = torch.randn(2, 3, 64, 64)
+    gm = symbolic(model)
+    with torch.no_grad():
+        torch.testing.assert_close(gm(x), model(x), rtol=1e-4, atol=1e-4)
+    ours, theirs = ([out_of_place(n.target) for n in calls(g)] for g in (gm, exported(model, (x,))))
+    assert ours == theirs
+    assert all("rank" in n.meta for n in gm.graph.nodes if n.op == "call_function" and n.target is aten.conv2d.default)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["resnet18", "resnetv2_50", "vit_tiny_patch16_224", "convnext_atto", "efficientnet_b0"])
+def test_timm_agrees_with_export(name: str) -> None:
+    timm = pytest.importorskip("timm")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = randomise_norms(timm.create_model(name)).eval()
+        x = torch.randn(1, 3, 224, 224)
+    gm = symbolic(model)
+    with torch.no_grad():
+        torch.testing.assert_close(gm(x), model(x), rtol=1e-4, atol=1e-4)
+    fixed = {operator.eq, torch._assert}  # the check that a fixed argument has its default
+    ours = [out_of_place(n.target) for n in calls(gm) if n.target not in fixed]
+    assert ours == [out_of_place(n.target) for n in calls(exported(model, (x,)))]

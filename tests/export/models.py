@@ -69,4 +69,5 @@ def outputs(file: Path | Exported, **feeds: Tensor) -> dict[str, Tensor]:
 
 def relative(a: Tensor, b: Tensor) -> float:
     """max |a − b| / max |b|"""
-    return float((a.double() - b.double()).abs().max() / b.double().abs().max())
+    a, b = a.detach().double(), b.detach().double()
+    return float((a - b).abs().max() / b.abs().max())

@@ -10,6 +10,10 @@ from tests.export.models import AUTO, exported, outputs, relative
 
 
 
+def _diff(x, first):
+    return torch.diff(torch.arange(x.shape[1])[None].expand(x.shape), prepend=first.expand(x.shape[0], 1))
+
+
 EXPRESSIONS = {
     "causal": lambda x: torch.arange(x.shape[1])[None] <= torch.arange(x.shape[0])[:, None],
     "strict": lambda x: torch.arange(x.shape[1])[None] < torch.arange(x.shape[0])[:, None],
@@ -19,8 +23,8 @@ EXPRESSIONS = {
     "not": lambda x: ~(torch.arange(x.shape[1])[None] > torch.arange(x.shape[0])[:, None]),
     "and": lambda x: (torch.arange(x.shape[1])[None] >= 0) & (torch.arange(x.shape[1])[None] <= torch.arange(x.shape[0])[:, None]),
     "sum": lambda x: torch.arange(x.shape[0])[:, None] + torch.arange(x.shape[1])[None] - 3,
-    "diff": lambda x: torch.diff(torch.arange(x.shape[1])[None].expand(x.shape), prepend=torch.arange(x.shape[1])[None, :1] - 1),
-    "diff with a seam": lambda x: torch.diff(torch.arange(x.shape[1])[None].expand(x.shape), prepend=torch.full((1, 1), 7)),
+    "diff": lambda x: _diff(x, torch.arange(x.shape[1])[None, :1] - 1),
+    "diff with a seam": lambda x: _diff(x, torch.full((1, 1), 7)),
     "slice": lambda x: torch.arange(x.shape[1])[None, 1:].expand(x.shape[0], -1) - 1,
     "from the end": lambda x: torch.arange(x.shape[1])[None, -1:].expand(x.shape[0], -1),
     "cumsum": lambda x: torch.ones(x.shape, dtype=torch.int64).cumsum(1),
