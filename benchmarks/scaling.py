@@ -129,8 +129,8 @@ def _table(large: dict[str, Any], depths: Sequence[dict[str, Any]]) -> str:
         f"| {large['peak_bytes'] / large['weights_bytes']:.2f} |",
     ]
     lines += [
-        f"| ViT of width 64, depth {d['kind'].removeprefix('depth_')} | {_times(d, depths[0], 'seconds')} | {_times(d, depths[0], 'cpu_seconds')} "
-        f"| {d['weights_bytes'] / 1e6:.1f} | |"
+        f"| ViT of width 64, depth {d['kind'].removeprefix('depth_')} "
+        f"| {_times(d, depths[0], 'seconds')} | {_times(d, depths[0], 'cpu_seconds')} | {d['weights_bytes'] / 1e6:.1f} | |"
         for d in depths
     ]
     m = Machine.here()

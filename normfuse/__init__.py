@@ -1,8 +1,8 @@
 """normfuse: an optimizing compiler for trained PyTorch models.
 
-    import normfuse
-    fast = normfuse.optimize(model, example_inputs)
-    print(normfuse.report(fast))
+import normfuse
+fast = normfuse.optimize(model, example_inputs)
+print(normfuse.report(fast))
 """
 
 from typing import TYPE_CHECKING, Any
@@ -14,9 +14,25 @@ del _report_module, globals()["report"]
 __version__ = "0.1.0"
 
 __all__ = [
-    "CaptureError", "CheckFailed", "Error", "ExportError", "MissingExtra", "NormfuseError", "PassReport", "Report", "RewriteError", "Site",
-    "UsageError", "__version__", "bench", "export", "nn", "optimize", "passes", "report",
-]  # fmt: skip
+    "CaptureError",
+    "CheckFailed",
+    "Error",
+    "ExportError",
+    "MissingExtra",
+    "NormfuseError",
+    "PassReport",
+    "Report",
+    "RewriteError",
+    "Site",
+    "UsageError",
+    "__version__",
+    "bench",
+    "export",
+    "nn",
+    "optimize",
+    "passes",
+    "report",
+]
 
 if TYPE_CHECKING:
     from normfuse import export, nn, passes
@@ -32,7 +48,8 @@ _HOMES = {
     "report": "normfuse.record",
     **dict.fromkeys(("Error", "PassReport", "Report", "Site"), "normfuse.report"),
     **dict.fromkeys(
-        ("CaptureError", "CheckFailed", "ExportError", "MissingExtra", "NormfuseError", "RewriteError", "UsageError"), "normfuse.errors"
+        ("CaptureError", "CheckFailed", "ExportError", "MissingExtra", "NormfuseError", "RewriteError", "UsageError"),
+        "normfuse.errors",
     ),
 }
 

@@ -88,7 +88,9 @@ def optimize(
     notes = captured.notes
     if verify != "off" and inputs is None:
         notes += ("not verified: the model was traced without example inputs",)
-    report = Report(tuple(_last_word(reports)), exact, drift, *_norms(before, after), *_sizes(original, graph), notes, perf_counter() - start)
+    report = Report(
+        tuple(_last_word(reports)), exact, drift, *_norms(before, after), *_sizes(original, graph), notes, perf_counter() - start
+    )
     log.info("optimize: %d applied, %d refused in %.1f s", len(report.applied), len(report.refused), report.seconds)
     return Record(captured.args, captured.kwargs or {}, captured.has_inputs, captured.dynamic_shapes, report).attach(gm)
 
@@ -120,12 +122,21 @@ def _named(name: str) -> Pass:
 def _last_word(reports: list[PassReport]) -> list[PassReport]:
     """Of a pass that runs twice, only the last refusals stand: what it refused first may have succeeded since."""
     last = {r.name: i for i, r in enumerate(reports)}
-    return [r if last[r.name] == i else PassReport(r.name, r.applied, (), r.undone, r.exact, r.drift, r.seconds) for i, r in enumerate(reports)]
+    return [
+        r if last[r.name] == i else PassReport(r.name, r.applied, (), r.undone, r.exact, r.drift, r.seconds)
+        for i, r in enumerate(reports)
+    ]
 
 
 # -- figures -----------------------------------------------------------------------------------------------------------
 
-_KINDS = {BatchNorm: "batch_norm", InstanceNorm: "instance_norm", LayerNorm: "layer_norm", RmsNorm: "rms_norm", GroupNorm: "group_norm"}
+_KINDS = {
+    BatchNorm: "batch_norm",
+    InstanceNorm: "instance_norm",
+    LayerNorm: "layer_norm",
+    RmsNorm: "rms_norm",
+    GroupNorm: "group_norm",
+}
 
 
 def _count(graph: Graph) -> Counter[str]:
@@ -150,5 +161,3 @@ def _sizes(before: Graph, after: Graph) -> tuple[int, int, int, int]:
         of(before, lambda c: c.numel * c.dtype.itemsize),
         of(after, lambda c: c.numel * c.dtype.itemsize),
     )
-
-

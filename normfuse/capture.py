@@ -92,7 +92,7 @@ def flat_inputs(gm: fx.GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, 
     if spec is None:
         return _by_name(gm, names, args, kwargs)
     try:
-        positional, keyword = spec.children()
+        _, keyword = spec.children()
         ordered = {k: kwargs[k] for k in keyword.context} if keyword.context else dict(kwargs)
         leaves, got = pytree.tree_flatten((tuple(args), ordered))
     except KeyError as e:
@@ -139,14 +139,19 @@ def _shadow(model: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
     if any(m.training for m in model.modules()) and not isinstance(model, fx.GraphModule):
         notes.append("the model was in training mode; it was optimized as in eval()")
         log.warning("%s", notes[-1])
-    own = [t for m in model.modules() for t in vars(m).values() if isinstance(t, Tensor)]  # plain attributes, e.g. of old weight norm
+    own = [
+        t for m in model.modules() for t in vars(m).values() if isinstance(t, Tensor)
+    ]  # plain attributes, e.g. of old weight norm
     memo: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers(), *own)}
     try:
         shadow = copy.deepcopy(model, memo)
     except Exception as e:
-        raise CaptureError(f"{type(model).__name__} cannot be copied ({_first_line(e)}); pass an ExportedProgram: torch.export.export(model, args)") from e
+        raise CaptureError(
+            f"{type(model).__name__} cannot be copied ({_first_line(e)}); pass an ExportedProgram: torch.export.export(model, args)"
+        ) from e
     shadow.eval() if not isinstance(shadow, fx.GraphModule) else shadow
-    caching = [m.config for m in shadow.modules() if getattr(getattr(m, "config", None), "use_cache", False) is True]
+    configs: list[Any] = [getattr(m, "config", None) for m in shadow.modules()]
+    caching = [c for c in configs if getattr(c, "use_cache", False) is True]
     for config in caching:
         config.use_cache = False
     if caching:
@@ -154,7 +159,9 @@ def _shadow(model: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
     return shadow, tuple(notes)
 
 
-def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any, notes: tuple[str, ...]) -> Captured:
+def _export(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any, notes: tuple[str, ...]
+) -> Captured:
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
@@ -195,7 +202,10 @@ def _trace(model: nn.Module, notes: tuple[str, ...]) -> Captured:
     gm = symbolic(model)
     write = next((n for n in gm.graph.nodes if _is_write(n) or (n.op == "call_method" and str(n.target).endswith("_"))), None)
     if write is not None:
-        raise CaptureError(f"{type(model).__name__} writes in place ({write.name}), which only shapes can tell apart from its readers; pass example_inputs")
+        raise CaptureError(
+            f"{type(model).__name__} writes in place ({write.name}), and without shapes nobody knows who reads that; "
+            "pass example_inputs"
+        )
     return Captured(gm, has_inputs=False, kwargs={}, notes=notes)
 
 
@@ -209,7 +219,8 @@ def _program_shapes(program: ExportedProgram) -> Any:
     placeholders = {n.name: n.meta.get("val") for n in program.graph.find_nodes(op="placeholder")}
     inputs = [placeholders.get(name) for name in program.graph_signature.user_inputs if isinstance(name, str)]
     free = [
-        {i: Dim.AUTO for i, d in enumerate(v.shape) if not isinstance(d, int)} or None if isinstance(v, Tensor) else None for v in inputs
+        {i: Dim.AUTO for i, d in enumerate(v.shape) if not isinstance(d, int)} or None if isinstance(v, Tensor) else None
+        for v in inputs
     ]
     if not any(free) or program.call_spec.in_spec is None:
         return None
@@ -220,7 +231,11 @@ def _program_shapes(program: ExportedProgram) -> Any:
 def _canonical(gm: fx.GraphModule) -> Captured | None:
     """A GraphModule that is canonical already (our own result, or `ExportedProgram.module()`), as it is."""
     calls = [n for n in gm.graph.nodes if n.op not in ("placeholder", "get_attr", "output")]
-    plain = all(n.op == "call_function" and (isinstance(n.target, torch._ops.OpOverload) or n.target.__module__ == "_operator") or n.target == "_guards_fn" for n in calls)  # type: ignore[union-attr]
+    plain = all(
+        (n.op == "call_function" and (isinstance(n.target, torch._ops.OpOverload) or n.target.__module__ == "_operator"))
+        or n.target == "_guards_fn"
+        for n in calls
+    )  # type: ignore[union-attr]
     left = record(gm)
     if not plain and left is None:
         return None
@@ -253,7 +268,10 @@ def _canonical_module(program: ExportedProgram) -> fx.GraphModule:
             node.args, node.kwargs = (*args[:2], node.kwargs.get("weight", args[2]), torch.finfo(dtype).eps), {}
     written = [str(n.args[0].target) for n in gm.graph.nodes if n.target is aten.copy_.default and n.args[0].op == "get_attr"]
     if written:
-        raise CaptureError(f"the model writes to its buffer {written[0]} in eval mode, so that it is not a constant; make the buffer an input and an output")
+        raise CaptureError(
+            f"the model writes to its buffer {written[0]} in eval mode, so that it is not a constant; "
+            "make the buffer an input and an output"
+        )
     gm.graph.lint()
     gm.recompile()
     return gm
@@ -301,7 +319,13 @@ def _fresh(x: fx.Node) -> bool:
     if x.op != "call_function" or not isinstance(target, torch._ops.OpOverload) or target._schema.is_mutable:
         return False
     view = any(r.alias_info is not None for r in target._schema.returns)
-    return not view and target not in (aten.dropout.default, aten.contiguous.default, aten.reshape.default, aten.flatten.using_ints, aten.to.dtype)
+    return not view and target not in (
+        aten.dropout.default,
+        aten.contiguous.default,
+        aten.reshape.default,
+        aten.flatten.using_ints,
+        aten.to.dtype,
+    )
 
 
 def _restore_batch_norm(gm: fx.GraphModule) -> None:
@@ -319,5 +343,3 @@ def _restore_batch_norm(gm: fx.GraphModule) -> None:
                 gm.graph.erase_node(user)
         if not node.users:
             gm.graph.erase_node(node)
-
-

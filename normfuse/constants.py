@@ -22,7 +22,7 @@ _EAGER = 1 << 16  # values; a 512 KiB vector in float64 is not worth being lazy 
 class Constant:
     """A tensor known at compile time: float64 inside (integers and booleans as they are), `dtype` outside.
 
-    Arithmetic, indexing and every `torch` function give new constants; nothing is written in place.
+    Arithmetic, indexing and the methods below give new constants; nothing is written in place.
 
     Attributes:
         shape: its shape.
@@ -33,7 +33,9 @@ class Constant:
 
     __slots__ = ("_compute", "dtype", "name", "shape", "tensor")
 
-    def __init__(self, compute: Callable[[], Tensor], shape: torch.Size, dtype: torch.dtype, name: str, tensor: Tensor | None = None) -> None:
+    def __init__(
+        self, compute: Callable[[], Tensor], shape: torch.Size, dtype: torch.dtype, name: str, tensor: Tensor | None = None
+    ) -> None:
         self._compute = compute
         self.shape = shape
         self.dtype = dtype
@@ -101,10 +103,6 @@ class Constant:
         """The same values under another name."""
         return Constant(self._compute, self.shape, self.dtype, name, self.tensor)
 
-    @classmethod
-    def __torch_function__(cls, function: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Constant:
-        return cls.apply(function, *args, **(kwargs or {}))
-
     def __mul__(self, other: Constant | Tensor | float) -> Constant:
         return Constant.apply(torch.mul, self, other)
 
@@ -141,8 +139,17 @@ class Constant:
     def mean(self, dim: int, *, keepdim: bool = False) -> Constant:
         return Constant.apply(lambda v: v.mean(dim, keepdim=keepdim), self)
 
+    def rsqrt(self) -> Constant:
+        return Constant.apply(torch.rsqrt, self)
+
+    def reciprocal(self) -> Constant:
+        return Constant.apply(torch.reciprocal, self)
+
+    def repeat_interleave(self, repeats: int, dim: int) -> Constant:
+        return Constant.apply(lambda v: v.repeat_interleave(repeats, dim), self)
+
     @property
-    def T(self) -> Constant:
+    def T(self) -> Constant:  # noqa: N802 - as in PyTorch
         return Constant.apply(torch.t, self)
 
     def __repr__(self) -> str:

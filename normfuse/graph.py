@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from normfuse.constants import Constant
+from normfuse.decode import decode, pieces
 from normfuse.errors import RewriteError
 from normfuse.report import Site
-from normfuse.views import Op, Value, affine, decode, pieces
+from normfuse.views import Op, Value, affine
 
 __all__ = ["Graph", "Refuse", "path_of"]
 
@@ -24,7 +25,7 @@ log = logging.getLogger(__name__)
 _PROVENANCE = ("nn_module_stack", "stack_trace", "source_fn_stack", "from_node", "rank")
 
 
-class Refuse(Exception):
+class Refuse(Exception):  # noqa: N818 - a refusal is no error
     """Raised by a rule that recognises a site but may not rewrite it.
 
     Args:
@@ -113,7 +114,9 @@ class Graph:
                 constant = self.constants[node.target]
                 node.target = names[node.target]
                 native = constant.native
-                _place(root, node.target, native.clone() if constant.tensor is not None else native.contiguous(), self._owner, constant)
+                _place(
+                    root, node.target, native.clone() if constant.tensor is not None else native.contiguous(), self._owner, constant
+                )
             elif node.op in ("get_attr", "call_module"):
                 _place_module(root, str(node.target), _attribute(self._owner, str(node.target)))
         self.constants = {names[k]: Constant.of(_attribute(root, names[k]), names[k]) for k in self.constants}
@@ -230,7 +233,9 @@ class Graph:
         args = [self.emit(getattr(value, f), before, like) for f in fields]
         return self.call(value.operator, tuple(args), before, like)
 
-    def call(self, target: Any, args: tuple[Any, ...], before: fx.Node, like: fx.Node, kwargs: dict[str, Any] | None = None) -> fx.Node:
+    def call(
+        self, target: Any, args: tuple[Any, ...], before: fx.Node, like: fx.Node, kwargs: dict[str, Any] | None = None
+    ) -> fx.Node:
         """A call of an operator; arguments are cut to its schema, keyword-only ones moved to where they belong."""
         kwargs = dict(kwargs or {})
         if isinstance(target, torch._ops.OpOverload):
@@ -252,9 +257,9 @@ class Graph:
         """A `get_attr` node that reads the constant; one that the graph holds already is read again, not stored again."""
         key = self._keys.get(id(constant))
         if key is not None and self.constants.get(key) is constant:
-            for node in self.fx.find_nodes(op="get_attr", target=key):
-                if node < before:
-                    return node
+            earlier = [n for n in self.fx.find_nodes(op="get_attr", target=key) if n < before]
+            if earlier:
+                return earlier[0]
         else:
             key = self._new_key(constant)
         with self.fx.inserting_before(before):
@@ -318,7 +323,11 @@ def path_of(node: fx.Node) -> str:
     path = re.sub(r"@\d+", "", path)
     if path:
         return str(path)
-    name = str(node.target).removeprefix("aten.").split(".")[0] if node.op == "call_function" and node.target is not affine else node.name
+    name = (
+        str(node.target).removeprefix("aten.").split(".")[0]
+        if node.op == "call_function" and node.target is not affine
+        else node.name
+    )
     if node.op in ("placeholder", "output"):
         return node.name
     lines = re.findall(r'File "([^"]+)", line (\d+)', str(node.meta.get("stack_trace") or ""))

@@ -140,8 +140,8 @@ class Report:
             if data.pop("schema") != 1:
                 raise ValueError("unknown schema")
             passes = tuple(_pass_report(p) for p in data.pop("passes"))
-            errors = {k: _error(data.pop(k)) for k in ("exact", "drift")}
-            return cls(passes=passes, notes=tuple(data.pop("notes")), **errors, **data)
+            exact, drift = _error(data.pop("exact")), _error(data.pop("drift"))
+            return cls(passes, exact, drift, notes=tuple(data.pop("notes")), **data)
         except (AttributeError, KeyError, TypeError, ValueError) as e:
             raise UsageError(f"this is not the JSON of a normfuse report: {e}") from e
 
@@ -162,6 +162,6 @@ def _error(data: dict[str, Any] | None) -> Error | None:
 
 
 def _pass_report(data: dict[str, Any]) -> PassReport:
-    sites = {k: tuple(Site(**s) for s in data.pop(k)) for k in ("applied", "refused", "undone")}
-    errors = {k: _error(data.pop(k)) for k in ("exact", "drift")}
-    return PassReport(**sites, **errors, **data)
+    applied, refused, undone = (tuple(Site(**site) for site in data.pop(k)) for k in ("applied", "refused", "undone"))
+    exact, drift = _error(data.pop("exact")), _error(data.pop("drift"))
+    return PassReport(applied=applied, refused=refused, undone=undone, exact=exact, drift=drift, **data)

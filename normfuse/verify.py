@@ -65,7 +65,9 @@ def _value(graph: Graph, node: fx.Node, env: dict[fx.Node, Any], feed: Any, exac
         return _owned(graph, str(node.target), exact)
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), env.__getitem__)
     if exact:
-        args, kwargs = pytree.tree_map(lambda v: torch.float64 if isinstance(v, torch.dtype) and v in _FLOATS else v, (args, kwargs))
+        args, kwargs = pytree.tree_map(
+            lambda v: torch.float64 if isinstance(v, torch.dtype) and v in _FLOATS else v, (args, kwargs)
+        )
         if node.target is torch.ops.aten._assert_tensor_metadata.default:
             return None
     if node.op == "call_method":
@@ -77,7 +79,9 @@ def _value(graph: Graph, node: fx.Node, env: dict[fx.Node, Any], feed: Any, exac
 
 def _owned(graph: Graph, path: str, exact: bool) -> Any:
     found = graph.owned(path)
-    return copy.deepcopy(found).double() if exact and isinstance(found, nn.Module) and not isinstance(found, fx.GraphModule) else found
+    return (
+        copy.deepcopy(found).double() if exact and isinstance(found, nn.Module) and not isinstance(found, fx.GraphModule) else found
+    )
 
 
 def measure(expected: Sequence[Tensor], found: Sequence[Tensor], dtype: str) -> Error:

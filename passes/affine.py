@@ -11,12 +11,13 @@ from typing import Any
 from torch import fx
 
 from normfuse.constants import Constant
+from normfuse.decode import pieces
 from normfuse.graph import Graph, Refuse
 from normfuse.passes import into_consumer, into_producer
 from normfuse.passes.broadcast import collapse, is_one, is_zero
 from normfuse.report import PassReport, Site
 from normfuse.views import Affine as AffineOp
-from normfuse.views import BatchNorm, Embedding, GroupNorm, InstanceNorm, LayerNorm, Mul, Op, RmsNorm, Value, pieces
+from normfuse.views import BatchNorm, Embedding, GroupNorm, InstanceNorm, LayerNorm, Mul, Op, RmsNorm, Value
 
 __all__ = ["Affine"]
 
@@ -243,7 +244,7 @@ def _downward(graph: Graph, start: fx.Node, s: Constant, t: Constant) -> Plan:
             raise Refuse(f"{_name(node)} does not take an affine", blocker=node)
         if isinstance(new, AffineOp):
             # the operator itself stays and reads the bare value, unless the rule built another one
-            if isinstance(new.x, Op) and _changed(new.x, view):
+            if isinstance(new.x, Op) and isinstance(view, Op) and _changed(new.x, view):
                 plan[node] = new.x
             pending[node] = AffineOp(Value(node=node), new.s, new.t)
             push(node)
@@ -304,10 +305,19 @@ def _changed(new: Op, old: Op) -> bool:
     """Does the operator read another constant or another literal than before?"""
 
     def flat(op: Op) -> list[Any]:
-        return [v for _, value in _operands(op) for v in (value if isinstance(value, (list, tuple)) else (value,)) if not isinstance(v, Value)]
+        return [
+            v
+            for _, value in _operands(op)
+            for v in (value if isinstance(value, (list, tuple)) else (value,))
+            if not isinstance(v, Value)
+        ]
 
     a, b = flat(new), flat(old)
-    return type(new) is not type(old) or len(a) != len(b) or any(x is not y and (isinstance(x, Constant) or x != y) for x, y in zip(a, b, strict=True))
+    return (
+        type(new) is not type(old)
+        or len(a) != len(b)
+        or any(x is not y and (isinstance(x, Constant) or x != y) for x, y in zip(a, b, strict=True))
+    )
 
 
 def _affordable(graph: Graph, old: Value, new: Op) -> None:
@@ -320,6 +330,8 @@ def _affordable(graph: Graph, old: Value, new: Op) -> None:
             continue
         others = [n for n in graph.readers_of(c) if n is not old.node]
         size = c.numel * c.dtype.itemsize
-        if others and (size > _UNTIE or any(isinstance(graph.view(n, 1), Embedding) for n in [*others, old.node])):
+        if others and (
+            size > _UNTIE or any(isinstance(graph.view(n, 1), Embedding) for n in (*others, *([old.node] if old.node else [])))
+        ):
             reason = f"{c.name or name} is shared with {graph.path(others[0])}; folding would store its {size / 1e6:.1f} MB twice"
             raise Refuse(reason, blocker=old.node, remedy="untie the weight before optimize")

@@ -16,7 +16,7 @@ from normfuse.constants import Constant
 from normfuse.graph import Refuse
 from normfuse.views import Movement, Op, Permute, Reshape, Value
 
-__all__ = ["axes", "channelwise", "collapse", "is_one", "is_zero", "moved", "per_channel", "positive", "unmoved"]
+__all__ = ["axes", "channelwise", "collapse", "is_one", "is_zero", "moved", "per_channel", "pooled_axes", "positive", "unmoved"]
 
 UNKNOWN = "shape unknown"
 PASS_INPUTS = "pass example_inputs"
@@ -25,6 +25,11 @@ PASS_INPUTS = "pass example_inputs"
 def axes(*constants: Constant) -> set[int]:
     """Axes, counted from the end, along which any of the constants varies."""
     return {i - c.ndim for c in constants for i, size in enumerate(c.shape) if size > 1}
+
+
+def pooled_axes(size: Any) -> set[int]:
+    """The trailing axes that a pooling operator with this kernel or output size reduces."""
+    return set(range(-(len(size) if isinstance(size, (list, tuple)) else 1), 0))
 
 
 def is_zero(c: Constant) -> bool:
@@ -112,11 +117,11 @@ def _run(op: Op, x: Tensor) -> Tensor:
     assert op.node is not None
     node = op.node.args[0] if isinstance(op, Movement) and op.piece is not None else op.node
     assert isinstance(node, fx.Node)
-    args, kwargs = fx.node.map_arg((node.args[1:], dict(node.kwargs)), _literal)
-    if node.target is torch.ops.aten.view.default:
-        out = x.reshape(*args)
-    else:
-        out = node.target(x, *args, **kwargs)  # type: ignore[operator]
+    literals: Any = fx.node.map_arg((node.args[1:], dict(node.kwargs)), _literal)
+    args, kwargs = literals
+    # the expanded constant has strides of zero, which a view would object to
+    function: Any = torch.ops.aten.reshape.default if node.target is torch.ops.aten.view.default else node.target
+    out = function(x, *args, **kwargs)
     return out[op.piece] if isinstance(op, Movement) and op.piece is not None else out
 
 

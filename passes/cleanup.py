@@ -36,7 +36,9 @@ def movement_to_the_same_place(op: Op) -> Value | None:
             return x
         case Movement(Value() as x) if op.target is aten.expand.default and _same_sizes(op, x):
             return x
-        case Movement(Value() as x, (_, 0 | None, end, *_), piece=None) if op.target is aten.slice.Tensor and (end is None or end >= 2**62) and _same_sizes(op, x):
+        case Movement(Value() as x, (_, 0 | None, end, *_), piece=None) if (
+            op.target is aten.slice.Tensor and (end is None or end >= 2**62) and _same_sizes(op, x)
+        ):
             return x
         case Pad(x, pad) if not any(pad):
             return x
@@ -115,7 +117,7 @@ def _folded(graph: Graph, node: fx.Node) -> Site | None:
             return None
         value = source.cast(val.dtype)
     else:
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: graph.constant(n))
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), graph.constant)  # type: ignore[arg-type]
         try:
             value = Constant.apply(node.target, *args, **kwargs).cast(val.dtype)
         except (RuntimeError, TypeError, NotImplementedError):

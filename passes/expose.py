@@ -14,6 +14,8 @@ from normfuse.views import Add, Affine, BatchNorm, Div, GroupNorm, InstanceNorm,
 
 __all__ = ["Expose"]
 
+Number = Constant | float
+
 
 def batch_norm_is_affine(op: Op) -> Value | None:
     """γ (x − μ) / √(σ² + ε) + β  =  s x + t,   s = γ / √(σ² + ε),   t = β − s μ"""
@@ -30,7 +32,7 @@ def batch_norm_is_affine(op: Op) -> Value | None:
             return None
     if x.rank is None:
         raise Refuse(UNKNOWN, remedy=PASS_INPUTS)
-    s = torch.rsqrt(var + eps)
+    s = (var + eps).rsqrt()
     s = s if gamma is None else gamma * s
     t = -(s * mean) if beta is None else beta - s * mean
     return Affine(x, channelwise(s, 1, x.rank), channelwise(t, 1, x.rank))
@@ -59,27 +61,35 @@ def norm_is_core_and_affine(op: Op) -> Value | None:
 
 def constant_arithmetic_is_affine(op: Op) -> Value | None:
     """x ⊙ c,  x / c,  x + c,  x − c,  c − x   for a constant c that varies along one axis at most"""
+    parts = _parts(op)
+    if parts is None:
+        return None
+    x, c, s, t = parts
+    if not _vector(c, x, op):
+        return None
+    return Affine(x, s if isinstance(s, Constant) else _like(c, s), t if isinstance(t, Constant) else _like(c, t))
+
+
+def _parts(op: Op) -> tuple[Value, Number, Number, Number] | None:
+    """x, c, s, t with op = s x + t, for arithmetic on a value x and a constant c."""
     match op:
-        case Mul(Value() as x, c) | Mul(c, Value() as x):
-            s, t = c, 0.0
+        case Mul(Value() as x, Constant() | float() | int() as c) | Mul(Constant() | float() | int() as c, Value() as x):
+            return x, c, c, 0.0
         case Div(Value() as x, Constant() as c) if c.dtype.is_floating_point and bool(c.value.all()):
-            s, t = torch.reciprocal(c), 0.0  # type: ignore[call-overload]
+            return x, c, c.reciprocal(), 0.0
         case Div(Value() as x, float() | int() as c) if c != 0:
-            s, t = 1.0 / c, 0.0
-        case Add(Value() as x, c) | Add(c, Value() as x):
-            s, t = 1.0, c
-        case Sub(Value() as x, c):
-            s, t = 1.0, _negated(c)
-        case Sub(c, Value() as x):
-            s, t = -1.0, c
+            return x, c, 1.0 / c, 0.0
+        case Add(Value() as x, Constant() | float() | int() as c) | Add(Constant() | float() | int() as c, Value() as x):
+            return x, c, 1.0, c
+        case Sub(Value() as x, Constant() | float() | int() as c):
+            return x, c, 1.0, -c
+        case Sub(Constant() | float() | int() as c, Value() as x):
+            return x, c, -1.0, c
         case _:
             return None
-    if isinstance(c, Value) or not _vector(c, x, op):
-        return None
-    return Affine(x, _constant(s, c), _constant(t, c))
 
 
-def _vector(c: Constant | float, x: Value, op: Op) -> bool:
+def _vector(c: Number, x: Value, op: Op) -> bool:
     """Is c a finite scalar or vector that broadcasts to x without enlarging it? Anything else is a table or a mask."""
     if not isinstance(c, Constant):
         return not isinstance(c, bool) and abs(c) < 1e30 and _floating(x)
@@ -97,18 +107,7 @@ def _floating(x: Value) -> bool:
     return val is None or val.dtype.is_floating_point
 
 
-def _negated(c: Constant | float | Value) -> Constant | float:
-    return -c if not isinstance(c, Value) else 0.0
-
-
-def _constant(value: Constant | float | Value, like: Constant | float) -> Constant:
-    if isinstance(value, Constant):
-        return value
-    assert not isinstance(value, Value)
-    return _like(like, float(value))
-
-
-def _like(c: Constant | float, value: float) -> Constant:
+def _like(c: Number, value: float) -> Constant:
     """A single number, to be stored in the dtype of c."""
     dtype = c.dtype if isinstance(c, Constant) else torch.get_default_dtype()
     return Constant.of(torch.tensor([value], dtype=torch.float64)).cast(dtype)

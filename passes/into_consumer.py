@@ -12,11 +12,46 @@ import torch
 
 from normfuse.constants import Constant
 from normfuse.graph import Refuse
-from normfuse.passes.broadcast import PASS_INPUTS, UNKNOWN, axes, channelwise, collapse, hint, is_one, is_zero, moved, per_channel, positive, same_shape
+from normfuse.passes.broadcast import (
+    PASS_INPUTS,
+    UNKNOWN,
+    axes,
+    channelwise,
+    collapse,
+    is_one,
+    is_zero,
+    moved,
+    per_channel,
+    pooled_axes,
+    positive,
+    same_shape,
+)
 from normfuse.passes.into_producer import _bias
 from normfuse.views import (
-    Add, Addmm, Affine, AvgPool, Cat, Conv, ConvTranspose, GlobalAvgPool, Identity, LeakyRelu, Linear, MatMul, MaxPool, Mean, Movement, Mul, Op,
-    Pad, Permute, Relu, Reshape, Sdpa, Softmax, Value,
+    Add,
+    Addmm,
+    Affine,
+    AvgPool,
+    Cat,
+    Conv,
+    ConvTranspose,
+    GlobalAvgPool,
+    Identity,
+    LeakyRelu,
+    Linear,
+    MatMul,
+    MaxPool,
+    Mean,
+    Movement,
+    Mul,
+    Op,
+    Pad,
+    Permute,
+    Relu,
+    Reshape,
+    Sdpa,
+    Softmax,
+    Value,
 )  # fmt: skip
 
 __all__ = ["RULES"]
@@ -61,7 +96,9 @@ def into_conv(op: Op) -> Value | None:
             s, t = per_channel(s, -1 - k, n), per_channel(t, -1 - k, n)
             if p.padded and not is_zero(t):
                 raise Refuse(
-                    "a shift does not commute with zero padding", blocker=p.node, remedy="pad before the normalization, or train with padding=0"
+                    "a shift does not commute with zero padding",
+                    blocker=p.node,
+                    remedy="pad before the normalization, or train with padding=0",
                 )
             taps = _grouped(s, W, groups), _grouped(t, W, groups)
             scaled = W if is_one(s) else W * taps[0]
@@ -101,13 +138,13 @@ def through_pool(op: Op) -> Value | None:
         case MaxPool(Affine(x, s, t), kernel):
             if not positive(s):
                 raise Refuse("a maximum commutes only with a positive scale", blocker=op.node)
-            pooled = _length(kernel)
+            pooled = kernel
         case AvgPool(Affine(x, s, t), kernel):
             if not op.mean and not is_zero(t):
                 raise Refuse("average pooling counts zeros of the border", blocker=op.node)
-            pooled = _length(kernel)
+            pooled = kernel
         case GlobalAvgPool(Affine(x, s, t), size):
-            pooled = _length(size)
+            pooled = size
         case Mean(Affine(x, s, t), dim, keepdim, None):
             rank = op.x.x.rank  # type: ignore[attr-defined]
             if rank is None:
@@ -118,9 +155,7 @@ def through_pool(op: Op) -> Value | None:
             return Affine(Mean(x, dim, keepdim), *(_drop(c, rank, lost, keepdim) for c in (s, t)))
         case _:
             return None
-    if axes(s, t) & set(range(-pooled, 0)):
-        return None
-    return Affine(Value(), s, t)
+    return None if axes(s, t) & pooled_axes(pooled) else Affine(Value(), s, t)
 
 
 def through_movement(op: Op) -> Value | None:
@@ -137,7 +172,9 @@ def through_movement(op: Op) -> Value | None:
 def through_zero_pad(op: Op) -> Value | None:
     """pad₀(s x)  =  s pad₀(x);   pad₀(s x + t)  =  s pad₋ₜ⧸ₛ(x) + t   where t/s is one number"""
     match op:
-        case Pad(Affine(x, s, t), pad, 0) if not axes(s, t) & {-1 - i for i in range(len(pad) // 2) if pad[2 * i] or pad[2 * i + 1]}:
+        case Pad(Affine(x, s, t), pad, 0) if not axes(s, t) & {
+            -1 - i for i in range(len(pad) // 2) if pad[2 * i] or pad[2 * i + 1]
+        }:
             if is_zero(t):
                 return Affine(Value(), s, t)
             ratio = collapse(-(t / s)) if bool(s.value.all()) else None
@@ -160,9 +197,10 @@ def through_cat(op: Op) -> Value | None:
                 if all(p is not None and _same(p[0], first[0]) and _same(p[1], first[1]) for p in parts):
                     return Affine(Value(), *first)
             sizes = [x.shape[axis] if x.shape is not None else None for x in (_raw(x) for x in xs)]
-            if not all(isinstance(n, int) for n in sizes):
+            fixed = [n for n in sizes if isinstance(n, int)]
+            if len(fixed) != len(sizes):
                 raise Refuse("concatenated with a value of varying size that has another affine", blocker=op.node)
-            return Affine(Value(), *(_stack(parts, sizes, axis, i) for i in (0, 1)))
+            return Affine(Value(), *(_stack(parts, fixed, axis, i) for i in (0, 1)))
         case _:
             return None
 
@@ -183,7 +221,9 @@ def through_sum(op: Op) -> Value | None:
 def through_product(op: Op) -> Value | None:
     """(s x) y  =  s (x y)"""
     match op:
-        case Mul(Affine(x, s, t, node=None), Value() as y) | Mul(Value() as y, Affine(x, s, t, node=None)) if not isinstance(y, Affine):
+        case Mul(Affine(x, s, t, node=None), Value() as y) | Mul(Value() as y, Affine(x, s, t, node=None)) if not isinstance(
+            y, Affine
+        ):
             if not is_zero(t):
                 raise Refuse("a shift does not commute with a product", blocker=op.node)
             if op.shape is None or x.shape is None or any(str(op.shape[a]) != str(x.shape[a]) for a in axes(s)):
@@ -211,9 +251,20 @@ def through_attention_values(op: Op) -> Value | None:
 
 
 RULES: tuple[Callable[[Op], Value | None], ...] = (
-    into_linear, into_addmm, into_matmul, into_conv, into_conv_transpose, through_relu, through_pool, through_movement, through_zero_pad,
-    through_cat, through_sum, through_product, through_attention_values,
-)  # fmt: skip
+    into_linear,
+    into_addmm,
+    into_matmul,
+    into_conv,
+    into_conv_transpose,
+    through_relu,
+    through_pool,
+    through_movement,
+    through_zero_pad,
+    through_cat,
+    through_sum,
+    through_product,
+    through_attention_values,
+)
 
 
 def _scaled(W: Constant, s: Constant) -> Constant:
@@ -232,10 +283,6 @@ def _grouped(c: Constant, W: Constant, groups: int) -> Constant:
     """A vector over input channels, laid beside W (out, in / groups, …)."""
     rows = c.reshape(groups, 1, -1).expand(groups, W.shape[0] // groups, W.shape[1])
     return rows.reshape(W.shape[0], W.shape[1], *[1] * (W.ndim - 2))
-
-
-def _length(kernel: object) -> int:
-    return len(kernel) if isinstance(kernel, (list, tuple)) else 1
 
 
 def _drop(c: Constant, rank: int, lost: set[int], keepdim: bool) -> Constant:
@@ -276,7 +323,7 @@ def _stack(parts: list[tuple[Constant, Constant] | None], sizes: list[int], axis
     for part, size in zip(parts, sizes, strict=True):
         c = part[which].value if part else torch.tensor([1.0 - which], dtype=torch.float64)
         c = c.reshape(*[1] * (rank - c.ndim), *c.shape)
-        columns.append(c.expand(*[hint(size) if i == rank + axis else n for i, n in enumerate(c.shape)]))
+        columns.append(c.expand(*[size if i == rank + axis else n for i, n in enumerate(c.shape)]))
     shape = torch.broadcast_shapes(*[c.narrow(axis, 0, 1).shape for c in columns])
     whole = torch.cat([c.expand(*[c.shape[axis] if i == rank + axis else n for i, n in enumerate(shape)]) for c in columns], axis)
     like = next(p[which] for p in parts if p)

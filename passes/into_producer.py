@@ -6,16 +6,37 @@ holds affines on its operands, those must move further up in turn; all of them l
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
-
-import torch
 
 from normfuse.constants import Constant
 from normfuse.graph import Refuse
-from normfuse.passes.broadcast import axes, channelwise, is_zero, per_channel, positive, same_shape, unmoved
+from normfuse.passes.broadcast import axes, channelwise, is_zero, per_channel, pooled_axes, positive, same_shape, unmoved
 from normfuse.views import (
-    Add, Addmm, Affine, AvgPool, Cat, Conv, ConvTranspose, Embedding, GlobalAvgPool, Identity, LeakyRelu, Linear, MatMul, MaxPool, Mean, Movement,
-    Op, Permute, Relu, Reshape, Sdpa, Softmax, Sub, Value,
+    Add,
+    Addmm,
+    Affine,
+    AvgPool,
+    Cat,
+    Conv,
+    ConvTranspose,
+    Embedding,
+    GlobalAvgPool,
+    Identity,
+    LeakyRelu,
+    Linear,
+    MatMul,
+    MaxPool,
+    Mean,
+    Movement,
+    Op,
+    Permute,
+    Relu,
+    Reshape,
+    Sdpa,
+    Softmax,
+    Sub,
+    Value,
 )  # fmt: skip
 
 __all__ = ["RULES"]
@@ -44,9 +65,9 @@ def into_addmm(op: Op) -> Value | None:
 def into_matmul(op: Op) -> Value | None:
     """s (x W) + t  =  x (W s) + t"""
     match op:
-        case Affine(MatMul(Value() as x, Constant() as W), s, t) if W.ndim == 2:
+        case Affine(MatMul(Value() as x, Constant() as W) as p, s, t) if W.ndim == 2:
             s, t = per_channel(s, -1, W.shape[1]), per_channel(t, -1, W.shape[1])
-            return MatMul(x, W * s, target=op.x.target) if is_zero(t) else Linear(x, (W * s).T, _bias(None, s, t, W))
+            return MatMul(x, W * s, target=p.target) if is_zero(t) else Linear(x, (W * s).T, _bias(None, s, t, W))
         case _:
             return None
 
@@ -68,7 +89,7 @@ def into_conv_transpose(op: Op) -> Value | None:
         case Affine(ConvTranspose(x, W, b, stride, padding, output_padding, groups, dilation) as p, s, t):
             k, out = W.ndim - 2, W.shape[1] * groups
             s, t = per_channel(s, -1 - k, out), per_channel(t, -1 - k, out)
-            rows = torch.repeat_interleave(s.reshape(groups, -1), W.shape[0] // groups, 0)  # type: ignore[call-overload]
+            rows = s.reshape(groups, -1).repeat_interleave(W.shape[0] // groups, 0)
             scaled = W * rows.reshape(W.shape[0], W.shape[1], *[1] * k)
             return ConvTranspose(x, scaled, _bias(b, s, t, W), stride, padding, output_padding, groups, dilation, target=p.target)
         case _:
@@ -117,22 +138,20 @@ def through_pool(op: Op) -> Value | None:
         case Affine(MaxPool(x, kernel) as p, s, t):
             if not positive(s):
                 raise Refuse("a maximum commutes only with a positive scale", blocker=p.node)
-            pooled = len(kernel) if isinstance(kernel, (list, tuple)) else 1
+            pooled = kernel
         case Affine(AvgPool(x, kernel) as p, s, t):
             if not p.mean and not is_zero(t):
                 raise Refuse("average pooling counts zeros of the border", blocker=p.node)
-            pooled = len(kernel) if isinstance(kernel, (list, tuple)) else 1
+            pooled = kernel
         case Affine(GlobalAvgPool(x, size) as p, s, t):
-            pooled = len(size) if isinstance(size, (list, tuple)) else 1
+            pooled = size
         case Affine(Mean(x, dim, True, None) as p, s, t):
             if x.rank is None or axes(s, t) & {d % x.rank - x.rank for d in dim}:
                 return None
             return Mean(Affine(x, s, t), dim, True)
         case _:
             return None
-    if axes(s, t) & set(range(-pooled, 0)):
-        return None
-    return type(p)(Affine(x, s, t), *_rest(p))
+    return None if axes(s, t) & pooled_axes(pooled) else dataclasses.replace(p, x=Affine(x, s, t), node=None)
 
 
 def through_movement(op: Op) -> Value | None:
@@ -153,9 +172,11 @@ def through_movement(op: Op) -> Value | None:
 def through_cat(op: Op) -> Value | None:
     """s [x | y] + t  =  [s₁ x + t₁ | s₂ y + t₂]"""
     match op:
-        case Affine(Cat(xs, dim) as p, s, t) if p.shape is not None and all(isinstance(x, Value) and x.shape is not None for x in xs):
+        case Affine(Cat(xs, dim) as p, s, t) if p.shape is not None and all(
+            isinstance(x, Value) and x.shape is not None for x in xs
+        ):
             axis = dim % len(p.shape) - len(p.shape)
-            sizes = [x.shape[axis] for x in xs]  # type: ignore[index, union-attr]
+            sizes = [x.shape[axis] for x in xs]  # type: ignore[index]
             if axis not in axes(s, t):
                 return Cat([Affine(x, s, t) for x in xs], dim)  # type: ignore[arg-type]
             if not all(isinstance(n, int) for n in sizes):
@@ -181,9 +202,19 @@ def through_attention_values(op: Op) -> Value | None:
 
 
 RULES: tuple[Callable[[Op], Value | None], ...] = (
-    into_linear, into_addmm, into_matmul, into_conv, into_conv_transpose, into_embedding, through_sum, through_relu, through_pool,
-    through_movement, through_cat, through_attention_values,
-)  # fmt: skip
+    into_linear,
+    into_addmm,
+    into_matmul,
+    into_conv,
+    into_conv_transpose,
+    into_embedding,
+    through_sum,
+    through_relu,
+    through_pool,
+    through_movement,
+    through_cat,
+    through_attention_values,
+)
 
 
 def _bias(b: Constant | None, s: Constant, t: Constant, W: Constant) -> Constant | None:
@@ -205,11 +236,3 @@ def _narrow(c: Constant, axis: int, start: int, length: int) -> Constant:
     if axis not in axes(c):
         return c
     return Constant.apply(lambda v: v.narrow(axis, start, length), c)
-
-
-def _rest(p: MaxPool | AvgPool | GlobalAvgPool) -> tuple[object, ...]:
-    if isinstance(p, GlobalAvgPool):
-        return (p.size,)
-    if isinstance(p, MaxPool):
-        return (p.kernel, p.stride, p.padding, p.dilation, p.ceil_mode)
-    return (p.kernel, p.stride, p.padding, p.ceil_mode, p.count_include_pad, p.divisor)

@@ -14,11 +14,12 @@ from time import perf_counter
 from torch import fx
 
 from normfuse.constants import Constant
+from normfuse.decode import pieces
 from normfuse.graph import Graph, Refuse
 from normfuse.passes.broadcast import PASS_INPUTS, UNKNOWN, axes, is_zero
 from normfuse.passes.streams import Place, centered, centered_writer, operands
 from normfuse.report import PassReport, Site
-from normfuse.views import Add, Affine, Identity, LayerNorm, Mean, Movement, Op, Permute, Reshape, RmsNorm, Sub, Value, affine, pieces
+from normfuse.views import Add, Affine, Identity, LayerNorm, Mean, Movement, Op, Permute, Reshape, RmsNorm, Sub, Value, affine
 
 __all__ = ["MeanFree"]
 
@@ -106,7 +107,9 @@ def _input(graph: Graph, norm: fx.Node) -> Place:
     op = graph.view(norm, 2)
     assert isinstance(op, LayerNorm)
     if len(op.normalized) != 1:
-        raise Refuse(f"normalizes over {len(op.normalized)} axes at once; only the mean over one feature axis can be moved into weights")
+        raise Refuse(
+            f"normalizes over {len(op.normalized)} axes at once; only the mean over one feature axis can be moved into weights"
+        )
     source = norm.args[0]
     assert isinstance(source, fx.Node)
     if op.x.shape is None:
@@ -208,7 +211,7 @@ def _explicit(graph: Graph, found: Streams, node: fx.Node) -> str | None:
     if graph.constant(node) is not None:
         return None  # a table or token: the stream reads a centered copy, whoever else reads it keeps the original
     op = graph.view(node, 2)
-    if isinstance(op, Affine) and isinstance(op.x, (LayerNorm, RmsNorm)) or isinstance(op, LayerNorm) and op.gamma is not None:
+    if (isinstance(op, Affine) and isinstance(op.x, (LayerNorm, RmsNorm))) or (isinstance(op, LayerNorm) and op.gamma is not None):
         return f"it takes the output of a norm, {graph.path(node)}, whose gain and shift give it a mean (Post-LN)"
     if node in found.sees_mean:
         reader = found.sees_mean[node]

@@ -34,12 +34,20 @@ def into_norm(op: Op) -> Value | None:
 
 
 def into_batch_norm(op: Op) -> Value | None:
-    """s x + t  =  BatchNorm(x; γ = s, β = t, μ = 0, σ² = 1, ε = 0) over axis 1 of a value with further axes: one operator, not two"""
+    """s x + t  =  BatchNorm(x; γ = s, β = t, μ = 0, σ² = 1, ε = 0) over axis 1 of a value with further axes: one operator"""
     match op:
-        case Affine(x, s, t) if x.rank is not None and x.rank > 2 and axes(s) == {1 - x.rank} and not is_one(s) and not is_zero(t) and axes(t) <= axes(s):
+        case Affine(x, s, t) if (
+            x.rank is not None
+            and x.rank > 2
+            and axes(s) == {1 - x.rank}
+            and not is_one(s)
+            and not is_zero(t)
+            and axes(t) <= axes(s)
+        ):
             c, of = s.numel, s.name.removesuffix("weight") or "affine."
             zero, one = (
-                Constant.of(torch.full((c,), v, dtype=torch.float64)).cast(s.dtype).named(f"{of}{n}") for n, v in (("running_mean", 0.0), ("running_var", 1.0))
+                Constant.of(torch.full((c,), v, dtype=torch.float64)).cast(s.dtype).named(f"{of}{n}")
+                for n, v in (("running_mean", 0.0), ("running_var", 1.0))
             )
             return BatchNorm(x, per_channel(s, 1 - x.rank, c), per_channel(t, 1 - x.rank, c), zero, one, False, 0.0, 0.0, False)
         case _:
@@ -78,15 +86,21 @@ def _origin(op: Op) -> Value | None:
     """The operator that the affine was read from, with its own constants, if nothing has changed it since."""
     assert op.node is not None
     assert isinstance(op, Affine)
-    origin = op.node.meta.get("origin")
+    origin: Op | None = op.node.meta.get("origin")
     if origin is None or op.node.meta.get("composed"):
         return None
     match origin, op.x:
-        case (LayerNorm(), LayerNorm(x, gamma=None, beta=None)) | (RmsNorm(), RmsNorm(x, gamma=None)) | (GroupNorm(), GroupNorm(x, gamma=None, beta=None)):
+        case (
+            (LayerNorm(), LayerNorm(x, gamma=None, beta=None))
+            | (RmsNorm(), RmsNorm(x, gamma=None))
+            | (GroupNorm(), GroupNorm(x, gamma=None, beta=None))
+        ):
             return dataclasses.replace(origin, x=x, node=None) if op.x.node is not None and len(op.x.node.users) == 1 else None
-        case (LayerNorm() | RmsNorm() | GroupNorm()), _:
+        case ((LayerNorm() | RmsNorm() | GroupNorm()), _):
             return None
-    return dataclasses.replace(origin, node=None, **{side: op.x for side in ("x", "y") if isinstance(getattr(origin, side, None), Value)})
+    return dataclasses.replace(
+        origin, node=None, **{side: op.x for side in ("x", "y") if isinstance(getattr(origin, side, None), Value)}
+    )
 
 
 def _feature(s: Constant, t: Constant) -> bool:

@@ -13,8 +13,30 @@ from normfuse.constants import Constant
 from normfuse.graph import Graph, Refuse
 from normfuse.passes.broadcast import axes, channelwise, moved
 from normfuse.views import (
-    Add, Addmm, Affine, AvgPool, Cat, Conv, ConvTranspose, Div, Embedding, GlobalAvgPool, Identity, LayerNorm, Linear, MatMul, Mean, Movement, Mul,
-    Neg, Op, Pad, Permute, Reshape, Sub, Value,
+    Add,
+    Addmm,
+    Affine,
+    AvgPool,
+    Cat,
+    Conv,
+    ConvTranspose,
+    Div,
+    Embedding,
+    GlobalAvgPool,
+    Identity,
+    LayerNorm,
+    Linear,
+    MatMul,
+    Mean,
+    Movement,
+    Mul,
+    Neg,
+    Op,
+    Pad,
+    Permute,
+    Reshape,
+    Sub,
+    Value,
 )  # fmt: skip
 
 __all__ = ["centered_writer", "operands", "width"]
@@ -41,6 +63,7 @@ def operands(graph: Graph, node: fx.Node, axis: int) -> list[Place] | None:
         return None
     if node.target in _CASTS and isinstance(node.args[0], fx.Node) and width(node.args[0], axis) == d:
         return [(node.args[0], axis)]
+    found: list[tuple[Value | Constant | float, int]]
     match graph.view(node, 2):
         case Identity(x) | Neg(x):
             found = [(x, axis)]
@@ -55,7 +78,7 @@ def operands(graph: Graph, node: fx.Node, axis: int) -> list[Place] | None:
             found = [(x, axis)]
         case Mul(Value() as x, float() | int()) | Mul(float() | int(), Value() as x) | Div(Value() as x, float() | int()):
             found = [(x, axis)]
-        case Affine(x, s, t) if axis not in axes(s):
+        case Affine(x, s) if axis not in axes(s):
             found = [(x, axis)]
         case Cat(xs, dim) as op if op.rank is not None and dim % op.rank - op.rank != axis:
             found = [(v, axis) for v in xs]

@@ -115,7 +115,9 @@ def test_what_is_no_model_is_refused():
         normfuse.optimize(lambda x: x, (torch.ones(1),))
 
 
-@pytest.mark.parametrize("example", [(torch.randn(2, 4, 8, 8),), (), (torch.randn(2, 3, 8, 8), torch.ones(1))], ids=["channels", "none", "too many"])
+@pytest.mark.parametrize(
+    "example", [(torch.randn(2, 4, 8, 8),), (), (torch.randn(2, 3, 8, 8), torch.ones(1))], ids=["channels", "none", "too many"]
+)
 def test_inputs_that_do_not_fit_are_a_capture_error_that_shows_them(example):
     model, _ = conv_bn()
     with pytest.raises(CaptureError, match="could not be captured with inputs"):

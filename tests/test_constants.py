@@ -37,7 +37,7 @@ def test_a_vector_made_from_a_large_weight_is_kept():
     assert bias.name == "layer.weight"
 
 
-def test_torch_functions_and_integers_keep_their_kind():
-    assert torch.equal(torch.rsqrt(Constant.of(torch.tensor([4.0]))).value, torch.tensor([0.5], dtype=torch.float64))
+def test_functions_and_integers_keep_their_kind():
+    assert torch.equal(Constant.of(torch.tensor([4.0])).rsqrt().value, torch.tensor([0.5], dtype=torch.float64))
     index = Constant.of(torch.arange(4))
     assert (index + 1).value.dtype == torch.int64

@@ -41,7 +41,9 @@ class Crash:
 
 def mlp():
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)).eval(), (torch.randn(5, 4),)
+    return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)).eval(), (
+        torch.randn(5, 4),
+    )
 
 
 @pytest.mark.parametrize("verify", ["end", "each"])

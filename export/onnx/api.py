@@ -85,7 +85,7 @@ def to_onnx(
         need(module, extra="onnx")
     found = program(gm, example_inputs, dynamic_shapes)
     simplify_masks(found.exported)
-    model = translated(found, version)
+    model = translated(found, version, contrib=where.contrib and _is_float32(found))
     replaced = data_files(path) if path.exists() else ()
     with atomic(path, force=force) as temporary:
         with tempfile.TemporaryDirectory(dir=temporary.parent) as folder:
@@ -199,6 +199,11 @@ def _tensor_dtypes(found: Program) -> set[torch.dtype]:
     return {t.dtype for t in found.exported.state_dict.values()} | {
         t.dtype for t in found.flat_inputs() if isinstance(t, torch.Tensor)
     }
+
+
+def _is_float32(found: Program) -> bool:
+    """The ops of ONNX Runtime are fast, or there at all, in float32 alone."""
+    return not _tensor_dtypes(found) & {torch.float64, torch.float16, torch.bfloat16}
 
 
 def _dtypes(model: Any) -> list[torch.dtype]:

@@ -28,8 +28,8 @@ log = logging.getLogger(__name__)
 _TRANSLATED_OPSET = 18  # the oldest one that torch translates to; below it the result is converted
 
 
-def translated(program: Program, opset: int) -> Any:
-    """The program as an `onnx_ir.Model`; attention is still a marker.
+def translated(program: Program, opset: int, *, contrib: bool = False) -> Any:
+    """The program as an `onnx_ir.Model`; attention is still a marker; `contrib` allows ops of ONNX Runtime.
 
     Raises:
         ExportError: torch has no translation for an op of the model; the message names it.
@@ -40,7 +40,7 @@ def translated(program: Program, opset: int) -> Any:
             out = torch.onnx.export(
                 program.exported,
                 opset_version=max(opset, _TRANSLATED_OPSET),
-                custom_translation_table=table(opset),
+                custom_translation_table=table(opset, contrib=contrib),
                 verbose=False,
             )
     except Exception as e:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,13 +18,16 @@ MARKER_DOMAIN = "normfuse.marker"
 SDPA = "ScaledDotProductAttention"
 
 
-def table(opset: int) -> dict[Callable[..., Any], Callable[..., Any]]:
-    """Translations for `torch.onnx.export(custom_translation_table=...)`."""
+def table(opset: int, *, contrib: bool = False) -> dict[Callable[..., Any], Callable[..., Any]]:
+    """Translations for `torch.onnx.export(custom_translation_table=...)`; `contrib` allows ops of ONNX Runtime."""
     aten = torch.ops.aten
-    return {
+    found: dict[Callable[..., Any], Callable[..., Any]] = {
         aten.rms_norm.default: _rms_norm_23 if opset >= 23 else _rms_norm_18,
         aten.scaled_dot_product_attention.default: _sdpa_marker(),
     }
+    if contrib and opset < 20:
+        found[aten.gelu.default] = _contrib_gelu()
+    return found
 
 
 def _eps(x: Any, eps: float | None) -> float:
@@ -56,7 +59,9 @@ def _rms_norm_18(input: Any, normalized_shape: Sequence[int], weight: Any = None
     dtype = ir.DataType.FLOAT if half else input.dtype
     x = op.Cast(input, to=dtype) if half else input  # the square of a half overflows at 256
     axes = op.Constant(value_ints=list(range(-len(normalized_shape), 0)))
-    square = op.Pow(x, op.Constant(value=ir.tensor(2.0, dtype=dtype)))
+    # ONNX Runtime fuses the shape with Pow, and then loses an eps that is a double
+    double = dtype == ir.DataType.DOUBLE
+    square = op.Mul(x, x) if double else op.Pow(x, op.Constant(value=ir.tensor(2.0, dtype=dtype)))
     mean = op.ReduceMean(square, axes, keepdims=1)
     y = op.Div(x, op.Sqrt(op.Add(mean, op.Constant(value=ir.tensor(_eps(input, eps), dtype=dtype)))))
     if weight is not None:
@@ -64,32 +69,46 @@ def _rms_norm_18(input: Any, normalized_shape: Sequence[int], weight: Any = None
     return op.Cast(y, to=input.dtype) if half else y
 
 
-def _sdpa_marker() -> Callable[..., Any]:
-    """softmax(scale q kᵀ + mask) v, kept as one node until the form of attention is chosen."""
+def _contrib_gelu() -> Callable[..., Any]:
+    """GELU as one op of ONNX Runtime: below opset 20 there is no other, and the runtime does not fuse what torch writes."""
+    exact, fast = (_op("com.microsoft", name, inputs=("X",)) for name in ("Gelu", "FastGelu"))
+
+    def translate(self: Any, approximate: str = "none") -> Any:
+        return (fast if approximate == "tanh" else exact)(self)
+
+    return translate
+
+
+def _op(domain: str, name: str, *, inputs: tuple[str, ...], optional: tuple[str, ...] = (), attributes: Mapping[str, str] | None = None) -> Any:
+    """An op that the exporter takes as it is; all inputs share a dtype, apart from the optional ones."""
     onnx = need("onnx", extra="onnx")
     values = need("onnxscript", extra="onnx").values
     schema_of, parameter = onnx.defs.OpSchema, onnx.defs.OpSchema.FormalParameter
+    floats = [f"tensor({t})" for t in ("float", "float16", "bfloat16", "double")]
     schema = schema_of(
-        SDPA,
-        MARKER_DOMAIN,
+        name,
+        domain,
         1,
         inputs=[
-            parameter("query", "T"),
-            parameter("key", "T"),
-            parameter("value", "T"),
-            parameter("mask", "M", param_option=schema_of.FormalParameterOption.Optional),
+            *(parameter(i, "T") for i in inputs),
+            *(parameter(i, "M", param_option=schema_of.FormalParameterOption.Optional) for i in optional),
         ],
         outputs=[parameter("output", "T")],
-        type_constraints=[
-            ("T", [f"tensor({t})" for t in ("float", "float16", "bfloat16", "double")], ""),
-            ("M", [f"tensor({t})" for t in ("float", "float16", "bfloat16", "double", "bool")], ""),
-        ],
-        attributes=[
-            schema_of.Attribute("scale", schema_of.AttrType.STRING, ""),
-            schema_of.Attribute("is_causal", schema_of.AttrType.INT, ""),
-        ],
+        type_constraints=[("T", floats, ""), *([("M", [*floats, "tensor(bool)"], "")] if optional else [])],
+        attributes=[schema_of.Attribute(k, getattr(schema_of.AttrType, v), "") for k, v in (attributes or {}).items()],
     )
-    marker = values.Op(values.Opset(MARKER_DOMAIN, 1), SDPA, schema)
+    return values.Op(values.Opset(domain, 1), name, schema)
+
+
+def _sdpa_marker() -> Callable[..., Any]:
+    """softmax(scale q kᵀ + mask) v, kept as one node until the form of attention is chosen."""
+    marker = _op(
+        MARKER_DOMAIN,
+        SDPA,
+        inputs=("query", "key", "value"),
+        optional=("mask",),
+        attributes={"scale": "STRING", "is_causal": "INT"},
+    )
 
     def translate(
         query: Any,

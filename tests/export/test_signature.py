@@ -102,7 +102,7 @@ def test_provenance(tmp_path):
     ("dtype", "bound"), [pytest.param(torch.float16, 2e-2, id="float16"), pytest.param(torch.float64, 1e-9, id="float64")]
 )
 def test_dtypes(tmp_path, dtype, bound):
-    model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.GELU()).to(dtype).eval()
+    model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.SiLU()).to(dtype).eval()
     result = exported(model, (torch.randn(2, 8).to(dtype),), tmp_path)
     assert result.tolerance == bound
     assert result.error.dtype == str(dtype).removeprefix("torch.")

@@ -28,8 +28,12 @@ def refusals(report, path):
     nd=st.sampled_from([1, 2, 3]), groups=st.sampled_from([1, 2, 4]), kernel=st.integers(1, 3), padding=st.integers(0, 2),
     stride=st.integers(1, 2), transposed=st.booleans(), bias=st.booleans(), before=st.booleans(),
 )  # fmt: skip
-def test_batch_norm_beside_any_convolution_folds_or_is_refused_exactly(nd, groups, kernel, padding, stride, transposed, bias, before):
-    convolution = {1: (nn.Conv1d, nn.ConvTranspose1d), 2: (nn.Conv2d, nn.ConvTranspose2d), 3: (nn.Conv3d, nn.ConvTranspose3d)}[nd][transposed]
+def test_batch_norm_beside_any_convolution_folds_or_is_refused_exactly(
+    nd, groups, kernel, padding, stride, transposed, bias, before
+):
+    convolution = {1: (nn.Conv1d, nn.ConvTranspose1d), 2: (nn.Conv2d, nn.ConvTranspose2d), 3: (nn.Conv3d, nn.ConvTranspose3d)}[nd][
+        transposed
+    ]
     norm = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}[nd](4)
     conv = convolution(4, 4, kernel, stride=stride, padding=padding, groups=groups, bias=bias)
     x = torch.randn(2, 4, *[5] * nd)

@@ -23,7 +23,9 @@ class Stack(nn.Module):
         super().__init__()
         self.special = special
         self.stem = nn.Linear(6, d)
-        self.blocks = nn.ModuleList(nn.Sequential(nn.LayerNorm(d), nn.Linear(d, 16), nn.GELU(), nn.Linear(16, d)) for _ in range(blocks))
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(d), nn.Linear(d, 16), nn.GELU(), nn.Linear(16, d)) for _ in range(blocks)
+        )
         self.norm, self.head = nn.LayerNorm(d), nn.Linear(d, 3)
 
     def forward(self, x):

@@ -61,7 +61,9 @@ def test_optimizing_the_result_again_changes_nothing(name):
 
 
 @pytest.mark.parametrize("name", ZOO)
-@pytest.mark.parametrize("chosen", [pytest.param([p], id=p) for p in dict.fromkeys(DEFAULT)] + [pytest.param(["mean_free", "affine"], id="reordered")])
+@pytest.mark.parametrize(
+    "chosen", [pytest.param([p], id=p) for p in dict.fromkeys(DEFAULT)] + [pytest.param(["mean_free", "affine"], id="reordered")]
+)
 def test_each_pass_alone_is_an_identity(name, chosen):
     model, example = inputs(name)
     report = normfuse.report(normfuse.optimize(model, example, passes=chosen))
@@ -92,7 +94,9 @@ def test_without_example_inputs_the_result_is_the_same_function(name):
     with torch.no_grad():
         expected, found = model(*entry.args, **entry.kwargs), fast(*entry.args, **entry.kwargs)
     for a, b in zip(torch.utils._pytree.tree_leaves(expected), torch.utils._pytree.tree_leaves(found), strict=True):
-        torch.testing.assert_close(b, a, rtol=TOLERANCES[torch.float32].rtol, atol=TOLERANCES[torch.float32].rtol * float(a.abs().max()))
+        torch.testing.assert_close(
+            b, a, rtol=TOLERANCES[torch.float32].rtol, atol=TOLERANCES[torch.float32].rtol * float(a.abs().max())
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
