@@ -235,7 +235,7 @@ def _canonical(gm: fx.GraphModule) -> Captured | None:
         (n.op == "call_function" and (isinstance(n.target, torch._ops.OpOverload) or n.target.__module__ == "_operator"))
         or n.target == "_guards_fn"
         for n in calls
-    )  # type: ignore[union-attr]
+    )
     left = record(gm)
     if not plain and left is None:
         return None

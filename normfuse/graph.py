@@ -257,7 +257,7 @@ class Graph:
         """A `get_attr` node that reads the constant; one that the graph holds already is read again, not stored again."""
         key = self._keys.get(id(constant))
         if key is not None and self.constants.get(key) is constant:
-            earlier = [n for n in self.fx.find_nodes(op="get_attr", target=key) if n < before]
+            earlier: list[fx.Node] = [n for n in self.fx.find_nodes(op="get_attr", target=key) if n < before]
             if earlier:
                 return earlier[0]
         else:

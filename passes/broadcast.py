@@ -121,8 +121,9 @@ def _run(op: Op, x: Tensor) -> Tensor:
     args, kwargs = literals
     # the expanded constant has strides of zero, which a view would object to
     function: Any = torch.ops.aten.reshape.default if node.target is torch.ops.aten.view.default else node.target
-    out = function(x, *args, **kwargs)
-    return out[op.piece] if isinstance(op, Movement) and op.piece is not None else out
+    out: Any = function(x, *args, **kwargs)
+    moved: Tensor = out[op.piece] if isinstance(op, Movement) and op.piece is not None else out
+    return moved
 
 
 def _literal(node: fx.Node) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from time import perf_counter
+from typing import Any
 
 import torch
 
@@ -86,7 +87,7 @@ def _origin(op: Op) -> Value | None:
     """The operator that the affine was read from, with its own constants, if nothing has changed it since."""
     assert op.node is not None
     assert isinstance(op, Affine)
-    origin: Op | None = op.node.meta.get("origin")
+    origin: Any = op.node.meta.get("origin")
     if origin is None or op.node.meta.get("composed"):
         return None
     match origin, op.x:
@@ -98,9 +99,8 @@ def _origin(op: Op) -> Value | None:
             return dataclasses.replace(origin, x=x, node=None) if op.x.node is not None and len(op.x.node.users) == 1 else None
         case ((LayerNorm() | RmsNorm() | GroupNorm()), _):
             return None
-    return dataclasses.replace(
-        origin, node=None, **{side: op.x for side in ("x", "y") if isinstance(getattr(origin, side, None), Value)}
-    )
+    sides: dict[str, Any] = {side: op.x for side in ("x", "y") if isinstance(getattr(origin, side, None), Value)}
+    return dataclasses.replace(origin, node=None, **sides)
 
 
 def _feature(s: Constant, t: Constant) -> bool:

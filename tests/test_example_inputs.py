@@ -1,0 +1,151 @@
+"""What a model is called with on the command line."""
+
+import pickle
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from normfuse.errors import UsageError
+from normfuse.example_inputs import dynamic_shapes, inputs_for, parse_shape, read_inputs
+from normfuse.sources import Options, load_source
+from tests.evil import Evil
+
+
+@pytest.fixture(autouse=True)
+def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each test runs in a folder that holds `mine.py`."""
+    (tmp_path / "mine.py").write_text("from torch import nn\n\ndef build():\n    return nn.Sequential(nn.Linear(4, 4))\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if p])
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
+
+
+@pytest.mark.parametrize(
+    ("text", "parsed"),
+    [
+        pytest.param("1x3x8x8", (None, (1, 3, 8, 8), None), id="sizes"),
+        pytest.param("7", (None, (7,), None), id="one size"),
+        pytest.param("ids=2x5:int64", ("ids", (2, 5), "int64"), id="all parts"),
+    ],
+)
+def test_shapes_are_read(text: str, parsed: tuple[Any, ...]) -> None:
+    assert parse_shape(text) == parsed
+
+
+@pytest.mark.parametrize("text", ["", "1x", "axb", "1,3", "x=1x2:complex64", "1x2:", "=3", "-1x3"])
+def test_shapes_that_cannot_be_read_are_errors(text: str) -> None:
+    with pytest.raises(UsageError, match="--shape"):
+        parse_shape(text)
+
+
+def test_stated_shapes_make_inputs() -> None:
+    found = load_source("mine:build", Options(shapes=("5x4",)))
+    assert found.args[0].shape == (5, 4)
+    assert found.args[0].dtype is torch.float32
+    named = load_source("mine:build", Options(shapes=("input=5x4:float64",))).kwargs
+    assert named["input"].dtype is torch.float64
+
+
+def test_stated_ids_are_known_to_the_embedding() -> None:
+    model = nn.Sequential(nn.Embedding(6, 2))
+    (ids,), _ = inputs_for(model, Options(shapes=("4x50:int64",)))  # type: ignore[misc]
+    assert ids.dtype is torch.int64
+    assert set(ids.unique().tolist()) == set(range(6))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({"shapes": ("1x4", "input=1x4")}, id="half named"),
+        pytest.param({"shapes": ("input=1x4", "input=1x4")}, id="named twice"),
+        pytest.param({"shapes": ("image=1x4",)}, id="unknown name"),
+        pytest.param({"batch": 0}, id="empty batch"),
+    ],
+)
+def test_impossible_inputs_are_errors(options: dict[str, Any]) -> None:
+    with pytest.raises(UsageError):
+        load_source("mine:build", Options(**options))
+
+
+def test_flags_that_contradict_are_errors() -> None:
+    with pytest.raises(UsageError, match="one of them"):
+        Options(shapes=("1x4",), input=Path("x.npz"))
+    with pytest.raises(UsageError, match="--batch"):
+        Options(shapes=("1x4",), batch=2)
+
+
+def test_inputs_are_read_from_files() -> None:
+    x, y = torch.randn(2, 4), torch.arange(3)
+    np.savez("named.npz", input=x.numpy())
+    np.savez("placed.npz", x.numpy(), y.numpy())
+    np.save("one.npy", x.numpy())
+    torch.save((x, y), "two.pt")
+    torch.save(x, "one.pt")
+    from safetensors.torch import save_file
+
+    save_file({"input": x}, "named.safetensors")
+    for name in ("named.npz", "named.safetensors"):
+        found = read_inputs(Path(name))
+        assert isinstance(found, dict)
+        assert torch.equal(found["input"], x)
+    for name in ("one.npy", "one.pt"):
+        (only,) = read_inputs(Path(name))
+        assert torch.equal(only, x)
+    for name in ("placed.npz", "two.pt"):
+        first, second = read_inputs(Path(name))
+        assert torch.equal(first, x)
+        assert torch.equal(second, y)
+    assert torch.equal(load_source("mine:build", Options(input=Path("named.npz"))).kwargs["input"], x)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        pytest.param("x.csv", b"1,2", "expected .npz", id="other kind"),
+        pytest.param("x.npz", b"no archive", "cannot be read", id="damaged"),
+        pytest.param("x.pt", pickle.dumps(Evil()), "cannot be read as tensors", id="malicious pickle"),
+        pytest.param("x.npy", None, "does not exist", id="missing"),
+    ],
+)
+def test_input_files_that_cannot_be_read_are_errors(name: str, content: bytes | None, message: str) -> None:
+    if content is not None:
+        Path(name).write_bytes(content)
+    with pytest.raises(UsageError, match=message):
+        read_inputs(Path(name))
+    assert not Path("pwned").exists()
+
+
+def test_input_file_of_objects_is_refused() -> None:
+    np.save("objects.npy", np.array([Evil()], dtype=object), allow_pickle=True)
+    with pytest.raises(UsageError, match="cannot be read"):
+        read_inputs(Path("objects.npy"))
+    assert not Path("pwned").exists()
+
+
+def test_dynamic_axes_of_images_and_tokens() -> None:
+    image, ids = torch.zeros(2, 3, 8, 8), torch.zeros(2, 5, dtype=torch.int64)
+    shapes = dynamic_shapes(("batch", "seq", "height"), (image,), {"ids": ids, "flag": False}, ["image", "ids", "flag"])
+    assert {k: {a: d.__name__ for a, d in (v or {}).items()} for k, v in shapes.items()} == {
+        "image": {0: "batch", 2: "height"},
+        "ids": {0: "batch", 1: "seq"},
+        "flag": {},
+    }
+    assert shapes["image"][0] is shapes["ids"][0]
+
+
+@pytest.mark.parametrize(
+    ("names", "x", "message"),
+    [
+        pytest.param(("time",), torch.zeros(2, 2), "not known", id="unknown axis"),
+        pytest.param(("seq",), torch.zeros(2, 2), "no input has", id="axis that no input has"),
+        pytest.param(("batch",), torch.zeros(1, 2), "size 1", id="example of size one"),
+    ],
+)
+def test_dynamic_axes_that_cannot_be_are_errors(names: tuple[str, ...], x: torch.Tensor, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        dynamic_shapes(names, (x,), {}, ["x"])
