@@ -73,6 +73,7 @@ def capture(model: Any, example_inputs: Any = None, dynamic_shapes: Any = None) 
     declared = declared_inputs(shadow)
     if declared is None:
         return _trace(shadow, notes)
+    declared[1].pop("use_cache", None)  # said by the shadow's configuration; an input would become part of the signature
     try:
         return _export(shadow, *declared, dynamic_shapes or _any_batch(*declared), notes)
     except CaptureError as e:

@@ -110,5 +110,5 @@ def digits() -> tuple[Tensor, Tensor]:
 
 
 def _asset(name: str) -> dict[str, Tensor]:
-    with as_file(files("normfuse") / "assets" / f"{name}.safetensors") as path:
+    with as_file(files("normfuse.assets") / f"{name}.safetensors") as path:
         return load_file(path)

@@ -96,11 +96,13 @@ def _origin(op: Op) -> Value | None:
             | (RmsNorm(), RmsNorm(x, gamma=None))
             | (GroupNorm(), GroupNorm(x, gamma=None, beta=None))
         ):
-            return dataclasses.replace(origin, x=x, node=None) if op.x.node is not None and len(op.x.node.users) == 1 else None
+            restored: Value = dataclasses.replace(origin, x=x, node=None)
+            return restored if op.x.sole_use else None
         case ((LayerNorm() | RmsNorm() | GroupNorm()), _):
             return None
     sides: dict[str, Any] = {side: op.x for side in ("x", "y") if isinstance(getattr(origin, side, None), Value)}
-    return dataclasses.replace(origin, node=None, **sides)
+    whole: Value = dataclasses.replace(origin, node=None, **sides)
+    return whole
 
 
 def _feature(s: Constant, t: Constant) -> bool:

@@ -147,3 +147,25 @@ def test_half_of_the_result_leaves_the_original_alone():
     model, x = conv_bn()
     normfuse.optimize(model, (x,)).half()
     assert model[0].weight.dtype == torch.float32
+
+
+def test_a_hugging_face_model_declares_its_inputs_and_keeps_its_signature():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(n_layer=1, n_embd=32, n_head=2, vocab_size=50, n_positions=32, bos_token_id=1, eos_token_id=2)
+    model = transformers.GPT2LMHeadModel(config).eval()
+    fast = normfuse.optimize(model)
+    report = normfuse.report(fast)
+    assert report.exact.max_rel <= 1e-9
+    assert any("past_key_values" in note for note in report.notes)
+    assert model.config.use_cache
+    ids = torch.randint(0, 50, (3, 9))
+    torch.testing.assert_close(fast(input_ids=ids).logits, model(input_ids=ids).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_a_timm_model_declares_its_inputs_for_any_batch():
+    timm = pytest.importorskip("timm")
+    model = randomise_norms(timm.create_model("resnet10t", num_classes=5).eval())
+    fast = normfuse.optimize(model)
+    assert normfuse.report(fast).exact.max_rel <= 1e-9
+    x = torch.randn(3, 3, 176, 176)
+    torch.testing.assert_close(fast(x), model(x), rtol=1e-4, atol=1e-4)

@@ -190,7 +190,8 @@ def _proven(
     error = compare(found, opened)
     if not error.max_rel <= bound:
         raise ExportError(
-            f"the exported model deviates from the module by {error.max_rel:.1e} relative, above the bound {bound:.0e}; nothing was written"
+            f"the exported model deviates from the module by {error.max_rel:.1e} relative, above the bound {bound:.0e}; "
+            "nothing was written"
         )
     return error, ()
 

@@ -60,6 +60,12 @@ class Site:
         return all(s is not None and len(s) == 4 and isinstance(s[1], int) and isinstance(s[3], int) for s in sizes)
 
     @property
+    def sizes(self) -> tuple[int, int, int]:
+        """Heads, channels of a query and of a value, where `four` holds."""
+        (_, head, _, width), (_, _, _, out) = self.query.shape, self.value.shape
+        return int(head), int(width), int(out)
+
+    @property
     def one_head_count(self) -> bool:
         """Keys and values have the heads of the queries: neither grouped nor broadcast."""
         sizes = [dims(v) for v in (self.query, self.key, self.value)]
@@ -102,7 +108,9 @@ def _site(node: Any) -> Site:
 
 
 def _fallbacks(form: str) -> tuple[Any, ...]:
-    return {"qkv": (_qkv, _mha, _decomposed), "mha": (_mha, _decomposed), "attention23": (_attention23, _decomposed)}.get(form, (_decomposed,))
+    return {"qkv": (_qkv, _mha, _decomposed), "mha": (_mha, _decomposed), "attention23": (_attention23, _decomposed)}.get(
+        form, (_decomposed,)
+    )
 
 
 def _decomposed(site: Site, at: Build) -> bool:
@@ -112,7 +120,9 @@ def _decomposed(site: Site, at: Build) -> bool:
     rank = len(site.query.shape)
     key_t = _transposed(key, (*range(rank - 2), rank - 1, rank - 2), at)
     dtype = site.query.dtype
-    query = site.query if site.scale == 1 else at.op("Mul", site.query, at.const(np.asarray(site.scale, dtype.numpy())), dtype=dtype)
+    query = (
+        site.query if site.scale == 1 else at.op("Mul", site.query, at.const(np.asarray(site.scale, dtype.numpy())), dtype=dtype)
+    )
     scores = at.op("MatMul", query, key_t, dtype=dtype)
     bias = bias_of(site.mask, site, at, causal=site.causal)
     if bias.values is not None:
@@ -146,13 +156,11 @@ def _mha(site: Site, at: Build) -> bool:
     bias = _full_bias(site, at)
     # query, key, value, bias, key_padding_mask, attention_bias
     inputs = [*operands, *([None, None, bias.values] if bias.values is not None else [])]
-    q = dims(site.query)
-    assert q is not None
     out = at.op(
         "MultiHeadAttention",
         *inputs,
         domain=_CONTRIB,
-        num_heads=q[1],
+        num_heads=site.sizes[0],
         scale=site.scale,
         unidirectional=int(site.causal),
         mask_filter_value=_HIDDEN,
@@ -175,9 +183,7 @@ def _qkv(site: Site, at: Build) -> bool:
         columns = found.columns.reshape(-1)
         kernels.append(linear.weight[:, columns])
         biases.append(np.zeros(columns.size, linear.weight.dtype) if linear.bias is None else linear.bias[columns])
-    q, v = dims(site.query), dims(site.value)
-    assert q is not None and v is not None
-    heads_, width, out_width = int(q[1] or 0), int(q[3] or 0), int(v[3] or 0)
+    heads_, width, out_width = site.sizes
     bias = _full_bias(site, at)
     inputs = [x, at.const(np.concatenate(kernels, 1)), at.const(np.concatenate(biases))]
     if bias.values is not None:
@@ -191,7 +197,7 @@ def _qkv(site: Site, at: Build) -> bool:
         unidirectional=int(site.causal),
         mask_filter_value=_HIDDEN,
         dtype=site.query.dtype,
-        **({} if width == out_width else {"qkv_hidden_sizes": [heads_ * width, heads_ * width, heads_ * out_width]}),
+        qkv_hidden_sizes=[heads_ * width, heads_ * width, heads_ * out_width],
     )
     _finish_heads_last(site, out, bias, at)
     return True
@@ -208,7 +214,9 @@ def _contrib_takes(site: Site, at: Build) -> bool:
 
 def _projections(site: Site) -> tuple[tuple[Linear, Heads], ...] | None:
     """The linears that q, k and v are views of, when all three read one tensor."""
-    options = [[(linear, h) for h in heads(v) if (linear := linear_of(h.root)) is not None] for v in (site.query, site.key, site.value)]
+    options = [
+        [(linear, h) for h in heads(v) if (linear := linear_of(h.root)) is not None] for v in (site.query, site.key, site.value)
+    ]
     return next((found for found in itertools.product(*options) if len({id(linear.x) for linear, _ in found}) == 1), None)
 
 
@@ -241,9 +249,7 @@ def _column_split(found: Heads, at: Build) -> Any:
     if key not in at.shared:
         producer = found.root.producer()
         parts = total // each
-        node = at.ir.node(
-            "Split", [found.root, at.const(np.full(parts, each, np.int64))], {"axis": 2}, num_outputs=parts
-        )
+        node = at.ir.node("Split", [found.root, at.const(np.full(parts, each, np.int64))], {"axis": 2}, num_outputs=parts)
         node.metadata_props.update(at.before.metadata_props)
         for out in node.outputs:
             out.dtype = found.root.dtype
@@ -284,7 +290,14 @@ def _full_bias(site: Site, at: Build, *, causal: bool = False) -> Bias:
     if bias.values is None:
         return bias
     have, q, k = dims(bias.values), dims(site.query), dims(site.key)
-    if have is not None and q is not None and k is not None and len(have) == 4 and same_size(have[2], q[2]) and same_size(have[3], k[2]):
+    if (
+        have is not None
+        and q is not None
+        and k is not None
+        and len(have) == 4
+        and same_size(have[2], q[2])
+        and same_size(have[3], k[2])
+    ):
         return bias
     key = ("full", id(bias.values), q and q[2], k and k[2])
     if key not in at.shared:
@@ -305,10 +318,9 @@ def _finish(site: Site, out: Any) -> None:
 
 def _finish_heads_last(site: Site, out: Any, bias: Bias, at: Build) -> None:
     """Connect `out` (B, L, H·E); where the model transposes right behind the attention, its reshape reads `out` directly."""
-    q, v = dims(site.query), dims(site.value)
-    assert q is not None and v is not None
-    head, width = int(q[1] or 0), int(v[3] or 0)
-    out.shape = at.ir.Shape((q[0], q[2], head * width))
+    q = dims(site.query)
+    head, _, width = site.sizes
+    out.shape = at.ir.Shape((q[0], q[2], head * width) if q is not None else (None, None, head * width))
     if bias.alive is not None:
         out = _alive_tokens(out, bias, head, width, at)
     four = at.op("Reshape", out, at.const(np.array([0, 0, head, width], np.int64)), dtype=out.dtype)

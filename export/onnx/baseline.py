@@ -39,13 +39,15 @@ def export_original(
     shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
     plain = copy.deepcopy(model, memo=dict(shared)).eval()
     for module in plain.modules():
-        config = getattr(module, "config", None)
+        config: Any = getattr(module, "config", None)
         if getattr(config, "use_cache", False):
             config.use_cache = False
     with atomic(path, force=force) as temporary:
         try:
             with quiet(), torch.no_grad():
-                torch.onnx.export(plain, args, str(temporary), kwargs=kwargs or {}, dynamo=True, dynamic_shapes=dynamic_shapes, verbose=False)
+                torch.onnx.export(
+                    plain, args, str(temporary), kwargs=kwargs or {}, dynamo=True, dynamic_shapes=dynamic_shapes, verbose=False
+                )
         except OSError:
             raise
         except Exception as e:

@@ -11,6 +11,7 @@ from normfuse.extras import need
 __all__ = ["Build", "const_of", "dims", "same_size"]
 
 Size = int | str
+_CONSTANTS = {"value_float": np.float32, "value_floats": np.float32, "value_int": np.int64, "value_ints": np.int64}
 
 
 class Build:
@@ -26,7 +27,13 @@ class Build:
         self.shared = {} if shared is None else shared
 
     def op(
-        self, op_type: str, *inputs: Any, domain: str = "", dtype: Any = None, shape: tuple[Size | None, ...] | None = None, **attributes: Any
+        self,
+        op_type: str,
+        *inputs: Any,
+        domain: str = "",
+        dtype: Any = None,
+        shape: tuple[Size | None, ...] | None = None,
+        **attributes: Any,
     ) -> Any:
         """One node; returns its only output."""
         node = self.ir.node(op_type, list(inputs), attributes, domain=domain, num_outputs=1)
@@ -76,6 +83,9 @@ def const_of(value: Any) -> Any:
     if value.const_value is not None:
         return value.const_value.numpy()
     node = value.producer()
-    if node is not None and node.op_type == "Constant" and "value" in node.attributes:
-        return node.attributes["value"].value.numpy()
-    return None
+    if node is None or node.op_type != "Constant" or node.domain:
+        return None
+    ((name, attribute),) = node.attributes.items()
+    if name == "value":
+        return attribute.value.numpy()
+    return np.asarray(attribute.value, _CONSTANTS[name]) if name in _CONSTANTS else None

@@ -64,7 +64,9 @@ def fastest(
     return chosen, {plain: 1.0, **ratios}
 
 
-def _turns(a: Callable[[], Any], b: Callable[[], Any], seconds: float, step: Callable[[int], None]) -> tuple[list[float], list[float]]:
+def _turns(
+    a: Callable[[], Any], b: Callable[[], Any], seconds: float, step: Callable[[int], None]
+) -> tuple[list[float], list[float]]:
     """Times of the turns of a and of b."""
     start = time.perf_counter()
     for call in (a, b):

@@ -70,9 +70,7 @@ def deviation(expected: Sequence[Tensor], got: Sequence[Tensor], names: Sequence
     dtypes = []
     for name, want, have in zip(names, expected, got, strict=True):
         if want.shape != have.shape or want.dtype != have.dtype:
-            raise ExportError(
-                f"output {name} on {label} inputs is {_kind(have)} in the file and {_kind(want)} in the module"
-            )
+            raise ExportError(f"output {name} on {label} inputs is {_kind(have)} in the file and {_kind(want)} in the module")
         if want.numel() == 0:
             continue
         if not want.is_floating_point():

@@ -73,7 +73,9 @@ def _unique(names: dict[str, str]) -> dict[str, str]:
     return out
 
 
-def _given(args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any, signature: inspect.Signature) -> list[dict[int, str]]:
+def _given(
+    args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any, signature: inspect.Signature
+) -> list[dict[int, str]]:
     """Per tensor input, in order: the names that the user gave to axes."""
     if isinstance(dynamic_shapes, Mapping):
         try:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-
 from normfuse.export.onnx.build import Build, const_of, dims
 from normfuse.export.onnx.translate import MARKER_DOMAIN, SDPA
 

@@ -81,6 +81,11 @@ def _rank(node: fx.Node) -> int | None:
     return value.ndim if isinstance(value, Tensor) else None
 
 
+def _arguments(node: fx.Node, *defaults: Any) -> list[Any]:
+    """Positional arguments, those left out by their defaults."""
+    return [*node.args, *defaults[len(node.args) :]]
+
+
 def _affine(arg: Any, known: dict[fx.Node, Indexed]) -> Affine | None:
     """An operand as an affine form: a known node or an integer."""
     if isinstance(arg, bool) or (isinstance(arg, int) and not isinstance(arg, torch.SymInt)):
@@ -154,7 +159,7 @@ def _expand(node: fx.Node, form: Affine) -> Affine | None:
 
 
 def _slice(node: fx.Node, form: Affine) -> Affine | None:
-    axis, start, _, step = (*node.args[1:], *(0, None, None, 1)[len(node.args) - 1 :])
+    _, axis, start, _, step = _arguments(node, None, 0, None, None, 1)
     if not isinstance(axis, int) or not (start is None or isinstance(start, int)) or not isinstance(step, int):
         return None
     axis %= len(form.coefficients)
@@ -258,7 +263,7 @@ def _cumsum(node: fx.Node, known: dict[fx.Node, Indexed]) -> Indexed | None:
 
 def _diff(node: fx.Node, known: dict[fx.Node, Indexed]) -> Indexed | None:
     """x[i] − x[i − 1] along an axis: its coefficient, also at the seam where one value was put in front."""
-    source, n, axis, before, after = (*node.args, *(None, 1, -1, None, None)[len(node.args) :])
+    source, n, axis, before, after = _arguments(node, None, 1, -1, None, None)
     form = _affine(source, known)
     if form is None or n != 1 or not isinstance(axis, int) or after is not None or not form.coefficients:
         return None
@@ -346,7 +351,7 @@ _RULES: dict[Any, Callable[[fx.Node, dict[fx.Node, Indexed]], Indexed | None]] =
     **dict.fromkeys((_aten.lt.Scalar, _aten.lt.Tensor), _ordered(-1, strict=True)),
     **dict.fromkeys((_aten.eq.Scalar, _aten.eq.Tensor), _equal(True)),
     **dict.fromkeys((_aten.ne.Scalar, _aten.ne.Tensor), _equal(False)),
-    **dict.fromkeys((getattr(_aten, "__and__").Tensor, _aten.bitwise_and.Tensor, _aten.logical_and.default), _and),
+    **dict.fromkeys((_aten.__and__.Tensor, _aten.bitwise_and.Tensor, _aten.logical_and.default), _and),
     **dict.fromkeys((_aten.bitwise_not.default, _aten.logical_not.default), _not),
     _aten.cumsum.default: _cumsum,
     _aten.diff.default: _diff,

@@ -81,9 +81,10 @@ def _flattened(value: Any, inner: Any) -> Linear | None:
             return None
         weight = weight.T if attributes.get("transB", 0) else weight
         if len(node.inputs) > 2 and node.inputs[2] is not None:
-            if bias is not None or (bias := const_of(node.inputs[2])) is None:
+            own = const_of(node.inputs[2])
+            if bias is not None or own is None:
                 return None
-            bias = np.broadcast_to(bias.reshape(-1), (weight.shape[1],))
+            bias = np.broadcast_to(own.reshape(-1), (weight.shape[1],))
     flat = node.inputs[0].producer()
     if flat is None or flat.op_type != "Reshape" or flat.domain:
         return None
@@ -91,7 +92,12 @@ def _flattened(value: Any, inner: Any) -> Linear | None:
     before, after = dims(x), dims(value)
     if before is None or after is None or len(before) != 3 or len(after) != 3:
         return None
-    if not (same_size(before[0], after[0]) and same_size(before[1], after[1]) and before[2] == weight.shape[0] and after[2] == weight.shape[1]):
+    if not (
+        same_size(before[0], after[0])
+        and same_size(before[1], after[1])
+        and before[2] == weight.shape[0]
+        and after[2] == weight.shape[1]
+    ):
         return None
     return Linear(x, weight, bias)
 

@@ -17,6 +17,7 @@ from normfuse.export.onnx.program import Program
 from normfuse.export.onnx.quiet import quiet
 from normfuse.export.onnx.residual import keep_layer_norm_apart
 from normfuse.export.onnx.rotary import full_rotary_tables
+from normfuse.export.onnx.small_numbers import kept_exact
 from normfuse.export.onnx.translate import MARKER_DOMAIN, table
 from normfuse.export.targets import Target
 from normfuse.extras import need
@@ -41,11 +42,14 @@ def translated(program: Program, opset: int, *, contrib: bool = False) -> Any:
                 program.exported,
                 opset_version=max(opset, _TRANSLATED_OPSET),
                 custom_translation_table=table(opset, contrib=contrib),
+                optimize=False,
                 verbose=False,
             )
+            assert out is not None
+            with kept_exact(out.model):
+                out.optimize()
     except Exception as e:
         raise ExportError(f"torch cannot translate the model to ONNX opset {opset}: {_cause(e)}") from e
-    assert out is not None
     mark_attention(out.model)
     return out.model
 

@@ -57,7 +57,7 @@ def _lowest(dtype: Any) -> float:
     # half of it: a score may be added without reaching -inf
     import ml_dtypes
 
-    return float(ml_dtypes.finfo(dtype.numpy()).min) / 2
+    return float(ml_dtypes.finfo(dtype.numpy()).min) / 2  # type: ignore[no-untyped-call]
 
 
 def _causal(site: Any, at: Build) -> Any:

@@ -37,7 +37,7 @@ def name_graph(model: Any, inputs: tuple[str, ...], outputs: tuple[str, ...], ax
         node.metadata_props.clear()
         node.doc_string = None
     # in two steps: a new name may be the old name of another value
-    wanted = {v: n for v, n in zip(graph.inputs, inputs, strict=True)} | {v: n for v, n in zip(graph.outputs, outputs, strict=True)}
+    wanted = dict(zip(graph.inputs, inputs, strict=True)) | dict(zip(graph.outputs, outputs, strict=True))
     for node in graph:
         for i, out in enumerate(node.outputs):
             wanted.setdefault(out, f"{node.name}_output_{i}")

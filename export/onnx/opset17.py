@@ -31,7 +31,9 @@ def to_opset_17(model: Any) -> None:
         if any(a.type.name in ("GRAPH", "GRAPHS") for a in node.attributes.values()):
             raise ExportError(f"{_label(node)} holds a subgraph, which cannot be converted to opset 17; use opset 18")
         try:
-            same = schema_of.get_schema(node.op_type, 17, "").since_version == schema_of.get_schema(node.op_type, 18, "").since_version
+            same = (
+                schema_of.get_schema(node.op_type, 17, "").since_version == schema_of.get_schema(node.op_type, 18, "").since_version
+            )
         except schema_of.SchemaError:
             same = False
         if same:

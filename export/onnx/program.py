@@ -92,7 +92,9 @@ def _inputs(module: nn.Module, example_inputs: Any, dynamic_shapes: Any) -> tupl
     found = record(module)
     if example_inputs is None:
         if found is None or not found.has_inputs:
-            raise UsageError("this module was made without example inputs: pass example_inputs=(tensor, ...) or a dict of keyword inputs")
+            raise UsageError(
+                "this module was made without example inputs: pass example_inputs=(tensor, ...) or a dict of keyword inputs"
+            )
         args, kwargs = found.args, dict(found.kwargs)
     elif isinstance(example_inputs, Tensor):
         args, kwargs = (example_inputs,), {}
@@ -101,19 +103,25 @@ def _inputs(module: nn.Module, example_inputs: Any, dynamic_shapes: Any) -> tupl
     elif isinstance(example_inputs, Sequence) and not isinstance(example_inputs, str):
         args, kwargs = tuple(example_inputs), {}
     else:
-        raise UsageError(f"example_inputs must be a tuple of positional inputs or a dict of keyword inputs, not {type(example_inputs).__name__}")
+        raise UsageError(
+            f"example_inputs must be a tuple of positional inputs or a dict of keyword inputs, not {type(example_inputs).__name__}"
+        )
     if dynamic_shapes is None and found is not None:
         dynamic_shapes = found.dynamic_shapes
     return args, kwargs, dynamic_shapes
 
 
-def _captured(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any) -> torch.export.ExportedProgram:
+def _captured(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any
+) -> torch.export.ExportedProgram:
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
             return torch.export.export(module, args, kwargs, dynamic_shapes=exportable(dynamic_shapes))
     except Exception as e:  # torch.export raises errors of many kinds, none of them ours
-        hint = " (a module captured with fixed shapes stays fixed: pass dynamic_shapes to normfuse.optimize)" if dynamic_shapes else ""
+        hint = (
+            " (a module captured with fixed shapes stays fixed: pass dynamic_shapes to normfuse.optimize)" if dynamic_shapes else ""
+        )
         raise ExportError(f"torch.export cannot capture the module on these inputs{hint}: {_first_lines(e)}") from e
 
 

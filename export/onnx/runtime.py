@@ -52,7 +52,9 @@ def session(
     options.intra_op_num_threads = default_threads() if threads is None else threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 4  # errors come as exceptions; the runtime would print them as well
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL if optimized else ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.graph_optimization_level = (
+        ort.GraphOptimizationLevel.ORT_ENABLE_ALL if optimized else ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    )
     for key, value in (config or {}).items():
         options.add_session_config_entry(key, value)
     if dump is not None:
@@ -93,7 +95,7 @@ def _to_ort(value: Tensor | np.ndarray[Any, Any], ort: Any) -> Any:
 
 def _to_torch(value: Any) -> Tensor:
     if value.data_type() == "tensor(bfloat16)":
-        out: Tensor = torch.from_dlpack(value._get_c_value())
+        out: Tensor = torch.utils.dlpack.from_dlpack(value._get_c_value())
         return out.clone()
     return torch.from_numpy(value.numpy())
 

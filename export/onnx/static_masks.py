@@ -18,7 +18,7 @@ __all__ = ["simplify_masks"]
 log = logging.getLogger(__name__)
 
 _SDPA = torch.ops.aten.scaled_dot_product_attention.default
-_AND = (getattr(torch.ops.aten, "__and__").Tensor, torch.ops.aten.bitwise_and.Tensor, torch.ops.aten.logical_and.default)
+_AND = (torch.ops.aten.__and__.Tensor, torch.ops.aten.bitwise_and.Tensor, torch.ops.aten.logical_and.default)
 
 
 def simplify_masks(exported: torch.export.ExportedProgram) -> int:

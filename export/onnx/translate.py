@@ -59,9 +59,7 @@ def _rms_norm_18(input: Any, normalized_shape: Sequence[int], weight: Any = None
     dtype = ir.DataType.FLOAT if half else input.dtype
     x = op.Cast(input, to=dtype) if half else input  # the square of a half overflows at 256
     axes = op.Constant(value_ints=list(range(-len(normalized_shape), 0)))
-    # ONNX Runtime fuses the shape with Pow, and then loses an eps that is a double
-    double = dtype == ir.DataType.DOUBLE
-    square = op.Mul(x, x) if double else op.Pow(x, op.Constant(value=ir.tensor(2.0, dtype=dtype)))
+    square = op.Pow(x, op.Constant(value=ir.tensor(2.0, dtype=dtype)))
     mean = op.ReduceMean(square, axes, keepdims=1)
     y = op.Div(x, op.Sqrt(op.Add(mean, op.Constant(value=ir.tensor(_eps(input, eps), dtype=dtype)))))
     if weight is not None:
@@ -79,7 +77,9 @@ def _contrib_gelu() -> Callable[..., Any]:
     return translate
 
 
-def _op(domain: str, name: str, *, inputs: tuple[str, ...], optional: tuple[str, ...] = (), attributes: Mapping[str, str] | None = None) -> Any:
+def _op(
+    domain: str, name: str, *, inputs: tuple[str, ...], optional: tuple[str, ...] = (), attributes: Mapping[str, str] | None = None
+) -> Any:
     """An op that the exporter takes as it is; all inputs share a dtype, apart from the optional ones."""
     onnx = need("onnx", extra="onnx")
     values = need("onnxscript", extra="onnx").values
@@ -121,7 +121,9 @@ def _sdpa_marker() -> Callable[..., Any]:
         enable_gqa: bool = False,
     ) -> Any:
         if dropout_p:
-            raise ExportError(f"scaled_dot_product_attention has dropout_p={dropout_p}: its result is random; put the model in eval mode")
+            raise ExportError(
+                f"scaled_dot_product_attention has dropout_p={dropout_p}: its result is random; put the model in eval mode"
+            )
         if scale is None:
             width = query.shape[-1]
             if not isinstance(width, int):

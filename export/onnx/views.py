@@ -76,7 +76,9 @@ def _forward(root: Any, chain: list[Any]) -> View | None:
     sizes = dims(root)
     if sizes is None or any(s is None for s in sizes):
         return None
-    view: View | None = View(tuple((Atom(i, s, 1),) if s != 1 else () for i, s in enumerate(sizes) if s is not None), (0,) * len(sizes))
+    view: View | None = View(
+        tuple((Atom(i, s, 1),) if s != 1 else () for i, s in enumerate(sizes) if s is not None), (0,) * len(sizes)
+    )
     for node, output in chain:
         if view is None:
             return None

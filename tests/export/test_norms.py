@@ -115,3 +115,18 @@ def test_gelu_is_one_kernel(tmp_path, opset, kind):
     ops = [n.op_type for n in onnx.load(tmp_path / "optimized.onnx").graph.node]
     assert len(ops) == 2
     assert {"Erf", "Tanh"}.isdisjoint(ops)
+
+
+class Tiny(nn.Module):
+    def forward(self, x):
+        return x * 1.000009 / (x.abs().sum(-1, keepdim=True) + 1e-9), (x + 3e-9) - x
+
+
+@pytest.mark.parametrize("opset", [18, 23])
+def test_small_numbers_are_kept(tmp_path, opset):
+    """The optimizer of torch's exporter takes 1e-9 for 0 and 1.000009 for 1: a row of zeros then gives NaN."""
+    model, x = Tiny().double().eval(), torch.randn(3, 4, dtype=torch.float64)
+    result = exported(model, (x,), tmp_path, opset=opset)
+    x[1] = 0
+    for got, want in zip(outputs(result, x=x).values(), model(x), strict=True):
+        assert torch.equal(got, want)

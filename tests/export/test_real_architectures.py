@@ -27,7 +27,9 @@ def _vit():
 
 def _swin():
     swin = pytest.importorskip("timm.models.swin_transformer")
-    return swin.SwinTransformer(img_size=32, patch_size=2, window_size=4, embed_dim=16, depths=(2, 2), num_heads=(2, 4), num_classes=5)
+    return swin.SwinTransformer(
+        img_size=32, patch_size=2, window_size=4, embed_dim=16, depths=(2, 2), num_heads=(2, 4), num_classes=5
+    )
 
 
 def _beit():
@@ -65,15 +67,33 @@ def _pixels(batch, length):
 MODELS = {
     "bert": (lambda: _hf("BertModel", config="BertConfig", **SMALL), _padded, "qkv"),
     "bert without mask": (lambda: _hf("BertModel", config="BertConfig", **SMALL), _ids, "qkv"),
-    "gpt2": (lambda: _hf("GPT2LMHeadModel", config="GPT2Config", n_layer=2, n_embd=32, n_head=2, vocab_size=50, **TOKENS), _ids, "qkv"),
+    "gpt2": (
+        lambda: _hf("GPT2LMHeadModel", config="GPT2Config", n_layer=2, n_embd=32, n_head=2, vocab_size=50, **TOKENS),
+        _ids,
+        "qkv",
+    ),
     "opt": (
         lambda: _hf("OPTForCausalLM", config="OPTConfig", **SMALL | {"ffn_dim": 64, "word_embed_proj_dim": 32}, **TOKENS),
         _padded,
         "qkv",
     ),
-    "t5": (lambda: _hf("T5Model", config="T5Config", num_layers=2, d_model=32, num_heads=2, d_kv=16, d_ff=64, vocab_size=50), _pairs, "mha"),
+    "t5": (
+        lambda: _hf("T5Model", config="T5Config", num_layers=2, d_model=32, num_heads=2, d_kv=16, d_ff=64, vocab_size=50),
+        _pairs,
+        "mha",
+    ),
     "llama": (lambda: _hf("LlamaForCausalLM", config="LlamaConfig", **SMALL, num_key_value_heads=1, **TOKENS), _ids, "mha"),
-    "clip": (lambda: _hf("CLIPVisionModel", config="CLIPVisionConfig", **{k: v for k, v in SMALL.items() if k != "vocab_size"}, image_size=32, patch_size=8), _pixels, "qkv"),
+    "clip": (
+        lambda: _hf(
+            "CLIPVisionModel",
+            config="CLIPVisionConfig",
+            **{k: v for k, v in SMALL.items() if k != "vocab_size"},
+            image_size=32,
+            patch_size=8,
+        ),
+        _pixels,
+        "qkv",
+    ),
     "vit": (_vit, _image, "qkv"),
     "swin": (_swin, _image, "qkv"),
     "beit": (_beit, _image, "qkv"),
@@ -89,7 +109,7 @@ def _without_cache(model: nn.Module) -> nn.Module:
 
 
 def _shapes(inputs):
-    return {k: {i: AUTO for i in range(2 if v.ndim == 2 else 1)} for k, v in inputs.items()}
+    return {k: dict.fromkeys(range(2 if v.ndim == 2 else 1), AUTO) for k, v in inputs.items()}
 
 
 @pytest.mark.parametrize("form", ["decomposed", "mha", "qkv"])

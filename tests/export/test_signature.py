@@ -110,7 +110,7 @@ def test_dtypes(tmp_path, dtype, bound):
 
 def test_bfloat16_says_that_the_cpu_cannot_run_it(tmp_path):
     model, x = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8)).bfloat16().eval(), torch.randn(2, 8).bfloat16()
-    with pytest.raises(ExportError, match="no bfloat16 kernels on the CPU .* export it in float32 or float16"):
+    with pytest.raises(ExportError, match=r"no bfloat16 kernels on the CPU .* export it in float32 or float16"):
         exported(model, (x,), tmp_path)
     assert not list(tmp_path.iterdir())
     result = exported(model, (x,), tmp_path, target="tensorrt")

@@ -9,7 +9,6 @@ from normfuse.export.onnx.index_algebra import Affine, AtLeastZero, index_values
 from tests.export.models import AUTO, exported, outputs, relative
 
 
-
 def _diff(x, first):
     return torch.diff(torch.arange(x.shape[1])[None].expand(x.shape), prepend=first.expand(x.shape[0], 1))
 
