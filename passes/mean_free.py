@@ -19,7 +19,7 @@ from normfuse.graph import Graph, Refuse
 from normfuse.passes.broadcast import PASS_INPUTS, UNKNOWN, axes, is_zero
 from normfuse.passes.streams import Place, centered, centered_writer, operands
 from normfuse.report import PassReport, Site
-from normfuse.views import Add, Affine, Identity, LayerNorm, Mean, Movement, Op, Permute, Reshape, RmsNorm, Sub, Value, affine
+from normfuse.views import Add, Affine, Cat, Identity, LayerNorm, Mean, Movement, Op, Permute, Reshape, RmsNorm, Sub, Value, affine
 
 __all__ = ["MeanFree"]
 
@@ -220,6 +220,8 @@ def _explicit(graph: Graph, found: Streams, node: fx.Node) -> str | None:
         return f"{graph.path(reader)} ({_kind(reader)}) sees its mean"
     if node in found.edges:
         return None
+    if isinstance(op, (Reshape, Cat)):
+        return f"{graph.path(node)} ({_kind(node)}) joins features that have means of their own"
     writer = centered_writer(graph, op, found.axis[node])
     if writer is None:
         return f"{graph.path(node)} ({_kind(node)}) has no weights that could be centered"
@@ -275,10 +277,10 @@ def _shift_stays(graph: Graph, norm: fx.Node) -> bool:
 
 
 def _remedy(why: str) -> str:
-    if "output" in why:
-        return "return the normalized value instead of the raw stream"
     if "output of a norm" in why:
         return "only a Pre-LN placement of the norms can be converted"
+    if "output of the model" in why:
+        return "return the normalized value instead of the raw stream"
     return ""
 
 

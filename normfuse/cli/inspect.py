@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import textwrap
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import click
@@ -10,7 +12,7 @@ from normfuse.cli.onnx_files import is_onnx
 from normfuse.cli.options import Model, Pipeline, json_option, model_options, verbosity
 
 if TYPE_CHECKING:
-    from normfuse.report import Report
+    from normfuse.report import Report, Site
 
 __all__ = ["inspect"]
 
@@ -58,14 +60,37 @@ def _text(found: "Report") -> list[str]:
     lines += [f"{kind:<28} {found.norms_before.get(kind, 0):>5} {found.norms_after.get(kind, 0):>5}" for kind in kinds]
     if not kinds:
         lines.append("no normalization found")
-    for title, sites in (("would be done", found.applied), ("would stay, and why", found.refused)):
-        lines += ["", title] if sites else []
-        for reason in reasons(sites):
-            lines.append(f"  {reason.count:>4} {reason.rule}{': ' if reason.note else ''}{reason.note}")
-            lines.append(f"        at {', '.join(compact(reason.paths))}")
-            lines += [f"        because of {', '.join(compact(reason.blockers))}"] if reason.blockers else []
-            lines += [f"        remedy: {reason.remedy}"] if reason.remedy else []
+    fates = _fates(found.applied)
+    width = min(max(map(len, fates), default=0), 40)
+    lines += ["", "would change"] if fates else []
+    for path, fate in fates.items():
+        lines += textwrap.wrap(f"{path:<{width}}  {'; '.join(fate)}", 80, initial_indent="  ", subsequent_indent=" " * (width + 4))
+    lines += ["", "would stay, and why"] if found.refused else []
+    for reason in reasons(found.refused):
+        told = f"{reason.count} {reason.rule}{': ' if reason.note else ''}{reason.note}"
+        lines += textwrap.wrap(told, 80, initial_indent="  ", subsequent_indent="    ")
+        lines += _wrapped("at", compact(reason.paths))
+        lines += _wrapped("because of", compact(reason.blockers)) if reason.blockers else []
+        lines += _wrapped("remedy:", [reason.remedy]) if reason.remedy else []
     return [*lines, *(f"note: {note}" for note in found.notes)]
+
+
+def _fates(applied: Sequence["Site"]) -> dict[str, list[str]]:
+    """What happens to each norm or gain, by module path."""
+    words = {
+        "affine_into_producer": "folds {}",
+        "affine_into_consumers": "scale and shift go {}",
+        "layer_norm_is_rms_norm": "becomes RMSNorm",
+    }
+    fates: dict[str, list[str]] = {}
+    for site in applied:
+        if site.rule in words:
+            fates.setdefault(site.path, []).append(words[site.rule].format(site.note))
+    return fates
+
+
+def _wrapped(word: str, items: Sequence[str]) -> list[str]:
+    return textwrap.wrap(f"{word} {', '.join(items)}", 80, initial_indent=" " * 6, subsequent_indent=" " * 8)
 
 
 def _file(path: str, as_json: bool) -> None:
