@@ -21,7 +21,7 @@ from normfuse.views import BatchNorm, Embedding, GroupNorm, InstanceNorm, LayerN
 
 __all__ = ["Affine"]
 
-_UNTIE = 1 << 20  # bytes: storing a shared weight once more is refused above this
+_UNTIE = 1 << 16  # bytes: storing a shared weight once more is refused above this
 
 UP, DOWN = "affine_into_producer", "affine_into_consumers"
 

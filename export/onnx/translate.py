@@ -24,10 +24,20 @@ def table(opset: int, *, contrib: bool = False) -> dict[Callable[..., Any], Call
     found: dict[Callable[..., Any], Callable[..., Any]] = {
         aten.rms_norm.default: _rms_norm_23 if opset >= 23 else _rms_norm_18,
         aten.scaled_dot_product_attention.default: _sdpa_marker(),
+        aten.scalar_tensor.default: _scalar_tensor,
     }
     if contrib and opset < 20:
         found[aten.gelu.default] = _contrib_gelu()
     return found
+
+
+def _scalar_tensor(s: Any, dtype: int = -1, layout: str = "", device: str = "", pin_memory: bool = False) -> Any:
+    """A number in the dtype that is asked for; torch's own translation goes through float32, which cuts a float64."""
+    ir, op = need("onnx_ir", extra="onnx"), need("onnxscript", extra="onnx").opset18
+    wanted = ir.DataType.FLOAT if dtype == -1 else ir.DataType(dtype)
+    if isinstance(s, (bool, int, float)):
+        return op.Constant(value=ir.tensor(s, dtype=wanted))
+    return op.Cast(s, to=wanted)
 
 
 def _eps(x: Any, eps: float | None) -> float:
