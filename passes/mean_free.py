@@ -217,18 +217,24 @@ def _explicit(graph: Graph, found: Streams, node: fx.Node) -> str | None:
         reader = found.sees_mean[node]
         if reader.op == "output":
             return "the stream is an output of the model"
-        return f"{graph.path(reader)} ({_kind(reader)}) sees its mean"
+        return f"{_named(graph, reader)} sees its mean"
     if node in found.edges:
         return None
     if isinstance(op, (Reshape, Cat)):
-        return f"{graph.path(node)} ({_kind(node)}) joins features that have means of their own"
+        return f"{_named(graph, node)} joins features that have means of their own"
     writer = centered_writer(graph, op, found.axis[node])
     if writer is None:
-        return f"{graph.path(node)} ({_kind(node)}) has no weights that could be centered"
+        return f"{_named(graph, node)} has no weights that could be centered"
     shared = [c for c in vars(op).values() if isinstance(c, Constant) and graph.shared(c)]
     if shared and writer is not op:
         return f"{shared[0].name} is shared with another operator"
     return None
+
+
+def _named(graph: Graph, node: fx.Node) -> str:
+    """A place and what stands there; the place of an operator without a module says so itself."""
+    path, kind = graph.path(node), _kind(node)
+    return path if path.startswith(kind) else f"{path} ({kind})"
 
 
 def _kind(node: fx.Node) -> str:

@@ -66,6 +66,10 @@ def program(module: nn.Module, example_inputs: Any = None, dynamic_shapes: Any =
         ExportError: the module does not run on them, has no tensor output, or cannot be captured.
     """
     args, kwargs, dynamic_shapes = _inputs(module, example_inputs, dynamic_shapes)
+    if module.training and not isinstance(module, fx.GraphModule):  # the flag of a captured graph means nothing
+        raise UsageError(
+            f"{type(module).__name__} is in training mode: call .eval() on it, or export what normfuse.optimize returns"
+        )
     graph_module = module if isinstance(module, fx.GraphModule) else _captured(module, args, kwargs, dynamic_shapes).module()
     if not isinstance(graph_module, fx.GraphModule):
         raise ExportError(f"cannot export {type(module).__name__}: torch.export did not return a graph")

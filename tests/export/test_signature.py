@@ -155,3 +155,8 @@ def test_an_op_without_translation_is_named(tmp_path):
     with pytest.raises(ExportError, match="i0e"):
         exported(Strange().eval(), (torch.randn(2),), tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_module_in_training_mode(tmp_path):
+    with pytest.raises(UsageError, match=r"Linear is in training mode: call \.eval\(\)"):
+        exported(nn.Linear(2, 2).train(), (torch.randn(2, 2),), tmp_path)
