@@ -1,8 +1,8 @@
-"""`python -m benchmarks`: latency of the benchmark set, then time and memory of `optimize`. Goes on where it stopped."""
+"""`python -m benchmarks`: latency of the benchmark set, time and memory of `optimize`, operators. Goes on where it stopped."""
 
 import sys
 
-from benchmarks import run, scaling
+from benchmarks import operators, run, scaling
 
 if __name__ == "__main__":
-    sys.exit(run.main(sys.argv[1:]) or scaling.main([]))
+    sys.exit(run.main(sys.argv[1:]) or scaling.main([]) or operators.main())

@@ -24,7 +24,7 @@ __all__ = ["DEFAULT", "Pass", "optimize"]
 
 log = logging.getLogger(__name__)
 
-DEFAULT = ("cleanup", "expose", "affine", "mean_free", "affine", "realise", "cleanup")
+DEFAULT = ("cleanup", "expose", "affine", "mean_free", "affine", "realise", "select", "cleanup")
 """The default pipeline. `affine` runs twice: LayerScale must be in the weights before they are centered, and a β can
 leave its norm only when the norm has become an RMSNorm."""
 
@@ -108,7 +108,7 @@ def _pipeline(passes: Sequence[str | Pass] | None) -> list[Pass]:
     for p in found:
         if not callable(p) or not isinstance(getattr(p, "name", None), str):
             raise UsageError(f"passes: {p!r} is neither a name nor a pass (a callable with a `name`)")
-    return found if any(p.name == "realise" for p in found[-2:]) else [*found, PASSES["realise"]]
+    return found if "realise" in [p.name for p in found[-3:]] else [*found, PASSES["realise"]]
 
 
 def _named(name: str) -> Pass:

@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 _PROVENANCE = ("nn_module_stack", "stack_trace", "source_fn_stack", "from_node", "rank")
 
 
-class Refuse(Exception):  # noqa: N818 - a refusal is no error
+class Refuse(Exception):
     """Raised by a rule that recognises a site but may not rewrite it.
 
     Args:

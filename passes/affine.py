@@ -17,11 +17,13 @@ from normfuse.passes import into_consumer, into_producer
 from normfuse.passes.broadcast import collapse, is_one, is_zero
 from normfuse.report import PassReport, Site
 from normfuse.views import Affine as AffineOp
-from normfuse.views import BatchNorm, Embedding, GroupNorm, InstanceNorm, LayerNorm, Mul, Op, RmsNorm, Value
+from normfuse.views import BatchNorm, Embedding, GroupNorm, InstanceNorm, LayerNorm, Linear, Mul, Op, RmsNorm, Value
 
 __all__ = ["Affine"]
 
 _UNTIE = 1 << 16  # bytes: storing a shared weight once more is refused above this
+
+_WIDER = 4  # a new bias may be so many times wider than the features that are shifted: q, k and v at once, an MLP
 
 UP, DOWN = "affine_into_producer", "affine_into_consumers"
 
@@ -94,6 +96,8 @@ def _land(graph: Graph, node: fx.Node, refused: list[Site]) -> Site | None:
     for rule, s, t, rest in _ways(node, op):
         try:
             plan = _upward(graph, op.x, s, t) if rule == UP else _downward(graph, node, s, t)
+            if rule == DOWN and isinstance(op.x, (LayerNorm, RmsNorm, GroupNorm)):
+                _cheaper(graph, plan)
         except Refuse as e:
             reasons.append((rule, e))
             continue
@@ -318,6 +322,17 @@ def _changed(new: Op, old: Op) -> bool:
         or len(a) != len(b)
         or any(x is not y and (isinstance(x, Constant) or x != y) for x, y in zip(a, b, strict=True))
     )
+
+
+def _cheaper(graph: Graph, plan: Plan) -> None:
+    """Refuse a new bias that is much wider than the shift which it would save (a language model's head)."""
+    for node, new in plan.items():
+        old = graph.view(node, 1)
+        if not isinstance(new, Linear) or new.b is None or (isinstance(old, Linear) and old.b is not None):
+            continue
+        out, features = new.W.shape
+        if out > _WIDER * features:
+            raise Refuse(f"a new bias of {out} values would cost more than the shift of {features} that it replaces", blocker=node)
 
 
 def _affordable(graph: Graph, old: Value, new: Op) -> None:

@@ -5,7 +5,6 @@ from collections import Counter
 
 import pytest
 import torch
-from torch import nn
 
 import normfuse
 from tests import real_models as real
@@ -131,7 +130,14 @@ def hugging_face(model_name, config_name, **options):
         ),
         pytest.param(
             ("OPTForCausalLM", "OPTConfig"),
-            {"num_hidden_layers": 2, "hidden_size": 64, "ffn_dim": 128, "num_attention_heads": 2, "vocab_size": 100, "word_embed_proj_dim": 64},
+            {
+                "num_hidden_layers": 2,
+                "hidden_size": 64,
+                "ffn_dim": 128,
+                "num_attention_heads": 2,
+                "vocab_size": 100,
+                "word_embed_proj_dim": 64,
+            },
             {"input_ids": IDS},
             {"rms_norm": 5},
             id="opt",
@@ -178,5 +184,3 @@ def test_depth_costs_linear_time_in_the_passes():
             patch.setattr(Graph, "view", counted)
             normfuse.optimize(model, (torch.randn(1, 3, 32, 32),), verify="off")
     assert calls[12] < 2.5 * calls[6]
-
-

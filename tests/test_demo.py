@@ -89,7 +89,9 @@ def test_assets_are_small_and_hold_no_code() -> None:
     from importlib.resources import files
 
     folder = files("normfuse.assets")
-    sizes = {entry.name: len(entry.read_bytes()) for entry in folder.iterdir() if entry.is_file() and not entry.name.endswith(".py")}
+    sizes = {
+        entry.name: len(entry.read_bytes()) for entry in folder.iterdir() if entry.is_file() and not entry.name.endswith(".py")
+    }
     assert set(sizes) == {"digits_vit.safetensors", "digits_cnn.safetensors", "digits_test.safetensors"}
     assert sum(sizes.values()) < 2_000_000
     for name in sizes:

@@ -96,4 +96,4 @@ def test_random_inputs_find_what_the_example_hides():
 
 
 def test_the_default_pipeline_passes_are_all_registered():
-    assert set(PASSES) == {"cleanup", "expose", "affine", "mean_free", "realise"}
+    assert set(PASSES) == {"cleanup", "expose", "affine", "mean_free", "realise", "select"}

@@ -1,0 +1,125 @@
+"""What is read of one token only is computed for that token only.
+
+    f(x)[i] = f(x[i])   for every f that treats the rows of an axis alike
+
+A classifier reads the class token behind the last norm, and everything in the last block behind its attention is then
+needed for one token of 197. The selection moves up through it, exactly.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from time import perf_counter
+
+import torch
+from torch import fx
+
+from normfuse.constants import Constant
+from normfuse.graph import Graph
+from normfuse.report import PassReport, Site
+from normfuse.views import Add, Div, LayerNorm, Linear, Mul, Op, RmsNorm, Sub, Value
+
+__all__ = ["Select"]
+
+RULE = "selection_before_function"
+
+aten = torch.ops.aten
+
+_ELEMENTWISE = {
+    aten.gelu.default,
+    aten.relu.default,
+    aten.silu.default,
+    aten.sigmoid.default,
+    aten.tanh.default,
+    aten.hardswish.default,
+    aten.elu.default,
+    aten.leaky_relu.default,
+    aten.neg.default,
+    aten.abs.default,
+    aten.exp.default,
+    aten.square.default,
+}
+
+
+class Select:
+    """f(x)[i] = f(x[i]): what only one token of is read is computed for that token only."""
+
+    name = "select"
+
+    def __call__(self, graph: Graph) -> PassReport:
+        start = perf_counter()
+        applied: list[Site] = []
+        work = [n for n in graph if n.target is aten.select.int]
+        while work:
+            selection = work.pop()
+            site = _moved_up(graph, selection, work)
+            if site is not None:
+                applied.append(site)
+        graph.clean()
+        return PassReport(self.name, tuple(applied), seconds=perf_counter() - start)
+
+
+def _moved_up(graph: Graph, selection: fx.Node, work: list[fx.Node]) -> Site | None:
+    """One step: the selection behind a function becomes selections of its operands, which are added to `work`."""
+    x, dim, index = selection.args
+    if not isinstance(x, fx.Node) or not isinstance(dim, int) or not isinstance(index, int) or len(x.users) > 1:
+        return None
+    value = Value(node=x)
+    if value.shape is None:
+        return None
+    axis = dim % len(value.shape) - len(value.shape)
+    op = graph.view(x, 2)
+    operands = _alike(op, x, axis)
+    if operands is None or not graph.permit(RULE, graph.path(x)):
+        return None
+    new: fx.Node
+    if isinstance(op, Op):
+        chosen = {name: _chosen(graph, v, axis, index, selection, work) for name, v in operands.items()}
+        new = graph.replace(selection, dataclasses.replace(op, node=None, **chosen))
+    else:
+        only = _chosen(graph, operands["x"], axis, index, selection, work)
+        assert isinstance(only, Value)
+        new = graph.call(x.target, (only.node, *x.args[1:]), selection, x, dict(x.kwargs))
+        selection.replace_all_uses_with(new)
+    new.meta.update({k: x.meta[k] for k in ("nn_module_stack", "stack_trace") if k in x.meta})
+    site = graph.site(RULE, x)
+    graph.fx.erase_node(selection)
+    graph.fx.erase_node(x)  # else it would count as a reader of its operands
+    return site
+
+
+def _alike(op: Value, node: fx.Node, axis: int) -> dict[str, Value | Constant | float] | None:
+    """The operands whose rows along `axis` a function treats alike; None for any other function."""
+    match op:
+        case Linear(x) if axis != -1:
+            return {"x": x}
+        case LayerNorm(x, normalized) | RmsNorm(x, normalized) if -axis > len(normalized):
+            return {"x": x}
+        case Add(x, y) | Sub(x, y) | Mul(x, y) | Div(x, y):
+            return {"x": x, "y": y}
+        case _ if node.target in _ELEMENTWISE and isinstance(node.args[0], fx.Node):
+            return {"x": Value(node=node.args[0])}
+        case _:
+            return None
+
+
+def _chosen(
+    graph: Graph, value: Value | Constant | float, axis: int, index: int, before: fx.Node, work: list[fx.Node]
+) -> Value | Constant | float:
+    """The operand's row: broadcast ones have one row for all, or none."""
+    if isinstance(value, Constant):
+        if value.ndim < -axis:
+            return value
+        row = index if value.shape[axis] > 1 else 0
+        return Constant.apply(lambda v: v.select(axis, row), value)
+    if not isinstance(value, Value):
+        return value
+    shape = value.shape
+    assert shape is not None
+    assert value.node is not None
+    if len(shape) < -axis:
+        return value
+    row = 0 if isinstance(shape[axis], int) and shape[axis] == 1 else index
+    chosen = graph.call(aten.select.int, (value.node, axis, row), before, value.node)
+    work.append(chosen)
+    return Value(node=chosen)
