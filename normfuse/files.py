@@ -33,6 +33,13 @@ def check_target(path: str | Path, *, force: bool = False) -> Path:
     return path
 
 
+def _umask() -> int:
+    """The process's mask; the system tells it only by setting another one."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
+
+
 @contextmanager
 def atomic(path: str | Path, *, force: bool = False) -> Iterator[Path]:
     """A temporary path beside `path`, renamed to `path` when the block ends well and removed when it does not.
@@ -51,6 +58,7 @@ def atomic(path: str | Path, *, force: bool = False) -> Iterator[Path]:
             raise FileNotFoundError(f"nothing was written to {path}")
         # side files first: whoever sees the main file finds them in place
         for part in sorted(folder.iterdir(), key=lambda p: p.name == path.name):
+            os.chmod(part, 0o666 & ~_umask())  # some writers make files for their owner only
             os.replace(part, path.parent / part.name)
     except OSError as e:
         raise UsageError(f"cannot write {path}: {e.strerror or e}") from e

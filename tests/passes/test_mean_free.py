@@ -120,3 +120,20 @@ def test_the_reason_names_the_reader():
     site = next(s for s in report.refused if s.rule == "layer_norm_is_rms_norm")
     assert site.note == "the stream is an output of the model"
     assert site.remedy
+
+
+def test_a_shift_stays_behind_its_norm_rather_than_widen_a_head():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stack, self.norm, self.head = Stack(), nn.LayerNorm(3), nn.Linear(3, 100, bias=False)
+
+        def forward(self, x):
+            return self.head(self.norm(self.stack(x)))
+
+    model = randomise_norms(Model()).eval()
+    fast = normfuse.optimize(model, (torch.randn(2, 5, 6),))
+    report = normfuse.report(fast)
+    assert report.norms_after["layer_norm"] + report.norms_after["rms_norm"] == 6
+    assert "head.bias" not in fast.state_dict()
+    assert "a new bias of 100 values" in next(s.note for s in report.refused if s.path == "norm" and "affine" in s.rule)
