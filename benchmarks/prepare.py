@@ -53,7 +53,7 @@ def prepare(entry: Entry, folder: Path, *, threads: int | None = None) -> Prepar
         "exact": None if found.exact is None else found.exact.max_rel,
         "drift": None if found.drift is None else found.drift.max_rel,
         "optimize_s": found.seconds,
-        "export": json.loads(json.dumps(asdict(exported), default=str)),
+        "export": json.loads(json.dumps(asdict(exported) | {"path": exported.path.name}, default=str)),
     }
     return Prepared(
         onnxruntime_engine("original", original, inputs), onnxruntime_engine("optimized", optimized, inputs), facts, source
