@@ -108,7 +108,9 @@ def _pipeline(passes: Sequence[str | Pass] | None) -> list[Pass]:
     for p in found:
         if not callable(p) or not isinstance(getattr(p, "name", None), str):
             raise UsageError(f"passes: {p!r} is neither a name nor a pass (a callable with a `name`)")
-    return found if "realise" in [p.name for p in found[-3:]] else [*found, PASSES["realise"]]
+    last = max((i for i, p in enumerate(found) if p.name == "realise"), default=None)
+    settled = last is not None and all(p.name in ("select", "cleanup") for p in found[last + 1 :])
+    return found if settled else [*found, PASSES["realise"]]
 
 
 def _named(name: str) -> Pass:

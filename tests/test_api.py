@@ -169,3 +169,13 @@ def test_a_timm_model_declares_its_inputs_for_any_batch():
     assert normfuse.report(fast).exact.max_rel <= 1e-9
     x = torch.randn(3, 3, 176, 176)
     torch.testing.assert_close(fast(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "passes", [["realise", "expose", "affine"], ["expose", "realise", "mean_free", "cleanup"], ["expose"]], ids="-".join
+)
+def test_no_order_of_passes_leaves_an_affine_behind(passes):
+    entry = ZOO["preln_gpt"]
+    fast = normfuse.optimize(entry.build(), entry.args, passes=passes)
+    assert all(n.op != "call_function" or "affine" not in str(n.target) for n in fast.graph.nodes)
+    assert normfuse.report(fast).exact.max_rel <= 1e-9
