@@ -28,13 +28,14 @@ __all__ = [
     "__version__",
     "bench",
     "export",
+    "nn",
     "optimize",
     "passes",
     "report",
 ]
 
 if TYPE_CHECKING:
-    from normfuse import export, passes
+    from normfuse import export, nn, passes
     from normfuse.api import optimize
     from normfuse.engines import bench
     from normfuse.errors import CaptureError, CheckFailed, ExportError, MissingExtra, NormfuseError, RewriteError, UsageError
@@ -57,7 +58,7 @@ def __getattr__(name: str) -> Any:
     """Public names load on first use, so that `normfuse --help` need not wait for PyTorch."""
     import importlib
 
-    if name in ("export", "passes"):
+    if name in ("export", "nn", "passes"):
         return importlib.import_module(f"normfuse.{name}")
     if name in _HOMES:
         value = getattr(importlib.import_module(_HOMES[name]), name)

@@ -5,20 +5,21 @@ from __future__ import annotations
 import difflib
 import logging
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from time import perf_counter
 from typing import Any, Protocol
 
-from torch import fx
+from torch import Tensor, fx
 
-from normfuse.capture import capture, flat_inputs
+from normfuse.capture import Captured, arguments, capture, flat_inputs
+from normfuse.census import census
 from normfuse.errors import UsageError
 from normfuse.graph import Graph
 from normfuse.passes import PASSES
 from normfuse.prove import Proof, run
 from normfuse.record import Record
 from normfuse.report import PassReport, Report
-from normfuse.views import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, Op, RmsNorm, affine
 
 __all__ = ["DEFAULT", "Pass", "optimize"]
 
@@ -32,7 +33,12 @@ _VERIFY = ("end", "each", "off")
 
 
 class Pass(Protocol):
-    """A rewrite of the whole graph."""
+    """A rewrite of the whole graph.
+
+    An optional attribute `changes` says, as the rest of a sentence about the pass, how it changes the function by intention;
+    such a pass is not held against the original, its SQNR is reported. An optional attribute `leaves_affines = False` says
+    that the pass makes no `Affine`, so that `realise` need not run after it.
+    """
 
     name: str
 
@@ -57,8 +63,11 @@ def optimize(
             model declares are used (timm, Hugging Face, torchvision), else the model is traced without shapes; rules
             that need a shape then refuse.
         dynamic_shapes: as in `torch.export.export`; without it all sizes are those of the example.
-        passes: names of passes (`normfuse.passes.PASSES`) or pass objects; None for the default pipeline.
-        quantize, calibration: reserved for ShiftQuant; only None is accepted so far.
+        passes: names of passes (`normfuse.passes.PASSES`) or pass objects; None for the default pipeline, whose passes the
+            name "default" stands for, as in `["default", "compress"]`.
+        quantize: reserved for ShiftQuant; only None is accepted so far.
+        calibration: batches of inputs, each as `example_inputs`, for passes that take constants from data (`l1`); they are
+            held in memory. None lets them use `example_inputs`.
         verify: "end" compares the final graph with the original in float64 and in the model's own dtype, and takes
             back every rewrite that is not exact; "each" does so after each pass; "off" compares nothing.
 
@@ -73,19 +82,20 @@ def optimize(
     pipeline = _pipeline(passes)
     if verify not in _VERIFY:
         raise UsageError(f"verify={verify!r}: expected one of {', '.join(map(repr, _VERIFY))}")
-    if quantize is not None or calibration is not None:
-        raise UsageError("quantize= and calibration= are not available in this version; pass None")
+    if quantize is not None:
+        raise UsageError("quantize= is not available in this version; pass None")
     captured = capture(model, example_inputs, dynamic_shapes)
     graph = Graph.of(captured.gm)
     original = graph.copy()
     inputs = flat_inputs(captured.gm, captured.args, captured.kwargs or {}) if captured.has_inputs else None
     proof = Proof(original, inputs) if verify != "off" and inputs is not None else None
-    graph, reports, exact = run(graph, pipeline, proof, each=verify == "each")
-    after = _count(graph)
-    before = _count(original)
+    graph.samples = _samples(captured, calibration, inputs)
+    graph, reports, exact, proof = run(graph, pipeline, proof, each=verify == "each")
+    after = census(graph)
+    before = census(original)
     gm = graph.to_module(type(model).__name__ if not isinstance(model, fx.GraphModule) else "Optimized")
     drift = None if proof is None else proof.drift(graph)
-    notes = captured.notes
+    notes = captured.notes + _changes(pipeline, reports)
     if verify != "off" and inputs is None:
         notes += ("not verified: the model was traced without example inputs",)
     report = Report(
@@ -104,13 +114,36 @@ def _pipeline(passes: Sequence[str | Pass] | None) -> list[Pass]:
         return [PASSES[name] for name in DEFAULT]
     if isinstance(passes, str):
         raise UsageError(f"passes={passes!r}: expected a list of names, e.g. [{passes!r}]")
-    found = [_named(p) if isinstance(p, str) else p for p in passes]
+    names = [n for p in passes for n in (DEFAULT if isinstance(p, str) and p == "default" else (p,))]
+    found = [_named(p) if isinstance(p, str) else p for p in names]
     for p in found:
         if not callable(p) or not isinstance(getattr(p, "name", None), str):
             raise UsageError(f"passes: {p!r} is neither a name nor a pass (a callable with a `name`)")
     last = max((i for i, p in enumerate(found) if p.name == "realise"), default=None)
-    settled = last is not None and all(p.name in ("select", "cleanup") for p in found[last + 1 :])
+    settled = last is not None and not any(getattr(p, "leaves_affines", True) for p in found[last + 1 :])
     return found if settled else [*found, PASSES["realise"]]
+
+
+def _samples(captured: Captured, calibration: Any, inputs: list[Any] | None) -> list[list[Any]]:
+    """What passes may calibrate on: the calibration batches, else the example inputs."""
+    if calibration is None:
+        return [] if inputs is None else [inputs]
+    if isinstance(calibration, (Tensor, Mapping)) or not isinstance(calibration, Iterable):
+        raise UsageError(f"calibration: expected an iterable of batches, got {type(calibration).__name__}; pass a list or a loader")
+    batches = [flat_inputs(captured.gm, *arguments(batch)) for batch in calibration]
+    if not batches:
+        raise UsageError("calibration: the loader gave no batch")
+    return batches
+
+
+def _changes(pipeline: Sequence[Pass], reports: Sequence[PassReport]) -> tuple[str, ...]:
+    """What the user must not overlook: passes that are no identities and did something."""
+
+    def said(p: Pass, r: PassReport) -> str:
+        measured = "not measured" if r.sqnr is None else f"SQNR of the outputs {r.sqnr:.1f} dB"
+        return f"{p.name} {getattr(p, 'changes', '')}; {measured}"
+
+    return tuple(said(p, r) for p, r in zip(pipeline, reports, strict=True) if getattr(p, "changes", "") and r.applied)
 
 
 def _named(name: str) -> Pass:
@@ -124,28 +157,10 @@ def _named(name: str) -> Pass:
 def _last_word(reports: list[PassReport]) -> list[PassReport]:
     """Of a pass that runs twice, only the last refusals stand: what it refused first may have succeeded since."""
     last = {r.name: i for i, r in enumerate(reports)}
-    return [
-        r if last[r.name] == i else PassReport(r.name, r.applied, (), r.undone, r.exact, r.drift, r.seconds)
-        for i, r in enumerate(reports)
-    ]
+    return [r if last[r.name] == i else replace(r, refused=()) for i, r in enumerate(reports)]
 
 
 # -- figures -----------------------------------------------------------------------------------------------------------
-
-_KINDS = {
-    BatchNorm: "batch_norm",
-    InstanceNorm: "instance_norm",
-    LayerNorm: "layer_norm",
-    RmsNorm: "rms_norm",
-    GroupNorm: "group_norm",
-}
-
-
-def _count(graph: Graph) -> Counter[str]:
-    views = (graph.view(n, 1) for n in graph)
-    counts = Counter(_KINDS[type(v)] for v in views if isinstance(v, Op) and type(v) in _KINDS)
-    assert not any(n.target is affine for n in graph), "realise has left an affine behind"
-    return counts
 
 
 def _norms(before: Counter[str], after: Counter[str]) -> tuple[dict[str, int], dict[str, int]]:

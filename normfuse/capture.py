@@ -18,7 +18,7 @@ from normfuse.declared_inputs import declared_inputs
 from normfuse.errors import CaptureError, UsageError
 from normfuse.record import record
 
-__all__ = ["Captured", "capture", "flat_inputs"]
+__all__ = ["Captured", "arguments", "capture", "flat_inputs"]
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ def capture(model: Any, example_inputs: Any = None, dynamic_shapes: Any = None) 
         CaptureError: the model cannot be traced; the message names the cause and what to try.
         UsageError: `model` or `example_inputs` is not of a kind that can be captured.
     """
-    given = _inputs(example_inputs)
+    given = None if example_inputs is None else arguments(example_inputs)
     if isinstance(model, ExportedProgram):
         return _exported_program(model, given)
     if not isinstance(model, nn.Module):
@@ -122,9 +122,12 @@ def _by_name(gm: fx.GraphModule, names: list[str], args: tuple[Any, ...], kwargs
 # -- ways in -----------------------------------------------------------------------------------------------------------
 
 
-def _inputs(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    if example is None:
-        return None
+def arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments of a call, from one tensor, a tuple or list, or a dictionary.
+
+    Raises:
+        UsageError: it is none of these.
+    """
     if isinstance(example, Tensor):
         return (example,), {}
     if isinstance(example, Mapping):

@@ -50,6 +50,7 @@ class Graph:
         skip: sites (rule, module path) that must not be rewritten: what verification has taken back.
         fuel: how many more rewrites are allowed; None for any number. Bisection lowers it.
         permitted: the sites that were allowed so far, in order.
+        samples: what passes may calibrate on: one list a batch with one value a placeholder; empty if nothing was given.
     """
 
     def __init__(self, graph: fx.Graph, constants: dict[str, Constant], owner: nn.Module) -> None:
@@ -58,6 +59,7 @@ class Graph:
         self.skip: frozenset[tuple[str, str]] = frozenset()
         self.fuel: int | None = None
         self.permitted: list[tuple[str, str]] = []
+        self.samples: list[list[Any]] = []
         self._owner = owner  # holds what is neither tensor nor operator: leaf modules, subgraphs of control flow
         self._fresh = 0
         self._keys = {id(c): key for key, c in constants.items()}
@@ -101,7 +103,7 @@ class Graph:
         for old, new in zip(self.fx.nodes, graph.nodes, strict=True):
             new.meta, new.name = dict(old.meta), old.name
         made = Graph(graph, dict(self.constants), self._owner)
-        made.skip, made.fuel, made._fresh = self.skip, self.fuel, self._fresh
+        made.skip, made.fuel, made._fresh, made.samples = self.skip, self.fuel, self._fresh, self.samples
         return made
 
     def to_module(self, name: str = "Optimized") -> fx.GraphModule:

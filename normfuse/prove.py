@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from normfuse.errors import NormfuseError, RewriteError
 from normfuse.graph import Graph
 from normfuse.report import Error, PassReport, Site
-from normfuse.verify import EXACT_BOUND, evaluate, like, measure, shorten
+from normfuse.verify import EXACT_BOUND, decibels, evaluate, like, measure, shorten
 
 __all__ = ["Proof", "run"]
 
@@ -33,6 +33,7 @@ class Proof:
     """
 
     def __init__(self, original: Graph, inputs: Sequence[Any]) -> None:
+        self.inputs = inputs
         few = shorten(lambda values: evaluate(original, values, exact=False), inputs)
         self._samples = [few, like(few, seed=0)]
         self._original = original
@@ -49,6 +50,14 @@ class Proof:
     def drift(self, graph: Graph) -> Error:
         """The error in the model's own dtype."""
         return self._error(graph, exact=False)
+
+    def sqnr(self, graph: Graph) -> float:
+        """Signal to quantization noise ratio of the outputs in dB: 10 log₁₀ (Σ y² / Σ (y − ŷ)²), in float64."""
+        try:
+            found = [evaluate(graph, values, exact=True) for values in self._samples]
+        except Exception as e:
+            raise RewriteError(f"the rewritten graph does not run: {e}") from e
+        return decibels(zip(self._outputs(exact=True), found, strict=False))
 
     def holds(self, graph: Graph) -> bool:
         """Is the graph the same function, up to rounding in float64?"""
@@ -83,8 +92,11 @@ def _native(outputs: Sequence[torch.Tensor]) -> str:
 
 def run(
     graph: Graph, pipeline: Sequence[Any], proof: Proof | None, *, each: bool = False
-) -> tuple[Graph, list[PassReport], Error | None]:
+) -> tuple[Graph, list[PassReport], Error | None, Proof | None]:
     """Apply the passes in order; with a proof, take back every rewrite that breaks it and go on with the rest.
+
+    A pass with an attribute `changes` is no identity by intention. What it did is reported as SQNR, and the passes after
+    it are held against the graph that it left.
 
     Args:
         graph: where to start; it is not changed.
@@ -93,17 +105,53 @@ def run(
         each: compare after every pass, and report its errors; else once at the end.
 
     Returns:
-        The rewritten graph, one report a pass, and the error of the graph in float64.
+        The rewritten graph, one report a pass, the largest error in float64 between changes, and the proof of the last stretch.
     """
+    reports: list[PassReport] = []
+    exact: Error | None = None
+    while True:
+        stretch = _stretch(graph, pipeline[len(reports) :], proof, each=each)
+        reports += stretch.reports
+        if stretch.exact is not None:
+            exact = stretch.exact | exact
+        if stretch.changed is None:
+            return stretch.graph, reports, exact, proof
+        graph, report = stretch.changed
+        if proof is not None:
+            after = Proof(graph, proof.inputs)
+            report = replace(report, sqnr=proof.sqnr(graph))
+            proof = after
+        reports.append(report)
+
+
+@dataclass(frozen=True)
+class _Stretch:
+    """Passes up to the next one that changes the function, or to the end.
+
+    Attributes:
+        graph: after these passes.
+        reports: theirs.
+        exact: error of `graph`; None without a proof.
+        changed: the graph after the pass that changed the function, and its report; None at the end of the pipeline.
+    """
+
+    graph: Graph
+    reports: list[PassReport]
+    exact: Error | None
+    changed: tuple[Graph, PassReport] | None
+
+
+def _stretch(start: Graph, pipeline: Sequence[Any], proof: Proof | None, *, each: bool) -> _Stretch:
     undone: dict[int, list[Site]] = {}
     given_up: set[int] = set()
-    current = graph.copy()
+    current = start.copy()
     for _ in range(_ATTEMPTS):
-        result, reports, before = _attempt(current, pipeline, given_up, proof if each else None)
+        result, reports, before, changed = _attempt(current, pipeline, given_up, proof if each else None)
         exact = None if proof is None else proof.exact(result)
         if proof is None or exact is None or exact.max_rel <= EXACT_BOUND:
-            return result, [replace(r, undone=tuple(undone.get(i, r.undone))) for i, r in enumerate(reports)], exact
-        i = _culprit(pipeline, [*before[1:], result], proof)
+            told = [replace(r, undone=tuple(undone.get(i, r.undone))) for i, r in enumerate(reports)]
+            return _Stretch(result, told, exact, changed)
+        i = _culprit(pipeline[: len(reports)], [*before[1:], result], proof)
         site = _guilty_site(pipeline[i], before[i], proof)
         if site is None:
             given_up.add(i)
@@ -118,31 +166,38 @@ def run(
 
 def _attempt(
     start: Graph, pipeline: Sequence[Any], given_up: set[int], proof: Proof | None
-) -> tuple[Graph, list[PassReport], list[Graph]]:
-    """One run from the start: the result, a report a pass, and the graph before each pass."""
+) -> tuple[Graph, list[PassReport], list[Graph], tuple[Graph, PassReport] | None]:
+    """One run from the start: the result, a report a pass, the graph before each, and what a pass that `changes` made of it."""
     graph = start.copy()
     reports: list[PassReport] = []
     before: list[Graph] = []
     for i, p in enumerate(pipeline):
-        before.append(graph.copy())
+        kept = graph.copy()
         if i in given_up:
-            reports.append(PassReport(p.name))
-            continue
-        begin = perf_counter()
-        try:
-            report = p(graph)
-        except NormfuseError:
-            raise
-        except Exception as e:  # a pass that fails leaves the model as it was; the others go on
-            log.exception("the pass %s failed and was left out", p.name)
-            graph = before[-1].copy()
-            site = Site(p.name, "", f"the pass failed and was left out: {type(e).__name__}: {e}")
-            report = PassReport(p.name, undone=(site,), seconds=perf_counter() - begin)
+            graph, report = kept, PassReport(p.name)
+        else:
+            graph, report = _applied(p, graph, kept)
+        if report.applied and getattr(p, "changes", ""):
+            return kept, reports, before, (graph, report)
+        before.append(kept)
         if proof is not None:
             report = replace(report, exact=proof.exact(graph), drift=proof.drift(graph))
         log.info("%s: %d applied, %d refused", p.name, len(report.applied), len(report.refused))
         reports.append(report)
-    return graph, reports, before
+    return graph, reports, before, None
+
+
+def _applied(p: Any, graph: Graph, kept: Graph) -> tuple[Graph, PassReport]:
+    """The graph after the pass and its report; a pass that fails leaves the graph as it was, and the others go on."""
+    begin = perf_counter()
+    try:
+        return graph, p(graph)
+    except NormfuseError:
+        raise
+    except Exception as e:
+        log.exception("the pass %s failed and was left out", p.name)
+        site = Site(p.name, "", f"the pass failed and was left out: {type(e).__name__}: {e}")
+        return kept.copy(), PassReport(p.name, undone=(site,), seconds=perf_counter() - begin)
 
 
 def _culprit(pipeline: Sequence[Any], after: Sequence[Graph], proof: Proof) -> int:

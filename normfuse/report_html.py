@@ -5,7 +5,7 @@ from html import escape
 
 from normfuse import __version__
 from normfuse.report import Error, PassReport, Report, Site
-from normfuse.report_text import change, compact, duration, magnitude, reasons, size
+from normfuse.report_text import change, compact, duration, exactness, magnitude, reasons, size
 
 __all__ = ["page"]
 
@@ -113,7 +113,7 @@ def _row(name: str, p: PassReport, bar: str, attributes: str = "") -> str:
     undone = f"<span class=bad>{len(p.undone)}</span>" if p.undone else "0"
     cells = (
         escape(name), str(len(p.applied)), str(len(p.refused)), undone,
-        magnitude(p.exact), magnitude(p.drift), duration(p.seconds), bar,
+        exactness(p), magnitude(p.drift), duration(p.seconds), bar,
     )  # fmt: skip
     return f"<tr{attributes}>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
 

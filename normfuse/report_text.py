@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from normfuse.errors import UsageError
 from normfuse.report import Error, PassReport, Report, Site
 
-__all__ = ["Reason", "change", "compact", "duration", "magnitude", "reasons", "size", "table"]
+__all__ = ["Reason", "change", "compact", "duration", "exactness", "magnitude", "reasons", "size", "table"]
 
 _NARROWEST = 20
 _NUMBER = re.compile(r"(?<!\d)(?:0|[1-9]\d*)(?!\d)")  # no leading zero: it would not come back as it was written
@@ -89,6 +89,11 @@ def magnitude(error: Error | None) -> str:
     return "-" if error is None else _scientific(error.max_rel)
 
 
+def exactness(p: PassReport) -> str:
+    """The relative error of an identity, or the SQNR of a pass that is none by intention: `71.3 dB`."""
+    return magnitude(p.exact) if p.sqnr is None else f"{p.sqnr:.1f} dB"
+
+
 def _scientific(value: float) -> str:
     return "0" if value == 0 else f"{value:.1e}" if math.isfinite(value) else f"{value}"
 
@@ -134,6 +139,9 @@ def table(report: Report, width: int = 80) -> str:
     for title, sites in (("undone: failed verification, taken back", report.undone), ("refused", report.refused)):
         if sites:
             lines += ["", *_wrap(title, width, 0), *_reasons(sites, width)]
+    changed = [s for p in report.passes if p.sqnr is not None for s in p.applied]
+    if changed:
+        lines += ["", *_wrap("changed by intention", width, 0), *_reasons(changed, width)]
     if report.notes:
         lines += ["", "notes"]
         for note in report.notes:
@@ -152,7 +160,7 @@ def _passes(report: Report, width: int) -> Iterator[str]:
     if room < 5:
         for name, p in rows:
             counts = f"{len(p.applied)} applied, {len(p.refused)} refused" + (f", {len(p.undone)} undone" if p.undone else "")
-            errors = f"exact {magnitude(p.exact)}, drift {magnitude(p.drift)}, {duration(p.seconds)}"
+            errors = f"exact {exactness(p)}, drift {magnitude(p.drift)}, {duration(p.seconds)}"
             yield from _wrap(f"{name}: {counts}, {errors}", width, 0, hang=2)
         return
     names = [_shorten(_clean(name), room) for name, _ in rows]
@@ -161,7 +169,7 @@ def _passes(report: Report, width: int) -> Iterator[str]:
     yield f"{'pass':<{column}}" + "".join(f"{h:>9}" for h in head) + f"{'exact':>11}{'drift':>11}{'time':>13}"
     for name, (_, p) in zip(names, rows, strict=True):
         counts = "".join(f"{len(sites):>9}" for sites in (p.applied, p.refused, *([p.undone] if undone else [])))
-        yield f"{name:<{column}}{counts}{magnitude(p.exact):>11}{magnitude(p.drift):>11}{duration(p.seconds):>13}"
+        yield f"{name:<{column}}{counts}{exactness(p):>11}{magnitude(p.drift):>11}{duration(p.seconds):>13}"
 
 
 def _whole(report: Report) -> PassReport:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from normfuse.errors import RewriteError
 from normfuse.graph import Graph
 from normfuse.report import Error
 
-__all__ = ["EXACT_BOUND", "evaluate", "like", "measure", "shorten"]
+__all__ = ["EXACT_BOUND", "decibels", "evaluate", "like", "measure", "shorten"]
 
 log = logging.getLogger(__name__)
 
@@ -113,6 +114,20 @@ def _deviation(a: Tensor, b: Tensor, dtype: str) -> Error:
     difference = float((a[~odd] - b[~odd]).abs().max())
     scale = float(a[~odd].abs().max())
     return Error(difference, difference / scale if scale > 0 else (0.0 if difference == 0 else float("inf")), dtype)
+
+
+def decibels(pairs: Iterable[tuple[Sequence[Tensor], Sequence[Tensor]]]) -> float:
+    """SQNR of found against expected floating-point outputs, 10 log₁₀ (Σ y² / Σ (y − ŷ)²); infinite if they are equal."""
+    signal = noise = 0.0
+    for expected, found in pairs:
+        for a, b in zip(expected, found, strict=True):
+            if a.is_floating_point():
+                finite = a.isfinite()
+                signal += float(a[finite].double().square().sum())
+                noise += float((a[finite].double() - b[finite].double()).square().sum())
+    if noise == 0.0:
+        return math.inf
+    return 10 * math.log10(signal / noise) if signal > 0 else -math.inf
 
 
 def like(inputs: Sequence[Any], seed: int) -> list[Any]:

@@ -52,6 +52,7 @@ class Cleanup:
     """Dropout, copies, and casts, reshapes, paddings that change nothing go; arithmetic on constants is done once."""
 
     name = "cleanup"
+    leaves_affines = False
     rules = (identity, movement_to_the_same_place)
 
     def __call__(self, graph: Graph) -> PassReport:

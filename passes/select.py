@@ -45,6 +45,7 @@ class Select:
     """f(x)[i] = f(x[i]): what only one token of is read is computed for that token only."""
 
     name = "select"
+    leaves_affines = False
 
     def __call__(self, graph: Graph) -> PassReport:
         start = perf_counter()

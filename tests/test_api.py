@@ -102,6 +102,8 @@ def test_report_round_trips_through_json():
         pytest.param({"verify": "always"}, "expected one of 'end', 'each', 'off'", id="verify"),
         pytest.param({"example_inputs": 3}, "a tuple of inputs or a dictionary", id="example inputs"),
         pytest.param({"quantize": object()}, "not available", id="quantize"),
+        pytest.param({"calibration": torch.zeros(1)}, "iterable of batches", id="calibration-tensor"),
+        pytest.param({"calibration": []}, "no batch", id="calibration-empty"),
     ],
 )
 def test_wrong_arguments_are_one_clear_error(arguments, message):

@@ -97,3 +97,55 @@ def test_random_inputs_find_what_the_example_hides():
 
 def test_the_default_pipeline_passes_are_all_registered():
     assert set(PASSES) == {"cleanup", "expose", "affine", "mean_free", "realise", "select"}
+
+
+class Louder:
+    """Scales the weights of chosen linears, and says so."""
+
+    name = "louder"
+    changes = "scales chosen weights"
+
+    def __init__(self, factor, *paths):
+        self.saboteur = Saboteur(factor, *paths)
+
+    def __call__(self, graph):
+        return self.saboteur(graph)
+
+
+def test_a_change_by_intention_stands_and_what_follows_is_proven_against_it():
+    model, example = mlp()
+    passes = ["cleanup", Louder(1.01, "3"), "expose", "affine", Saboteur(1.001, "5"), "realise"]
+    fast = normfuse.optimize(model, example, passes=passes)
+    report = normfuse.report(fast)
+    assert [site.path for site in report.undone] == ["5"]  # the wrong rewrite after the change is found all the same
+    (louder,) = [p for p in report.passes if p.sqnr is not None]
+    assert [site.path for site in louder.applied] == ["3"]
+    with torch.no_grad():
+        expected = model(*example)
+        model[3].weight *= 1.01
+        torch.testing.assert_close(fast(*example), model(*example))
+        noise = (model(*example) - expected).double()
+    assert louder.sqnr == pytest.approx(
+        20 * torch.log10(expected.double().norm() / noise.norm()).item(), abs=12
+    )  # random inputs too
+    assert any("louder scales chosen weights; SQNR" in note for note in report.notes)
+    assert report.exact.max_rel <= 1e-9
+    assert "dB" in str(report)
+    assert normfuse.Report.from_json(report.to_json()) == report
+
+
+def test_a_change_that_found_nothing_leaves_the_proof_against_the_original():
+    model, example = mlp()
+    fast = normfuse.optimize(model, example, passes=[Louder(1.01), Saboteur(1.001, "3")])
+    report = normfuse.report(fast)
+    assert [site.path for site in report.undone] == ["3"]
+    assert all(p.sqnr is None for p in report.passes)
+    torch.testing.assert_close(fast(*example), model(*example))
+
+
+def test_default_stands_for_its_passes():
+    model, example = mlp()
+    named = normfuse.report(normfuse.optimize(model, example, passes=["default", Louder(1.0, "5")]))
+    plain = normfuse.report(normfuse.optimize(model, example))
+    assert [p.name for p in named.passes][: len(plain.passes)] == [p.name for p in plain.passes]
+    assert named.norms_after == plain.norms_after == {"batch_norm": 0}

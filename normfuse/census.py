@@ -1,0 +1,76 @@
+"""How many normalizations a graph computes, by kind."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+
+from torch import fx
+
+from normfuse.graph import Graph, path_of
+from normfuse.views import (
+    Affine,
+    BatchNorm,
+    GroupNorm,
+    Identity,
+    InstanceNorm,
+    LayerNorm,
+    Movement,
+    Op,
+    Permute,
+    Reshape,
+    RmsNorm,
+)  # fmt: skip
+
+__all__ = ["census"]
+
+_KINDS: dict[type[Op], str] = {
+    BatchNorm: "batch_norm",
+    InstanceNorm: "instance_norm",
+    LayerNorm: "layer_norm",
+    RmsNorm: "rms_norm",
+    GroupNorm: "group_norm",
+}
+_MOVES = (Identity, Movement, Permute, Reshape)
+_LAYER = re.compile(r"normfuse\.nn\.\w+\.(\w*Norm\w*|Dynamic\w+)")
+
+
+def census(graph: Graph) -> Counter[str]:
+    """Normalizations by kind: PyTorch's own operators, and layers of `normfuse.nn` that compute more than one of those.
+
+    A layer is counted under its own name (`unified_norm`) as long as arithmetic of it is left; once only an operator of
+    PyTorch is left of it, that operator is counted, and once nothing is left, nothing.
+    """
+    operators: list[tuple[str, tuple[str, str] | None]] = []
+    layers: set[tuple[str, str]] = set()
+    for node in _computed(graph):
+        view = graph.view(node, 1)
+        kind = _KINDS.get(type(view)) if isinstance(view, Op) else None
+        layer = _layer(node)
+        if kind is not None:
+            operators.append((kind, layer))
+        elif layer is not None and not isinstance(view, _MOVES):
+            layers.add(layer)
+    return Counter(name for name, _ in layers) + Counter(kind for kind, layer in operators if layer not in layers)
+
+
+def _computed(graph: Graph) -> Iterator[fx.Node]:
+    """The operators that depend on an input of the model."""
+    known: set[fx.Node] = set()
+    for node in graph:
+        assert not isinstance(graph.view(node, 1), Affine), "realise has left an affine behind"
+        if node.op == "get_attr" or (node.op == "call_function" and known.issuperset(node.all_input_nodes)):
+            known.add(node)
+        elif node.op == "call_function":
+            yield node
+
+
+def _layer(node: fx.Node) -> tuple[str, str] | None:
+    """Kind and place of the layer of `normfuse.nn` that the node belongs to, the outermost one if they are nested."""
+    for path, owner in (node.meta.get("nn_module_stack") or {}).values():
+        name = owner if isinstance(owner, str) else f"{owner.__module__}.{owner.__qualname__}"
+        found = _LAYER.fullmatch(name)
+        if found is not None:
+            return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", found[1]).lower(), path or path_of(node)
+    return None
