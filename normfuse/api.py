@@ -25,9 +25,13 @@ __all__ = ["DEFAULT", "Pass", "optimize"]
 
 log = logging.getLogger(__name__)
 
-DEFAULT = ("cleanup", "expose", "affine", "mean_free", "affine", "realise", "select", "cleanup")
+DEFAULT = (
+    "cleanup", "bake", "recognise", "huge_eps", "expose", "affine", "bake", "mean_free", "affine", "key_bias",
+    "realise", "select", "cleanup",
+)  # fmt: skip
 """The default pipeline. `affine` runs twice: LayerScale must be in the weights before they are centered, and a β can
-leave its norm only when the norm has become an RMSNorm."""
+leave its norm only when the norm has become an RMSNorm. `bake` runs twice: branches are one convolution only once their
+BatchNorms are in their weights."""
 
 _VERIFY = ("end", "each", "off")
 
@@ -36,11 +40,13 @@ class Pass(Protocol):
     """A rewrite of the whole graph.
 
     An optional attribute `changes` says, as the rest of a sentence about the pass, how it changes the function by intention;
-    such a pass is not held against the original, its SQNR is reported. An optional attribute `leaves_affines = False` says
-    that the pass makes no `Affine`, so that `realise` need not run after it.
+    such a pass is not held against the original, its SQNR is reported. `leaves_affines = False` says that the pass makes no
+    `Affine`, so that `realise` need not run after it. `precedes` names the pass of the default pipeline that it must stand
+    before where it is asked for together with "default".
     """
 
-    name: str
+    @property
+    def name(self) -> str: ...
 
     def __call__(self, graph: Graph) -> PassReport: ...
 
@@ -64,7 +70,7 @@ def optimize(
             that need a shape then refuse.
         dynamic_shapes: as in `torch.export.export`; without it all sizes are those of the example.
         passes: names of passes (`normfuse.passes.PASSES`) or pass objects; None for the default pipeline, whose passes the
-            name "default" stands for, as in `["default", "compress"]`.
+            name "default" stands for, as in `["default", "compress"]`; `depth_scale` finds its place among them itself.
         quantize: reserved for ShiftQuant; only None is accepted so far.
         calibration: batches of inputs, each as `example_inputs`, for passes that take constants from data (`l1`); they are
             held in memory. None lets them use `example_inputs`.
@@ -91,8 +97,7 @@ def optimize(
     proof = Proof(original, inputs) if verify != "off" and inputs is not None else None
     graph.samples = _samples(captured, calibration, inputs)
     graph, reports, exact, proof = run(graph, pipeline, proof, each=verify == "each")
-    after = census(graph)
-    before = census(original)
+    before, after = _norm_counts(original), _norm_counts(graph)
     gm = graph.to_module(type(model).__name__ if not isinstance(model, fx.GraphModule) else "Optimized")
     drift = None if proof is None else proof.drift(graph)
     notes = captured.notes + _changes(pipeline, reports)
@@ -114,14 +119,26 @@ def _pipeline(passes: Sequence[str | Pass] | None) -> list[Pass]:
         return [PASSES[name] for name in DEFAULT]
     if isinstance(passes, str):
         raise UsageError(f"passes={passes!r}: expected a list of names, e.g. [{passes!r}]")
-    names = [n for p in passes for n in (DEFAULT if isinstance(p, str) and p == "default" else (p,))]
-    found = [_named(p) if isinstance(p, str) else p for p in names]
+    found = _expanded([p if p == "default" or not isinstance(p, str) else _named(p) for p in passes])
     for p in found:
         if not callable(p) or not isinstance(getattr(p, "name", None), str):
             raise UsageError(f"passes: {p!r} is neither a name nor a pass (a callable with a `name`)")
     last = max((i for i, p in enumerate(found) if p.name == "realise"), default=None)
     settled = last is not None and not any(getattr(p, "leaves_affines", True) for p in found[last + 1 :])
     return found if settled else [*found, PASSES["realise"]]
+
+
+def _expanded(passes: Sequence[str | Pass]) -> list[Pass]:
+    """With its passes in the place of "default"; a pass that `precedes` one of these stands before it."""
+    if "default" not in passes:
+        return [p for p in passes if not isinstance(p, str)]
+    early: dict[str, list[Pass]] = {}
+    for p in passes:
+        early.setdefault(getattr(p, "precedes", ""), []).append(p)  # type: ignore[arg-type]
+    found: list[Pass] = []
+    for p in early.pop("", []):
+        found += [q for name in DEFAULT for q in (*early.pop(name, []), PASSES[name])] if isinstance(p, str) else [p]
+    return found
 
 
 def _samples(captured: Captured, calibration: Any, inputs: list[Any] | None) -> list[list[Any]]:
@@ -161,6 +178,13 @@ def _last_word(reports: list[PassReport]) -> list[PassReport]:
 
 
 # -- figures -----------------------------------------------------------------------------------------------------------
+
+
+def _norm_counts(graph: Graph) -> Counter[str]:
+    """Normalizations by kind, those written by hand included, whether or not the pipeline recognised them."""
+    probe = graph.copy()
+    PASSES["recognise"](probe)
+    return census(probe)
 
 
 def _norms(before: Counter[str], after: Counter[str]) -> tuple[dict[str, int], dict[str, int]]:

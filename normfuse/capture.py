@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from normfuse.declared_inputs import declared_inputs
 from normfuse.errors import CaptureError, UsageError
+from normfuse.importers import recognise
 from normfuse.record import record
 
 __all__ = ["Captured", "arguments", "capture", "flat_inputs"]
@@ -34,7 +35,7 @@ class Captured:
         args, kwargs: the example inputs it was captured with.
         has_inputs: False when it was traced without any.
         dynamic_shapes: what may vary, as in `torch.export.export`.
-        notes: what the user should know: training mode, outputs that were left out.
+        notes: what the user should know: training mode, layers that were recognised, outputs that were left out.
     """
 
     gm: fx.GraphModule
@@ -153,7 +154,10 @@ def _shadow(model: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
         raise CaptureError(
             f"{type(model).__name__} cannot be copied ({_first_line(e)}); pass an ExportedProgram: torch.export.export(model, args)"
         ) from e
-    shadow.eval() if not isinstance(shadow, fx.GraphModule) else shadow
+    if not isinstance(shadow, fx.GraphModule):
+        shadow, known = recognise(shadow)
+        notes.extend(known)
+        shadow.eval()
     configs: list[Any] = [getattr(m, "config", None) for m in shadow.modules()]
     caching = [c for c in configs if getattr(c, "use_cache", False) is True]
     for config in caching:

@@ -33,6 +33,7 @@ _KINDS: dict[type[Op], str] = {
     GroupNorm: "group_norm",
 }
 _MOVES = (Identity, Movement, Permute, Reshape)
+_WORDS = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
 _LAYER = re.compile(r"normfuse\.nn\.\w+\.(\w*Norm\w*|Dynamic\w+)")
 
 
@@ -72,5 +73,5 @@ def _layer(node: fx.Node) -> tuple[str, str] | None:
         name = owner if isinstance(owner, str) else f"{owner.__module__}.{owner.__qualname__}"
         found = _LAYER.fullmatch(name)
         if found is not None:
-            return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", found[1]).lower(), path or path_of(node)
+            return _WORDS.sub("_", found[1]).lower(), path or path_of(node)
     return None

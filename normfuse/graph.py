@@ -290,6 +290,10 @@ class Graph:
             node.replace_all_uses_with(new)
         return new
 
+    def refresh(self, node: fx.Node) -> None:
+        """Compute the shape and dtype of a call again, after its arguments have changed."""
+        self._propagate(node)
+
     def clean(self) -> None:
         """Remove what nobody reads: nodes and constants."""
         self.fx.eliminate_dead_code(is_impure_node=_effect)

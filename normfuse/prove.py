@@ -177,7 +177,7 @@ def _attempt(
             graph, report = kept, PassReport(p.name)
         else:
             graph, report = _applied(p, graph, kept)
-        if report.applied and getattr(p, "changes", ""):
+        if getattr(p, "changes", "") and report.applied:
             return kept, reports, before, (graph, report)
         before.append(kept)
         if proof is not None:

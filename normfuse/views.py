@@ -43,12 +43,18 @@ __all__ = [
     "Op",
     "Pad",
     "Permute",
+    "Pow",
+    "Reciprocal",
     "Relu",
     "Reshape",
     "RmsNorm",
+    "Rsqrt",
     "Sdpa",
     "Softmax",
+    "Sqrt",
+    "Square",
     "Sub",
+    "Sum",
     "Value",
     "affine",
     "shape_of",
@@ -307,6 +313,39 @@ class Neg(Op):
 
 
 @dataclass(frozen=True, eq=False)
+class Pow(Op):
+    """x to a power that is a literal."""
+
+    targets = (aten.pow.Tensor_Scalar,)
+    x: Value
+    exponent: float
+
+
+@dataclass(frozen=True, eq=False)
+class Square(Op):
+    targets = (aten.square.default,)
+    x: Value
+
+
+@dataclass(frozen=True, eq=False)
+class Sqrt(Op):
+    targets = (aten.sqrt.default,)
+    x: Value
+
+
+@dataclass(frozen=True, eq=False)
+class Rsqrt(Op):
+    targets = (aten.rsqrt.default,)
+    x: Value
+
+
+@dataclass(frozen=True, eq=False)
+class Reciprocal(Op):
+    targets = (aten.reciprocal.default,)
+    x: Value
+
+
+@dataclass(frozen=True, eq=False)
 class MatMul(Op):
     targets = (aten.matmul.default, aten.bmm.default, aten.mm.default)
     x: Value | Constant
@@ -391,6 +430,15 @@ class GlobalAvgPool(Op):
 @dataclass(frozen=True, eq=False)
 class Mean(Op):
     targets = (aten.mean.dim,)
+    x: Value
+    dim: Any
+    keepdim: bool = False
+    dtype: Any = None
+
+
+@dataclass(frozen=True, eq=False)
+class Sum(Op):
+    targets = (aten.sum.dim_IntList,)
     x: Value
     dim: Any
     keepdim: bool = False

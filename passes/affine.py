@@ -19,7 +19,7 @@ from normfuse.report import PassReport, Site
 from normfuse.views import Affine as AffineOp
 from normfuse.views import BatchNorm, Embedding, GroupNorm, InstanceNorm, LayerNorm, Linear, Mul, Op, RmsNorm, Value
 
-__all__ = ["Affine"]
+__all__ = ["Affine", "Plan", "commit", "downward"]
 
 _UNTIE = 1 << 16  # bytes: storing a shared weight once more is refused above this
 
@@ -95,7 +95,7 @@ def _land(graph: Graph, node: fx.Node, refused: list[Site]) -> Site | None:
     reasons: list[tuple[str, Refuse]] = []
     for rule, s, t, rest in _ways(node, op):
         try:
-            plan = _upward(graph, op.x, s, t) if rule == UP else _downward(graph, node, s, t)
+            plan = _upward(graph, op.x, s, t) if rule == UP else downward(graph, node, s, t)
             if rule == DOWN and isinstance(op.x, (LayerNorm, RmsNorm, GroupNorm)):
                 _cheaper(graph, plan)
         except Refuse as e:
@@ -107,7 +107,7 @@ def _land(graph: Graph, node: fx.Node, refused: list[Site]) -> Site | None:
         if rest is not None:
             stays = graph.emit(AffineOp(op.x, *rest), node)
             stays.meta["origin"], stays.meta["composed"] = node.meta.get("origin"), True
-        return _commit(graph, node, stays, plan, rule)
+        return commit(graph, node, stays, plan, rule)
     if _reported(node):
         refused.append(_refusal(graph, node, reasons))
     return None
@@ -149,7 +149,8 @@ def _reported(node: fx.Node) -> bool:
     return _is_norm(node) or (isinstance(origin, Mul) and isinstance(origin.x, Constant) | isinstance(origin.y, Constant))
 
 
-def _commit(graph: Graph, node: fx.Node, stays: fx.Node, plan: Plan, rule: str) -> Site:
+def commit(graph: Graph, node: fx.Node, stays: fx.Node, plan: Plan, rule: str) -> Site:
+    """Carry out a plan: its operators are replaced, and who else reads the affine at `node` reads `stays`."""
     into = ", ".join(dict.fromkeys(graph.path(n) for n in plan))
     site = graph.site(rule, node, note=f"into {into}")
     done: dict[fx.Node, fx.Node] = {}
@@ -219,8 +220,11 @@ def _own(graph: Graph, node: fx.Node) -> None:
 # -- down --------------------------------------------------------------------------------------------------------------
 
 
-def _downward(graph: Graph, start: fx.Node, s: Constant, t: Constant) -> Plan:
-    """Which nodes absorb the affine below it, and how; raises Refuse when one reader cannot."""
+def downward(graph: Graph, start: fx.Node, s: Constant, t: Constant, *, untie: bool = False) -> Plan:
+    """Which nodes absorb the affine below it, and how; raises Refuse when one reader cannot.
+
+    With `untie` a shared weight may be stored once more, however large it is.
+    """
     plan: Plan = {}
     pending: dict[fx.Node, AffineOp] = {start: AffineOp(Value(node=start), s, t)}
     queue: list[fx.Node] = []
@@ -254,7 +258,8 @@ def _downward(graph: Graph, start: fx.Node, s: Constant, t: Constant) -> Plan:
             push(node)
             continue
         assert isinstance(new, Op)
-        _affordable(graph, view, new)
+        if not untie:
+            _affordable(graph, view, new)
         plan[node] = new
     return plan
 

@@ -16,7 +16,19 @@ from normfuse.constants import Constant
 from normfuse.graph import Refuse
 from normfuse.views import Movement, Op, Permute, Reshape, Value
 
-__all__ = ["axes", "channelwise", "collapse", "is_one", "is_zero", "moved", "per_channel", "pooled_axes", "positive", "unmoved"]
+__all__ = [
+    "axes",
+    "channelwise",
+    "collapse",
+    "is_one",
+    "is_zero",
+    "moved",
+    "per_channel",
+    "pooled_axes",
+    "positive",
+    "replayed",
+    "unmoved",
+]
 
 UNKNOWN = "shape unknown"
 PASS_INPUTS = "pass example_inputs"
@@ -83,7 +95,7 @@ def moved(op: Movement | Permute | Reshape, c: Constant) -> Constant:
     shape, result = op.x.shape, op.shape
     if shape is None or result is None or op.node is None:
         raise Refuse(UNKNOWN, remedy=PASS_INPUTS)
-    out = _run(op, c.value.expand([hint(d) for d in shape]))
+    out = replayed(op, c.value.expand([hint(d) for d in shape]))
     return _static(collapse(Constant.of(out, c.name).cast(c.dtype)), result)
 
 
@@ -100,7 +112,7 @@ def unmoved(op: Movement | Permute | Reshape, c: Constant, rest: float) -> Const
         laid = c.value.expand([hint(d) for d in result])
         back = laid.permute(_inverse(op.dims)) if isinstance(op, Permute) else laid.reshape(sizes)
         return _static(collapse(Constant.of(back, c.name).cast(c.dtype)), shape)
-    index = _run(op, torch.arange(torch.Size(sizes).numel()).reshape(sizes))
+    index = replayed(op, torch.arange(torch.Size(sizes).numel()).reshape(sizes))
     if index.unique().numel() != index.numel():
         raise Refuse("elements are repeated")
     full = torch.full((torch.Size(sizes).numel(),), rest, dtype=torch.float64)
@@ -112,7 +124,7 @@ def _inverse(dims: tuple[int, ...]) -> list[int]:
     return sorted(range(len(dims)), key=dims.__getitem__)
 
 
-def _run(op: Op, x: Tensor) -> Tensor:
+def replayed(op: Op, x: Tensor) -> Tensor:
     """The movement of `op` itself, on other data of the same size."""
     assert op.node is not None
     node = op.node.args[0] if isinstance(op, Movement) and op.piece is not None else op.node

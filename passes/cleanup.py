@@ -7,17 +7,14 @@ from time import perf_counter
 import torch
 from torch import Tensor, fx
 
-from normfuse.constants import Constant
 from normfuse.graph import Graph
+from normfuse.passes.folding import CASTS, CHECKS, Folding
 from normfuse.report import PassReport, Site
 from normfuse.views import Cat, Identity, Movement, Op, Pad, Reshape, Value
 
 __all__ = ["Cleanup"]
 
 aten = torch.ops.aten
-
-_CASTS = {aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten._to_copy.default, aten.to.other, aten.lift_fresh_copy.default}
-_CHECKS = {aten._assert_tensor_metadata.default, aten._assert_async.msg, aten.sym_constrain_range_for_size.default}
 
 
 def identity(op: Op) -> Value | None:
@@ -58,13 +55,17 @@ class Cleanup:
     def __call__(self, graph: Graph) -> PassReport:
         start = perf_counter()
         applied: list[Site] = []
+        folding = Folding(graph)
         for node in graph:
             if node.op != "call_function":
                 continue
-            if node.target in _CHECKS:
+            if node.target in CHECKS:
                 graph.fx.erase_node(node)
                 continue
-            site = _cast_to_itself(graph, node) or _folded(graph, node) or self._simplified(graph, node)
+            site = _cast_to_itself(graph, node)
+            if site is None and folding(node) is not None:
+                site = graph.site(Folding.rule, node)
+            site = site or self._simplified(graph, node)
             if site is not None:
                 applied.append(site)
         graph.clean()
@@ -89,7 +90,7 @@ class Cleanup:
 
 def _cast_to_itself(graph: Graph, node: fx.Node) -> Site | None:
     """A cast to the dtype and device that the value has: x"""
-    if node.target not in _CASTS or not isinstance(node.args[0], fx.Node):
+    if node.target not in CASTS or not isinstance(node.args[0], fx.Node):
         return None
     before, after = node.args[0].meta.get("val"), node.meta.get("val")
     if not isinstance(before, Tensor) or not isinstance(after, Tensor):
@@ -98,33 +99,6 @@ def _cast_to_itself(graph: Graph, node: fx.Node) -> Site | None:
         return None
     node.replace_all_uses_with(node.args[0])
     return graph.site("cast_to_itself", node)
-
-
-def _folded(graph: Graph, node: fx.Node) -> Site | None:
-    """f(constants) = a constant, where that is no larger than what it is made of"""
-    inputs = node.all_input_nodes
-    if not inputs or not isinstance(node.target, torch._ops.OpOverload) or node.target._schema.is_mutable:
-        return None
-    constants = [graph.constant(n) for n in inputs]
-    val = node.meta.get("val")
-    if any(c is None for c in constants) or not isinstance(val, Tensor) or not all(isinstance(d, int) for d in val.shape):
-        return None
-    if torch.Tag.nondeterministic_seeded in node.target.tags or val.numel() > sum(c.numel for c in constants if c is not None):
-        return None
-    if node.target in _CASTS:
-        source = constants[0]
-        assert source is not None
-        if not (source.dtype.is_floating_point and val.dtype.is_floating_point):
-            return None
-        value = source.cast(val.dtype)
-    else:
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), graph.constant)  # type: ignore[arg-type]
-        try:
-            value = Constant.apply(node.target, *args, **kwargs).cast(val.dtype)
-        except (RuntimeError, TypeError, NotImplementedError):
-            return None  # an operator that has no float64 or no shape inference stays as it is
-    graph.replace(node, value)
-    return graph.site("constant_folding", node)
 
 
 def _same_sizes(op: Op, x: Value) -> bool:

@@ -17,11 +17,11 @@ from normfuse.constants import Constant
 from normfuse.decode import pieces
 from normfuse.graph import Graph, Refuse
 from normfuse.passes.broadcast import PASS_INPUTS, UNKNOWN, axes, is_zero
-from normfuse.passes.streams import Place, centered, centered_writer, operands
+from normfuse.passes.streams import Place, centered, centered_writer, named, operands
 from normfuse.report import PassReport, Site
-from normfuse.views import Add, Affine, Cat, Identity, LayerNorm, Mean, Movement, Op, Permute, Reshape, RmsNorm, Sub, Value, affine
+from normfuse.views import Add, Affine, Cat, Identity, LayerNorm, Mean, Movement, Op, Permute, Reshape, RmsNorm, Sub, Value
 
-__all__ = ["MeanFree"]
+__all__ = ["MeanFree", "Stream", "streams_of"]
 
 RULE = "layer_norm_is_rms_norm"
 # Time of one operator on a value of the stream, in units of a LayerNorm: `python -m benchmarks.operators`.
@@ -73,7 +73,7 @@ class MeanFree:
         applied: list[Site] = []
         refused: list[Site] = []
         norms = [n for n in graph if isinstance(graph.view(n, 1), LayerNorm)]
-        for stream in _streams(graph, norms, refused):
+        for stream in streams_of(graph, norms, refused):
             try:
                 _worthwhile(graph, stream)
             except Refuse as refusal:
@@ -91,7 +91,8 @@ class MeanFree:
 # -- discovery ---------------------------------------------------------------------------------------------------------
 
 
-def _streams(graph: Graph, norms: list[fx.Node], refused: list[Site]) -> Iterable[Stream]:
+def streams_of(graph: Graph, norms: list[fx.Node], refused: list[Site]) -> Iterable[Stream]:
+    """The streams that these LayerNorms read; a norm over several axes or of unknown shape is added to `refused`."""
     readable = []
     for norm in norms:
         try:
@@ -217,30 +218,18 @@ def _explicit(graph: Graph, found: Streams, node: fx.Node) -> str | None:
         reader = found.sees_mean[node]
         if reader.op == "output":
             return "the stream is an output of the model"
-        return f"{_named(graph, reader)} sees its mean"
+        return f"{named(graph, reader)} sees its mean"
     if node in found.edges:
         return None
     if isinstance(op, (Reshape, Cat)):
-        return f"{_named(graph, node)} joins features that have means of their own"
+        return f"{named(graph, node)} joins features that have means of their own"
     writer = centered_writer(graph, op, found.axis[node])
     if writer is None:
-        return f"{_named(graph, node)} has no weights that could be centered"
+        return f"{named(graph, node)} has no weights that could be centered"
     shared = [c for c in vars(op).values() if isinstance(c, Constant) and graph.shared(c)]
     if shared and writer is not op:
         return f"{shared[0].name} is shared with another operator"
     return None
-
-
-def _named(graph: Graph, node: fx.Node) -> str:
-    """A place and what stands there; the place of an operator without a module says so itself."""
-    path, kind = graph.path(node), _kind(node)
-    return path if path.startswith(kind) else f"{path} ({kind})"
-
-
-def _kind(node: fx.Node) -> str:
-    if node.op in ("placeholder", "output"):
-        return "input" if node.op == "placeholder" else "output"
-    return "the gain of a norm" if node.target is affine else str(node.target).removeprefix("aten.").split(".")[0]
 
 
 def _gather_roots(graph: Graph, found: Streams, stream: Stream) -> None:

@@ -6,6 +6,8 @@ axis (counted from the end: -1 for tokens, -2 after a transposition), because la
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor, fx
 
@@ -37,15 +39,28 @@ from normfuse.views import (
     Reshape,
     Sub,
     Value,
+    affine,
 )  # fmt: skip
 
-__all__ = ["centered_writer", "operands", "width"]
+__all__ = ["centered_writer", "named", "operands", "width", "writes"]
 
 aten = torch.ops.aten
 
 _CASTS = {aten.to.dtype, aten._to_copy.default}
 
 Place = tuple[fx.Node, int]
+
+
+def named(graph: Graph, node: fx.Node) -> str:
+    """A place and what stands there; the place of an operator without a module says so itself."""
+    path, kind = graph.path(node), _kind(node)
+    return path if path.startswith(kind) else f"{path} ({kind})"
+
+
+def _kind(node: fx.Node) -> str:
+    if node.op in ("placeholder", "output"):
+        return "input" if node.op == "placeholder" else "output"
+    return "the gain of a norm" if node.target is affine else str(node.target).removeprefix("aten.").split(".")[0]
 
 
 def width(node: fx.Node, axis: int) -> int | None:
@@ -104,22 +119,32 @@ def centered_writer(graph: Graph, op: Value, axis: int) -> Op | None:
 
     An operator whose output is mean-free already is returned as it is.
     """
+    if isinstance(op, LayerNorm) and op.gamma is None and op.beta is None and axis == -1 and len(op.normalized) == 1:
+        return op
+    dims = writes(op, axis)
+    if dims is None or not isinstance(op, Op):
+        return None
+    return dataclasses.replace(op, node=None, **{name: centered(getattr(op, name), dim) for name, dim in dims.items()})
+
+
+def writes(op: Value, axis: int) -> dict[str, int] | None:
+    """The constants of an operator that write its features along `axis`, by field, each with its own feature dimension.
+
+    None for an operator that has no weights of its own there: D (W x + b) = (D W) x + D b needs them for any linear D.
+    """
     match op:
-        case LayerNorm(normalized=shape, gamma=None, beta=None) if axis == -1 and len(shape) == 1:
-            return op
-        case Linear(x, W, b) if axis == -1:
-            return Linear(x, centered(W, 0), None if b is None else centered(b, 0))
-        case Addmm(b, x, W) if axis == -1:
-            return Addmm(centered(b, b.ndim - 1), x, centered(W, 1))
-        case MatMul(Value() as x, Constant() as W) if axis == -1 and W.ndim == 2:
-            return MatMul(x, centered(W, 1), target=op.target)
-        case Conv(x, W, b, stride, padding, dilation, 1) if axis == 1 - W.ndim:
-            return Conv(x, centered(W, 0), None if b is None else centered(b, 0), stride, padding, dilation, 1, target=op.target)
-        case ConvTranspose(x, W, b, stride, padding, output_padding, 1, dilation) if axis == 1 - W.ndim:
-            bias = None if b is None else centered(b, 0)
-            return ConvTranspose(x, centered(W, 1), bias, stride, padding, output_padding, 1, dilation, target=op.target)
-        case Embedding(W, i, padding_idx) if axis == -1:
-            return Embedding(centered(W, 1), i, padding_idx)
+        case Linear(b=b) if axis == -1:
+            return {"W": 0} if b is None else {"W": 0, "b": 0}
+        case Addmm(b=b) if axis == -1:
+            return {"W": 1, "b": b.ndim - 1}
+        case MatMul(Value(), Constant() as W) if axis == -1 and W.ndim == 2:
+            return {"y": 1}
+        case Conv(W=W, b=b, groups=1) if axis == 1 - W.ndim:
+            return {"W": 0} if b is None else {"W": 0, "b": 0}
+        case ConvTranspose(W=W, b=b, groups=1) if axis == 1 - W.ndim:
+            return {"W": 1} if b is None else {"W": 1, "b": 0}
+        case Embedding() if axis == -1:
+            return {"W": 1}
         case _:
             return None
 

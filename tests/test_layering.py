@@ -21,6 +21,8 @@ FRONT = (
     "normfuse.demo",
     "normfuse.demo_models",
     "normfuse.engines",
+    "normfuse.nn",
+    "normfuse.nn.convert",  # its lossless conversion is an analysis of passes
 )
 LAYERS = ("core", "passes", "export", "front")
 OPTIONAL = ("onnx", "onnxruntime", "onnxscript", "onnx_ir", "timm", "torchvision", "transformers")

@@ -22,6 +22,9 @@ aten = torch.ops.aten
 
 # arithmetic on sizes: with example inputs the sizes are numbers, and so is what is computed from them
 _ON_SIZES = {operator.floordiv, operator.mul, operator.pow, operator.add, operator.sub, aten.sym_size.int}
+# Both front ends give the same function here, not the same operators: without shapes the dtype in `.to(y.dtype)` is looked
+# up at run time, and torch.export inlines a parametrization that is computed from attributes.
+OTHER_SPELLING = {"HandWritten", "Reparametrized"}
 TRACEABLE = [pytest.param(entry, id=name) for name, entry in ZOO.items() if entry.traceable]
 
 
@@ -67,7 +70,12 @@ def same_arguments(ours: list[fx.Node], theirs: list[fx.Node]) -> None:
 
     for a, b in zip(ours, theirs, strict=True):
         check(a.args, b.args, f"{a.format_node()}  |  {b.format_node()}")
-        check(list(a.kwargs.items()), list(b.kwargs.items()), f"{a.format_node()}  |  {b.format_node()}")
+        check(given(a), given(b), f"{a.format_node()}  |  {b.format_node()}")
+
+
+def given(node: Any) -> list[tuple[str, Any]]:
+    """Keyword arguments; torch.export spells out one that says nothing."""
+    return [(k, v) for k, v in node.kwargs.items() if (k, v) != ("pin_memory", False)]
 
 
 def assert_same(a: Any, b: Any) -> None:
@@ -82,6 +90,8 @@ def test_symbolic_agrees_with_export(entry: Any) -> None:
     model = entry.build()
     gm = symbolic(model)
     assert_same(gm(*entry.args, **entry.kwargs), model(*entry.args, **entry.kwargs))
+    if type(model).__name__ in OTHER_SPELLING:
+        return
     ours, theirs = calls(gm), calls(exported(model, entry.args, entry.kwargs))
     assert [out_of_place(n.target) for n in ours] == [out_of_place(n.target) for n in theirs]
     same_arguments(ours, theirs)

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import textwrap
 
 import click
 
@@ -15,20 +16,25 @@ __all__ = ["passes"]
 @json_option
 @verbosity
 def passes(_list: bool, as_json: bool, quiet: bool) -> None:
-    """List the passes in the order in which they run, each with the identity that it uses."""
+    """List the passes in the order in which they are of use, each with the identity that it uses."""
+    from normfuse.api import DEFAULT
     from normfuse.passes import PASSES
 
     known = {name: _first_line(entry) for name, entry in PASSES.items()}
     if as_json:
-        click.echo(json.dumps([{"name": name, "identity": identity} for name, identity in known.items()], indent=2))
+        listed = [{"name": name, "default": name in DEFAULT, "identity": identity} for name, identity in known.items()]
+        click.echo(json.dumps(listed, indent=2))
         return
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
-    table = Table("pass", "identity", box=None, pad_edge=False)
+    table = Table("pass", "default", "what it does", box=None, pad_edge=False)
     for name, identity in known.items():
-        table.add_row(name, identity)
+        table.add_row(name, "yes" if name in DEFAULT else "", escape(identity))
     Console().print(table)
+    click.echo("\n" + textwrap.fill("The default pipeline: " + ", ".join(DEFAULT), 80))
+    click.echo("Add one to it: --passes default,NAME")
 
 
 def _first_line(entry: object) -> str:

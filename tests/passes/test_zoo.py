@@ -25,6 +25,9 @@ LEFT = {
     "ln_pre": {"layer_norm": 1},
     "stream_as_output": {"layer_norm": 5},
     "swin_like": {"layer_norm": 3},
+    "hand_written_norms": {"layer_norm": 1},
+    "hand_written": {"layer_norm": 1},
+    "mixed_vit": {"layer_norm": 2},
 }
 
 

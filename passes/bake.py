@@ -1,0 +1,62 @@
+"""Every reparametrization is evaluated once: what training keeps apart is one weight at inference.
+
+Weight standardization, weight and spectral normalization, orthogonal and zero-mean weights and companders are functions
+of constants (`normfuse.passes.folding`); parallel branches are functions of one value (`normfuse.passes.parallel`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from time import perf_counter
+
+from torch import fx
+
+from normfuse.graph import Graph, Refuse
+from normfuse.passes.folding import CHECKS, Folding
+from normfuse.passes.parallel import parallel_convs
+from normfuse.report import PassReport, Site
+
+__all__ = ["Bake"]
+
+
+@dataclass(frozen=True)
+class Bake:
+    """f(constants) is a constant; W₁ ∗ x + W₂ ∗ x + s x + t is one convolution."""
+
+    name = "bake"
+    leaves_affines = False
+
+    def __call__(self, graph: Graph) -> PassReport:
+        start = perf_counter()
+        applied = _constants(graph)
+        graph.clean()
+        refused: list[Site] = []
+        for node in graph:
+            if node.op != "call_function" or not node.users:
+                continue
+            try:
+                merged = parallel_convs(graph, node)
+            except Refuse as refusal:
+                refused.append(graph.site("parallel_convs", node, refusal))
+                continue
+            if merged is not None and graph.permit(merged.rule, graph.path(node)):
+                applied.append(graph.site(merged.rule, node, note=f"{merged.count} branches are one"))
+                graph.replace(node, merged.value)
+                graph.clean()  # so that a value lost its readers in the branches
+        return PassReport(self.name, tuple(applied), tuple(refused), seconds=perf_counter() - start)
+
+
+def _constants(graph: Graph) -> list[Site]:
+    """One site for every constant that is left, none for the steps that led to it."""
+    folding = Folding(graph)
+    found: dict[fx.Node, Site] = {}
+    for node in graph:
+        if node.target in CHECKS and all(graph.constant(n) is not None for n in node.all_input_nodes):
+            graph.fx.erase_node(node)
+            continue
+        new = folding(node)
+        if new is not None:
+            found.setdefault(new, graph.site(Folding.rule, node))
+    graph.clean()
+    alive = set(graph)
+    return [site for new, site in found.items() if new in alive]

@@ -1,0 +1,89 @@
+"""How many features a value has, also where a graph has no shapes: weights know it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from normfuse.constants import Constant
+from normfuse.graph import Graph
+from normfuse.passes.moments import is_cast
+from normfuse.views import (
+    Add,
+    Addmm,
+    Affine,
+    Embedding,
+    Identity,
+    LayerNorm,
+    Linear,
+    MatMul,
+    Mul,
+    Neg,
+    Op,
+    Relu,
+    Reshape,
+    RmsNorm,
+    Sub,
+    Value,
+    shape_of,
+)  # fmt: skip
+
+__all__ = ["feature_size"]
+
+aten = torch.ops.aten
+
+_NAMED = {aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.unflatten.int}
+
+_FAR = 64  # operators to look back through: the residual stream of a deep network ends at an embedding
+
+
+def feature_size(graph: Graph, node: fx.Node, far: int = _FAR) -> int | None:
+    """The size of the last axis; None where it varies or does not follow from any weight."""
+    shape = shape_of(node)
+    if shape is not None:
+        return shape[-1] if shape and isinstance(shape[-1], int) else None
+    if far == 0:
+        return None
+    constant = graph.constant(node)
+    if constant is not None:
+        return constant.shape[-1] if constant.ndim else None
+    if is_cast(node) and isinstance(node.args[0], fx.Node):
+        return feature_size(graph, node.args[0], far - 1)
+    return _of_operator(graph, graph.view(node, 1), far)
+
+
+def _of_operator(graph: Graph, op: Value, far: int) -> int | None:
+    match op:
+        case Linear(W=W):
+            return W.shape[0]
+        case Addmm(W=W) | MatMul(y=Constant() as W) | Embedding(W=W):
+            return W.shape[-1]
+        case LayerNorm(normalized=shape) | RmsNorm(normalized=shape):
+            return int(shape[-1])
+        case Add(x, y) | Sub(x, y) | Mul(x, y):
+            # broadcasting: a size above one is the size of the result
+            sizes = [_of(graph, v, far - 1) for v in (x, y)]
+            return next((n for n in sizes if n is not None and n > 1), None)
+        case Affine(x) | Identity(x) | Neg(x) | Relu(x):
+            return _of(graph, x, far - 1)
+        case Reshape() as r:
+            return _of_reshape(r)
+        case _:
+            return None
+
+
+def _of(graph: Graph, value: object, far: int) -> int | None:
+    if isinstance(value, Constant):
+        return value.shape[-1] if value.ndim else None
+    return feature_size(graph, value.node, far) if isinstance(value, Value) and value.node is not None else None
+
+
+def _of_reshape(op: Op) -> int | None:
+    """A literal size at the end: `view(b, t, 64)`, `unflatten(-1, (8, 64))`."""
+    rest: tuple[Any, ...] = getattr(op, "rest", ())
+    if op.target not in _NAMED or (op.target is aten.unflatten.int and rest[0] != -1):
+        return None
+    last = rest[-1][-1] if rest and isinstance(rest[-1], (list, tuple)) and rest[-1] else None
+    return last if isinstance(last, int) and last > 0 else None
