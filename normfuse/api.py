@@ -20,13 +20,14 @@ from normfuse.passes import PASSES
 from normfuse.prove import Proof, run
 from normfuse.record import Record
 from normfuse.report import PassReport, Report
+from normfuse.verify import evaluate
 
 __all__ = ["DEFAULT", "Pass", "optimize"]
 
 log = logging.getLogger(__name__)
 
 DEFAULT = (
-    "cleanup", "bake", "recognise", "huge_eps", "expose", "affine", "bake", "mean_free", "affine", "key_bias",
+    "bake", "cleanup", "recognise", "huge_eps", "expose", "affine", "bake", "mean_free", "affine", "key_bias",
     "realise", "select", "cleanup",
 )  # fmt: skip
 """The default pipeline. `affine` runs twice: LayerScale must be in the weights before they are centered, and a β can
@@ -41,7 +42,8 @@ class Pass(Protocol):
 
     An optional attribute `changes` says, as the rest of a sentence about the pass, how it changes the function by intention;
     such a pass is not held against the original, its SQNR is reported. `leaves_affines = False` says that the pass makes no
-    `Affine`, so that `realise` need not run after it. `precedes` names the pass of the default pipeline that it must stand
+    `Affine`, so that `realise` need not run after it. `tells = True` puts the notes
+    of its rewrites among those of the report. `precedes` names the pass of the default pipeline that it must stand
     before where it is asked for together with "default".
     """
 
@@ -95,7 +97,7 @@ def optimize(
     original = graph.copy()
     inputs = flat_inputs(captured.gm, captured.args, captured.kwargs or {}) if captured.has_inputs else None
     proof = Proof(original, inputs) if verify != "off" and inputs is not None else None
-    graph.samples = _samples(captured, calibration, inputs)
+    graph.samples = _samples(graph, captured, calibration, inputs)
     graph, reports, exact, proof = run(graph, pipeline, proof, each=verify == "each")
     before, after = _norm_counts(original), _norm_counts(graph)
     gm = graph.to_module(type(model).__name__ if not isinstance(model, fx.GraphModule) else "Optimized")
@@ -141,7 +143,7 @@ def _expanded(passes: Sequence[str | Pass]) -> list[Pass]:
     return found
 
 
-def _samples(captured: Captured, calibration: Any, inputs: list[Any] | None) -> list[list[Any]]:
+def _samples(graph: Graph, captured: Captured, calibration: Any, inputs: list[Any] | None) -> list[list[Any]]:
     """What passes may calibrate on: the calibration batches, else the example inputs."""
     if calibration is None:
         return [] if inputs is None else [inputs]
@@ -150,17 +152,38 @@ def _samples(captured: Captured, calibration: Any, inputs: list[Any] | None) -> 
     batches = [flat_inputs(captured.gm, *arguments(batch)) for batch in calibration]
     if not batches:
         raise UsageError("calibration: the loader gave no batch")
+    shapes: set[str] = set()
+    for i, batch in enumerate(batches):
+        shape = str([(v.dtype, tuple(v.shape)) if isinstance(v, Tensor) else type(v) for v in batch])
+        if shape not in shapes:
+            _try(graph, batch, i)
+            shapes.add(shape)
     return batches
 
 
+def _try(graph: Graph, batch: list[Any], i: int) -> None:
+    try:
+        evaluate(graph, batch, exact=False)
+    except Exception as e:  # any operator may object
+        sizes = ", ".join(str(tuple(v.shape)) for v in batch if isinstance(v, Tensor))
+        raise UsageError(
+            f"calibration: batch {i} ({sizes}) does not run through the model as it was captured: {e}; "
+            "pass dynamic_shapes= if sizes vary"
+        ) from e
+
+
 def _changes(pipeline: Sequence[Pass], reports: Sequence[PassReport]) -> tuple[str, ...]:
-    """What the user must not overlook: passes that are no identities and did something."""
+    """What the user must not overlook: passes that are no identities and did something, and what others have to tell."""
 
     def said(p: Pass, r: PassReport) -> str:
         measured = "not measured" if r.sqnr is None else f"SQNR of the outputs {r.sqnr:.1f} dB"
         return f"{p.name} {getattr(p, 'changes', '')}; {measured}"
 
-    return tuple(said(p, r) for p, r in zip(pipeline, reports, strict=True) if getattr(p, "changes", "") and r.applied)
+    found = [said(p, r) for p, r in zip(pipeline, reports, strict=True) if getattr(p, "changes", "") and r.applied]
+    told = [
+        f"{p.name}: {site.note}" for p, r in zip(pipeline, reports, strict=True) if getattr(p, "tells", False) for site in r.applied
+    ]
+    return tuple(dict.fromkeys(found + told))
 
 
 def _named(name: str) -> Pass:

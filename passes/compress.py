@@ -56,6 +56,8 @@ class Compress:
     index: int | None = None
     same_width: bool = False
     name = "compress"
+    leaves_affines = False
+    tells = True
 
     def __call__(self, graph: Graph) -> PassReport:
         start = perf_counter()

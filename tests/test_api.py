@@ -104,6 +104,7 @@ def test_report_round_trips_through_json():
         pytest.param({"quantize": object()}, "not available", id="quantize"),
         pytest.param({"calibration": torch.zeros(1)}, "iterable of batches", id="calibration-tensor"),
         pytest.param({"calibration": []}, "no batch", id="calibration-empty"),
+        pytest.param({"calibration": [torch.zeros(1, 1)]}, "batch 0 .* does not run", id="calibration-shape"),
     ],
 )
 def test_wrong_arguments_are_one_clear_error(arguments, message):

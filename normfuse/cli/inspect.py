@@ -81,6 +81,12 @@ def _fates(applied: Sequence["Site"]) -> dict[str, list[str]]:
         "affine_into_producer": "folds {}",
         "affine_into_consumers": "scale and shift go {}",
         "layer_norm_is_rms_norm": "becomes RMSNorm",
+        "layer_norm_by_hand": "is a LayerNorm written by hand",
+        "rms_norm_by_hand": "is an RMSNorm written by hand",
+        "parallel_convs": "becomes one convolution: {}",
+        "huge_eps_is_affine": "normalizes nothing: {}",
+        "stream_without_one_coordinate": "becomes CRMSNorm",
+        "norm_gain_into_readers": "gain goes {}",
     }
     fates: dict[str, list[str]] = {}
     for site in applied:
