@@ -65,6 +65,28 @@ def _gpt2() -> Source:
     return Source("gpt2_prefill_128", _random_norms(GPT2LMHeadModel(config)), kwargs={"input_ids": _tokens(128, config.vocab_size)})
 
 
+def _llama() -> Source:
+    """The shape of SmolLM2-135M, 12 of its 30 layers."""
+    import torch
+    from transformers import LlamaConfig, LlamaModel
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=576, intermediate_size=1536, num_hidden_layers=12, num_attention_heads=9, num_key_value_heads=3,
+        vocab_size=4096, use_cache=False,
+    )  # fmt: skip
+    return Source("llama_128", _random_norms(LlamaModel(config)), kwargs={"input_ids": _tokens(128, config.vocab_size)})
+
+
+def _unified_vit() -> Source:
+    """ViT-tiny as if it had been trained with UnifiedNorm."""
+    from normfuse.nn import convert
+
+    source = load_source("timm:vit_tiny_patch16_224", Options(batch=1))
+    model = _random_norms(convert(source.module, to="unified"))
+    return Source("vit_tiny_unified", model, source.args, source.kwargs)
+
+
 def _saliency() -> Source:
     import torch
 
@@ -82,6 +104,9 @@ MODELS: dict[str, Entry] = {
         Entry("vit_base_b8", "ViT-B/16, 224 px, batch 8", _timm("vit_base_patch16_224", 8), 1.04),
         Entry("bert_128", "BERT-base, 128 tokens", _bert, 1.04),
         Entry("gpt2_prefill_128", "GPT-2 with its head, prefill of 128 tokens", _gpt2),
+        Entry("llama_128", "Llama of SmolLM2-135M's shape, 12 layers, 128 tokens", _llama),
+        Entry("vit_tiny_unified_b1", "ViT-tiny/16 with UnifiedNorm, batch 1", _unified_vit),
+        Entry("repvgg_a0_b1", "RepVGG-A0, batch 1", _timm("repvgg_a0", 1)),
         Entry("densenet121_b1", "DenseNet-121, batch 1", _timm("densenet121", 1)),
         Entry("mobilenetv2_b1", "MobileNetV2, batch 1", _timm("mobilenetv2_100", 1)),
         Entry("efficientnet_lite0_b1", "EfficientNet-Lite0, batch 1", _timm("efficientnet_lite0", 1)),
