@@ -243,7 +243,7 @@ def command(seconds: float, rounds: int | None, threads: tuple[int, ...], shape:
         for pair in PAIRS:
             for count in threads:
                 a, b = (Engine(f"{n}{' step' * step}", partial(_open, n, step, shape, library)) for n, step in (pair.l2, pair.l1))
-                comparison = bench(a, b, seconds=seconds, rounds=rounds, threads=count, isolate=True)
+                comparison = bench(a, b, seconds=seconds, rounds=rounds, threads=count, isolate=False)
                 _console.print(f"{pair.level}, {pair.task}, {count} threads: {comparison.speedup}")
                 found.append((pair, count, comparison))
     out.mkdir(parents=True, exist_ok=True)
