@@ -44,7 +44,7 @@ class Pass(Protocol):
     such a pass is not held against the original, its SQNR is reported. `leaves_affines = False` says that the pass makes no
     `Affine`, so that `realise` need not run after it. `tells = True` puts the notes
     of its rewrites among those of the report. `precedes` names the pass of the default pipeline that it must stand
-    before where it is asked for together with "default".
+    before where it is asked for together with "default"; `writes` the kind of norm that each of its rewrites leaves as arithmetic.
     """
 
     @property
@@ -99,7 +99,7 @@ def optimize(
     proof = Proof(original, inputs) if verify != "off" and inputs is not None else None
     graph.samples = _samples(graph, captured, calibration, inputs)
     graph, reports, exact, proof = run(graph, pipeline, proof, each=verify == "each")
-    before, after = _norm_counts(original), _norm_counts(graph)
+    before, after = _norm_counts(original), _norm_counts(graph) + _spelt_out(pipeline, reports)
     gm = graph.to_module(type(model).__name__ if not isinstance(model, fx.GraphModule) else "Optimized")
     drift = None if proof is None else proof.drift(graph)
     notes = captured.notes + _changes(pipeline, reports)
@@ -208,6 +208,15 @@ def _norm_counts(graph: Graph) -> Counter[str]:
     probe = graph.copy()
     PASSES["recognise"](probe)
     return census(probe)
+
+
+def _spelt_out(pipeline: Sequence[Pass], reports: Sequence[PassReport]) -> Counter[str]:
+    """Norms for which PyTorch has no operator, so that passes write them as arithmetic: `Pass.writes` is their kind."""
+    found: Counter[str] = Counter()
+    for p, r in zip(pipeline, reports, strict=True):
+        found[getattr(p, "writes", "")] += len(r.applied)
+    del found[""]
+    return found
 
 
 def _norms(before: Counter[str], after: Counter[str]) -> tuple[dict[str, int], dict[str, int]]:

@@ -58,6 +58,7 @@ class Compress:
     name = "compress"
     leaves_affines = False
     tells = True
+    writes = "crms_norm"
 
     def __call__(self, graph: Graph) -> PassReport:
         start = perf_counter()

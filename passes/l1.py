@@ -57,6 +57,7 @@ class L1:
     name: ClassVar[str] = "l1"
     changes: ClassVar[str] = "replaces the standard deviation in norms by a calibrated mean absolute value"
     leaves_affines: ClassVar[bool] = False
+    writes: ClassVar[str] = "l1_norm"
 
     rms: bool = True
 

@@ -385,3 +385,11 @@ def test_gradients_follow_the_chain_rule():
     expected = model.fc.weight.grad
     found = centre @ drop.T @ grads["fc.weight"]
     assert torch.allclose(found, expected[:, keep], rtol=0, atol=1e-9 * float(expected.abs().max()))
+
+
+def test_the_report_counts_norms_that_are_arithmetic_now():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 16), nn.LayerNorm(16), nn.Linear(16, 2)).eval()
+    report = normfuse.report(normfuse.optimize(model, (torch.randn(3, 4),), passes=["default", "compress"]))
+    assert {k: n for k, n in report.norms_after.items() if n} == {"crms_norm": 1}
+    assert any("15 is no multiple of 8" in note for note in report.notes)
