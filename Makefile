@@ -8,9 +8,10 @@ PYTEST_ARGS ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet install --constraint requirements/constraints.txt
-NEEDS := pyproject.toml requirements/constraints.txt
+KERNELS := $(wildcard native/*.cpp native/*.h)
+NEEDS := pyproject.toml requirements/constraints.txt setup.py $(KERNELS)
 .DEFAULT_GOAL := help
-.PHONY: help demo test latency bench lint format clean
+.PHONY: help demo test latency bench sanitize lint format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -28,6 +29,24 @@ latency: $(VENV)/.test  ## assert that no optimized model is slower than its ori
 bench: $(VENV)/.test  ## measure the tables of docs/results.md
 	@$(BIN)/python -m benchmarks
 
+# Every function of native/normfuse.h, on every instruction set of the machine: make -j sanitize CASES=1000000
+CASES ?= 20000
+SEED ?= 1
+SANITIZED := build/sanitize
+SANITIZE := -O1 -g -std=c++17 -pthread -ffp-contract=off -fsanitize=address,undefined -fno-sanitize-recover=all
+# ONNX Runtime's side of the library is tested by tests/export/test_custom_ops.py.
+FUZZED := $(filter-out native/ort_%,$(filter %.cpp,$(KERNELS))) native/tests/fuzz.cpp
+
+sanitize: $(SANITIZED)/fuzz  ## the native kernels on random input, under the address and undefined-behaviour sanitizers
+	@$(SANITIZED)/fuzz $(CASES) $(SEED)
+
+$(SANITIZED)/fuzz: $(FUZZED:native/%.cpp=$(SANITIZED)/%.o)
+	@$(CXX) $(SANITIZE) $^ -o $@
+
+$(SANITIZED)/%.o: native/%.cpp $(KERNELS)
+	@mkdir -p $(@D)
+	@$(CXX) $(SANITIZE) -c $< -o $@
+
 lint: $(VENV)/.dev  ## format check, lint, strict types
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
@@ -38,7 +57,7 @@ format: $(VENV)/.dev  ## rewrite the sources in the project's format
 	@$(BIN)/ruff check --fix .
 
 clean:  ## remove the environment, caches and build results
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist *.egg-info normfuse/_native.so .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A stamp a purpose. An interrupted install leaves no stamp, so the next call goes on where it stopped.

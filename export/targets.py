@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from normfuse.errors import UsageError
 
-__all__ = ["ATTENTION_FORMS", "MAX_OPSET", "MIN_OPSET", "TARGETS", "Target", "target_named"]
+__all__ = ["ATTENTION_FORMS", "MAX_OPSET", "MIN_OPSET", "NATIVE_ATTENTION", "QUANTIZED_FORMS", "TARGETS", "Target", "target_named"]
 
 #: Oldest opset: LayerNormalization exists from 17 on, and nothing older can be exported by torch.
 MIN_OPSET = 17
@@ -17,6 +17,12 @@ FUSED_NORM_OPSET = 23
 #: `decomposed`: MatMul, Softmax, MatMul. `attention23`: the standard op of opset 23. `mha`: MultiHeadAttention of
 #: ONNX Runtime. `qkv`: Attention of ONNX Runtime, which also holds the projection of the input to q, k and v.
 ATTENTION_FORMS = ("decomposed", "attention23", "mha", "qkv")
+#: Attention of normfuse's kernels, in files whose quantized layers are in the native form.
+NATIVE_ATTENTION = "native"
+
+#: Forms of quantized layers. `native`: ops of normfuse's kernel library, with function bodies for where it is not; `integer`:
+#: MatMulInteger and ConvInteger; `qdq`: QuantizeLinear and DequantizeLinear with static scales.
+QUANTIZED_FORMS = ("native", "integer", "qdq")
 
 
 @dataclass(frozen=True)
@@ -41,15 +47,22 @@ class Target:
         """RMSNormalization may be used; below opset 23 it is spelt out in older ops."""
         return opset >= FUSED_NORM_OPSET
 
-    def attention_at(self, opset: int) -> tuple[str, ...]:
-        """The forms that exist at `opset`, the default one first."""
-        return tuple(form for form in self.attention if form != "attention23" or opset >= FUSED_NORM_OPSET)
+    def attention_at(self, opset: int, *, native: bool = False) -> tuple[str, ...]:
+        """The forms that exist at `opset`, the default one first; that of the kernel library where the file uses it anyway."""
+        found = tuple(form for form in self.attention if form != "attention23" or opset >= FUSED_NORM_OPSET)
+        return found if native else tuple(form for form in found if form != NATIVE_ATTENTION)
 
 
 TARGETS = {
     t.name: t
     for t in (
-        Target("onnxruntime", 23, True, ATTENTION_FORMS, "RMSNormalization-23 costs half of LayerNormalization on CPU"),
+        Target(
+            "onnxruntime",
+            23,
+            True,
+            (*ATTENTION_FORMS, NATIVE_ATTENTION),
+            "RMSNormalization-23 costs half of LayerNormalization on CPU",
+        ),
         # A TensorRT-RTX builder refuses Attention-23 in fp32 unless it is marked decomposable, and fuses the plain form as well.
         Target("tensorrt", 23, False, ("decomposed", "attention23"), "the parser takes RMSNormalization-23 as one kernel"),
         Target("portable", 20, False, ("decomposed", "attention23"), "the opset that torch itself exports to"),

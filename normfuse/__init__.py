@@ -18,11 +18,13 @@ __all__ = [
     "CheckFailed",
     "Error",
     "ExportError",
+    "LayerQuantization",
     "MissingExtra",
     "NormfuseError",
     "PassReport",
     "Report",
     "RewriteError",
+    "ShiftQuant",
     "Site",
     "UsageError",
     "__version__",
@@ -39,14 +41,16 @@ if TYPE_CHECKING:
     from normfuse.api import optimize
     from normfuse.engines import bench
     from normfuse.errors import CaptureError, CheckFailed, ExportError, MissingExtra, NormfuseError, RewriteError, UsageError
+    from normfuse.quant.spec import ShiftQuant
     from normfuse.record import report
-    from normfuse.report import Error, PassReport, Report, Site
+    from normfuse.report import Error, LayerQuantization, PassReport, Report, Site
 
 _HOMES = {
     "bench": "normfuse.engines",
     "optimize": "normfuse.api",
     "report": "normfuse.record",
-    **dict.fromkeys(("Error", "PassReport", "Report", "Site"), "normfuse.report"),
+    "ShiftQuant": "normfuse.quant.spec",
+    **dict.fromkeys(("Error", "LayerQuantization", "PassReport", "Report", "Site"), "normfuse.report"),
     **dict.fromkeys(
         ("CaptureError", "CheckFailed", "ExportError", "MissingExtra", "NormfuseError", "RewriteError", "UsageError"),
         "normfuse.errors",

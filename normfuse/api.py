@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from time import perf_counter
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from torch import Tensor, fx
 
@@ -17,7 +17,9 @@ from normfuse.census import census
 from normfuse.errors import UsageError
 from normfuse.graph import Graph
 from normfuse.passes import PASSES
+from normfuse.passes.quantize.ranks import everywhere, several_ranks
 from normfuse.prove import Proof, run
+from normfuse.quant.spec import ShiftQuant
 from normfuse.record import Record
 from normfuse.report import PassReport, Report
 from normfuse.verify import evaluate
@@ -25,6 +27,8 @@ from normfuse.verify import evaluate
 __all__ = ["DEFAULT", "Pass", "optimize"]
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 DEFAULT = (
     "bake", "cleanup", "recognise", "huge_eps", "expose", "affine", "bake", "mean_free", "affine", "key_bias",
@@ -35,6 +39,7 @@ leave its norm only when the norm has become an RMSNorm. `bake` runs twice: bran
 BatchNorms are in their weights."""
 
 _VERIFY = ("end", "each", "off")
+_CALIBRATION_BYTES = 1 << 31  # that batches may hold
 
 
 class Pass(Protocol):
@@ -73,9 +78,11 @@ def optimize(
         dynamic_shapes: as in `torch.export.export`; without it all sizes are those of the example.
         passes: names of passes (`normfuse.passes.PASSES`) or pass objects; None for the default pipeline, whose passes the
             name "default" stands for, as in `["default", "compress"]`; `depth_scale` finds its place among them itself.
-        quantize: reserved for ShiftQuant; only None is accepted so far.
-        calibration: batches of inputs, each as `example_inputs`, for passes that take constants from data (`l1`); they are
-            held in memory. None lets them use `example_inputs`.
+        quantize: a `ShiftQuant`: layers become integer operators once all other passes have run. The report has a table of the
+            layers, `Report.quantization`.
+        calibration: batches of inputs, each as `example_inputs`, for whatever takes constants from data (`quantize`, the pass
+            `l1`). They are held in memory; after 2 GiB no more are read. None lets them use `example_inputs`. Under
+            `torch.distributed` every rank gives its own batches, and all ranks quantize alike.
         verify: "end" compares the final graph with the original in float64 and in the model's own dtype, and takes
             back every rewrite that is not exact; "each" does so after each pass; "off" compares nothing.
 
@@ -87,27 +94,26 @@ def optimize(
         UsageError: an argument is wrong.
     """
     start = perf_counter()
-    pipeline = _pipeline(passes)
+    pipeline = [*_pipeline(passes), *_quantization(quantize)]
     if verify not in _VERIFY:
         raise UsageError(f"verify={verify!r}: expected one of {', '.join(map(repr, _VERIFY))}")
-    if quantize is not None:
-        raise UsageError("quantize= is not available in this version; pass None")
     captured = capture(model, example_inputs, dynamic_shapes)
     graph = Graph.of(captured.gm)
     original = graph.copy()
     inputs = flat_inputs(captured.gm, captured.args, captured.kwargs or {}) if captured.has_inputs else None
     proof = Proof(original, inputs) if verify != "off" and inputs is not None else None
-    graph.samples = _samples(graph, captured, calibration, inputs)
+    graph.samples, told = _on_all_ranks(lambda: _samples(graph, captured, calibration, inputs), quantize is not None)
     graph, reports, exact, proof = run(graph, pipeline, proof, each=verify == "each")
     before, after = _norm_counts(original), _norm_counts(graph) + _spelt_out(pipeline, reports)
     gm = graph.to_module(type(model).__name__ if not isinstance(model, fx.GraphModule) else "Optimized")
     drift = None if proof is None else proof.drift(graph)
-    notes = captured.notes + _changes(pipeline, reports)
+    notes = captured.notes + _changes(pipeline, reports) + told
+    if quantize is not None and not graph.samples:
+        notes += ("not calibrated: quantized from the weights alone; pass example inputs or calibration=",)
     if verify != "off" and inputs is None:
         notes += ("not verified: the model was traced without example inputs",)
-    report = Report(
-        tuple(_last_word(reports)), exact, drift, *_norms(before, after), *_sizes(original, graph), notes, perf_counter() - start
-    )
+    sizes = _sizes(original, graph, quantize is not None)
+    report = Report(tuple(_last_word(reports)), exact, drift, *_norms(before, after), *sizes, notes, perf_counter() - start)
     log.info("optimize: %d applied, %d refused in %.1f s", len(report.applied), len(report.refused), report.seconds)
     return Record(captured.args, captured.kwargs or {}, captured.has_inputs, captured.dynamic_shapes, report).attach(gm)
 
@@ -143,22 +149,64 @@ def _expanded(passes: Sequence[str | Pass]) -> list[Pass]:
     return found
 
 
-def _samples(graph: Graph, captured: Captured, calibration: Any, inputs: list[Any] | None) -> list[list[Any]]:
-    """What passes may calibrate on: the calibration batches, else the example inputs."""
+def _quantization(spec: Any) -> list[Pass]:
+    """The pass that quantizes; it comes last, on folded norms."""
+    if spec is None:
+        return []
+    if not isinstance(spec, ShiftQuant):
+        given = "the class itself" if spec is ShiftQuant else repr(spec)
+        raise UsageError(f"quantize={given}: expected a normfuse.ShiftQuant, e.g. ShiftQuant(weight_bits=4, activation_bits=8)")
+    from normfuse.passes.shiftquant import ShiftQuantize  # its operators load the native kernels
+
+    return [ShiftQuantize(spec)]
+
+
+def _on_all_ranks(read: Callable[[], T], together: bool) -> T:
+    """What this rank reads; where ranks calibrate together, an error of one is an error of all, so that none waits for ever."""
+    if not together or not several_ranks():
+        return read()
+    held: list[T] = []
+    everywhere(lambda: held.append(read()))
+    return held[0]
+
+
+def _samples(
+    graph: Graph, captured: Captured, calibration: Any, inputs: list[Any] | None
+) -> tuple[list[list[Any]], tuple[str, ...]]:
+    """What passes may calibrate on: the calibration batches, else the example inputs; and what the user should know of it."""
     if calibration is None:
-        return [] if inputs is None else [inputs]
+        return ([] if inputs is None else [inputs]), ()
     if isinstance(calibration, (Tensor, Mapping)) or not isinstance(calibration, Iterable):
         raise UsageError(f"calibration: expected an iterable of batches, got {type(calibration).__name__}; pass a list or a loader")
-    batches = [flat_inputs(captured.gm, *arguments(batch)) for batch in calibration]
-    if not batches:
-        raise UsageError("calibration: the loader gave no batch")
+    batches: list[list[Any]] = []
     shapes: set[str] = set()
-    for i, batch in enumerate(batches):
+    room = _CALIBRATION_BYTES
+    told: tuple[str, ...] = ()
+    for i, given in enumerate(calibration):
+        batch = _batch(captured, given, i)
+        room -= sum(v.numel() * v.element_size() for v in batch if isinstance(v, Tensor))
+        if room < 0 and batches:
+            told = (f"calibration: the first {len(batches)} batches were used, which is what {_CALIBRATION_BYTES >> 20} MiB hold",)
+            break
         shape = str([(v.dtype, tuple(v.shape)) if isinstance(v, Tensor) else type(v) for v in batch])
         if shape not in shapes:
             _try(graph, batch, i)
             shapes.add(shape)
-    return batches
+        batches.append(batch)
+    if not batches:
+        raise UsageError("calibration: the loader gave no batch")
+    return batches, told
+
+
+def _batch(captured: Captured, given: Any, i: int) -> list[Any]:
+    try:
+        batch = flat_inputs(captured.gm, *arguments(given))
+    except UsageError as e:
+        raise UsageError(f"calibration: batch {i}: {str(e).removeprefix('example_inputs: ')}") from e
+    for v in batch:
+        if isinstance(v, Tensor) and v.is_floating_point() and bool(v.isnan().any()):
+            raise UsageError(f"calibration: batch {i} ({tuple(v.shape)}) holds NaN; look at how it was made")
+    return batch
 
 
 def _try(graph: Graph, batch: list[Any], i: int) -> None:
@@ -224,13 +272,18 @@ def _norms(before: Counter[str], after: Counter[str]) -> tuple[dict[str, int], d
     return {k: before[k] for k in kinds}, {k: after[k] for k in kinds}
 
 
-def _sizes(before: Graph, after: Graph) -> tuple[int, int, int, int]:
+def _sizes(before: Graph, after: Graph, packed: bool) -> tuple[int, int, int, int]:
     def of(graph: Graph, size: Callable[[Any], int]) -> int:
         return sum(size(c) for c in graph.constants.values())
 
+    surplus = 0
+    if packed:
+        from normfuse.passes.quantize.summary import packed_surplus
+
+        surplus = packed_surplus(after)
     return (
         of(before, lambda c: c.numel),
-        of(after, lambda c: c.numel),
+        of(after, lambda c: c.numel) - surplus,
         of(before, lambda c: c.numel * c.dtype.itemsize),
         of(after, lambda c: c.numel * c.dtype.itemsize),
     )

@@ -6,6 +6,7 @@ the process of an ONNX Runtime engine holds ONNX Runtime and not torch, as it wo
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,7 @@ from normfuse.benchmark import Comparison, Engine, Schedule, measure
 from normfuse.benchmark.progress import rounds_bar
 from normfuse.errors import ExportError, NormfuseError, UsageError
 from normfuse.extras import need
+from normfuse.onnx_domains import domains
 from normfuse.sources import Options, Source, load_source
 
 if TYPE_CHECKING:
@@ -201,6 +203,9 @@ def _open_onnxruntime(path: str, arrays: Arrays, threads: int) -> Call:
     settings.intra_op_num_threads = threads
     settings.inter_op_num_threads = 1
     settings.log_severity_level = 3
+    kernels = Path(__file__).with_name("_native.so")  # normfuse.native would import torch
+    if kernels.is_file() and os.environ.get("NORMFUSE_NATIVE", "1") != "0" and "normfuse" in domains(path):
+        settings.register_custom_ops_library(str(kernels))
     try:
         session = ort.InferenceSession(path, settings, providers=["CPUExecutionProvider"])
     except Exception as e:

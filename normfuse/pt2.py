@@ -129,6 +129,8 @@ def load_program(path: str | Path, *, trust: bool = False) -> "torch.export.Expo
             reason = next(_dangers(archive), None)
         if reason is not None:
             raise UsageError(f"{path} could run code when it is loaded ({reason}); pass --trust if you know where it comes from")
+    import normfuse.ops  # noqa: F401 - registers what quantized models call
+
     log = logging.getLogger("torch.export")
     level = log.level
     log.setLevel(logging.CRITICAL)  # it logs a traceback besides raising

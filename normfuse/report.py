@@ -10,7 +10,7 @@ from typing import Any
 
 from normfuse.errors import UsageError
 
-__all__ = ["Error", "PassReport", "Report", "Site"]
+__all__ = ["Error", "LayerQuantization", "PassReport", "Report", "Site"]
 
 _WIDTH = 80
 
@@ -56,6 +56,46 @@ class Error:
 
 
 @dataclass(frozen=True)
+class LayerQuantization:
+    """What became of one layer that could be quantized.
+
+    Attributes:
+        path: module path of the layer.
+        kind: `linear`, `conv2d`, `embedding` or `attention`; the last entry, of kind `model`, is that of the whole model.
+        shape: of its weight: (out, in), (out, in / groups, height, width) or (rows, features).
+        weight_bits: None for a layer that stays in float.
+        activation_bits: of what it reads; None for weights only.
+        activations: `dynamic`, `static`, or empty for weights only.
+        groups: number of input channels with exponent 0, 1, 2, …
+        sqnr: of the layer's output on the calibration data, with its own error alone, in dB (of the model's outputs, with
+            that of all layers); None when there was no data.
+        clipped: share of the values that it reads that lie outside of the integers' range; None when there was no data.
+        bytes_before, bytes_after: of weights, scales, exponents and bias; a shared tensor counts at each of its readers, and
+            once in the entry of the model.
+        speedup: time in float over time in integers; None when it is not known.
+        measured: was `speedup` measured on this machine? Else it is predicted.
+        kept: why the layer stays in float; empty for a quantized one.
+        sensitivity: (bits, SQNR of the model's outputs in dB with this layer alone quantized), where widths were searched.
+    """
+
+    path: str
+    kind: str
+    shape: tuple[int, ...] = ()
+    weight_bits: int | None = None
+    activation_bits: int | None = None
+    activations: str = ""
+    groups: tuple[int, ...] = ()
+    sqnr: float | None = None
+    clipped: float | None = None
+    bytes_before: int = 0
+    bytes_after: int = 0
+    speedup: float | None = None
+    measured: bool = False
+    kept: str = ""
+    sensitivity: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
 class PassReport:
     """What one pass did.
 
@@ -68,6 +108,7 @@ class PassReport:
         drift: error in the model's own dtype (only with `verify="each"`).
         seconds: wall time of the pass without verification.
         sqnr: of a pass that is no identity by intention, the SQNR of the outputs after it against those before, in dB.
+        quantization: one entry a layer that the pass quantized or kept in float.
     """
 
     name: str
@@ -78,6 +119,7 @@ class PassReport:
     drift: Error | None = None
     seconds: float = 0.0
     sqnr: float | None = None
+    quantization: tuple[LayerQuantization, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -119,6 +161,11 @@ class Report:
     @property
     def undone(self) -> tuple[Site, ...]:
         return tuple(site for p in self.passes for site in p.undone)
+
+    @property
+    def quantization(self) -> tuple[LayerQuantization, ...]:
+        """What became of each layer that could be quantized; empty without `quantize=`."""
+        return tuple(layer for p in self.passes for layer in p.quantization)
 
     def __bool__(self) -> bool:
         """Did anything change?"""
@@ -167,4 +214,10 @@ def _error(data: dict[str, Any] | None) -> Error | None:
 def _pass_report(data: dict[str, Any]) -> PassReport:
     applied, refused, undone = (tuple(Site(**site) for site in data.pop(k)) for k in ("applied", "refused", "undone"))
     exact, drift = _error(data.pop("exact")), _error(data.pop("drift"))
-    return PassReport(applied=applied, refused=refused, undone=undone, exact=exact, drift=drift, **data)
+    layers = tuple(_layer(layer) for layer in data.pop("quantization", ()))
+    return PassReport(applied=applied, refused=refused, undone=undone, exact=exact, drift=drift, quantization=layers, **data)
+
+
+def _layer(data: dict[str, Any]) -> LayerQuantization:
+    shape, groups, sensitivity = (tuple(data.pop(k)) for k in ("shape", "groups", "sensitivity"))
+    return LayerQuantization(shape=shape, groups=groups, sensitivity=tuple((b, v) for b, v in sensitivity), **data)

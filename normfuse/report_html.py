@@ -4,8 +4,19 @@ from collections.abc import Iterable, Iterator
 from html import escape
 
 from normfuse import __version__
-from normfuse.report import Error, PassReport, Report, Site
-from normfuse.report_text import change, compact, duration, exactness, magnitude, reasons, size
+from normfuse.report import Error, LayerQuantization, PassReport, Report, Site
+from normfuse.report_text import (
+    LAYER_HEAD,
+    change,
+    compact,
+    duration,
+    exactness,
+    layer_cells,
+    magnitude,
+    quantized_in_short,
+    reasons,
+    size,
+)
 
 __all__ = ["page"]
 
@@ -54,6 +65,7 @@ def page(report: Report) -> str:
             f"<div class=cards>{''.join(_cards(report))}</div>",
             f"<h2>Passes</h2>{_passes(report)}",
             f"<h2>Normalizations</h2>{_norms(report)}",
+            _layers(report.quantization),
             _groups("Undone: failed verification, taken back", report.undone, "bad"),
             _groups("Refused, and why", report.refused, "warn"),
             _applied(report.applied),
@@ -127,6 +139,30 @@ def _norms(report: Report) -> str:
         for k in kinds
     )
     return f"<div class=frame><table><tr><th>kind</th><th>before</th><th>after</th></tr>{rows}</table></div>"
+
+
+def _layers(layers: Iterable[LayerQuantization]) -> str:
+    layers = tuple(layers)
+    if not layers:
+        return ""
+    searched = [f"{b} bits" for b in sorted({b for layer in layers for b, _ in layer.sensitivity})]
+    head = "".join(f"<th>{h}</th>" for h in (*LAYER_HEAD, "kept in float because", *searched))
+    rows = "".join(
+        "<tr>"
+        + "".join(f"<td>{escape(c)}</td>" for c in (*layer_cells(layer), layer.kept, *_sensitivity(layer, searched)))
+        + "</tr>"
+        for layer in layers
+    )
+    told = "; columns by bits: SQNR of the outputs with that layer alone quantized" if searched else ""
+    return (
+        f"<h2>Quantization</h2><p class=soft>{escape(quantized_in_short(layers))}{told}</p>"
+        f"<div class=frame><table><tr>{head}</tr>{rows}</table></div>"
+    )
+
+
+def _sensitivity(layer: LayerQuantization, searched: Iterable[str]) -> Iterator[str]:
+    found = {f"{b} bits": f"{v:.1f} dB" for b, v in layer.sensitivity}
+    return (found.get(column, "") for column in searched)
 
 
 def _groups(title: str, sites: Iterable[Site], tone: str) -> str:

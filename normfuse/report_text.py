@@ -8,9 +8,23 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from normfuse.errors import UsageError
-from normfuse.report import Error, PassReport, Report, Site
+from normfuse.report import Error, LayerQuantization, PassReport, Report, Site
 
-__all__ = ["Reason", "change", "compact", "duration", "exactness", "magnitude", "reasons", "size", "table"]
+__all__ = [
+    "LAYER_HEAD",
+    "Reason",
+    "change",
+    "compact",
+    "duration",
+    "exactness",
+    "layer_cells",
+    "layer_table",
+    "magnitude",
+    "quantized_in_short",
+    "reasons",
+    "size",
+    "table",
+]
 
 _NARROWEST = 20
 _NUMBER = re.compile(r"(?<!\d)(?:0|[1-9]\d*)(?!\d)")  # no leading zero: it would not come back as it was written
@@ -136,6 +150,8 @@ def table(report: Report, width: int = 80) -> str:
     if width < _NARROWEST:
         raise UsageError(f"a report needs at least {_NARROWEST} columns, not {width}")
     lines = [*_passes(report, width), "", *_facts(report, width)]
+    if report.quantization:
+        lines += ["", *layer_table(report.quantization, width)]
     for title, sites in (("undone: failed verification, taken back", report.undone), ("refused", report.refused)):
         if sites:
             lines += ["", *_wrap(title, width, 0), *_reasons(sites, width)]
@@ -192,6 +208,58 @@ def _facts(report: Report, width: int) -> Iterator[str]:
         yield from _wrap(f"{name:<12}{text}", width, 0, hang=12 if width >= 40 else 2)
 
 
+def layer_table(layers: Iterable[LayerQuantization], width: int) -> Iterator[str]:
+    """One line a quantized layer; those that stay in float are counted, their reasons stand among the refusals."""
+    layers = tuple(layers)
+    yield from _wrap(quantized_in_short(layers), width, 0, hang=2)
+    rows = [layer_cells(layer) for layer in layers if not layer.kept]
+    room = width - _LAYER_COLUMNS
+    if room < 12:
+        for path, *cells in rows:
+            text = ", ".join(f"{h} {c}" for h, c in zip(LAYER_HEAD[1:], cells, strict=True) if c != "-")
+            yield from _wrap(f"{path}: {text}", width, 0, hang=2)
+        return
+    names = [_tail(_clean(path), room) for path, *_ in rows]
+    column = max(5, *map(len, names)) if names else 0
+    lines = [(LAYER_HEAD[0], LAYER_HEAD[1:]), *zip(names, (r[1:] for r in rows), strict=True)] if names else []
+    for name, values in lines:
+        cut = (f"{_shorten(c, w - 1):>{w}}" for c, w in zip(values, _LAYER_WIDTHS, strict=True))
+        yield f"{name:<{column}}" + "".join(cut)
+
+
+LAYER_HEAD = ("layer", "bits", "shifts", "SQNR", "clipped", "bytes", "ratio", "speed")
+_LAYER_WIDTHS = (7, 14, 9, 8, 8, 6, 7)
+_LAYER_COLUMNS = sum(_LAYER_WIDTHS)
+
+
+def quantized_in_short(layers: Iterable[LayerQuantization]) -> str:
+    """`quantized 24 of 25 layers: 18.6 MB -> 2.5 MB (-86.4 %)`"""
+    layers = tuple(layers)
+    total = next((layer for layer in layers if layer.kind == "model"), None)
+    layers = tuple(layer for layer in layers if layer is not total)
+    done = sum(not layer.kept for layer in layers)
+    return f"quantized {done} of {len(layers)} layers" + (
+        "" if total is None else f": {change(total.bytes_before, total.bytes_after, size)}"
+    )
+
+
+def layer_cells(layer: LayerQuantization) -> tuple[str, ...]:
+    """Path, bits, channels by exponent, SQNR, clip rate, bytes, their share of the float ones, and speed (≈: predicted)."""
+    weight = "" if layer.weight_bits is None else f"w{layer.weight_bits}"
+    activation = "" if layer.activation_bits is None else f"a{layer.activation_bits}{'s' if layer.activations == 'static' else ''}"
+    speed = "-" if layer.speedup is None else f"{'' if layer.measured else '≈'}{layer.speedup:.2f}x"
+    return (
+        layer.path,
+        weight + activation or "-",
+        "/".join(map(str, layer.groups)) or "-",
+        "-" if layer.sqnr is None else f"{layer.sqnr:.1f} dB",
+        "-" if layer.clipped is None else f"{100 * layer.clipped:.2f} %",
+        size(layer.bytes_after),
+        f"{layer.bytes_after / layer.bytes_before:.2f}" if layer.bytes_before else "-",
+        speed,
+    )
+
+
 def _sentence(error: Error | None) -> str:
     if error is None:
         return "not measured"
@@ -227,3 +295,8 @@ def _clean(text: str, *, keep_runs: bool = False) -> str:
 
 def _shorten(text: str, room: int) -> str:
     return text if len(text) <= room else text[: room - 1] + "…"
+
+
+def _tail(text: str, room: int) -> str:
+    """The end of a module path says which layer it is."""
+    return text if len(text) <= room else "…" + text[len(text) - room + 1 :]

@@ -1,10 +1,13 @@
 """What is built and installed is what stands in the repository."""
 
 import ast
+import os
 import re
 import shutil
 import subprocess
 import sys
+import tarfile
+import tempfile
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,7 @@ import normfuse
 pytestmark = pytest.mark.checkout
 
 ROOT = Path(__file__).resolve().parent.parent
+NATIVE = any(map(shutil.which, ("c++", "g++", "clang++")))
 ROOMS = {"normfuse": ROOT / "normfuse", "normfuse.passes": ROOT / "passes", "normfuse.export": ROOT / "export"}
 
 
@@ -94,21 +98,79 @@ def test_sources_parse_on_the_oldest_python() -> None:
         ast.parse(path.read_text(encoding="utf-8"), feature_version=(3, 10))
 
 
-def test_wheel_holds_every_source_file_and_no_other(tmp_path: Path) -> None:
-    setuptools = pytest.importorskip("setuptools", minversion="77")
-    assert setuptools is not None
+@pytest.fixture(scope="module")
+def copied(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkout with one small native source in place of the kernels, which take a minute to compile."""
+    pytest.importorskip("setuptools", minversion="77")
+    tmp_path = tmp_path_factory.mktemp("checkout")
     for name in ("normfuse", "passes", "export"):
-        shutil.copytree(ROOT / name, tmp_path / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copytree(ROOT / name, tmp_path / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+    shutil.copytree(ROOT / "native", tmp_path / "native", ignore=shutil.ignore_patterns("*.cpp"))
+    (tmp_path / "native" / "small.cpp").write_text('#include "normfuse.h"\nNF_EXPORT const char* nf_isa() { return "small"; }\n')
+    for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tmp_path)
-    build = "import setuptools.build_meta as b; print(b.build_wheel('dist'))"
-    done = subprocess.run([sys.executable, "-c", build], cwd=tmp_path, capture_output=True, text=True)
+    return tmp_path
+
+
+def _build(folder: Path, kind: str, environment: dict[str, str] | None = None) -> tuple[Path, str]:
+    out = tempfile.mkdtemp(dir=folder)
+    call = f"import setuptools.build_meta as b; print('built', b.build_{kind}({out!r}))"
+    done = subprocess.run(
+        [sys.executable, "-c", call], cwd=folder, capture_output=True, text=True, env={**os.environ, **(environment or {})}
+    )
     assert done.returncode == 0, done.stderr
-    (wheel,) = (tmp_path / "dist").glob("*.whl")
+    return Path(out, done.stdout.split("built ")[-1].strip()), done.stdout + done.stderr
+
+
+def _contents(wheel: Path) -> tuple[set[str], dict[str, str]]:
     with zipfile.ZipFile(wheel) as archive:
-        names = {n for n in archive.namelist() if ".dist-info/" not in n}
-        metadata = next(archive.read(n).decode() for n in archive.namelist() if n.endswith("/METADATA"))
-    assert names == {*_sources("*.py"), "normfuse/py.typed", *_sources("*.safetensors")}
-    assert f"\nVersion: {normfuse.__version__}\n" in metadata
-    assert "\nLicense-Expression: Apache-2.0\n" in metadata
+        names = archive.namelist()
+        info = {n.rpartition("/")[2]: archive.read(n).decode() for n in names if n.endswith(("/METADATA", "/WHEEL"))}
+    return {n for n in names if ".dist-info/" not in n}, info
+
+
+@pytest.mark.skipif(not NATIVE, reason="no C++ compiler")
+def test_wheel_holds_every_source_file_and_no_other(copied: Path) -> None:
+    wheel, _ = _build(copied, "wheel")
+    names, info = _contents(wheel)
+    assert names == {*_sources("*.py"), "normfuse/py.typed", *_sources("*.safetensors"), "normfuse/_native.so"}
+    assert f"\nVersion: {normfuse.__version__}\n" in info["METADATA"]
+    assert "\nLicense-Expression: Apache-2.0\n" in info["METADATA"]
     assert sum(p.stat().st_size for p in _sources("*.safetensors").values()) < 2_000_000
+    # one wheel for every Python, and for one platform
+    assert "-py3-none-" in wheel.name
+    assert not wheel.name.endswith("-any.whl")
+    assert "Root-Is-Purelib: false" in info["WHEEL"]
+
+
+@pytest.mark.parametrize(
+    ("source", "compiler"),
+    [
+        pytest.param("", "no-such-compiler", id="no compiler"),
+        pytest.param("#error this is not C++17\n", "", id="a compiler that fails"),
+    ],
+)
+def test_install_goes_on_without_kernels(copied: Path, source: str, compiler: str) -> None:
+    if not compiler and not NATIVE:
+        pytest.skip("no C++ compiler")
+    shutil.rmtree(copied / "build", ignore_errors=True)
+    broken = copied / "native" / "broken.cpp"
+    broken.write_text(source)
+    try:
+        wheel, log = _build(copied, "wheel", {"CXX": compiler} if compiler else None)
+    finally:
+        broken.unlink()
+    names, _ = _contents(wheel)
+    assert names == {*_sources("*.py"), "normfuse/py.typed", *_sources("*.safetensors")}
+    assert "without its native kernels" in log
+    assert (compiler or "this is not C++17") in log
+
+
+def test_sdist_holds_what_the_kernels_are_built_from(copied: Path) -> None:
+    sdist, _ = _build(copied, "sdist")
+    with tarfile.open(sdist) as archive:
+        names = {n.partition("/")[2] for n in archive.getnames()}
+    headers = {f"native/{p.name}" for p in (ROOT / "native").glob("*.h")}
+    assert headers
+    assert headers | {"native/small.cpp", "setup.py", "pyproject.toml"} <= names
+    assert not {n for n in names if n.endswith((".so", ".o"))}

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import json
 import logging
+import math
+import operator
 import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +18,19 @@ import torch
 from torch import nn
 
 import normfuse
+from normfuse import native
 from normfuse.errors import ExportError, UsageError
 from normfuse.export.onnx.choose import fastest
 from normfuse.export.onnx.compare import compare, tolerance_for
 from normfuse.export.onnx.inspect import norm_counts, op_counts
 from normfuse.export.onnx.lower import finished, translated
 from normfuse.export.onnx.program import Program, program
+from normfuse.export.onnx.quantized.forms import possible_forms
 from normfuse.export.onnx.runtime import session
 from normfuse.export.onnx.save import MAX_PROTO, data_files, drop_stale, save_model, sha256_of_tensors, weights_sha256
 from normfuse.export.onnx.static_masks import simplify_masks
 from normfuse.export.result import Exported
-from normfuse.export.targets import ATTENTION_FORMS, Target, opset_for, target_named
+from normfuse.export.targets import ATTENTION_FORMS, NATIVE_ATTENTION, Target, opset_for, target_named
 from normfuse.extras import need
 from normfuse.files import atomic, check_target
 from normfuse.record import record
@@ -41,6 +49,8 @@ def to_onnx(
     opset: int | None = None,
     example_inputs: Any = None,
     dynamic_shapes: Any = None,
+    form: str = "auto",
+    int4_initializers: bool = False,
     attention: str = "auto",
     verify: bool = True,
     tolerance: float | None = None,
@@ -60,12 +70,19 @@ def to_onnx(
         opset: 17 to 23; each target has a default. RMSNormalization exists from 23 on and is spelt out below.
         example_inputs: a tuple of positional inputs or a dict of keyword inputs; by default those of `normfuse.optimize`.
         dynamic_shapes: as in `torch.export.export`; by default those of `normfuse.optimize`.
-        attention: `decomposed`, `attention23`, `mha`, `qkv`, or `auto`: for ONNX Runtime the one that measures fastest
-            on the example inputs, for other targets their default.
+        form: of quantized layers: `native` (ops of normfuse's kernels; a stock ONNX Runtime runs the functions beside them),
+            `integer` (standard integer ops), `qdq` (QuantizeLinear and DequantizeLinear, static scales), or `auto`: for ONNX
+            Runtime `native` where the kernels are built and else what measures fastest, for other targets `qdq` where scales
+            are static and else `integer`.
+        int4_initializers: keep weights of up to 4 bits as INT4 in an `integer` or `qdq` file; the runtime expands them to bytes
+            when it loads, which takes it longer and more memory.
+        attention: `decomposed`, `attention23`, `mha`, `qkv`, `native`, or `auto`: for ONNX Runtime the one that measures
+            fastest on the example inputs, for other targets their default.
         verify: run the file in ONNX Runtime and compare it with `gm` on the example inputs, on random ones and, where
             axes may vary, at another size. Without it the file is only checked.
         tolerance: bound on max |difference| / max |expected|; by default 1e-9, 1e-4, 2e-2, 1e-1 for float64, float32,
-            float16, bfloat16.
+            float16, bfloat16. A quantized model is held to an SQNR instead: 40 dB, or 10 dB below what roundings of its
+            weights alone lead to, because a float on a tie in front of a quantization may get the neighbouring code.
         threads: threads of ONNX Runtime for measuring; by default the CPUs of the process.
         measure_seconds: about how long to measure forms of attention in all.
         external_data_above: weights above this many bytes go to a second file, `<name>.<hash>.data`.
@@ -79,24 +96,32 @@ def to_onnx(
     """
     where = target_named(target)
     version = opset_for(where, opset)
-    forms = _forms(where, version, attention)
+    _forms(where, version, attention, native=True)
     path = check_target(path, force=force)
     for module in ("onnx", "onnxscript", "onnxruntime"):
         need(module, extra="onnx")
     found = program(gm, example_inputs, dynamic_shapes)
     simplify_masks(found.exported)
     model = translated(found, version, contrib=where.contrib and _is_float32(found))
+    quantized = possible_forms(model, where, version, form, int4=int4_initializers)
+    forms = _forms(where, version, attention, native="native" in quantized)
     replaced = data_files(path) if path.exists() else ()
     with atomic(path, force=force) as temporary:
         with tempfile.TemporaryDirectory(dir=temporary.parent) as folder:
-            chosen, sites, ratios, ready = _chosen(
-                model, found, where, version, forms, Path(folder), threads, measure_seconds, progress, external_data_above
-            )
+            (layers, chosen), sites, ratios, ready = _chosen(
+                model, found, where, version, Candidates(quantized, forms, int4_initializers), Path(folder), threads,
+                measure_seconds, progress, external_data_above,
+            )  # fmt: skip
         del model
         save_model(ready, temporary, limit=external_data_above)
-        bound = tolerance_for(_dtypes(ready)) if tolerance is None else tolerance
-        error, notes = _proven(found, temporary, where, bound, threads, verify=verify)
+        bound = tolerance
+        if bound is None:
+            bound = tolerance_for(_dtypes(ready)) if layers is None else math.inf
+        proof, notes = _proven(found, temporary, where, bound, threads, layers, verify=verify)
+        error, sqnr = (None, None) if proof is None else proof
         facts = _facts(gm, found, ready, where, version, chosen if sites else None, error, bound)
+        if layers is not None:
+            facts["normfuse.form"] = layers
         _append_metadata(temporary, facts)
         size = sum(f.stat().st_size for f in temporary.parent.iterdir())
         result = Exported(
@@ -104,30 +129,49 @@ def to_onnx(
             target=where.name,
             opset=version,
             bytes=size,
+            weight_bytes=sum(v.const_value.nbytes for v in ready.graph.initializers.values() if v.const_value is not None),
             ops=op_counts(temporary),
             norms=norm_counts(temporary),
             inputs=found.inputs,
             outputs=found.outputs,
             error=error,
-            tolerance=None if error is None else bound,
+            tolerance=None if error is None or bound == math.inf else bound,
             attention=chosen if sites else None,
             attention_sites=sites,
             ratios=ratios,
+            form=layers,
+            sqnr=None if layers is None else sqnr,
             notes=(*found.notes, *notes),
         )
     drop_stale(replaced, path)
     return result
 
 
-def _forms(target: Target, opset: int, attention: str) -> tuple[str, ...]:
-    """The forms to try, the plain one first."""
-    possible = target.attention_at(opset)
+@dataclass(frozen=True)
+class Candidates:
+    """What to try: forms of quantized layers (none for a model without), forms of attention, the plain ones first."""
+
+    quantized: tuple[str, ...]
+    attention: tuple[str, ...]
+    int4: bool
+
+    def __iter__(self) -> Iterator[tuple[str | None, str]]:
+        return iter(itertools.product(self.quantized or (None,), self.attention))
+
+
+def _forms(target: Target, opset: int, attention: str, *, native: bool) -> tuple[str, ...]:
+    """The forms of attention to try, the plain one first."""
+    possible = target.attention_at(opset, native=native)
     if attention == "auto":
         return possible if target.contrib else possible[:1]
-    if attention not in ATTENTION_FORMS:
-        raise UsageError(f"unknown form of attention {attention!r}: expected auto, {', '.join(ATTENTION_FORMS)}")
+    known = (*ATTENTION_FORMS, NATIVE_ATTENTION)
+    if attention not in known:
+        raise UsageError(f"unknown form of attention {attention!r}: expected auto, {', '.join(known)}")
     if attention not in possible:
-        reason = "needs opset 23" if attention in target.attention else f"uses ops that target {target.name!r} does not have"
+        if attention == NATIVE_ATTENTION and target.contrib:
+            reason = "stands in files whose quantized layers are in the native form"
+        else:
+            reason = "needs opset 23" if attention in target.attention else f"uses ops that target {target.name!r} does not have"
         raise UsageError(f"attention={attention!r} {reason}; possible here: auto, {', '.join(possible)}")
     return (attention,)
 
@@ -137,37 +181,40 @@ def _chosen(
     found: Program,
     target: Target,
     opset: int,
-    forms: tuple[str, ...],
+    candidates: Candidates,
     folder: Path,
     threads: int | None,
     seconds: float,
     progress: bool,
     limit: int,
-) -> tuple[str, dict[str, int], dict[str, float], Any]:
-    """Name of the form, sites by form, measured ratios, and the model to write."""
-    ready: dict[str, tuple[Any, dict[str, int]]] = {}
-    for form in forms:
-        candidate = finished(model, found, target, opset, form)
+) -> tuple[tuple[str | None, str], dict[str, int], dict[str, float], Any]:
+    """Names of the forms of quantized layers and attention, sites by form, measured ratios, and the model to write."""
+    ready: dict[tuple[str | None, str], tuple[Any, dict[str, int]]] = {}
+    for quantized, form in candidates:
+        candidate = finished(model, found, target, opset, form, quantized, int4=candidates.int4)
         # a form that no site could take is one of the others again
-        if not ready or candidate[1] not in [sites for _, sites in ready.values()]:
-            ready[form] = candidate
-    plain = forms[0]
+        if candidate[1] not in [sites for (other, _), (_, sites) in ready.items() if other == quantized]:
+            ready[quantized, form] = candidate
+    plain = next(iter(ready))
     if len(ready) == 1:
         return plain, ready[plain][1], {}, ready[plain][0]
-    files = {}
-    for form, (candidate, _) in ready.items():
-        (folder / form).mkdir()
-        files[form] = folder / form / "model.onnx"
-        save_model(candidate, files[form], limit=limit)
+    names = {key: key[1] if len(candidates.quantized) < 2 else " ".join(filter(None, key)) for key in ready}
+    files: dict[str, Path] = {}
+    for key, (candidate, _) in ready.items():
+        place = folder / str(len(files))
+        place.mkdir()
+        files[names[key]] = place / "model.onnx"
+        save_model(candidate, files[names[key]], limit=limit)
     feeds = found.feeds(found.flat_inputs())
-    chosen, ratios = fastest(plain, files, feeds, threads=threads, seconds=seconds, progress=progress)
+    name, ratios = fastest(names[plain], files, feeds, threads=threads, seconds=seconds, progress=progress)
+    chosen = next(key for key in ready if names[key] == name)
     return chosen, ready[chosen][1], ratios, ready[chosen][0]
 
 
 def _proven(
-    found: Program, file: Path, target: Target, bound: float, threads: int | None, *, verify: bool
-) -> tuple[Error | None, tuple[str, ...]]:
-    """Check the file, run it, compare it. Without a run the error is None and a note says why."""
+    found: Program, file: Path, target: Target, bound: float, threads: int | None, layers: str | None, *, verify: bool
+) -> tuple[tuple[Error, float] | None, tuple[str, ...]]:
+    """Check the file, run it, compare it; error and SQNR. Without a run there is none, and a note says why."""
     onnx = need("onnx", extra="onnx")
     try:
         # by path: the checker then follows external data; shape inference needs the model in one message
@@ -176,8 +223,15 @@ def _proven(
         raise ExportError(f"the exported model is not valid ONNX: {' '.join(str(e).split())[:500]}") from e
     if not verify:
         return None, ("not run: verify=False",)
+    # the int8 weights of other targets are more than the kernels of an x86 without VNNI multiply exactly, unless they are told
+    config = {} if target.contrib or layers is None else {"session.x64quantprecision": "1"}
+    notes: tuple[str, ...] = ()
     try:
-        opened = session(file, threads=threads)
+        sessions = [session(file, threads=threads, config=config)]
+        if layers == "native" and native.available():
+            sessions.append(session(file, threads=threads, kernels=False))
+        elif layers == "native":
+            notes = (f"run without normfuse's kernels: {native.why_not()}",)
     except ExportError as e:
         if torch.bfloat16 not in _tensor_dtypes(found):
             raise
@@ -187,13 +241,19 @@ def _proven(
                 "or pass verify=False to write it for another device"
             ) from e
         return None, ("not run: ONNX Runtime has no bfloat16 kernels on the CPU for this model",)
-    error = compare(found, opened)
+    proofs = [compare(found, opened, quantized=layers is not None) for opened in sessions]
+    error, (_, sqnr, wanted) = functools.reduce(operator.or_, (p[0] for p in proofs)), min(proofs, key=lambda p: p[1] - p[2])
     if not error.max_rel <= bound:
         raise ExportError(
             f"the exported model deviates from the module by {error.max_rel:.1e} relative, above the bound {bound:.0e}; "
             "nothing was written"
         )
-    return error, ()
+    if bound == math.inf and not sqnr >= wanted:
+        raise ExportError(
+            f"the exported model has {sqnr:.0f} dB against the module, and a quantized one must have {wanted:.0f}; "
+            "nothing was written"
+        )
+    return (error, sqnr), notes
 
 
 def _tensor_dtypes(found: Program) -> set[torch.dtype]:

@@ -15,6 +15,7 @@ import numpy as np
 from normfuse.export.onnx.build import Build, const_of, dims, same_size
 from normfuse.export.onnx.linear import Linear, linear_of
 from normfuse.export.onnx.masks import Bias, bias_of
+from normfuse.export.onnx.quantized.native import native_node
 from normfuse.export.onnx.translate import MARKER_DOMAIN, SDPA
 from normfuse.export.onnx.views import Heads, heads
 
@@ -108,9 +109,13 @@ def _site(node: Any) -> Site:
 
 
 def _fallbacks(form: str) -> tuple[Any, ...]:
-    return {"qkv": (_qkv, _mha, _decomposed), "mha": (_mha, _decomposed), "attention23": (_attention23, _decomposed)}.get(
-        form, (_decomposed,)
-    )
+    forms: dict[str, tuple[Any, ...]] = {
+        "qkv": (_qkv, _mha, _decomposed),
+        "mha": (_mha, _decomposed),
+        "attention23": (_attention23, _decomposed),
+        "native": (_native, _mha, _decomposed),
+    }
+    return forms.get(form, (_decomposed,))
 
 
 def _decomposed(site: Site, at: Build) -> bool:
@@ -201,6 +206,45 @@ def _qkv(site: Site, at: Build) -> bool:
     )
     _finish_heads_last(site, out, bias, at)
     return True
+
+
+def _native(site: Site, at: Build) -> bool:
+    """Attention of normfuse's kernels: reads q, k and v where projections left them, and writes (B, L, H·D)."""
+    sizes = [dims(v) for v in (site.query, site.key, site.value)]
+    if not site.four or site.query.dtype != at.ir.DataType.FLOAT or (site.causal and not (site.square and site.mask is None)):
+        return False
+    head, width, out = site.sizes
+    shared = sizes[1][1] if sizes[1] is not None else None
+    if out != width or not isinstance(shared, int) or not shared or head % shared or sizes[2] is None or sizes[2][1] != shared:
+        return False
+    bias = _full_bias(site, at)
+    if not all(s is not None and same_size(s[0], sizes[0][0] if sizes[0] else None) for s in sizes):
+        return False
+    packed = _side_by_side(site)
+    operands = (packed, None, None) if packed is not None else tuple(_heads_last(v, at) for v in (site.query, site.key, site.value))
+    facts = {
+        "scale": site.scale,
+        "causal": int(site.causal),
+        "heads": head,
+        "kv_heads": shared,
+        "layout": "bthd" if packed is None else "packed",
+    }
+    (y,) = native_node(at, "Attention", (*operands, bias.values), facts, count=1)
+    y.dtype = site.query.dtype
+    _finish_heads_last(site, y, bias, at)
+    return True
+
+
+def _side_by_side(site: Site) -> Any:
+    """The tensor whose columns are those of q, k and v, one behind the other."""
+    for q, k, v in itertools.product(heads(site.query), heads(site.key), heads(site.value)):
+        width = dims(q.root)
+        if q.root is not k.root or q.root is not v.root or width is None:
+            continue
+        columns = np.concatenate([h.columns.reshape(-1) for h in (q, k, v)])
+        if columns.size == width[2] and np.array_equal(columns, np.arange(columns.size)):
+            return q.root
+    return None
 
 
 def _contrib_takes(site: Site, at: Build) -> bool:

@@ -63,6 +63,11 @@ class Build:
             self.shared[key] = value
         return value
 
+    @staticmethod
+    def known(value: Any) -> Any:
+        """The numpy array of a constant value; None for a computed one."""
+        return const_of(value)
+
 
 def dims(value: Any) -> tuple[Size | None, ...] | None:
     """Sizes of `value`: an int, the expression of a symbolic size, or None where it is unknown; None without a rank."""

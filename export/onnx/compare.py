@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ from normfuse.export.onnx.program import Program
 from normfuse.export.onnx.runtime import run
 from normfuse.report import Error
 
-__all__ = ["TOLERANCE", "compare", "deviation", "tolerance_for"]
+__all__ = ["MIN_SQNR", "TOLERANCE", "compare", "deviation", "sqnr", "tolerance_for"]
 
 log = logging.getLogger(__name__)
 
@@ -27,21 +28,31 @@ TOLERANCE = {
     torch.bfloat16: 1e-1,  # 7 bits
 }
 
+#: A quantized model is held to this SQNR in dB against the module, or to `MARGIN` below what roundings alone do to it.
+MIN_SQNR = 40.0
+MARGIN = 10.0
+_ROUNDING = 2.0**-22  # relative; two units in the last place of a float32
+
 
 def tolerance_for(dtypes: Sequence[torch.dtype]) -> float:
     """The bound for a model that computes in `dtypes`: that of the coarsest."""
     return max((TOLERANCE[d] for d in dtypes if d in TOLERANCE), default=TOLERANCE[torch.float32])
 
 
-def compare(program: Program, session: Any) -> Error:
-    """Largest deviation of the file in `session` from the module: on the example inputs, on random ones like them, and,
-    where axes may vary, at another size.
+def compare(program: Program, session: Any, *, quantized: bool = False) -> tuple[Error, float, float]:
+    """Largest deviation of the file in `session` from the module, its least SQNR and the one to ask for: on the example inputs,
+    on random ones like them, and, where axes may vary, at another size.
+
+    Module and file round floats in front of a quantization, not always alike, and a value on a tie then gets the neighbouring
+    code. What that leads to depends on the model, its depth and its widths: it is measured, on the module with all its floats
+    changed by roundings. For a model that is not quantized the last number means nothing.
 
     Raises:
         ExportError: the runtime fails on inputs on which the module runs, or gives other shapes.
     """
     torch.manual_seed(0)
     worst: Error | None = None
+    quality, wanted = math.inf, MIN_SQNR
     for label, flat in _trials(program):
         try:
             expected = program.reference(flat)
@@ -51,11 +62,30 @@ def compare(program: Program, session: Any) -> Error:
             log.info("the module itself does not run on %s inputs: %s", label, e)
             continue
         got = run(session, program.feeds(flat))
-        error = deviation(expected, [got[name] for name in program.outputs], program.outputs, label)
-        log.debug("%s inputs: %s", label, error)
+        found = [got[name] for name in program.outputs]
+        error = deviation(expected, found, program.outputs, label)
+        quality = min(quality, sqnr(expected, found))
+        if quantized:
+            wanted = min(wanted, sqnr(expected, program.reference(flat, rounding=_ROUNDING)) - MARGIN)
+        log.debug("%s inputs: %s, %.1f dB", label, error, quality)
         worst = error | worst
     assert worst is not None
-    return worst
+    return worst, quality, wanted
+
+
+def sqnr(expected: Sequence[Tensor], got: Sequence[Tensor]) -> float:
+    """The least 10 log10(Σ expected² / Σ difference²) of the outputs, in dB; infinite for equal ones, -infinite where only one of
+    the two is finite."""
+    found = []
+    for a, b in zip(expected, got, strict=True):
+        if not a.is_floating_point() or not a.numel():
+            continue
+        x, y = a.double(), b.double()
+        same = (x == y) | (x.isnan() & y.isnan())
+        noise = float(torch.where(same, 0.0, x - y).square().sum())
+        signal = float(torch.where(x.isfinite(), x, 0.0).square().sum())
+        found.append(math.inf if noise == 0 else 10 * math.log10(signal / noise) if math.isfinite(noise) and signal else -math.inf)
+    return min(found, default=math.inf)
 
 
 def deviation(expected: Sequence[Tensor], got: Sequence[Tensor], names: Sequence[str], label: str = "example") -> Error:

@@ -16,14 +16,18 @@ __all__ = ["NORM_OPS", "norm_counts", "op_counts", "provenance"]
 NORM_OPS = frozenset(
     {
         "BatchNormalization",
+        "CrmsNorm",
         "EmbedLayerNormalization",
         "GroupNorm",
         "GroupNormalization",
         "InstanceNormalization",
+        "L1Norm",
         "LayerNormalization",
         "LpNormalization",
         "MeanVarianceNormalization",
+        "NormQuantize",
         "RMSNormalization",
+        "RmsNorm",
         "SimplifiedLayerNormalization",
         "SkipGroupNorm",
         "SkipLayerNormalization",
@@ -35,13 +39,14 @@ NORM_OPS = frozenset(
 def op_counts(model: str | Path | Any) -> dict[str, int]:
     """Number of nodes by op type, the most frequent first; subgraphs and functions count once.
 
-    Ops of another domain than ONNX's own carry it: `com.microsoft.Attention`.
+    Ops of another domain than ONNX's own carry it: `com.microsoft.Attention`. Functions of the domain `normfuse` do not count:
+    they say what its ops mean to a runtime without them.
 
     Raises:
         UsageError: the file is missing or is no ONNX model.
     """
     proto = _loaded(model)
-    nodes = [*_nodes(proto.graph.node), *(n for f in proto.functions for n in _nodes(f.node))]
+    nodes = [*_nodes(proto.graph.node), *(n for f in proto.functions if f.domain != "normfuse" for n in _nodes(f.node))]
     counts = Counter(f"{n.domain}.{n.op_type}" if n.domain not in ("", "ai.onnx") else n.op_type for n in nodes)
     return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
 

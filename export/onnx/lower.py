@@ -14,6 +14,9 @@ from normfuse.export.onnx.eager_attention import mark_attention
 from normfuse.export.onnx.names import name_graph
 from normfuse.export.onnx.opset17 import to_opset_17
 from normfuse.export.onnx.program import Program
+from normfuse.export.onnx.quantized.forms import lower_quantized
+from normfuse.export.onnx.quantized.native import add_functions
+from normfuse.export.onnx.quantized.translate import markers
 from normfuse.export.onnx.quiet import quiet
 from normfuse.export.onnx.residual import keep_layer_norm_apart
 from normfuse.export.onnx.rotary import full_rotary_tables
@@ -41,7 +44,7 @@ def translated(program: Program, opset: int, *, contrib: bool = False) -> Any:
             out = torch.onnx.export(
                 program.exported,
                 opset_version=max(opset, _TRANSLATED_OPSET),
-                custom_translation_table=table(opset, contrib=contrib),
+                custom_translation_table=table(opset, contrib=contrib) | markers(),
                 optimize=False,
                 verbose=False,
             )
@@ -54,8 +57,10 @@ def translated(program: Program, opset: int, *, contrib: bool = False) -> Any:
     return out.model
 
 
-def finished(model: Any, program: Program, target: Target, opset: int, form: str) -> tuple[Any, dict[str, int]]:
-    """A copy of the translated `model` for `target`, with attention in `form` and final names.
+def finished(
+    model: Any, program: Program, target: Target, opset: int, form: str, quantized: str | None = None, *, int4: bool = False
+) -> tuple[Any, dict[str, int]]:
+    """A copy of the translated `model` for `target`, with attention in `form`, quantized layers in `quantized`, and final names.
 
     Returns: the model, and the number of attention sites by the form that they got.
 
@@ -72,6 +77,8 @@ def finished(model: Any, program: Program, target: Target, opset: int, form: str
         if target.contrib:
             keep_layer_norm_apart(model)
             model.opset_imports["com.microsoft"] = 1
+        if quantized is not None:
+            lower_quantized(model, quantized, target, opset, int4=int4)
         model.opset_imports.pop(MARKER_DOMAIN, None)
         common.RemoveUnusedNodesPass()(model)
         _drop_reshapes_to_same(model)
@@ -80,6 +87,7 @@ def finished(model: Any, program: Program, target: Target, opset: int, form: str
         common.RemoveUnusedNodesPass()(model)
         if opset < _TRANSLATED_OPSET:
             to_opset_17(model)
+        add_functions(model, opset)
         common.RemoveUnusedOpsetsPass()(model)
         common.OutputFixPass()(model)
         name_graph(model, program.inputs, program.outputs, program.axes)

@@ -51,11 +51,21 @@ class Program:
         """Graph inputs for the leaves `flat`."""
         return dict(zip(self.inputs, (leaf for leaf in flat if isinstance(leaf, Tensor)), strict=True))
 
-    def reference(self, flat: Sequence[Any]) -> list[Tensor]:
-        """Tensor outputs of the module on the leaves `flat`."""
+    def reference(self, flat: Sequence[Any], *, rounding: float = 0.0) -> list[Tensor]:
+        """Tensor outputs of the module on the leaves `flat`; with all its floats changed by up to `rounding`, relatively."""
         args, kwargs = pytree.tree_unflatten(list(flat), self.exported.call_spec.in_spec)
         with torch.no_grad():
-            return [leaf for leaf in pytree.tree_leaves(self.module(*args, **kwargs)) if isinstance(leaf, Tensor)]
+            if rounding:
+                state = {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
+                shaken = {k: _shaken(v, rounding) for k, v in state.items() if v.is_floating_point()}
+                out = torch.func.functional_call(self.module, shaken, args, kwargs)
+            else:
+                out = self.module(*args, **kwargs)
+        return [leaf for leaf in pytree.tree_leaves(out) if isinstance(leaf, Tensor)]
+
+
+def _shaken(t: Tensor, by: float) -> Tensor:
+    return t * (1 + by * (2 * torch.rand_like(t) - 1))
 
 
 def program(module: nn.Module, example_inputs: Any = None, dynamic_shapes: Any = None) -> Program:

@@ -11,8 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from normfuse import native
 from normfuse.errors import ExportError
 from normfuse.extras import need
+from normfuse.onnx_domains import domains
 
 __all__ = ["default_threads", "run", "session"]
 
@@ -33,6 +35,7 @@ def session(
     disabled_optimizers: Sequence[str] = (),
     config: Mapping[str, str] | None = None,
     dump: str | Path | None = None,
+    kernels: bool = True,
 ) -> Any:
     """An `onnxruntime.InferenceSession` on the CPU.
 
@@ -43,6 +46,8 @@ def session(
         disabled_optimizers: single optimizations to leave out, e.g. `SkipLayerNormFusion`.
         config: session entries, e.g. `{"session.intra_op.allow_spinning": "0"}`.
         dump: where to write the graph as the runtime has optimized it.
+        kernels: register normfuse's kernels, where they are built, for a file that uses their ops; False runs the functions that
+            stand in the file for them.
 
     Raises:
         ExportError: the runtime does not take the model; the message says why.
@@ -61,6 +66,8 @@ def session(
         options.optimized_model_filepath = str(dump)
     source = model if isinstance(model, bytes) else str(model)
     try:
+        if kernels and native.available() and "normfuse" in domains(model):
+            options.register_custom_ops_library(str(native.path()))
         return ort.InferenceSession(
             source, options, providers=["CPUExecutionProvider"], disabled_optimizers=list(disabled_optimizers) or None
         )

@@ -39,6 +39,13 @@ _log = logging.getLogger(__name__)
 @click.option(
     "--engine", "challenger", metavar="ENGINE", help="What should be faster.  [default: onnxruntime-optimized; SOURCE for .onnx]"
 )
+@click.option(
+    "--form",
+    type=click.Choice(("auto", "native", "integer", "qdq")),
+    default="auto",
+    show_default=True,
+    help="What --quantize becomes in onnxruntime-optimized.",
+)
 @click.option("--at-least", type=float, metavar="RATIO", help="Demanded speedup.  [default: 1 minus the measured noise]")
 @click.option("--threads", type=click.IntRange(1), help="Threads of each engine.  [default: one for each physical core]")
 @click.option("--seconds", type=float, default=20.0, show_default=True, help="Time for measuring, without loading and warming up.")
@@ -47,15 +54,15 @@ _log = logging.getLogger(__name__)
 @json_option
 @verbosity
 def bench(
-    model: Model, pipeline: Pipeline, against: str, challenger: str | None, at_least: float | None, threads: int | None,
-    seconds: float, rounds: int | None, warmup: float, as_json: bool, quiet: bool,
+    model: Model, pipeline: Pipeline, against: str, challenger: str | None, form: str, at_least: float | None,
+    threads: int | None, seconds: float, rounds: int | None, warmup: float, as_json: bool, quiet: bool,
 ) -> None:  # fmt: skip
     """Measure the optimized SOURCE against another engine, interleaved, each in a process of its own.
 
     Exit code 1 when the lower end of the speedup's 95 % interval is below --at-least.
     """
     with tempfile.TemporaryDirectory(prefix="normfuse-bench-") as folder:
-        workshop = Workshop(model, pipeline, Path(folder))
+        workshop = Workshop(model, pipeline, Path(folder), form)
         baseline = workshop.engine(against)
         contender = workshop.engine(challenger or (model.source if is_onnx(model.source) else "onnxruntime-optimized"))
 
@@ -91,10 +98,11 @@ def bench(
 class Workshop:
     """Makes the engines of one model; files that they need are made once and live in `folder`."""
 
-    def __init__(self, model: Model, pipeline: Pipeline, folder: Path) -> None:
+    def __init__(self, model: Model, pipeline: Pipeline, folder: Path, form: str = "auto") -> None:
         self._model = model
         self._pipeline = pipeline
         self._folder = folder
+        self._form = form
         self._loaded: Source | None = None
         self._fast: fx.GraphModule | None = None
 
@@ -147,7 +155,7 @@ class Workshop:
 
         path = self._folder / "optimized.onnx"
         if not path.exists():
-            to_onnx(self._optimized(), path, target="onnxruntime")
+            to_onnx(self._optimized(), path, target="onnxruntime", form=self._form)
         return path
 
     def _program(self) -> Path:

@@ -9,11 +9,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from normfuse.cli.quantization import calibration_batches, parse_quantize
 from normfuse.errors import UsageError
 from normfuse.sources import Options, Source, load_source
 
 if TYPE_CHECKING:
     from torch import fx
+
+    from normfuse.quant.spec import ShiftQuant
 
 __all__ = ["Model", "Pipeline", "force_option", "json_option", "model_options", "output_option", "pipeline_options", "verbosity"]
 
@@ -70,13 +73,24 @@ class Pipeline:
 
     passes: tuple[str, ...] | None
     verify: str
+    quantize: "ShiftQuant | None" = None
+    calibration: str | None = None
 
     def run(self, model: Model, loaded: Source) -> "fx.GraphModule":
         from normfuse.api import optimize
 
         shapes = model.dynamic_shapes(loaded)
+        batches = None if self.calibration is None else calibration_batches(self.calibration, loaded)
         _log.info("optimizing %s", model.source)
-        return optimize(loaded.model, loaded.example_inputs, dynamic_shapes=shapes, passes=self.passes, verify=self.verify)
+        return optimize(
+            loaded.model,
+            loaded.example_inputs,
+            dynamic_shapes=shapes,
+            passes=self.passes,
+            quantize=self.quantize,
+            calibration=batches,
+            verify=self.verify,
+        )
 
 
 def model_options(f: F) -> F:
@@ -120,9 +134,21 @@ def pipeline_options(f: F) -> F:
     @click.option(
         "--verify", type=click.Choice(("each", "end", "off")), default="end", show_default=True, help="When to prove the result."
     )
+    @click.option("--quantize", metavar="WIDTHS[,...]", help="Integer layers: w4a8, w8a8,static, w4a8,groups=1,prefer=size, ...")
+    @click.option("--keep", multiple=True, metavar="PATTERN", help="Layers that --quantize leaves in float; repeat for several.")
+    @click.option(
+        "--calibration",
+        metavar="DATA",
+        help="Samples in a .npz, .npy or .safetensors file, or batches from package.module:factory.",
+    )
     @functools.wraps(f)
-    def wrapped(passes: str | None, verify: str, **rest: Any) -> Any:
-        return f(pipeline=Pipeline(_names(passes) if passes is not None else None, verify), **rest)
+    def wrapped(
+        passes: str | None, verify: str, quantize: str | None, keep: tuple[str, ...], calibration: str | None, **rest: Any
+    ) -> Any:
+        if keep and quantize is None:
+            raise UsageError("--keep says what --quantize leaves in float: pass --quantize as well, e.g. --quantize w4a8")
+        spec = None if quantize is None else parse_quantize(quantize, keep)
+        return f(pipeline=Pipeline(_names(passes) if passes is not None else None, verify, spec, calibration), **rest)
 
     return wrapped  # type: ignore[return-value]
 

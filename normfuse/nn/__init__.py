@@ -14,8 +14,10 @@ from normfuse.nn.dynamic import DynamicErf, DynamicTanh
 from normfuse.nn.evonorm import EvoNorm
 from normfuse.nn.l1 import L1BatchNorm, L1LayerNorm
 from normfuse.nn.power import PowerNorm
+from normfuse.nn.quantized_l1 import QuantizedL1LayerNorm
 from normfuse.nn.region import RegionNormB, RegionNormL
 from normfuse.nn.scaled import ScaledNorm, lns_init_
+from normfuse.nn.shift_quant import ShiftQuantConv2d, ShiftQuantLinear
 from normfuse.nn.unified import UnifiedNorm
 from normfuse.nn.weight_standardization import (
     WeightStandardizedConv1d,
@@ -35,9 +37,12 @@ __all__ = [
     "L1LayerNorm",
     "LinearZeroMeanOutput",
     "PowerNorm",
+    "QuantizedL1LayerNorm",
     "RegionNormB",
     "RegionNormL",
     "ScaledNorm",
+    "ShiftQuantConv2d",
+    "ShiftQuantLinear",
     "Swap",
     "UnifiedNorm",
     "WeightCompander",

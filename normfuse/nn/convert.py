@@ -19,6 +19,7 @@ from normfuse.nn.block_depth import block_depths
 from normfuse.nn.layouts import Activated
 from normfuse.nn.reading import Reading, hooks_of, read
 from normfuse.nn.replacements import OPTIONS, Left, New, build
+from normfuse.nn.to_integers import candidates, in_integers
 
 __all__ = ["Swap", "Swaps", "convert", "swaps"]
 
@@ -91,7 +92,7 @@ def convert(model: nn.Module, to: str, where: Where | None = None, *, example_in
         to: "unified", "power", "l1" (L1BatchNorm for batch norms: the same function in eval mode), "rms", "dyt", "derf",
             "scaled" (each pre-norm in `ScaledNorm`, ℓ from the list index in its path), "batch" (over tokens), "layer";
             for convolutional networks "bcn" (and the convolution before each becomes weight-standardized) and "evo" (takes the
-            activation with it).
+            activation with it); "shiftquant" swaps no norms but `nn.Linear` and `nn.Conv2d` for layers that train in integers.
         where: a pattern such as `"blocks.*.norm1"`, several, or a function of module path and module; None for all norms.
         example_inputs: for "rms" only, as in `normfuse.optimize`: the conversion is then lossless. The writers of the residual
             streams are centered, which the graph must show, so that RMSNorm of the stream is what LayerNorm was.
@@ -109,15 +110,23 @@ def convert(model: nn.Module, to: str, where: Where | None = None, *, example_in
     if example_inputs is not None:
         return _lossless(model, to, where, example_inputs, options)
     new = _copied(model)
-    found = [(p, m, r) for p, m, r in _norms(new) if r is not None]
-    chosen = _chosen(found, where)
-    converter = _Converter(new, to, options, [p for p, _, _ in found])
-    for path, module, reading in chosen:
-        converter.swap(path, module, reading)
+    if to == "shiftquant":
+        layers = [(p, m, None) for p, m in candidates(new)]
+        converter = _Converter(new, to, options, [])
+        for path, module, _ in _chosen(layers, where, "layers"):
+            converter.into_integers(path, module)
+    else:
+        found = [(p, m, r) for p, m, r in _norms(new) if r is not None]
+        converter = _Converter(new, to, options, [p for p, _, _ in found])
+        for path, module, reading in _chosen(found, where):
+            converter.swap(path, module, reading)
     done = Swaps(converter.swaps)
     if all(s.left for s in done):
         reasons = dict.fromkeys(f"{s.path or 'the model'} {s.note}" for s in done)
-        raise UsageError(f"nothing to convert to {to!r}: " + ("; ".join([*reasons][:3]) if reasons else "the model has no norm"))
+        raise UsageError(
+            f"nothing to convert to {to!r}: "
+            + ("; ".join([*reasons][:3]) or f"the model has no {'layer' if to == 'shiftquant' else 'norm'}")
+        )
     return _recorded(converter.placed(), done)
 
 
@@ -176,6 +185,14 @@ class _Converter:
         self.swaps.append(Swap(path, before, type(new.layer).__name__, tuple(new.kept), "; ".join(new.notes)))
         if self.to == "bcn" and isinstance(reading, Reading):
             self._standardize(path, reading)
+
+    def into_integers(self, path: str, module: nn.Module) -> None:
+        before, new = type(module).__name__, in_integers(module, self.options)
+        if isinstance(new, str):
+            self.swaps.append(Swap(path, before, before, (), new))
+            return
+        self._instead[module] = new
+        self.swaps.append(Swap(path, before, type(new).__name__, ("W",) if new.bias is None else ("W", "b")))
 
     def placed(self) -> nn.Module:
         """The model with every replacement at all the places of what it replaces."""
@@ -305,7 +322,7 @@ def _norms(model: nn.Module) -> list[tuple[str, nn.Module, Reading | str | None]
 Found = list[tuple[str, nn.Module, Any]]
 
 
-def _chosen(found: Found, where: Where | None) -> Found:
+def _chosen(found: Found, where: Where | None, kind: str = "norms") -> Found:
     if where is None:
         return found
     if callable(where):
@@ -320,7 +337,7 @@ def _chosen(found: Found, where: Where | None) -> Found:
         near = difflib.get_close_matches(where, paths, 1) if isinstance(where, str) else []
         hint = f"; did you mean {near[0]!r}?" if near else ""
         listed = ", ".join(paths[:6]) + (", …" if len(paths) > 6 else "")
-        raise UsageError(f"where: {said} matches no norm of the model{hint} (norms: {listed or 'none'})")
+        raise UsageError(f"where: {said} matches no {kind[:-1]} of the model{hint} ({kind}: {listed or 'none'})")
     return chosen
 
 

@@ -26,8 +26,9 @@ OPTIONS: Mapping[str, tuple[str, ...]] = {
     "batch": ("eps", "momentum"),
     "bcn": ("groups", "eps", "estimate", "momentum", "convention"),
     "evo": ("kind", "groups", "group_size", "eps"),
+    "shiftquant": ("bits", "activation_bits", "gradient_bits", "shift_groups", "seed"),
 }
-"""What a norm can be converted to, and the options of each."""
+"""What a norm (for "shiftquant" a linear layer or convolution) can be converted to, and the options of each."""
 
 
 _CLOSED = {
@@ -65,7 +66,7 @@ def build(to: str, old: Reading, path: str, options: Mapping[str, Any], *, act: 
     """The replacement for a norm.
 
     Args:
-        to: a key of `OPTIONS`, other than "scaled", which wraps a norm and replaces none.
+        to: a key of `OPTIONS`, other than "scaled", which wraps a norm, and "shiftquant", which leaves norms alone.
         old: what the norm computes.
         path: its module path.
         options: those of the caller.

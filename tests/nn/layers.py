@@ -96,6 +96,9 @@ LAYERS: dict[str, Case] = {
     "AlphaBatchNorm-live": Case(lambda: nnn.AlphaBatchNorm(C, source_weight=0.7), IMAGE, train_needs="refuse", optimizable=False),
     "RegionNormB": Case(Region, IMAGE, train_needs="refuse", optimizable=False),
     "RegionNormL": Case(lambda: nnn.RegionNormL(C), IMAGE, train_needs="refuse", optimizable=False),
+    "ShiftQuantLinear": Case(lambda: nnn.ShiftQuantLinear(C, 6), TOKENS),
+    "ShiftQuantConv2d": Case(lambda: nnn.ShiftQuantConv2d(C, 6, 3), IMAGE),
+    "QuantizedL1LayerNorm": Case(lambda: nnn.QuantizedL1LayerNorm(C), TOKENS),
     "WeightCompander": Case(_companded, TOKENS),
     **{
         f"EvoNorm-{kind}": Case(lambda kind=kind: nnn.EvoNorm(kind, C, **({} if kind.startswith("B") else {"groups": 2})), IMAGE)

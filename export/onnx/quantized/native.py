@@ -1,0 +1,99 @@
+"""The native form: one node of the domain `normfuse` each, with its definition as a function beside the graph.
+
+ONNX Runtime takes the kernel of a registered library where there is one and the function where there is none.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from normfuse.errors import ExportError
+from normfuse.export.onnx.build import Build
+from normfuse.export.onnx.quantized.integer import expand, take_over
+from normfuse.export.onnx.quantized.sites import Site, sites
+from normfuse.export.ops import DOMAIN, OPS, FunctionBody
+from normfuse.extras import need
+
+__all__ = ["MIN_NATIVE_OPSET", "add_functions", "facts_of", "lower_native", "native_node"]
+
+#: Bitwise ops exist from 18 on; functions with overloads need the file format that came with 21.
+MIN_NATIVE_OPSET = 21
+_FACTS = "normfuse.facts."
+
+
+def lower_native(model: Any) -> int:
+    """Write every marker as a node of `DOMAIN`, in place; returns their number. What the kernels cannot take (float64, groups of
+    channels with exponents of their own) becomes standard ops."""
+    count = 0
+    shared: dict[Any, Any] = {}
+    for site in sites(model):
+        if _takes(site):
+            _place(model, site, shared)
+        else:
+            expand(model, site, shared)
+        count += 1
+    return count
+
+
+def _takes(site: Site) -> bool:
+    ir = need("onnx_ir", extra="onnx")
+    grouped = site.op.name == "ShiftQuantConv2d" and site.facts["group"] > 1
+    return site.inputs[0].dtype != ir.DataType.DOUBLE and not grouped
+
+
+def _place(model: Any, site: Site, shared: dict[Any, Any]) -> None:
+    at = Build(model, site.node, shared)
+    half = (at.ir.DataType.FLOAT16, at.ir.DataType.BFLOAT16)
+    inputs = tuple(
+        at.op("Cast", v, to=1, dtype=at.ir.DataType.FLOAT) if v is not None and v.dtype in half else v for v in site.inputs
+    )
+    outputs = native_node(at, site.op.name, inputs, site.facts, count=site.count)
+    for old, new in zip(site.node.outputs[: site.count], outputs, strict=True):
+        if old.dtype in half:
+            new.dtype, new.shape = at.ir.DataType.FLOAT, old.shape
+            new = at.op("Cast", new, to=int(old.dtype))
+        take_over(old, new)
+    model.graph.remove(site.node, safe=True)
+
+
+def native_node(at: Build, name: str, inputs: tuple[Any, ...], facts: dict[str, Any], *, count: int) -> tuple[Any, ...]:
+    """One node of `DOMAIN` with its first `count` outputs; `facts` are its attributes and the `structure` of its op."""
+    op = OPS[name]
+    last = max((i + 1 for i, v in enumerate(inputs) if v is not None), default=0)
+    attributes = {k: facts[k] for k, kind in op.attributes.items() if kind != "FLOAT" or facts[k] != 0 or k != "input_scale"}
+    node = at.ir.node(name, list(inputs[:last]), attributes, domain=DOMAIN, num_outputs=count)
+    node.metadata_props.update(at.before.metadata_props)
+    for key in op.structure:
+        node.metadata_props[_FACTS + key] = str(facts[key])
+    at.graph.insert_before(at.before, [node])
+    return tuple(node.outputs)
+
+
+def facts_of(node: Any) -> dict[str, Any]:
+    """Attributes and structure of a node of `DOMAIN`."""
+    op = OPS[node.op_type]
+    given = {k: a.value for k, a in node.attributes.items()}
+    facts: dict[str, Any] = {k: given.get(k, 0.0) for k in op.attributes}
+    return facts | {k: int(node.metadata_props[_FACTS + k]) for k in op.structure}
+
+
+def add_functions(model: Any, opset: int) -> None:
+    """Put the body of every node of `DOMAIN` beside the graph, one for each set of facts, and the name of its body on the node.
+
+    Raises:
+        ExportError: the opset is too old for the bodies.
+    """
+    nodes = [n for n in model.graph if n.domain == DOMAIN]
+    if not nodes:
+        return
+    if opset < MIN_NATIVE_OPSET:
+        raise ExportError(f"the native form needs opset {MIN_NATIVE_OPSET} or newer, not {opset}; use form='integer' below")
+    for node in nodes:
+        op, facts = OPS[node.op_type], facts_of(node)
+        present = tuple(v is not None for v in (*node.inputs, *[None] * len(op.inputs))[: len(op.inputs)])
+        node.overload = op.overload(facts, present, len(node.outputs))
+        key = (DOMAIN, op.name, node.overload)
+        if key not in model.functions:
+            model.functions[key] = FunctionBody(op, present, opset).function(node.overload, facts, len(node.outputs))
+    model.opset_imports[DOMAIN] = 1
+    model.ir_version = max(model.ir_version, 10)

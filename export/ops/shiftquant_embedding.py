@@ -1,0 +1,41 @@
+"""`ShiftQuantEmbedding`: rows of a table of codes as floats."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from normfuse.export.ops.emitter import Emitter, Op
+
+__all__ = ["SHIFTQUANT_EMBEDDING"]
+
+
+def _expand(at: Emitter, inputs: tuple[Any, ...], facts: Mapping[str, Any]) -> tuple[Any]:
+    """y = scale[i] · C[i];   a row is a little-endian string of dim · bits bits, a code stored as C + 2^(bits−1)"""
+    indices, codes, scale = inputs
+    dim, bits = facts["dim"], facts["bits"]
+    row = at.op("Gather", codes, indices, axis=0)
+    if bits == 8:
+        u = row
+    else:
+        bit = np.arange(dim, dtype=np.int64) * bits
+        first = bit // 8
+        second = np.minimum(first + 1, -(-dim * bits // 8) - 1)
+        low, high = (at.op("Cast", at.op("Gather", row, at.const(at_), axis=-1), to=12) for at_ in (first, second))
+        both = at.op("BitwiseOr", low, at.op("BitShift", high, at.const(np.uint32(8)), direction="LEFT"))
+        u = at.op("BitShift", both, at.const((bit % 8).astype(np.uint32)), direction="RIGHT")
+        u = at.op("BitwiseAnd", u, at.const(np.uint32(2**bits - 1)))
+    c = at.op("Sub", at.op("Cast", u, to=1), at.const(np.float32(2 ** (bits - 1))))
+    factor = at.op("Unsqueeze", at.op("Gather", scale, indices, axis=0), at.const(np.array([-1], np.int64)))
+    return (at.op("Mul", c, factor),)
+
+
+SHIFTQUANT_EMBEDDING = Op(
+    "ShiftQuantEmbedding",
+    ("indices", "codes", "scale"),
+    ("y",),
+    {"dim": "INT", "bits": "INT"},
+    _expand,
+)

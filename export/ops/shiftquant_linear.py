@@ -1,0 +1,39 @@
+"""`ShiftQuantLinear`: floats in, an integer product, floats out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from normfuse.export.ops.activations import dynamic_codes, static_codes
+from normfuse.export.ops.emitter import Emitter, Op
+from normfuse.export.ops.products import finished, outer, sums
+from normfuse.export.ops.weights import operands
+
+__all__ = ["SHIFTQUANT_LINEAR"]
+
+
+def _expand(at: Emitter, inputs: tuple[Any, ...], facts: Mapping[str, Any]) -> tuple[Any]:
+    """y = act(s[m] · scale[n] · Σ_k A[m, k] · (C[n, k] << (E − e[k])) + bias[n]) + residual"""
+    x, weight, exponents, scale, bias, residual = inputs
+    static, double = facts["input_scale"], facts.get("double", False)
+    found = operands(at, weight, exponents, scale, facts["bits"], facts["groups"], int4=facts.get("int4", False))
+    x = at.op("Cast", x, to=1) if double else x
+    if static is None:
+        codes, row_scale = dynamic_codes(at, x, facts["activation_bits"])
+    else:
+        codes, row_scale = static_codes(at, x, static, facts["activation_bits"]), static
+    acc = sums(at, codes, found)
+    row_scale, scale = (at.op("Cast", s, to=11) if double else s for s in (row_scale, scale))
+    factor = outer(at, row_scale, scale) if static is None else at.op("Mul", row_scale, scale)
+    return (finished(at, acc, factor, bias, facts["epilogue"], residual, double=double),)
+
+
+SHIFTQUANT_LINEAR = Op(
+    "ShiftQuantLinear",
+    ("x", "weight", "exponents", "scale", "bias?", "residual?"),
+    ("y",),
+    {"bits": "INT", "activation_bits": "INT", "epilogue": "STRING", "input_scale": "FLOAT"},
+    _expand,
+    structure=("groups",),
+)

@@ -1,0 +1,42 @@
+"""`ShiftQuantMatMul`, `ShiftQuantMatMulQuantize`: products of activations that are codes already."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from normfuse.export.ops.activations import dynamic_codes, signed, unsigned
+from normfuse.export.ops.emitter import Emitter, Op
+from normfuse.export.ops.products import finished, outer, sums
+from normfuse.export.ops.weights import operands
+
+__all__ = ["SHIFTQUANT_MATMUL", "SHIFTQUANT_MATMUL_QUANTIZE"]
+
+_INPUTS = ("q", "row_scale", "weight", "exponents", "scale", "bias?", "residual?")
+
+
+def _product(at: Emitter, inputs: tuple[Any, ...], facts: Mapping[str, Any]) -> tuple[Any]:
+    """y = act(s[m] · scale[n] · Σ_k q[m, k] · (C[n, k] << (E − e[k])) + bias[n]) + residual"""
+    q, row_scale, weight, exponents, scale, bias, residual = (*inputs, None)[:7]
+    found = operands(at, weight, exponents, scale, facts["bits"], facts["groups"])
+    acc = sums(at, unsigned(at, q), found)
+    one = row_scale.shape is not None and not len(row_scale.shape)
+    factor = at.op("Mul", row_scale, scale) if one else outer(at, row_scale, scale)
+    return (finished(at, acc, factor, bias, facts["epilogue"], residual),)
+
+
+def _product_codes(at: Emitter, inputs: tuple[Any, ...], facts: Mapping[str, Any]) -> tuple[Any, Any]:
+    """The same, quantized again by rows."""
+    codes, scale = dynamic_codes(at, _product(at, inputs, facts)[0], facts["out_bits"])
+    return signed(at, codes), scale
+
+
+SHIFTQUANT_MATMUL = Op("ShiftQuantMatMul", _INPUTS, ("y",), {"bits": "INT", "epilogue": "STRING"}, _product, structure=("groups",))
+SHIFTQUANT_MATMUL_QUANTIZE = Op(
+    "ShiftQuantMatMulQuantize",
+    _INPUTS[:-1],
+    ("q", "row_scale"),
+    {"bits": "INT", "epilogue": "STRING", "out_bits": "INT"},
+    _product_codes,
+    structure=("groups",),
+)

@@ -1,0 +1,164 @@
+"""Packed weights as operands of integer products.
+
+    Σ_k A[k] · (C[n, k] << (E − e[k]))  =  Σ_parts  (Σ_{k in part} A[k] · (C[n, k] << (h − e[k])))  << (E − h)
+
+A part holds the channels whose exponents lie in one stretch, h the largest of them, such that its shifted codes fit in a byte.
+With bits + groups <= 9 there is one part.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from normfuse.export.ops.emitter import Emitter
+from normfuse.quant.packing import planes, unpack
+
+__all__ = ["SAFE", "Operand", "operands", "parts", "stored", "stretches", "unpacked"]
+
+#: Signed operands up to this are exact with unsigned activations on AVX2 and AVX-512 without VNNI: their kernels add two
+#: products in 16 bits with saturation, and 2 · 255 · 64 < 2^15.
+SAFE = 64
+
+
+@dataclass(frozen=True)
+class Operand:
+    """One part of a weight.
+
+    Attributes:
+        value: [K, N], int8 or uint8.
+        zero: its zero point: 0 or 128.
+        shift: of the sums, to the left.
+        columns: the input channels that it holds; None: all of them.
+    """
+
+    value: Any
+    zero: int
+    shift: int
+    columns: np.ndarray[Any, np.dtype[np.int64]] | None = None
+
+
+def stretches(bits: int, groups: int) -> tuple[tuple[int, int], ...]:
+    """First and last exponent of each part."""
+    width = max(1, 9 - bits)
+    return tuple((low, min(low + width, groups) - 1) for low in range(0, groups, width))
+
+
+def parts(
+    packed: np.ndarray[Any, Any], exponents: np.ndarray[Any, Any], n: int, bits: int
+) -> tuple[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], int, np.ndarray[Any, Any]], ...]:
+    """Of each part that has channels: its codes int32 [K, N], their shifts [K, 1], the shift of its sums, and its channels."""
+    codes = unpack(torch.tensor(packed), bits, torch.tensor(exponents), n).numpy().astype(np.int32).T
+    groups = int(exponents.max()) + 1
+    found = []
+    for low, high in stretches(bits, groups):
+        columns = np.flatnonzero((exponents >= low) & (exponents <= high))
+        if columns.size:
+            shift = (high - exponents[columns].astype(np.int32))[:, None]
+            found.append((codes[columns], shift, groups - 1 - high, columns))
+    return tuple(found)
+
+
+def stored(at: Emitter, codes: np.ndarray[Any, Any], shifts: np.ndarray[Any, Any], zero: int, *, int4: bool = False) -> Any:
+    """codes << shifts with a zero point, as bytes; `int4`: as INT4 and factors, from which a runtime makes the bytes when it loads.
+
+    By Cast and Mul: ONNX Runtime computes these once, and a DequantizeLinear on every call.
+    """
+    if not int4:
+        return at.const(((codes << shifts) + zero).astype(np.uint8 if zero else np.int8))
+    import ml_dtypes
+
+    wide = at.op("Cast", at.const(codes.astype(ml_dtypes.int4)), to=6)
+    if shifts.any():
+        wide = at.op("Mul", wide, at.const((1 << shifts).astype(np.int32)))
+    return at.op("Cast", at.op("Add", wide, at.const(np.int32(zero))) if zero else wide, to=2 if zero else 3)
+
+
+def operands(
+    at: Emitter, weight: Any, exponents: Any, scale: Any, bits: int, groups: int, *, int4: bool = False
+) -> tuple[Operand, ...]:
+    """The operands of a weight: numbers if they are known now, else nodes that unpack it where the file is loaded.
+
+    Args:
+        at: where nodes go.
+        weight: packed, uint8.
+        exponents: uint8 [K].
+        scale: [N]; only its size is read.
+        bits: of a code.
+        groups: largest exponent and one more.
+        int4: weights of up to 4 bits as INT4 in the file.
+    """
+    packed, known, factors = at.known(weight), at.known(exponents), at.known(scale)
+    if packed is None or known is None or factors is None:
+        return _unpacked(at, weight, exponents, scale, bits, groups)
+    found = parts(packed, known, factors.size, bits)
+    out = []
+    for codes, shifts, shift, columns in found:
+        zero = 0 if np.abs(codes << shifts).max(initial=0) <= SAFE else 128
+        value = stored(at, codes, shifts, zero, int4=int4 and bits <= 4)
+        out.append(Operand(value, zero, shift, columns if len(found) > 1 else None))
+    return tuple(out)
+
+
+def _unpacked(at: Emitter, weight: Any, exponents: Any, scale: Any, bits: int, groups: int) -> tuple[Operand, ...]:
+    codes = unpacked(at, weight, exponents, at.op("Shape", scale), bits, groups)
+    found = []
+    for low, high in stretches(bits, groups):
+        factor = np.array([2 ** (high - e) if low <= e <= high else 0 for e in range(groups)], np.int8)
+        factors = at.op("Gather", at.const(factor[:, None]), at.op("Cast", exponents, to=6), axis=0)  # (K, 1)
+        value = at.op("Mul", codes, factors)
+        zero = 0 if (2 ** (bits - 1) - 1) << (high - low) <= SAFE else 128
+        if zero:
+            value = at.op("Add", at.op("Cast", value, to=2), at.const(np.uint8(zero)))
+        found.append(Operand(value, zero, groups - 1 - high))
+    return tuple(found)
+
+
+def unpacked(at: Emitter, weight: Any, exponents: Any, outputs: Any, bits: int, groups: int) -> Any:
+    """C as int8 [K, N], by the same steps as `normfuse.quant.packing.unpack`.
+
+    Every value here follows from constants: ONNX Runtime computes it once, when it loads the file.
+
+    Args:
+        weight: packed, uint8.
+        exponents: uint8 [K].
+        outputs: int64 [1], N.
+        bits: of a code.
+        groups: largest exponent and one more.
+    """
+    one, panel = at.const(np.array([1], np.int64)), at.const(np.array([16], np.int64))
+    panels = at.op("Div", at.op("Add", outputs, at.const(np.array([15], np.int64))), panel)
+    # the planes take bytes in proportion to their widths
+    cut = at.op("Reshape", weight, at.op("Concat", panels, at.const(np.array([bits, -1], np.int64)), axis=0))
+    u = None
+    for low, width in planes(bits):
+        part = at.op("Slice", cut, at.const(np.array([low], np.int64)), at.const(np.array([low + width], np.int64)), one)
+        block = at.op("Reshape", part, at.op("Concat", panels, at.const(np.array([-1, 1, 64], np.int64)), axis=0))
+        if width < 8:
+            shifts = np.arange(0, 8, width, dtype=np.uint8)[:, None]
+            block = at.op("BitShift", block, at.const(shifts), direction="RIGHT")
+            block = at.op("BitwiseAnd", block, at.const(np.uint8(2**width - 1)))
+        if low:
+            block = at.op("BitShift", block, at.const(np.uint8(low)), direction="LEFT")
+        block = at.op("Reshape", block, at.op("Concat", panels, at.const(np.array([-1, 16, 4], np.int64)), axis=0))
+        u = block if u is None else at.op("BitwiseOr", u, block)
+    columns = at.op("Transpose", u, perm=[1, 3, 0, 2])  # (quad, channel, panel, output)
+    shape = at.op("Concat", at.const(np.array([-1], np.int64)), at.op("Mul", panels, panel), axis=0)
+    columns = at.op("Slice", at.op("Reshape", columns, shape), at.const(np.array([0], np.int64)), outputs, one)
+    columns = at.op("Gather", columns, _places(at, exponents, groups), axis=0)
+    return at.op("Cast", at.op("Sub", columns, at.const(np.uint8(2 ** (bits - 1)))), to=3)
+
+
+def _places(at: Emitter, exponents: Any, groups: int) -> Any:
+    """Where each channel stands: behind the channels of lower exponents, padded to quads, and those before it of its own."""
+    each = at.const(np.arange(groups, dtype=np.int32)[:, None])
+    mine = at.op("Cast", at.op("Equal", at.op("Cast", exponents, to=6), each), to=7)  # (groups, K)
+    last, four = at.const(np.array([1], np.int64)), at.const(np.array([4], np.int64))
+    sizes = at.op("ReduceSum", mine, last, keepdims=1)
+    quads = at.op("Div", at.op("Add", sizes, at.const(np.array([3], np.int64))), four)
+    starts = at.op("CumSum", at.op("Mul", quads, four), at.const(np.int64(0)), exclusive=1)
+    before = at.op("CumSum", mine, at.const(np.int64(1)), exclusive=1)
+    return at.op("ReduceSum", at.op("Mul", mine, at.op("Add", starts, before)), at.const(np.array([0], np.int64)), keepdims=0)

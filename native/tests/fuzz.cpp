@@ -1,0 +1,455 @@
+// Calls every function of normfuse.h with random shapes, values and mistakes, on every instruction set of the machine. Built with
+// sanitizers (`make sanitize`): buffers have exactly the sizes that the header names, so that a read or write beyond them is found.
+// Integers are compared with a plain computation.
+//
+//   fuzz [cases] [seed]
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <string>
+#include <vector>
+
+#include "../normfuse.h"
+
+namespace {
+
+uint64_t state = 1;
+uint64_t current_case = 0;
+const char* current_call = "";
+
+uint64_t next() {  // splitmix64
+  uint64_t z = (state += 0x9e3779b97f4a7c15u);
+  z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
+  z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
+  return z ^ (z >> 31);
+}
+int64_t between(int64_t low, int64_t high) { return low + int64_t(next() % uint64_t(high - low + 1)); }
+bool one_in(int64_t n) { return between(1, n) == 1; }
+
+[[noreturn]] void fail(const std::string& text) {
+  std::fprintf(stderr, "case %llu, %s on %s: %s\n", static_cast<unsigned long long>(current_case), current_call, nf_isa(),
+               text.c_str());
+  std::abort();
+}
+void check(bool holds, const char* text) {
+  if (!holds) fail(text);
+}
+
+// Exactly so many elements, at an address that is only as aligned as the type needs.
+template <class T>
+class Buffer {
+ public:
+  explicit Buffer(int64_t count) : count_(count > 0 ? count : 0), shift_(int64_t(sizeof(T)) * between(0, 3)) {
+    memory_ = static_cast<char*>(std::malloc(size_t(shift_ + count_ * int64_t(sizeof(T)))));
+    if (!memory_) std::abort();
+  }
+  ~Buffer() { std::free(memory_); }
+  Buffer(const Buffer&) = delete;
+  T* data() { return reinterpret_cast<T*>(memory_ + shift_); }
+  int64_t size() const { return count_; }
+  T& operator[](int64_t i) { return data()[i]; }
+
+ private:
+  char* memory_;
+  int64_t count_, shift_;
+};
+
+float value(int kind) {
+  const float unit = float(int64_t(next() >> 40)) / float(1 << 23) - 1;
+  if (kind == 0) return unit;
+  static const float odd[] = {0.0f, -0.0f, 1e-45f, -1e-38f, 1e-30f, 3e38f, -3e38f, 1e5f, -1e5f, 0.5f, 127.5f};
+  if (kind >= 2 && one_in(20))
+    return one_in(2) ? std::numeric_limits<float>::quiet_NaN()
+                     : (one_in(2) ? 1.0f : -1.0f) * std::numeric_limits<float>::infinity();
+  return one_in(4) ? odd[next() % (sizeof odd / sizeof *odd)] : unit * std::ldexp(1.0f, int(between(-60, 60)));
+}
+void fill(Buffer<float>& b) {
+  const int kind = int(between(0, 2));
+  for (int64_t i = 0; i < b.size(); ++i) b[i] = value(kind);
+  if (one_in(10))
+    for (int64_t i = 0; i < b.size(); ++i) b[i] = 0;
+}
+void fill(Buffer<int8_t>& b) {
+  for (int64_t i = 0; i < b.size(); ++i) b[i] = int8_t(between(-127, 127));
+}
+
+const nf_threads* some_threads() {
+  static const int counts[] = {1, 1, 2, 3, 4};
+  return nf_pool(counts[next() % 5]);
+}
+int64_t some_size(int64_t most) { return one_in(12) ? 0 : one_in(3) ? between(1, 4) : between(1, most); }
+int32_t some_bits() { return one_in(25) ? int32_t(between(-2, 12)) : int32_t(between(2, 8)); }
+int32_t some_epilogue() { return one_in(40) ? int32_t(between(-3, 9)) : int32_t(between(0, 4)); }
+bool bits_are_right(int32_t bits) { return bits >= 2 && bits <= 8; }
+
+// -- weights ----------------------------------------------------------------------------------------------------------------------
+
+struct Weight {
+  nf_weight w{};
+  bool right = true;                           // no mistake in it
+  std::vector<int32_t> sizes, order, operand;  // operand [n][k]: C << (E - e)
+  Buffer<uint8_t>* packed = nullptr;
+  Buffer<float>*scale = nullptr, *bias = nullptr;
+  ~Weight() {
+    delete packed;
+    delete scale;
+    delete bias;
+  }
+
+  void make(int64_t n, int64_t k, bool may_be_wrong) {
+    w.n = n;
+    w.k = k;
+    w.bits = between(2, 8);
+    const int64_t top = (1 << (w.bits - 1)) - 1;
+    int most = 0;  // the largest shift with which no sum leaves 32 bits
+    while (most < 15 && (k + 1) * 127 * top * (int64_t(2) << most) < (int64_t(1) << 31)) ++most;
+    w.groups = int32_t(between(1, most + 1));
+    std::vector<int> exponent(size_t(k), 0);
+    for (auto& e : exponent) e = int(between(0, w.groups - 1));
+    exponent[size_t(between(0, k - 1))] = w.groups - 1;
+    sizes.assign(size_t(w.groups), 0);
+    for (const int e : exponent) ++sizes[size_t(e)];
+    for (int e = 0; e < w.groups; ++e)
+      for (int64_t i = 0; i < k; ++i)
+        if (exponent[size_t(i)] == e) order.push_back(int32_t(i));
+    // Any bytes are codes, but for one value that symmetric codes leave out.
+    const int64_t bytes = nf_packed_bytes(n, w.bits, w.groups, sizes.data());
+    check(bytes > 0, "nf_packed_bytes refuses a weight");
+    std::vector<int32_t> code(size_t(n * k));
+    for (auto& c : code) c = int32_t(between(-top, top));
+    packed = new Buffer<uint8_t>(bytes);
+    pack(code, top);
+    operand.resize(code.size());
+    for (int64_t i = 0; i < n * k; ++i) operand[size_t(i)] = code[size_t(i)] * (1 << (w.groups - 1 - exponent[size_t(i % k)]));
+    scale = new Buffer<float>(n);
+    fill(*scale);
+    if (one_in(2)) fill(*(bias = new Buffer<float>(n)));
+    w.sizes = sizes.data();
+    w.order = w.groups == 1 && one_in(2) ? nullptr : order.data();
+    if (w.groups == 1) w.order = nullptr;
+    w.packed = packed->data();
+    w.scale = scale->data();
+    w.bias = bias ? bias->data() : nullptr;
+    if (may_be_wrong && one_in(25)) spoil();
+  }
+
+  // Layout as the header describes it, one bit of a code at a time.
+  void pack(const std::vector<int32_t>& code, int64_t top) {
+    const int units[] = {0, 0, 4, 8, 2, 8, 4, 8, 1};
+    std::vector<int64_t> slot(size_t(w.k));  // of a sorted position: quad * 4 + channel in quad
+    int64_t quads = 0, position = 0;
+    for (const int32_t size : sizes) {
+      for (int32_t i = 0; i < size; ++i) slot[size_t(position++)] = quads * 4 + i;
+      quads += (size + 3) / 4;
+    }
+    quads = (quads + units[w.bits] - 1) / units[w.bits] * units[w.bits];
+    const int64_t panels = (w.n + 15) / 16;
+    check(packed->size() == panels * quads * 8 * w.bits, "nf_packed_bytes is not what the layout needs");
+    std::vector<int64_t> at(size_t(quads * 4), -1);
+    for (int64_t i = 0; i < w.k; ++i) at[size_t(slot[size_t(i)])] = order[size_t(i)];
+    uint8_t* out = packed->data();
+    for (int64_t panel = 0; panel < panels; ++panel) {
+      int low = 0;
+      for (const int width : {8, 4, 2, 1}) {
+        if (!(w.bits & width)) continue;
+        const int64_t held = 8 / width;
+        for (int64_t block = 0; block < quads / held; ++block)
+          for (int64_t byte = 0; byte < 64; ++byte) {
+            uint8_t v = 0;
+            for (int64_t h = 0; h < held; ++h) {
+              const int64_t row = panel * 16 + byte / 4, channel = at[size_t((block * held + h) * 4 + byte % 4)];
+              const int32_t c = row < w.n && channel >= 0 ? code[size_t(row * w.k + channel)] : 0;
+              v = uint8_t(v | (((c + top + 1) >> low) & ((1 << width) - 1)) << (h * width));
+            }
+            *out++ = v;
+          }
+        low += width;
+      }
+    }
+  }
+
+  void spoil() {
+    right = false;
+    switch (between(0, 9)) {
+      case 0: w.bits = int32_t(one_in(2) ? between(-3, 1) : between(9, 70)); break;
+      case 1: w.groups = int32_t(one_in(2) ? between(-3, 0) : between(17, 1000)); break;
+      case 2: sizes[0] += 1; break;
+      case 3: sizes[0] = -1; break;
+      case 4: w.n = between(-2, 0); break;
+      case 5: w.k = between(-2, 0); break;
+      case 6: w.sizes = nullptr; break;
+      case 7: w.packed = nullptr; break;
+      case 8: w.scale = nullptr; break;
+      default: w.k += 1;
+    }
+  }
+};
+
+void expect(const char* message, bool right) {
+  if (right && message) fail(std::string("refused: ") + message);
+  if (!right && !message) fail("a mistake was accepted");
+}
+
+// -- functions --------------------------------------------------------------------------------------------------------------------
+
+void quantize_rows() {
+  current_call = "nf_quantize_rows";
+  const int64_t rows = some_size(9), k = some_size(300);
+  const int32_t bits = some_bits();
+  Buffer<float> x(rows * k), scale(rows);
+  Buffer<int8_t> q(rows * k);
+  fill(x);
+  const char* message = nf_quantize_rows(some_threads(), x.data(), rows, k, bits, q.data(), scale.data());
+  if (!bits_are_right(bits)) return expect(message, false);
+  if (k) expect(message, true);
+  if (message) return;
+  const float top = float((1 << (bits - 1)) - 1);
+  for (int64_t r = 0; r < rows; ++r) {
+    float most = 0;
+    bool finite = true;
+    for (int64_t i = 0; i < k; ++i) {
+      finite = finite && std::isfinite(x[r * k + i]);
+      most = std::fmax(most, std::fabs(x[r * k + i]));
+    }
+    check(finite ? scale[r] == (most == 0 ? 1 : most / top) : std::isnan(scale[r]), "the scale of a row is not its definition");
+    for (int64_t i = 0; i < k; ++i)
+      check(std::abs(q[r * k + i]) <= int(top) && (finite || q[r * k + i] == 0), "a code is out of range");
+  }
+}
+
+void quantize_static() {
+  current_call = "nf_quantize_static";
+  const int64_t count = some_size(500);
+  const int32_t bits = some_bits();
+  const float scale = one_in(10) ? value(2) : std::ldexp(1.0f, int(between(-20, 20)));
+  Buffer<float> x(count);
+  Buffer<int8_t> q(count);
+  fill(x);
+  const char* message = nf_quantize_static(some_threads(), x.data(), count, scale, bits, q.data());
+  if (!bits_are_right(bits) || message) {
+    if (!bits_are_right(bits)) expect(message, false);
+    else check(!(scale > 0 && std::isfinite(scale)), "a right scale was refused");
+    return;
+  }
+  const int top = (1 << (bits - 1)) - 1;
+  for (int64_t i = 0; i < count; ++i) check(std::abs(q[i]) <= top && (!std::isnan(x[i]) || q[i] == 0), "a code is out of range");
+}
+
+void products() {
+  const int64_t n = between(1, one_in(4) ? 200 : 40), k = between(1, one_in(4) ? 400 : 70), m = some_size(one_in(4) ? 40 : 9);
+  Weight weight;
+  weight.make(n, k, true);
+  Buffer<int8_t> q(m * k);
+  fill(q);
+  const int64_t stride = between(0, 1);
+  Buffer<float> row_scale(stride ? m : 1), y(m * n);
+  fill(row_scale);
+  const int32_t epilogue = some_epilogue();
+  const bool right = weight.right && epilogue >= 0 && epilogue <= 4;
+  Buffer<float> residual(m * n);
+  fill(residual);
+  fill(y);
+  const float* add = one_in(2) ? nullptr : one_in(2) ? y.data() : residual.data();
+  const nf_threads* threads = some_threads();
+  switch (between(0, 3)) {
+    case 0: {
+      current_call = "nf_matmul_i32";
+      Buffer<int32_t> acc(m * n);
+      expect(nf_matmul_i32(threads, &weight.w, q.data(), m, acc.data()), weight.right);
+      if (!weight.right) return;
+      for (int64_t i = 0; i < m; ++i)
+        for (int64_t j = 0; j < n; ++j) {
+          int32_t sum = 0;
+          for (int64_t c = 0; c < k; ++c) sum += q[i * k + c] * weight.operand[size_t(j * k + c)];
+          check(acc[i * n + j] == sum, "a sum is wrong");
+        }
+      return;
+    }
+    case 1:
+      current_call = "nf_matmul";
+      return expect(nf_matmul(threads, &weight.w, q.data(), row_scale.data(), stride, m, epilogue, add, y.data()), right);
+    case 2: {
+      current_call = "nf_matmul_quantize";
+      Buffer<int8_t> out(m * n);
+      Buffer<float> out_scale(m);
+      const int32_t bits = some_bits();
+      return expect(nf_matmul_quantize(threads, &weight.w, q.data(), row_scale.data(), stride, m, epilogue, bits, out.data(),
+                                       out_scale.data()),
+                    right && bits_are_right(bits));
+    }
+    default: {
+      current_call = "nf_linear";
+      Buffer<float> x(m * k);
+      fill(x);
+      const int32_t bits = some_bits();
+      const float scale = one_in(2) ? 0 : std::ldexp(1.0f, int(between(-20, 20)));
+      expect(nf_linear(threads, &weight.w, x.data(), m, bits, scale, epilogue, add, y.data()), right && bits_are_right(bits));
+    }
+  }
+}
+
+void conv() {
+  current_call = "nf_conv2d";
+  nf_conv c{};
+  c.conv_groups = one_in(3) ? between(1, 3) : 1;
+  const int64_t channels = between(1, 6), outputs = between(1, 20);
+  c.batch = some_size(2);
+  c.c = channels * c.conv_groups;
+  c.h = between(1, 10);
+  c.w = between(1, 10);
+  c.kh = between(1, 4);
+  c.kw = between(1, 4);
+  for (int i = 0; i < 2; ++i) {
+    c.stride[i] = between(1, 3);
+    c.pad_begin[i] = between(0, 3);
+    c.pad_end[i] = between(0, 3);
+    c.dilation[i] = between(1, 3);
+  }
+  const int64_t oh = c.h + c.pad_begin[0] + c.pad_end[0] - c.dilation[0] * (c.kh - 1) - 1;
+  const int64_t ow = c.w + c.pad_begin[1] + c.pad_end[1] - c.dilation[1] * (c.kw - 1) - 1;
+  bool right = oh >= 0 && ow >= 0;
+  std::vector<Weight> made(size_t(c.conv_groups));
+  std::vector<nf_weight> weights;
+  for (auto& w : made) {
+    w.make(outputs, channels * c.kh * c.kw, c.conv_groups == 1);
+    right = right && w.right;
+    weights.push_back(w.w);
+  }
+  const int64_t count = right ? c.batch * outputs * c.conv_groups * (oh / c.stride[0] + 1) * (ow / c.stride[1] + 1) : 0;
+  Buffer<float> x(c.batch * c.c * c.h * c.w), y(count);
+  fill(x);
+  if (one_in(25)) {
+    right = false;
+    switch (between(0, 7)) {
+      case 0: c.stride[between(0, 1)] = between(-2, 0); break;
+      case 1: c.dilation[between(0, 1)] = one_in(2) ? 0 : std::numeric_limits<int64_t>::max(); break;
+      case 2: c.pad_begin[between(0, 1)] = one_in(2) ? -1 : std::numeric_limits<int64_t>::max(); break;
+      case 3: c.pad_end[between(0, 1)] = -1; break;
+      case 4: c.kh = between(-1, 0); break;
+      case 5: c.conv_groups = between(-1, 0); break;
+      case 6: c.c += 1; break;
+      default: c.h = between(-1, 0);
+    }
+  }
+  const int32_t bits = some_bits(), epilogue = some_epilogue();
+  const float scale = one_in(2) ? 0 : 0.125f;
+  right = right && bits_are_right(bits) && epilogue >= 0 && epilogue <= 4;
+  const char* message = nf_conv2d(some_threads(), &c, weights.data(), x.data(), bits, scale, epilogue, y.data());
+  if (c.batch > 0) expect(message, right);
+}
+
+void norms() {
+  const int64_t rows = some_size(9), d = some_size(one_in(5) ? 1000 : 70);
+  const int32_t kind = int32_t(one_in(25) ? between(-2, 9) : between(0, 3));
+  Buffer<float> x(rows * d), residual(rows * d), gain(d), shift(d), sum(rows * d), y(rows * d);
+  for (Buffer<float>* b : {&x, &residual, &gain, &shift}) fill(*b);
+  const float *add = one_in(2) ? residual.data() : nullptr, *g = one_in(2) ? gain.data() : nullptr,
+              *s = one_in(2) ? shift.data() : nullptr;
+  float* const sums[] = {nullptr, sum.data(), x.data(), add ? residual.data() : sum.data()};
+  float* out = sums[next() % 4];
+  const bool right = kind >= 0 && kind <= 3;
+  if (one_in(2)) {
+    current_call = "nf_norm";
+    const char* message = nf_norm(some_threads(), kind, x.data(), add, rows, d, g, s, 1e-5f, 1.25f, out, y.data());
+    if (d > 0 || !right) expect(message, right);
+    return;
+  }
+  current_call = "nf_norm_quantize";
+  const int32_t bits = some_bits();
+  Buffer<int8_t> q(rows * d);
+  Buffer<float> scale(rows);
+  const char* message =
+      nf_norm_quantize(some_threads(), kind, x.data(), add, rows, d, g, s, 1e-5f, 1.25f, bits, out, q.data(), scale.data());
+  if (d > 0 || !right) expect(message, right && bits_are_right(bits));
+  if (message) return;
+  for (int64_t i = 0; i < rows * d; ++i) check(std::abs(q[i]) <= (1 << (bits - 1)) - 1, "a code is out of range");
+}
+
+void softmax() {
+  current_call = "nf_two_pass_softmax";
+  const int64_t rows = some_size(9), d = some_size(one_in(5) ? 1000 : 70);
+  Buffer<float> x(rows * d), y(rows * d);
+  fill(x);
+  const char* message = nf_two_pass_softmax(some_threads(), x.data(), rows, d, y.data());
+  if (d > 0) expect(message, true);
+  if (message) return;
+  for (int64_t i = 0; i < rows * d; ++i) check(!(y[i] < 0 || y[i] > 1.001f), "a probability is out of range");
+}
+
+void attention() {
+  current_call = "nf_attend";
+  nf_attention a{};
+  a.batch = some_size(2);
+  a.kv_heads = between(1, 3);
+  a.heads = a.kv_heads * between(1, 3);
+  a.queries = some_size(one_in(4) ? 40 : 6);
+  a.keys = some_size(one_in(4) ? 90 : 9);
+  a.head_dim = between(1, one_in(3) ? 70 : 20);
+  a.scale = value(0);
+  a.causal = int32_t(between(0, 1));
+  const bool tokens_first = one_in(2);
+  const auto lay = [&](int64_t* stride, int64_t heads, int64_t tokens) {
+    stride[0] = heads * tokens * a.head_dim;
+    stride[1] = tokens_first ? a.head_dim : tokens * a.head_dim;
+    stride[2] = tokens_first ? heads * a.head_dim : a.head_dim;
+  };
+  lay(a.q_stride, a.heads, a.queries);
+  lay(a.y_stride, a.heads, a.queries);
+  lay(a.k_stride, a.kv_heads, a.keys);
+  lay(a.v_stride, a.kv_heads, a.keys);
+  const int64_t size[3] = {one_in(2) ? 1 : a.batch, one_in(2) ? 1 : a.heads, one_in(2) ? 1 : a.queries};
+  int64_t stride = a.keys;
+  for (int axis = 2; axis >= 0; --axis) {
+    a.mask_stride[axis] = size[axis] == 1 ? 0 : stride;
+    stride *= size[axis];
+  }
+  Buffer<float> q(a.batch * a.heads * a.queries * a.head_dim), y(q.size()), k(a.batch * a.kv_heads * a.keys * a.head_dim),
+      v(k.size()), mask(stride);
+  for (Buffer<float>* b : {&q, &k, &v, &mask}) fill(*b);
+  bool right = true;
+  if (one_in(25)) {
+    right = false;
+    switch (between(0, 4)) {
+      case 0: a.batch = -1; break;
+      case 1: a.head_dim = between(-1, 0); break;
+      case 2: a.kv_heads = one_in(2) ? 0 : a.heads + 1; break;
+      case 3: a.queries = -1; break;
+      default: a.keys = -1;
+    }
+  }
+  const char* message = nf_attend(some_threads(), &a, q.data(), k.data(), v.data(), one_in(2) ? mask.data() : nullptr, y.data());
+  if (right ? a.batch > 0 && a.queries > 0 && a.keys > 0 : a.batch != 0) expect(message, right);
+}
+
+void packed_bytes() {
+  current_call = "nf_packed_bytes";
+  const int32_t groups = int32_t(between(-2, 18));
+  std::vector<int32_t> sizes(groups > 0 ? size_t(groups) : 1);
+  for (auto& s : sizes)
+    s = int32_t(one_in(4) ? between(-2, 3) : one_in(4) ? std::numeric_limits<int32_t>::max() : between(0, 1000));
+  const int64_t n = one_in(4) ? std::numeric_limits<int64_t>::max() - between(0, 20) : between(-2, 100);
+  check(nf_packed_bytes(n, some_bits(), groups, one_in(20) ? nullptr : sizes.data()) >= -1, "a negative size");
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const uint64_t cases = argc > 1 ? std::strtoull(argv[1], nullptr, 10) : 20000;
+  const uint64_t seed = argc > 2 ? std::strtoull(argv[2], nullptr, 10) : 1;
+  std::vector<std::string> isas;
+  std::string names = nf_isa_available();
+  for (size_t at; !names.empty(); names.erase(0, at == std::string::npos ? at : at + 1))
+    isas.push_back(names.substr(0, at = names.find(' ')));
+  void (*const calls[])() = {quantize_rows, quantize_static, products, products,  products,  conv,
+                             norms,         norms,           softmax,  attention, attention, packed_bytes};
+  for (current_case = 0; current_case < cases; ++current_case) {
+    state = seed * 0x2545f4914f6cdd1du + current_case;  // a case can be run alone
+    const std::string& isa = isas[next() % isas.size()];
+    if (const char* message = nf_force_isa(isa.c_str())) fail(message);
+    calls[next() % (sizeof calls / sizeof *calls)]();
+  }
+  std::printf("%llu cases on %s\n", static_cast<unsigned long long>(cases), nf_isa_available());
+  return 0;
+}

@@ -1,0 +1,189 @@
+"""--quantize, --keep and --calibration: text into a `ShiftQuant`, and files or factories into batches."""
+
+import dataclasses
+import difflib
+import importlib
+import os
+import re
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from normfuse.errors import UsageError
+from normfuse.sources import Source
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from normfuse.quant.spec import ShiftQuant
+
+__all__ = ["calibration_batches", "parse_quantize"]
+
+_WIDTHS = re.compile(r"w(\d+)(?:a(\d+))?")
+_EXAMPLE = "e.g. w4a8 or w4a8,static,groups=1"
+_ELSEWHERE = {"keep": "--keep PATTERN", "overrides": "overrides= in Python", "weight_bits": "w4a8", "activation_bits": "w4a8"}
+_FILES = (".npz", ".npy", ".safetensors")
+
+
+def parse_quantize(text: str, keep: tuple[str, ...] = ()) -> "ShiftQuant":
+    """`w4a8[,WORD][,NAME=VALUE]…` as a specification.
+
+    A word is a value that only one field of `ShiftQuant` takes: `static`, `gptq`, `size`. Names and values are those of
+    `ShiftQuant`.
+
+    Raises:
+        UsageError: a word, a name or a value is not known.
+    """
+    from normfuse.quant.spec import ShiftQuant
+
+    values: dict[str, Any] = {"keep": keep}
+    for part in (p.strip() for p in text.split(",")):
+        widths = _WIDTHS.fullmatch(part)
+        name, equals, value = (p.strip() for p in part.partition("="))
+        if widths is not None:
+            values["weight_bits"] = int(widths[1])
+            values |= {"activation_bits": int(widths[2])} if widths[2] else {}
+        elif equals:
+            values[name] = _value(text, name, value)
+        elif part in _words():
+            values[_words()[part]] = part
+        else:
+            raise UsageError(f"--quantize {text}: {part!r} is not understood{_near(part, [*_words(), *_fields()])}; {_EXAMPLE}")
+    try:
+        return ShiftQuant(**values)
+    except UsageError as e:
+        raise UsageError(f"--quantize {text}: {e}") from e
+
+
+def calibration_batches(text: str, loaded: Source) -> Iterable[Any]:
+    """Batches of inputs from a file, whose leading axis counts samples, or from a factory that returns an iterable.
+
+    Samples of a file are cut into batches of the example's batch size; what is left over is not used.
+
+    Raises:
+        UsageError: there is no such file or factory, or what it holds does not fit the model's inputs.
+    """
+    path = Path(text)
+    if path.suffix in _FILES or path.exists():
+        return _from_file(path, loaded)
+    if ":" not in text:
+        raise UsageError(f"--calibration {text}: expected a file ({', '.join(_FILES)}) or package.module:factory")
+    found = _called(text)
+    if isinstance(found, Mapping) or not isinstance(found, Iterable):
+        raise UsageError(f"--calibration {text}: the factory returned a {type(found).__name__}; expected an iterable of batches")
+    return found
+
+
+# -- specification -------------------------------------------------------------------------------------------------------
+
+
+def _fields() -> dict[str, Any]:
+    from normfuse.quant.spec import ShiftQuant
+
+    return {f.name: f.default for f in dataclasses.fields(ShiftQuant) if f.name not in _ELSEWHERE}
+
+
+def _words() -> dict[str, str]:
+    """Values that stand for themselves, with the field that takes them."""
+    return {
+        "static": "activations", "dynamic": "activations", "per_tensor": "granularity", "per_channel": "granularity",
+        "search": "exponents", "range": "exponents", "minmax": "observer", "mse": "observer", "nearest": "rounding",
+        "stochastic": "rounding", "gptq": "rounding", "speed": "prefer", "size": "prefer",
+    }  # fmt: skip
+
+
+def _value(text: str, name: str, value: str) -> Any:
+    fields = _fields()
+    if name not in fields:
+        where = f"; set it with {_ELSEWHERE[name]}" if name in _ELSEWHERE else _near(name, list(fields))
+        raise UsageError(f"--quantize {text}: ShiftQuant has no {name!r} to set here{where}")
+    if value.lower() in ("none", "off") and name in ("embedding_bits", "size_budget", "sqnr_budget"):
+        return None
+    if isinstance(fields[name], bool):
+        if value.lower() not in ("true", "false", "on", "off", "1", "0"):
+            raise UsageError(f"--quantize {text}: {name}={value}: expected true or false")
+        return value.lower() in ("true", "on", "1")
+    if isinstance(fields[name], str):
+        return value
+    try:
+        return float(value) if name in ("percentile", "size_budget", "sqnr_budget") else int(value)
+    except ValueError as e:
+        raise UsageError(f"--quantize {text}: {name}={value}: expected a number") from e
+
+
+def _near(word: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(word, known, 1)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def _called(text: str) -> Any:
+    """What the factory returns; a generator function, a list or a loader are all fine."""
+    name, _, attribute = text.partition(":")
+    if os.getcwd() not in sys.path and "" not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        factory: Any = importlib.import_module(name)
+    except ImportError as e:
+        raise UsageError(f"--calibration {text}: {e}; expected a file or package.module:factory") from e
+    for part in attribute.split("."):
+        if not hasattr(factory, part):
+            known = [n for n in vars(factory) if not n.startswith("_")] if hasattr(factory, "__dict__") else []
+            raise UsageError(f"--calibration {text}: {name} has no {attribute!r}{_near(part, known)}")
+        factory = getattr(factory, part)
+    return factory() if callable(factory) and not isinstance(factory, Iterable) else factory
+
+
+# -- data ----------------------------------------------------------------------------------------------------------------
+
+
+def _from_file(path: Path, loaded: Source) -> list[Any]:
+    from normfuse.example_inputs import read_inputs
+
+    if path.suffix not in _FILES:
+        raise UsageError(f"--calibration {path}: expected {', '.join(_FILES)} or package.module:factory")
+    try:
+        data = read_inputs(path)
+    except UsageError as e:
+        raise UsageError(str(e).replace("--input", "--calibration", 1)) from e
+    if not loaded.has_inputs:
+        raise UsageError(f"--calibration {path}: the batch size is that of the example inputs: pass --shape or --input")
+    example = loaded.kwargs if loaded.kwargs and not loaded.args else dict(enumerate(loaded.args)) | loaded.kwargs
+    tensors = {k: v for k, v in example.items() if hasattr(v, "shape")}
+    given = dict(data) if isinstance(data, Mapping) else dict(zip(tensors, data, strict=False))
+    count = len(given) if isinstance(data, Mapping) else len(data)
+    if count != len(tensors) or set(given) != set(tensors):
+        names = ", ".join(map(str, tensors))
+        raise UsageError(
+            f"--calibration {path}: it holds {', '.join(map(str, given))}; the model takes {len(tensors)} inputs: {names}"
+        )
+    size = _batch_size(path, given, tensors)
+    samples = min(len(t) for t in given.values())
+    if samples < size:
+        raise UsageError(
+            f"--calibration {path}: it holds {samples} samples, one batch of the example inputs has {size}; pass --batch 1"
+        )
+    return [
+        _call({**example, **{k: t[i : i + size] for k, t in given.items()}}, bool(loaded.args))
+        for i in range(0, samples - size + 1, size)
+    ]
+
+
+def _batch_size(path: Path, given: dict[Any, "Tensor"], example: dict[Any, "Tensor"]) -> int:
+    sizes = {v.shape[0] for v in example.values() if v.ndim}
+    if len(sizes) != 1:
+        raise UsageError(f"--calibration {path}: the inputs of the model have no batch axis in common; use package.module:factory")
+    if len({len(t) if t.ndim else 0 for t in given.values()}) != 1:
+        raise UsageError(f"--calibration {path}: its arrays have different numbers of samples along their leading axis")
+    for k, t in given.items():
+        if t.dtype.is_floating_point != example[k].dtype.is_floating_point:
+            raise UsageError(
+                f"--calibration {path}: {k} is {str(t.dtype).removeprefix('torch.')}, the model takes "
+                f"{str(example[k].dtype).removeprefix('torch.')}"
+            )
+        given[k] = t.to(example[k].dtype)
+    return int(next(iter(sizes)))
+
+
+def _call(batch: dict[Any, Any], positional: bool) -> Any:
+    return tuple(v for k, v in batch.items() if isinstance(k, int)) if positional else batch

@@ -1,0 +1,36 @@
+"""Operators of quantized models, `torch.ops.normfuse.*`; importing this package registers them.
+
+Each is *defined* by a function in plain PyTorch, in the file of its name: sums of integers are exact, so that every other
+implementation gives the same ones. On a CPU the native kernels run in its place where they were built; float64 always takes the
+definition. Operators have shapes for torch.compile and torch.export, and no backward.
+
+    shiftquant_linear            floats → quantize by rows or with one scale → integer product → activation
+    shiftquant_conv2d            the same for a convolution, quantized by image
+    shiftquant_embedding         rows of a packed table
+    attention                    softmax(scale q kᵀ + mask) v
+    shiftquant_attention         the same, whose q kᵀ is an integer product
+    quantize_rows                floats → integers and a scale a row
+    norm_quantize                (residual +) norm → integers and a scale a row
+    shiftquant_matmul            integers → integer product → activation, residual → floats
+    shiftquant_matmul_quantize   integers → integer product → activation → integers
+    rms_norm, crms_norm, l1_norm, two_pass_softmax
+                                 over the last axis, floats to floats
+"""
+
+from normfuse.ops.attention import attention, shiftquant_attention
+from normfuse.ops.crms_norm import crms_norm
+from normfuse.ops.l1_norm import l1_norm
+from normfuse.ops.norm_quantize import norm_quantize
+from normfuse.ops.quantize_rows import quantize_rows
+from normfuse.ops.rms_norm import rms_norm
+from normfuse.ops.shiftquant_conv2d import conv_columns, shiftquant_conv2d
+from normfuse.ops.shiftquant_embedding import shiftquant_embedding
+from normfuse.ops.shiftquant_linear import shiftquant_linear
+from normfuse.ops.shiftquant_matmul import shiftquant_matmul, shiftquant_matmul_quantize
+from normfuse.ops.two_pass_softmax import two_pass_softmax
+
+__all__ = [
+    "attention", "conv_columns", "crms_norm", "l1_norm", "norm_quantize", "quantize_rows", "rms_norm", "shiftquant_attention",
+    "shiftquant_conv2d", "shiftquant_embedding", "shiftquant_linear", "shiftquant_matmul", "shiftquant_matmul_quantize",
+    "two_pass_softmax",
+]  # fmt: skip

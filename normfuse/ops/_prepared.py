@@ -1,0 +1,129 @@
+"""What is derived from constant weights, kept as long as the weight lives.
+
+Entries hang on the identity of the packed weight. An attribute on the tensor would be shorter, but would travel with it
+into copies and files.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import OrderedDict
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from normfuse import native
+from normfuse.errors import UsageError
+from normfuse.quant.packing import packed_bytes, unpack
+
+__all__ = ["conv_operands", "conv_weights", "known_weights", "linear_weight", "operand_of"]
+
+_KEPT = 1 << 22  # values of the int32 operands that are kept for the definitions, in all
+
+
+class _Entry(NamedTuple):
+    owner: weakref.ref[Tensor]
+    key: tuple[Any, ...]
+    exponents: Tensor  # as they were
+    value: Any
+
+
+_structs: dict[int, _Entry] = {}
+_operands: OrderedDict[int, _Entry] = OrderedDict()
+
+
+def linear_weight(weight: Tensor, exponents: Tensor, scale: Tensor, bias: Tensor | None, bits: int) -> native.Weight:
+    """`nf_weight` of one matrix.
+
+    Raises:
+        UsageError: sizes, dtypes or devices do not belong together.
+    """
+    return conv_weights(weight, exponents, scale, bias, bits, 1, 1)[0]
+
+
+def conv_weights(
+    weight: Tensor, exponents: Tensor, scale: Tensor, bias: Tensor | None, bits: int, groups: int, taps: int
+) -> tuple[native.Weight, ...]:
+    """`nf_weight` of each group of a convolution: `taps` columns read each channel, the channel runs fastest."""
+    found = known_weights(weight, exponents, scale, bias, bits, groups, taps)
+    if found is not None:
+        return found
+    for name, tensor in (("weight", weight), ("exponents", exponents), ("scale", scale), ("bias", bias)):
+        if tensor is not None and tensor.device.type != "cpu":
+            raise UsageError(f"{name} is on {tensor.device}, the input on cpu; expected all on one device")
+    columns, parts = _split(weight, exponents, scale.numel(), bits, groups, taps)
+    scales = scale.detach().float().contiguous().chunk(groups)
+    biases = [None] * groups if bias is None else bias.detach().float().contiguous().chunk(groups)
+    # the parts share the memory of the weight and are other objects, so that the entry does not keep its owner alive
+    value = tuple(native.weight(*of_group, bits) for of_group in zip(parts, columns, scales, biases, strict=True))
+    number, key = id(weight), _key(weight, exponents, scale, bias, bits, groups, taps)
+    _structs[number] = _Entry(weakref.ref(weight, lambda _: _structs.pop(number, None)), key, exponents.clone(), value)
+    return value
+
+
+def known_weights(
+    weight: Tensor, exponents: Tensor, scale: Tensor, bias: Tensor | None, bits: int, groups: int, taps: int
+) -> tuple[native.Weight, ...] | None:
+    """What `conv_weights` made of these very tensors before, which were found to belong together then."""
+    known = _structs.get(id(weight))
+    if known is None or not _valid(known, _key(weight, exponents, scale, bias, bits, groups, taps), weight, exponents):
+        return None
+    found: tuple[native.Weight, ...] = known.value
+    return found
+
+
+def operand_of(weight: Tensor, exponents: Tensor, n: int, bits: int) -> Tensor:
+    """C << (E − e): int32 [n, K]."""
+    return conv_operands(weight, exponents, n, bits, 1, 1)[0]
+
+
+def conv_operands(weight: Tensor, exponents: Tensor, n: int, bits: int, groups: int, taps: int) -> Tensor:
+    """C << (E − e) of each group of channels, E that of the group: int32 [groups, n / groups, taps · channels]."""
+    key = (_state(weight), _state(exponents), n, bits, groups, taps)
+    known = _operands.get(id(weight))
+    if known is not None and _valid(known, key, weight, exponents):
+        found: Tensor = known.value
+        return found
+    columns, parts = _split(weight, exponents, n, bits, groups, taps)
+    value = torch.stack(
+        [
+            unpack(part, bits, e, n // groups).to(torch.int32) << (e.max() - e).to(torch.int32)
+            for part, e in zip(parts, columns, strict=True)
+        ]
+    )
+    if value.numel() <= _KEPT and not weight.is_inference():
+        number = id(weight)
+        _operands[number] = _Entry(weakref.ref(weight, lambda _: _operands.pop(number, None)), key, exponents.clone(), value)
+        while sum(entry.value.numel() for entry in list(_operands.values())) > _KEPT:
+            _operands.popitem(last=False)
+    return value
+
+
+def _split(weight: Tensor, exponents: Tensor, n: int, bits: int, groups: int, taps: int) -> tuple[list[Tensor], list[Tensor]]:
+    """The exponents of the columns, and the packed bytes, of each group."""
+    columns = [e.repeat(taps) for e in exponents.detach().chunk(groups)]
+    lengths = [packed_bytes(n // groups, bits, torch.bincount(e.int()).tolist()) for e in columns]
+    if weight.dtype != torch.uint8 or weight.ndim != 1 or not weight.is_contiguous() or sum(lengths) != weight.numel():
+        raise UsageError(
+            f"weight: {tuple(weight.shape)} of {weight.dtype}; {groups} x [{n // groups}, {columns[0].numel()}] in {bits} bits "
+            f"with these exponents is {sum(lengths)} bytes, one after the other (see normfuse.quant.packing.pack)"
+        )
+    return columns, list(weight.detach().split(lengths))
+
+
+def _key(
+    weight: Tensor, exponents: Tensor, scale: Tensor, bias: Tensor | None, bits: int, groups: int, taps: int
+) -> tuple[Any, ...]:
+    return _state(weight), _state(exponents), _state(scale), None if bias is None else _state(bias), bits, groups, taps
+
+
+def _valid(known: _Entry, key: tuple[Any, ...], weight: Tensor, exponents: Tensor) -> bool:
+    if known.owner() is not weight or known.key != key:
+        return False
+    return not exponents.is_inference() or torch.equal(known.exponents, exponents)
+
+
+def _state(tensor: Tensor) -> tuple[int, int, torch.dtype, int | None]:
+    """Where its values are, and how often they were written; tensors made in inference mode do not count that."""
+    return tensor.data_ptr(), tensor.numel(), tensor.dtype, None if tensor.is_inference() else tensor._version

@@ -1,0 +1,205 @@
+"""`torch.ops.normfuse.shiftquant_conv2d`: a convolution whose sums are integers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from normfuse import native
+from normfuse.errors import UsageError
+from normfuse.ops._define import define
+from normfuse.ops._epilogue import finish
+from normfuse.ops._prepared import conv_operands, conv_weights
+from normfuse.ops._shapes import check_product, float_dtype, input_scale_value
+from normfuse.quant.integers import integer_matmul, quantize_rows, quantize_static
+
+__all__ = ["conv_columns", "shiftquant_conv2d"]
+
+_OP = "shiftquant_conv2d"
+
+
+def shiftquant_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    exponents: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    input_scale: Tensor | None,
+    bits: int,
+    activation_bits: int,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    epilogue: str = "none",
+) -> Tensor:
+    """y[b, o, p] = act( s[b] · scale[o] · Σ_(t, c) A[b, c, p ∘ t] · (C[o, (t, c)] << (E − e[c])) + bias[o] ).
+
+    t runs over the taps of the kernel, c over the input channels of the group, the fastest; p ∘ t is the position that tap t of
+    output position p reads, 0 in the padding. A and s are x quantized by image, s[b] = max|x[b]| / qmax, or with one
+    s = input_scale. E is the largest exponent of the group of channels. The sum is an exact integer.
+
+    Args:
+        x: [B, channels, H, W], any float dtype, which is that of the result.
+        weight: the packed weights [O / groups, taps · channels / groups] of all groups of channels, one after the other.
+        exponents: e, uint8 [channels].
+        scale: [O], already times 2^−E of the group.
+        bias: [O] or None.
+        input_scale: one positive number, or None for dynamic scales.
+        bits: of C.
+        activation_bits: of A.
+        kernel, stride, dilation: (height, width).
+        padding: (height, width) on both sides, or (top, left, bottom, right).
+        groups: of channels, 1 for a plain convolution.
+        epilogue: "none", "relu", "gelu", "gelu_tanh" or "silu".
+
+    Returns:
+        [B, O, H', W'].
+
+    Raises:
+        UsageError: arguments do not belong together.
+    """
+    dtype, out = _check(
+        x, weight, exponents, scale, bias, bits, activation_bits, kernel, stride, padding, dilation, groups, epilogue
+    )  # fmt: skip
+    operands = conv_operands(weight, exponents, scale.numel(), bits, groups, kernel[0] * kernel[1])
+    if input_scale is None:
+        q, s = quantize_rows(x.reshape(x.shape[0], -1), activation_bits) if x.numel() else (x, x.new_ones((0, 1)))
+        s = s[..., None]  # (B, 1, 1)
+    else:
+        q, s = quantize_static(x, input_scale_value(_OP, input_scale), activation_bits), input_scale.reshape(())
+    q = q.reshape(x.shape).float()  # unfold has no integer form; codes are exact in any float
+    top, left, bottom, right = _sides(padding)
+    acc = torch.empty((x.shape[0], out[0] * out[1], scale.numel()), dtype=torch.int32, device=x.device)
+    for i in range(x.shape[0]):  # an image at a time: the columns are many times its size
+        columns = F.unfold(
+            F.pad(q[i : i + 1], (left, right, top, bottom)), tuple(kernel), tuple(dilation), (0, 0), tuple(stride)
+        )  # (1, channels · taps, positions), the tap running fastest
+        columns = columns.reshape(groups, -1, kernel[0] * kernel[1], columns.shape[-1]).permute(0, 3, 2, 1)
+        rows = columns.reshape(groups, columns.shape[1], -1).to(torch.int8)  # (group, position, tap · channel)
+        acc[i] = torch.cat([integer_matmul(r, w) for r, w in zip(rows, operands, strict=True)], -1)
+    y = finish(acc, s, scale, bias, epilogue, None, dtype).to(x.dtype)
+    return y.transpose(1, 2).reshape(x.shape[0], scale.numel(), *out).contiguous()
+
+
+def conv_columns(weight: Tensor, groups: int = 1) -> tuple[tuple[Tensor, ...], Tensor]:
+    """A convolution's weight as the matrices that are quantized: [O, I, kh, kw] to `groups` times [O / groups, kh · kw · I].
+
+    Returns:
+        The matrices, and the input channel that each column reads (`channel_groups` of `quantize_weight`).
+    """
+    _, channels, height, width = weight.shape
+    flat = weight.permute(0, 2, 3, 1).reshape(weight.shape[0], -1)
+    return flat.chunk(groups), torch.arange(channels).repeat(height * width)
+
+
+def _sides(padding: Sequence[int]) -> tuple[int, int, int, int]:
+    top, left, bottom, right = padding if len(padding) == 4 else (*padding, *padding)
+    return top, left, bottom, right
+
+
+def _check(
+    x: Tensor,
+    weight: Tensor,
+    exponents: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    bits: int,
+    activation_bits: int,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    epilogue: str,
+) -> tuple[torch.dtype, tuple[int, int]]:
+    """The dtype to compute in, and the height and width of the result."""
+    if x.ndim != 4:
+        raise UsageError(f"{_OP}: x {tuple(x.shape)}; expected [batch, channels, height, width]")
+    check_product(_OP, x, x.shape[1], exponents, scale, bias, (bits, activation_bits), epilogue)
+    sizes = (("kernel", kernel, 1), ("stride", stride, 1), ("dilation", dilation, 1), ("padding", padding, 0))
+    for name, value, least in sizes:
+        wanted = (2, 4) if name == "padding" else (2,)
+        if len(value) not in wanted or min(value) < least:
+            raise UsageError(f"{_OP}: {name}={list(value)}; expected {' or '.join(map(str, wanted))} integers of at least {least}")
+    if groups < 1 or x.shape[1] % groups or scale.shape[0] % groups:
+        raise UsageError(f"{_OP}: groups={groups}; {x.shape[1]} channels in and {scale.shape[0]} out are no multiple of it")
+    before = _sides(padding)
+    out = []
+    for axis in range(2):
+        room = x.shape[2 + axis] + before[axis] + before[2 + axis] - dilation[axis] * (kernel[axis] - 1) - 1
+        if room < 0:
+            raise UsageError(
+                f"{_OP}: x {tuple(x.shape)} with padding {list(padding)} is smaller than the kernel {list(kernel)} with dilation "
+                f"{list(dilation)}"
+            )
+        out.append(room // stride[axis] + 1)
+    return float_dtype(_OP, x), (out[0], out[1])
+
+
+def _shapes(
+    x: Tensor,
+    weight: Tensor,
+    exponents: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    input_scale: Tensor | None,
+    bits: int,
+    activation_bits: int,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    epilogue: str = "none",
+) -> Tensor:
+    _, out = _check(x, weight, exponents, scale, bias, bits, activation_bits, kernel, stride, padding, dilation, groups, epilogue)
+    return x.new_empty((x.shape[0], scale.shape[0], *out))
+
+
+def _kernel(
+    x: Tensor,
+    weight: Tensor,
+    exponents: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    input_scale: Tensor | None,
+    bits: int,
+    activation_bits: int,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    epilogue: str = "none",
+) -> Tensor:
+    if x.dtype is torch.float64 or not native.available() or not x.numel():
+        spatial = (kernel, stride, padding, dilation)
+        return shiftquant_conv2d(
+            x, weight, exponents, scale, bias, input_scale, bits, activation_bits, *spatial, groups, epilogue
+        )  # fmt: skip
+    _, out = _check(x, weight, exponents, scale, bias, bits, activation_bits, kernel, stride, padding, dilation, groups, epilogue)
+    prepared = conv_weights(weight, exponents, scale, bias, bits, groups, kernel[0] * kernel[1])
+    static = input_scale_value(_OP, input_scale)
+    image = x.float().contiguous()
+    y = image.new_empty((x.shape[0], scale.numel(), *out))
+    top, left, bottom, right = _sides(padding)
+    record = native.Conv(
+        *x.shape, *kernel, tuple(stride), (top, left), (bottom, right), tuple(dilation), groups
+    )  # fmt: skip
+    native.call("nf_conv2d", record, prepared, image, activation_bits, static, native.EPILOGUES[epilogue], y)
+    return y.to(x.dtype)
+
+
+define(
+    f"{_OP}(Tensor x, Tensor weight, Tensor exponents, Tensor scale, Tensor? bias, Tensor? input_scale, int bits, "
+    "int activation_bits, int[] kernel, int[] stride, int[] padding, int[] dilation, int groups, "
+    'str epilogue="none") -> Tensor',
+    shiftquant_conv2d,
+    _shapes,
+    _kernel,
+)

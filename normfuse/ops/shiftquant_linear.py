@@ -1,0 +1,116 @@
+"""`torch.ops.normfuse.shiftquant_linear`: floats in, an integer product, floats out."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from normfuse import native
+from normfuse.ops._define import define
+from normfuse.ops._epilogue import finish
+from normfuse.ops._prepared import known_weights, linear_weight, operand_of
+from normfuse.ops._shapes import check_product, float_dtype, input_scale_value
+from normfuse.quant.integers import integer_matmul, quantize_rows, quantize_static
+
+__all__ = ["shiftquant_linear"]
+
+_OP = "shiftquant_linear"
+
+
+def shiftquant_linear(
+    x: Tensor,
+    weight: Tensor,
+    exponents: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    input_scale: Tensor | None,
+    bits: int,
+    activation_bits: int,
+    epilogue: str = "none",
+) -> Tensor:
+    """y[m, n] = act( s[m] · scale[n] · Σ_k A[m, k] · (C[n, k] << (E − e[k])) + bias[n] ).
+
+    A and s are x quantized: by rows (all axes but the last), s[m] = max|x[m]| / qmax, A = rne(x · (qmax / max|x[m]|)); or with one
+    s = input_scale, A = clamp(rne(x / s)). The sum is an exact integer, the same for every dtype of x, on every machine. A row with
+    NaN or Inf gives NaN if scales are dynamic; with a static one NaN counts as 0 and Inf as the largest code.
+
+    Args:
+        x: [..., K], any float dtype, which is that of the result; float64 is computed in float64 after the sum.
+        weight: C, packed (see `normfuse.quant.packing.pack`), uint8.
+        exponents: e, uint8 [K].
+        scale: [N], already times 2^−E.
+        bias: [N] or None.
+        input_scale: one positive number, or None for dynamic scales.
+        bits: of C.
+        activation_bits: of A.
+        epilogue: "none", "relu", "gelu", "gelu_tanh" or "silu".
+
+    Returns:
+        [..., N].
+
+    Raises:
+        UsageError: arguments do not belong together.
+    """
+    dtype = _check(x, weight, exponents, scale, bias, input_scale, bits, activation_bits, epilogue)
+    operand = operand_of(weight, exponents, scale.numel(), bits)
+    if input_scale is None:
+        q, row_scale = quantize_rows(x, activation_bits)
+    else:
+        q, row_scale = quantize_static(x, input_scale_value(_OP, input_scale), activation_bits), input_scale
+    return finish(integer_matmul(q, operand), row_scale, scale, bias, epilogue, None, dtype).to(x.dtype)
+
+
+def _check(
+    x: Tensor,
+    weight: Tensor,
+    exponents: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    input_scale: Tensor | None,
+    bits: int,
+    activation_bits: int,
+    epilogue: str = "none",
+) -> torch.dtype:
+    check_product(_OP, x, x.shape[-1] if x.ndim else 0, exponents, scale, bias, (bits, activation_bits), epilogue)
+    return float_dtype(_OP, x)
+
+
+def _shapes(x: Tensor, weight: Tensor, exponents: Tensor, scale: Tensor, *rest: object) -> Tensor:
+    _check(x, weight, exponents, scale, *rest)  # type: ignore[arg-type]
+    return x.new_empty((*x.shape[:-1], scale.shape[0]))
+
+
+def _kernel(
+    x: Tensor,
+    weight: Tensor,
+    exponents: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    input_scale: Tensor | None,
+    bits: int,
+    activation_bits: int,
+    epilogue: str = "none",
+) -> Tensor:
+    if x.dtype is torch.float64 or not native.available():
+        return shiftquant_linear(x, weight, exponents, scale, bias, input_scale, bits, activation_bits, epilogue)
+    known = known_weights(weight, exponents, scale, bias, bits, 1, 1)
+    # a call costs as much as a small product: what was checked before is not checked again
+    if known is None or not x.ndim or x.shape[-1] != known[0].k or not x.is_floating_point() or epilogue not in native.EPILOGUES:
+        _check(x, weight, exponents, scale, bias, input_scale, bits, activation_bits, epilogue)
+        known = (linear_weight(weight, exponents, scale, bias, bits),)
+    prepared = known[0]
+    static = input_scale_value(_OP, input_scale)
+    rows = x.float().contiguous()
+    y = torch.empty((*x.shape[:-1], prepared.n), dtype=torch.float32)
+    m = x.numel() // prepared.k
+    native.call("nf_linear", prepared, rows, m, activation_bits, static, native.EPILOGUES[epilogue], None, y)
+    return y if x.dtype is torch.float32 else y.to(x.dtype)
+
+
+define(
+    f"{_OP}(Tensor x, Tensor weight, Tensor exponents, Tensor scale, Tensor? bias, Tensor? input_scale, int bits, "
+    'int activation_bits, str epilogue="none") -> Tensor',
+    shiftquant_linear,
+    _shapes,
+    _kernel,
+)

@@ -1,0 +1,60 @@
+"""`torch.ops.normfuse.two_pass_softmax`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from normfuse import native
+from normfuse.errors import UsageError
+from normfuse.ops._define import define
+from normfuse.ops._shapes import float_dtype
+
+__all__ = ["two_pass_softmax"]
+
+_OP = "two_pass_softmax"
+
+
+def two_pass_softmax(x: Tensor) -> Tensor:
+    """y = exp(x) / Σ exp(x) over the last axis.
+
+    The kernel reads the row twice and never looks for its maximum: exponentials are kept as mantissa and exponent. A row of
+    −Inf is NaN, as in PyTorch.
+
+    Args:
+        x: [..., d]; float16 and bfloat16 are computed in float32.
+
+    Returns:
+        As x.
+
+    Raises:
+        UsageError: x has no last axis, or no floats.
+
+    Source: Dukhan and Ablavatski, The two-pass softmax algorithm, 2020.
+    """
+    dtype = _check(x)
+    return torch.softmax(x, -1, dtype=dtype).to(x.dtype).contiguous()
+
+
+def _check(x: Tensor) -> torch.dtype:
+    if not x.ndim:
+        raise UsageError(f"{_OP}: x has no axis; expected at least one")
+    return float_dtype(_OP, x)
+
+
+def _shapes(x: Tensor) -> Tensor:
+    _check(x)
+    return x.new_empty(x.shape)
+
+
+def _kernel(x: Tensor) -> Tensor:
+    if x.dtype is torch.float64 or not native.available() or not x.numel():
+        return two_pass_softmax(x)
+    _check(x)
+    rows = x.float().contiguous()
+    y = torch.empty_like(rows)
+    native.call("nf_two_pass_softmax", rows, rows.numel() // x.shape[-1], x.shape[-1], y)
+    return y.to(x.dtype)
+
+
+define(f"{_OP}(Tensor x) -> Tensor", two_pass_softmax, _shapes, _kernel)

@@ -1,0 +1,146 @@
+"""`quantize_weight`: a float matrix into codes, exponents and scales."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from normfuse.errors import UsageError
+from normfuse.quant.gptq import gptq_codes
+from normfuse.quant.search import Problem, by_range, by_search
+from normfuse.quant.shift import rounded
+from normfuse.quant.spec import ShiftQuant
+from normfuse.quant.weight import QuantizedWeight
+
+__all__ = ["quantize_weight", "weighted_error"]
+
+_FLOOR = 1e-4  # of the mean moment: what the calibration data never excites is still worth something
+_LIMIT = float(torch.finfo(torch.float32).max)
+_TINY = float(torch.finfo(torch.float32).tiny)
+
+
+def quantize_weight(
+    weight: Tensor,
+    spec: ShiftQuant,
+    *,
+    moments: Tensor | None = None,
+    hessian: Tensor | None = None,
+    channel_groups: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> QuantizedWeight:
+    """Ŵ[n, k] = S[n] · 2^(−e[k]) · C[n, k] near W.
+
+    `spec.exponents` "range" takes e from the largest weight of each channel (arXiv 2411.10948); "search" minimizes
+    Σ_k m[k] Σ_n (W − Ŵ)² over e and S and is never worse than "range" by that measure. Rounding is to the nearest, stochastic, or
+    GPTQ with e and S given.
+
+    All arithmetic is in float64, a few rows at a time; the scale is rounded to float32 before codes are taken. Scales are
+    at least 2^-126, so that weights far below that become 0.
+
+    Args:
+        weight: W, [N, K], any float dtype.
+        spec: weight_bits, groups, group_size, granularity, exponents and rounding are used.
+        moments: m[k] = E[x_k²] over the calibration data, [K]; without them the diagonal of `hessian`, or 1.
+        hessian: E[x xᵀ], [K, K], needed for rounding="gptq".
+        channel_groups: integers [K], the input channel that column k reads, where several columns read the same (the taps of a
+            convolution): they share its exponent. Without it each column is a channel. `group_size` neighbouring channels are
+            taken together.
+        generator: of stochastic rounding; by default one seeded with `spec.seed`.
+
+    Raises:
+        UsageError: shapes do not fit, W or the moments hold NaN or Inf, W is beyond float32, or gptq has no hessian.
+    """
+    problem = Problem(
+        _checked(weight),
+        spec.weight_bits,
+        spec.groups,
+        _slots(weight.shape[1], spec.group_size, channel_groups),
+        _moments(weight.shape[1], moments, hessian),
+        spec.granularity == "per_tensor",
+    )
+    found = by_range(problem)
+    if spec.exponents == "search":
+        # by its own measure a search is never worse; but scales are rounded to float32 last, and that could cost more than it won
+        candidates = (found, by_search(problem))
+        errors = [weighted_error(weight, _nearest(problem, *candidate), problem.moments) for candidate in candidates]
+        found = candidates[errors[1] <= errors[0]]
+    if spec.rounding == "nearest":
+        return _nearest(problem, *found)
+    e, stored = _stored(*found)
+    step = stored.double()[:, None] * torch.exp2(float(e.max()) - e.double())
+    if spec.rounding == "gptq":
+        if hessian is None:
+            raise UsageError("rounding='gptq' without second moments of the inputs; give calibration data, or rounding='nearest'")
+        codes = gptq_codes(problem.weight, step, hessian.detach().cpu(), problem.top)
+    else:
+        codes = torch.empty(problem.weight.shape, dtype=torch.int8)
+        generator = torch.Generator().manual_seed(spec.seed) if generator is None else generator
+        for rows, block in problem.blocks():
+            codes[rows] = rounded(block / step[rows], "stochastic", generator).clamp_(-problem.top, problem.top).to(torch.int8)
+    return QuantizedWeight(codes, e.to(torch.uint8), stored, problem.bits)
+
+
+def weighted_error(weight: Tensor, quantized: QuantizedWeight, moments: Tensor | None = None) -> float:
+    """Σ_k m[k] Σ_n (W[n, k] − Ŵ[n, k])², m = 1 without moments."""
+    m = torch.ones(weight.shape[1], dtype=torch.float64) if moments is None else moments.double()
+    total = 0.0
+    step = max(1, (1 << 18) // max(1, weight.shape[1]))
+    shift = torch.exp2(float(quantized.groups - 1) - quantized.exponents.double())
+    for i in range(0, weight.shape[0], step):
+        rows = slice(i, i + step)
+        approximation = quantized.codes[rows].double() * shift * quantized.scale[rows].double()[:, None]
+        total += float(((weight[rows].double() - approximation).square_() @ m).sum())
+    return total
+
+
+def _nearest(problem: Problem, e: Tensor, scale: Tensor) -> QuantizedWeight:
+    e, stored = _stored(e, scale)
+    codes = torch.empty(problem.weight.shape, dtype=torch.int8)
+    factor = torch.exp2(e.double() - float(e.max()))
+    for rows, block in problem.blocks():
+        y = block.mul_(factor).div_(stored[rows, None].double())
+        codes[rows] = y.round_().clamp_(-problem.top, problem.top).to(torch.int8)
+    return QuantizedWeight(codes, e.to(torch.uint8), stored, problem.bits)
+
+
+def _stored(e: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Exponents from 0 on, and S · 2^−E in float32: a normal number, so that S · 2^−e is exact."""
+    return e - e.min(), (scale * torch.exp2(-e.max().double())).clamp(min=_TINY).float()
+
+
+def _checked(weight: Tensor) -> Tensor:
+    weight = weight.detach().cpu()
+    if weight.ndim != 2 or not weight.numel() or not weight.is_floating_point():
+        raise UsageError(f"weight of shape {tuple(weight.shape)} and {weight.dtype}: expected floats [outputs, inputs], not empty")
+    largest = float(weight.abs().amax())  # NaN if there is one
+    if not largest < _LIMIT:
+        count = int((~weight.isfinite()).sum())
+        found = f"{count} of {weight.numel()} values are NaN or Inf" if count else f"a value of {largest:g} is beyond float32"
+        raise UsageError(
+            f"weight {tuple(weight.shape)}: {found}; a quantized weight has none. Mend the checkpoint, or keep the layer"
+        )
+    return weight
+
+
+def _slots(k: int, group_size: int, channels: Tensor | None) -> Tensor:
+    """The slot of each column: columns of a slot share their exponent."""
+    if channels is None:
+        return torch.arange(k) // group_size
+    if tuple(channels.shape) != (k,) or channels.is_floating_point() or int(channels.min()) < 0:
+        raise UsageError(f"channel_groups {tuple(channels.shape)} of {channels.dtype}: expected {k} integers, not negative")
+    slots: Tensor = torch.unique(channels.cpu().long() // group_size, return_inverse=True)[1]
+    return slots
+
+
+def _moments(k: int, moments: Tensor | None, hessian: Tensor | None) -> Tensor:
+    if hessian is not None and (tuple(hessian.shape) != (k, k) or not bool(hessian.isfinite().all())):
+        raise UsageError(f"hessian {tuple(hessian.shape)}: expected finite numbers [{k}, {k}]")
+    if moments is None and hessian is not None:
+        moments = hessian.diagonal()
+    if moments is None:
+        return torch.ones(k, dtype=torch.float64)
+    m = moments.detach().cpu().double()
+    if tuple(m.shape) != (k,) or not bool((m >= 0).all() & m.isfinite().all()):
+        raise UsageError(f"moments {tuple(m.shape)}: expected {k} finite numbers, not negative (the mean squares of the inputs)")
+    mean = float(m.mean())
+    return m / mean + _FLOOR if mean > 0 else torch.ones_like(m)

@@ -1,0 +1,91 @@
+"""Functions of values inside a graph, summed over the calibration data: constant memory, all ranks, a bar on terminals."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from normfuse.graph import Graph
+from normfuse.passes.quantize.ranks import everywhere
+from normfuse.verify import evaluate
+
+__all__ = ["Merge", "Probe", "accumulate", "progress"]
+
+log = logging.getLogger(__name__)
+
+Probe = tuple[fx.Node, Callable[[Tensor], Tensor]]
+Merge = Callable[[Tensor, Tensor], Tensor]
+
+
+def accumulate(
+    graph: Graph, probes: Sequence[Probe], merge: Merge = torch.add, *, batches: int | None = None, label: str = ""
+) -> list[Tensor]:
+    """merge over the calibration batches of all ranks of f(value of node), for each probe (node, f).
+
+    f is called as soon as the value is there, and the value is freed after its last use, as in any forward.
+
+    Args:
+        graph: the graph, with its samples; it is not changed.
+        probes: nodes that make one tensor, and what is taken from it: a tensor of the same shape for every batch.
+        merge: of two such tensors; associative and commutative.
+        batches: at most so many of this rank's batches.
+        label: of the progress bar.
+
+    Returns:
+        One tensor a probe; empty if no rank has samples.
+    """
+    if not probes:
+        return []
+    samples = graph.samples[:batches]
+
+    def local() -> list[Tensor]:
+        twin = _instrumented(graph, probes)
+        total: list[Tensor] = []
+        with progress(label, len(samples)) as advance:
+            for values in samples:
+                found = evaluate(twin, values, exact=False)
+                total = found if not total else [merge(a, b) for a, b in zip(total, found, strict=True)]
+                advance()
+        return total
+
+    ranks = [r for r in everywhere(local) if r]
+    result = ranks[0] if ranks else []
+    for other in ranks[1:]:
+        result = [merge(a, b) for a, b in zip(result, other, strict=True)]
+    return result
+
+
+def _instrumented(graph: Graph, probes: Sequence[Probe]) -> Graph:
+    """A copy that returns f(value) for each probe instead of its outputs; f stands right behind the node."""
+    twin = graph.copy()
+    same = dict(zip(graph.fx.nodes, twin.fx.nodes, strict=True))
+    seen: list[fx.Node] = []
+    for node, f in probes:
+        before: Any = same[node].next
+        while before.op == "placeholder":
+            before = before.next
+        with twin.fx.inserting_before(before):
+            seen.append(twin.fx.create_node("call_function", f, (same[node],), name="probed"))  # a partial has no name
+    twin.fx.output_node().args = (tuple(seen),)
+    twin.clean()
+    return twin
+
+
+@contextmanager
+def progress(label: str, total: int) -> Iterator[Callable[[], None]]:
+    """Yields what to call after each step; a bar is shown when standard error is a terminal."""
+    if not (label and total > 1 and sys.stderr.isatty()):
+        yield lambda: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(label, total=total)
+        yield lambda: bar.advance(task)

@@ -1,0 +1,102 @@
+"""Builds native/*.cpp into normfuse/_native.so, which pyproject.toml cannot say; everything else stands there.
+
+The object is loaded through ctypes and by ONNX Runtime, never imported, so it needs no Python header and serves every version of
+Python: the wheel is tagged py3-none-PLATFORM. Where it cannot be built the install goes on without it (`normfuse.native.why_not`).
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
+
+ROOT = Path(__file__).resolve().parent
+# The arithmetic must be that of the source: a product and a sum are fused where it says so, nowhere else.
+COMPILE = (
+    "-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-pthread", "-Wall", "-Wextra",
+    "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math",
+)  # fmt: skip
+
+
+def compiler() -> list[str]:
+    """$CXX; else the compiler Python was built with, if it is here; else the usual names."""
+    if os.environ.get("CXX"):
+        return shlex.split(os.environ["CXX"])
+    for command in (sysconfig.get_config_var("CXX") or "", "c++", "g++", "clang++"):
+        words = shlex.split(command)
+        if words and shutil.which(words[0]):
+            return words
+    raise CompileError("no C++ compiler (Debian, Ubuntu: apt install g++; macOS: xcode-select --install; or set CXX)")
+
+
+def run(*command: str) -> None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    except OSError as e:
+        raise CompileError(f"{command[0]}: {e.strerror}") from e
+    sys.stderr.write(done.stderr)
+    if done.returncode:
+        raise CompileError(f"{shlex.join(command)}\n{done.stderr[-4000:]}")
+
+
+class Build(build_ext):
+    def get_ext_filename(self, fullname: str) -> str:
+        return os.path.join(*fullname.split(".")) + ".so"
+
+    def run(self) -> None:
+        super().run()
+        if not Path(self.get_ext_fullpath("normfuse._native")).exists():
+            self.warn("normfuse is installed without its native kernels; `normfuse.native.why_not()` says what to do")
+
+    def build_extension(self, ext: Any) -> None:
+        if os.name == "nt":
+            raise CompileError("the native kernels are written for GCC and Clang; on Windows the portable forms are used")
+        cxx = compiler()
+        # cibuildwheel and Apple's Python name the architecture this way
+        arch = shlex.split(os.environ.get("ARCHFLAGS", "")) if sys.platform == "darwin" else []
+        out = Path(self.get_ext_fullpath(ext.name)).resolve()
+        objects = Path(self.build_temp).resolve() / "native"
+        objects.mkdir(parents=True, exist_ok=True)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        flags = [*COMPILE, *arch, *shlex.split(os.environ.get("CXXFLAGS", ""))]
+        made = [str(objects / f"{Path(source).stem}.o") for source in ext.sources]
+
+        def compiled(source: str, target: str) -> None:
+            run(*cxx, *flags, "-c", str(ROOT / source), "-o", target)
+
+        with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+            list(pool.map(compiled, ext.sources, made))
+        # A runtime that unloads the object while a thread of its pool is still inside would crash: it stays.
+        link = ["-Wl,-z,nodelete", "-Wl,-z,defs"] if platform.system() == "Linux" else []
+        run(*cxx, "-shared", "-pthread", *arch, *made, *link, *shlex.split(os.environ.get("LDFLAGS", "")), "-o", str(out))
+
+
+class Wheel(bdist_wheel):
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
+setup(
+    ext_modules=[
+        Extension(
+            "normfuse._native",
+            sources=sorted(str(p.relative_to(ROOT)) for p in (ROOT / "native").glob("*.cpp")),
+            depends=sorted(str(p.relative_to(ROOT)) for p in (ROOT / "native").glob("*.h")),
+            language="c++",
+            optional=True,
+        )
+    ],
+    cmdclass={"build_ext": Build, "bdist_wheel": Wheel},
+)

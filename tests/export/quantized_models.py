@@ -1,0 +1,186 @@
+"""Tiny quantized models for the export tests: single operators with extreme codes, and whole models through the pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import normfuse
+import normfuse.ops
+from normfuse.export import Exported, to_onnx
+from normfuse.export.onnx.runtime import run, session
+from normfuse.quant.packing import pack, pack_groups, pack_rows
+from normfuse.quant.weight import QuantizedWeight
+
+ops = torch.ops.normfuse
+
+
+def weight(n: int, k: int, bits: int, groups: int, *, extreme: bool = False) -> QuantizedWeight:
+    """Random codes; `extreme`: all of them the largest, so that pairs of products saturate 16 bits where a kernel lets them."""
+    top = 2 ** (bits - 1) - 1
+    codes = torch.randint(-top, top + 1, (n, k), dtype=torch.int8)
+    if extreme:
+        codes = torch.full_like(codes, top)
+        codes[n // 2 :] = -top
+    exponents = torch.randint(0, groups, (k,), dtype=torch.uint8)
+    exponents[0] = groups - 1
+    return QuantizedWeight(codes, exponents, torch.rand(n) * 0.02 + 0.001, bits)
+
+
+class Call(nn.Module):
+    """One operator; tensors are buffers."""
+
+    def __init__(self, f: Callable[..., Any], **tensors: Tensor | None) -> None:
+        super().__init__()
+        self.f = f
+        self.names = tuple(tensors)
+        for name, t in tensors.items():
+            self.register_buffer(name, t)
+
+    def forward(self, *inputs: Tensor) -> Any:
+        return self.f(*inputs, **{n: getattr(self, n) for n in self.names})
+
+
+def linear(
+    n: int = 20,
+    k: int = 37,
+    bits: int = 4,
+    groups: int = 4,
+    activation_bits: int = 8,
+    *,
+    bias: bool = True,
+    epilogue: str = "none",
+    static: float | None = None,
+    extreme: bool = False,
+) -> nn.Module:
+    w = weight(n, k, bits, groups, extreme=extreme)
+
+    def call(x: Tensor, w: Tensor, e: Tensor, s: Tensor, b: Tensor | None, i: Tensor | None) -> Tensor:
+        out: Tensor = ops.shiftquant_linear(x, w, e, s, b, i, bits, activation_bits, epilogue)
+        return out
+
+    given = None if static is None else torch.tensor(static)
+    return Call(call, w=pack(w), e=w.exponents, s=w.scale, b=torch.randn(n) if bias else None, i=given)
+
+
+def conv(
+    n: int = 24,
+    c: int = 12,
+    group: int = 1,
+    bits: int = 4,
+    groups: int = 4,
+    *,
+    kernel: tuple[int, int] = (3, 3),
+    stride: tuple[int, int] = (1, 1),
+    padding: tuple[int, ...] = (1, 1),
+    dilation: tuple[int, int] = (1, 1),
+    static: float | None = None,
+    epilogue: str = "none",
+) -> nn.Module:
+    taps = kernel[0] * kernel[1]
+    weights, exponents = [], []
+    for _ in range(group):
+        e = torch.randint(0, groups, (c // group,), dtype=torch.uint8)
+        exponents.append(e)
+        plain = weight(n // group, c // group * taps, bits, 1)
+        weights.append(QuantizedWeight(plain.codes, e.repeat(taps), plain.scale, bits))
+    packed, _, scale = pack_groups(weights)
+
+    def call(x: Tensor, w: Tensor, e: Tensor, s: Tensor, b: Tensor, i: Tensor | None) -> Tensor:
+        where = (list(kernel), list(stride), list(padding), list(dilation), group)
+        out: Tensor = ops.shiftquant_conv2d(x, w, e, s, b, i, bits, 8, *where, epilogue)
+        return out
+
+    given = None if static is None else torch.tensor(static)
+    return Call(call, w=packed, e=torch.cat(exponents), s=scale, b=torch.randn(n), i=given)
+
+
+def embedding(rows: int, dim: int, bits: int) -> nn.Module:
+    top = 2 ** (bits - 1) - 1
+    codes = pack_rows(torch.randint(-top, top + 1, (rows, dim), dtype=torch.int8), bits)
+
+    def call(i: Tensor, c: Tensor, s: Tensor) -> Tensor:
+        out: Tensor = ops.shiftquant_embedding(i, c, s, dim, bits)
+        return out
+
+    return Call(call, c=codes, s=torch.rand(rows))
+
+
+class Block(nn.Module):
+    def __init__(self, d: int, heads: int, *, causal: bool) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(d), nn.LayerNorm(d)
+        self.qkv, self.out = nn.Linear(d, 3 * d), nn.Linear(d, d)
+        self.up, self.down = nn.Linear(d, 4 * d), nn.Linear(4 * d, d)
+        self.heads, self.causal = heads, causal
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, n, c = x.shape
+        q, k, v = self.qkv(self.norm1(x)).reshape(b, n, 3, self.heads, c // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+        x = x + self.out(y.transpose(1, 2).reshape(b, n, c))
+        return x + self.down(F.gelu(self.up(self.norm2(x))))
+
+
+class Vision(nn.Module):
+    def __init__(self, d: int = 32) -> None:
+        super().__init__()
+        self.patch, self.block, self.norm, self.head = (
+            nn.Conv2d(3, d, 4, 4), Block(d, 4, causal=False), nn.LayerNorm(d), nn.Linear(d, 10)
+        )  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(self.block(self.patch(x).flatten(2).transpose(1, 2))).mean(1))
+
+
+class Text(nn.Module):
+    def __init__(self, d: int = 32) -> None:
+        super().__init__()
+        self.embed, self.block, self.norm = nn.Embedding(50, d), Block(d, 4, causal=True), nn.LayerNorm(d)
+        self.head = nn.Linear(d, 50, bias=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.norm(self.block(self.embed(ids))))
+
+
+class Convs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1, groups=4)
+        self.norm, self.c, self.head = nn.BatchNorm2d(16), nn.Conv2d(16, 24, 1), nn.Linear(24, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.relu(self.c(F.relu(self.norm(self.b(F.relu(self.a(x))))))).mean((2, 3)))
+
+
+INPUTS: dict[str, Callable[[], Tensor]] = {
+    "vision": lambda: torch.randn(2, 3, 16, 16),
+    "text": lambda: torch.randint(0, 50, (2, 9)),
+    "convs": lambda: torch.randn(2, 3, 9, 11),
+}
+MODELS: dict[str, Callable[[], nn.Module]] = {"vision": Vision, "text": Text, "convs": Convs}
+
+
+def quantized(name: str, **spec: Any) -> tuple[nn.Module, Tensor]:
+    """The model `name` through `normfuse.optimize(quantize=...)`, and its input."""
+    torch.manual_seed(3)
+    model, x = MODELS[name]().eval(), INPUTS[name]()
+    options = {"prefer": "size", "exponents": "range", **spec}
+    fast = normfuse.optimize(model, (x,), quantize=normfuse.ShiftQuant(**options), verify="off")
+    return fast, x
+
+
+def exported(model: nn.Module, inputs: Any, folder: Path, **options: Any) -> Exported:
+    options = {"threads": 1, "measure_seconds": 0.1, "progress": False, "attention": "decomposed"} | options
+    given = {} if hasattr(model, "meta") and inputs is None else {"example_inputs": inputs}
+    return to_onnx(model, folder / "model.onnx", force=True, **given, **options)
+
+
+def outputs(file: Exported, *inputs: Tensor, **options: Any) -> list[Tensor]:
+    opened = session(file.path, threads=1, **options)
+    return list(run(opened, dict(zip(file.inputs, inputs, strict=True))).values())

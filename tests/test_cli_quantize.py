@@ -1,0 +1,185 @@
+"""`--quantize`, `--keep` and `--calibration` on the command line: what they do, and one clear line a mistake."""
+
+import json
+import logging
+import signal
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import save_file
+
+from normfuse import ShiftQuant
+from normfuse.cli import main
+from normfuse.cli.quantization import parse_quantize
+from normfuse.errors import UsageError
+from normfuse.pt2 import load_program
+from normfuse.report import Report
+
+MODELS = """
+import torch
+from torch import nn
+
+def build():
+    torch.manual_seed(0)
+    m = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(288, 10))
+    with torch.no_grad():
+        m[1].running_mean.normal_()
+        m[1].running_var.uniform_(0.5, 2)
+    return m, (torch.randn(2, 3, 8, 8),)
+
+def data():
+    for seed in range(3):
+        yield torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
+
+def number():
+    return 3
+
+def quiet():
+    return build()[0]
+"""
+
+Run = Callable[..., tuple[int, str, str]]
+SIZE = ("--quantize", "w8a8,prefer=size")
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Run]:
+    """Run the command in this process, in a folder with `models.py`; (exit code, standard output, standard error)."""
+    (tmp_path / "models.py").write_text(MODELS, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if p])
+    monkeypatch.delitem(sys.modules, "models", raising=False)
+    levels = {name: logging.getLogger(name).level for name in ("normfuse", "torch", "onnxscript", "transformers", "timm")}
+    handler = signal.getsignal(signal.SIGTERM)
+
+    def run(*args: str) -> tuple[int, str, str]:
+        code = main(args)
+        out = capsys.readouterr()
+        return code, out.out, out.err
+
+    with warnings.catch_warnings():
+        yield run
+    signal.signal(signal.SIGTERM, handler)
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        pytest.param("w4a8", ShiftQuant(), id="widths"),
+        pytest.param("w6", ShiftQuant(weight_bits=6), id="weights"),
+        pytest.param("w8a8,static,groups=1", ShiftQuant(weight_bits=8, activations="static", groups=1), id="words and numbers"),
+        pytest.param(
+            " w4a8 , gptq, percentile=99.5 ,migration=off",
+            ShiftQuant(rounding="gptq", percentile=99.5, migration=False),
+            id="blanks",
+        ),
+        pytest.param("w4a8,embedding_bits=none,size_budget=0.2", ShiftQuant(embedding_bits=None, size_budget=0.2), id="none"),
+        pytest.param("prefer=size", ShiftQuant(prefer="size"), id="no widths"),
+    ],
+)
+def test_specification(text: str, expected: ShiftQuant) -> None:
+    assert parse_quantize(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        pytest.param("w9a8", r"weight_bits=9.*from 2 to 8", id="too wide"),
+        pytest.param("int8", r"'int8' is not understood.*e\.g\. w4a8", id="another notation"),
+        pytest.param("w4a8,sttic", r"did you mean 'static'", id="misspelt word"),
+        pytest.param("w4a8,group=2", r"has no 'group'.*did you mean 'groups'", id="misspelt name"),
+        pytest.param("w4a8,groups=two", r"groups=two: expected a number", id="no number"),
+        pytest.param("w4a8,migration=maybe", r"expected true or false", id="no bool"),
+        pytest.param("w4a8,keep=head", r"set it with --keep", id="keep"),
+        pytest.param("w4a8,observer=best", r"expected one of 'minmax'", id="no such value"),
+    ],
+)
+def test_specifications_that_are_wrong(text: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        parse_quantize(text)
+
+
+def test_optimize_writes_a_program_that_loads_and_runs_alike(run: Run) -> None:
+    np.save("data.npy", np.random.default_rng(0).standard_normal((5, 3, 8, 8), dtype=np.float32))
+    code, out, err = run("optimize", "models:build", *SIZE, "--calibration", "data.npy", "-o", "small.pt2", "--report", "r.json")
+    assert (code, err) == (0, "")
+    assert "quantized 2 of 2 layers" in out
+    report = Report.from_json(Path("r.json").read_text())
+    assert [(e.path, e.weight_bits) for e in report.quantization] == [("0", 8), ("4", 8), ("outputs", None)]
+    module = load_program("small.pt2").module()
+    assert any("shiftquant_conv2d" in str(n.target) for n in module.graph.nodes)
+    import models
+
+    model, (x,) = models.build()
+    with torch.no_grad():
+        y, found = model.eval()(x), module(x)
+    assert float(10 * torch.log10(y.square().sum() / (y - found).square().sum())) > 30
+
+
+def test_verify_and_json(run: Run) -> None:
+    code, out, err = run("verify", "models:build", *SIZE, "--keep", "4", "--calibration", "models:data", "--json")
+    assert (code, err) == (0, "")
+    report = Report.from_json(json.dumps(json.loads(out)["report"]))
+    kept = [e for e in report.quantization if e.kept]
+    assert [(e.path, e.kept) for e in kept] == [("4", "kept in float by keep='4'")]
+
+
+@pytest.mark.parametrize("kind", ["npz", "safetensors"])
+def test_files_with_names(run: Run, kind: str) -> None:
+    data = np.random.default_rng(0).standard_normal((4, 3, 8, 8), dtype=np.float32)
+    if kind == "npz":
+        np.savez("data.npz", data)
+    else:
+        save_file({"arr_0": data}, "data.safetensors")
+    code, _, err = run("verify", "models:build", *SIZE, "--calibration", f"data.{kind}")
+    assert (code, err) == (0, "")
+
+
+MISTAKES = [
+    pytest.param(("--quantize", "w4b8"), "'w4b8' is not understood", id="notation"),
+    pytest.param((*SIZE, "--keep", "haed"), "keep: no layer matches 'haed'; there are 0, 4", id="keep"),
+    pytest.param(("--keep", "4"), "pass --quantize as well", id="keep alone"),
+    pytest.param((*SIZE, "--calibration", "nowhere.npy"), "--calibration nowhere.npy does not exist", id="no file"),
+    pytest.param(
+        (*SIZE, "--calibration", "nowhere"), "expected a file (.npz, .npy, .safetensors) or package.module:factory", id="no kind"
+    ),
+    pytest.param((*SIZE, "--calibration", "models:dta"), "models has no 'dta'; did you mean 'data'?", id="factory"),
+    pytest.param((*SIZE, "--calibration", "modles:data"), "No module named 'modles'", id="module"),
+    pytest.param(
+        (*SIZE, "--calibration", "models:number"), "the factory returned a int; expected an iterable of batches", id="number"
+    ),
+    pytest.param((*SIZE, "--calibration", "one.npy"), "it holds 1 samples, one batch of the example inputs has 2", id="few"),
+    pytest.param((*SIZE, "--calibration", "narrow.npy"), "batch 0 ((2, 3, 4, 4)) does not run", id="shape"),
+    pytest.param((*SIZE, "--calibration", "nan.npy"), "batch 1 ((2, 3, 8, 8)) holds NaN", id="NaN"),
+    pytest.param((*SIZE, "--calibration", "two.npz"), "it holds a, b; the model takes 1 inputs", id="names"),
+    pytest.param((*SIZE, "--calibration", "ids.npy"), "is int64, the model takes float32", id="dtype"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), MISTAKES)
+def test_mistakes_are_one_clear_line(run: Run, arguments: tuple[str, ...], message: str) -> None:
+    np.save("one.npy", np.zeros((1, 3, 8, 8), np.float32))
+    np.save("narrow.npy", np.zeros((2, 3, 4, 4), np.float32))
+    np.save("nan.npy", np.stack([np.zeros((3, 8, 8), np.float32)] * 3 + [np.full((3, 8, 8), np.nan, np.float32)]))
+    np.savez("two.npz", a=np.zeros((2, 3)), b=np.zeros((2, 3)))
+    np.save("ids.npy", np.zeros((2, 3, 8, 8), np.int64))
+    code, out, err = run("verify", "models:build", *arguments)
+    assert code == 2
+    assert out == ""
+    assert message in err
+    assert err.startswith("error: ")
+    assert len(err.strip().splitlines()) == 1
+
+
+def test_a_file_needs_to_know_the_batch_size(run: Run) -> None:
+    np.save("data.npy", np.zeros((4, 3, 8, 8), np.float32))
+    code, _, err = run("verify", "models:quiet", *SIZE, "--calibration", "data.npy")
+    assert code == 2
+    assert "pass --shape or --input" in err
