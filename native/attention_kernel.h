@@ -1,4 +1,5 @@
-// softmax(scale q kᵀ + mask) v by tiles of keys with a running maximum (Milakov and Gimelshein 2018; Rabe and Staats 2021). Two ways through a task:
+// softmax(scale q kᵀ + mask) v by tiles of keys with a running maximum (Milakov and Gimelshein 2018; Rabe and Staats 2021). Two ways
+// through a task:
 //   packed    keys and values of a tile are copied into panels that stay in the caches while blocks of rows pass;
 //   streamed  few rows: nothing would use a panel twice, so that keys and values are read where they lie, once.
 // Included after simd.h by one source file an instruction set.

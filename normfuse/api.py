@@ -12,6 +12,7 @@ from typing import Any, Protocol, TypeVar
 
 from torch import Tensor, fx
 
+from normfuse.batches import Batches
 from normfuse.capture import Captured, arguments, capture, flat_inputs
 from normfuse.census import census
 from normfuse.errors import UsageError
@@ -22,7 +23,6 @@ from normfuse.prove import Proof, run
 from normfuse.quant.spec import ShiftQuant
 from normfuse.record import Record
 from normfuse.report import PassReport, Report
-from normfuse.verify import evaluate
 
 __all__ = ["DEFAULT", "Pass", "optimize"]
 
@@ -178,21 +178,17 @@ def _samples(
         return ([] if inputs is None else [inputs]), ()
     if isinstance(calibration, (Tensor, Mapping)) or not isinstance(calibration, Iterable):
         raise UsageError(f"calibration: expected an iterable of batches, got {type(calibration).__name__}; pass a list or a loader")
+    fit = Batches(graph, inputs)
     batches: list[list[Any]] = []
-    shapes: set[str] = set()
     room = _CALIBRATION_BYTES
     told: tuple[str, ...] = ()
     for i, given in enumerate(calibration):
         batch = _batch(captured, given, i)
         room -= sum(v.numel() * v.element_size() for v in batch if isinstance(v, Tensor))
         if room < 0 and batches:
-            told = (f"calibration: the first {len(batches)} batches were used, which is what {_CALIBRATION_BYTES >> 20} MiB hold",)
+            told = (f"calibration: the first {i} batches were used, which is what {_CALIBRATION_BYTES >> 20} MiB hold",)
             break
-        shape = str([(v.dtype, tuple(v.shape)) if isinstance(v, Tensor) else type(v) for v in batch])
-        if shape not in shapes:
-            _try(graph, batch, i)
-            shapes.add(shape)
-        batches.append(batch)
+        batches += fit.fitted(batch, i)
     if not batches:
         raise UsageError("calibration: the loader gave no batch")
     return batches, told
@@ -207,17 +203,6 @@ def _batch(captured: Captured, given: Any, i: int) -> list[Any]:
         if isinstance(v, Tensor) and v.is_floating_point() and bool(v.isnan().any()):
             raise UsageError(f"calibration: batch {i} ({tuple(v.shape)}) holds NaN; look at how it was made")
     return batch
-
-
-def _try(graph: Graph, batch: list[Any], i: int) -> None:
-    try:
-        evaluate(graph, batch, exact=False)
-    except Exception as e:  # any operator may object
-        sizes = ", ".join(str(tuple(v.shape)) for v in batch if isinstance(v, Tensor))
-        raise UsageError(
-            f"calibration: batch {i} ({sizes}) does not run through the model as it was captured: {e}; "
-            "pass dynamic_shapes= if sizes vary"
-        ) from e
 
 
 def _changes(pipeline: Sequence[Pass], reports: Sequence[PassReport]) -> tuple[str, ...]:

@@ -1,9 +1,10 @@
-"""Normalizations written by hand become the operator, which is one kernel and which every other pass understands.
+"""Normalizations and activations written by hand become the operator: one kernel, which every other pass understands.
 
     x · rsqrt(mean(x²) + ε)  =  RMSNorm(x),   (x − mean x) / √(var x + ε)  =  LayerNorm(x)
 
-Gains and shifts that follow stay arithmetic on constants, which `expose` reads. Sources: Ba et al., Layer Normalization,
-arXiv 1607.06450, eq. 3; Zhang and Sennrich, Root Mean Square Layer Normalization, arXiv 1910.07467, eq. 4.
+Gains and shifts that follow stay arithmetic on constants, which `expose` reads; `normfuse.passes.activations` reads GELU and SiLU.
+Sources: Ba et al., Layer Normalization, arXiv 1607.06450, eq. 3; Zhang and Sennrich, Root Mean Square Layer Normalization, arXiv
+1910.07467, eq. 4.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor, fx
 
 from normfuse.constants import Constant
 from normfuse.graph import Graph, Refuse
+from normfuse.passes.activations import RULE, activation_of
 from normfuse.passes.broadcast import PASS_INPUTS, UNKNOWN, axes, per_channel
 from normfuse.passes.cores import RMS_NORM, Core, Gain, allowed, core_of, is_mean, shape_of_core, sizes_of
 from normfuse.passes.moments import is_cast
@@ -31,7 +33,7 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Recognise:
-    """Normalizations written by hand are LayerNorm, RMSNorm or GroupNorm.
+    """Normalizations written by hand are LayerNorm, RMSNorm or GroupNorm; activations are GELU or SiLU.
 
     Attributes:
         channels: also over axis 1 of an image, where the operator takes a permutation before and behind it.
@@ -47,8 +49,15 @@ class Recognise:
         for node in graph:
             if node.op != "call_function" or not node.users:
                 continue
-            rule = RMS_NORM
+            rule = RULE
             try:
+                activation = activation_of(graph, node)
+                if activation is not None:
+                    if graph.permit(rule, graph.path(node)):
+                        applied.append(graph.site(rule, node, note=activation.name))
+                        node.replace_all_uses_with(graph.call(activation.target, (activation.x,), node, node, activation.kwargs))
+                    continue
+                rule = RMS_NORM
                 core = core_of(graph, node)
                 if core is None:
                     continue

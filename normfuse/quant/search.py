@@ -10,7 +10,7 @@ each exhaustively over its candidates, and J never rises.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,12 +20,12 @@ from normfuse.quant.shift import range_exponents
 
 __all__ = ["Problem", "by_range", "by_search"]
 
-_CHUNK = 1 << 16  # values of float64 at a time: several copies of them fit into the cache
+_CHUNK = 1 << 16  # values at a time: several copies of them fit into the cache
 _RATIOS = tuple(0.9**i for i in range(20))  # of the scale that clips nothing; the last is 0.135
 _STARTS = (0.5, 0.7, 1.4, 2.0)
 _TURNS = 4
 _POLISH = 3
-_SAMPLE = 1024  # rows
+_FEW, _SOME = 256, 1024  # rows: to compare starts, and to descend from the best of them
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,13 +52,18 @@ class Problem:
     def top(self) -> int:
         return int(2 ** (self.bits - 1) - 1)
 
-    def blocks(self) -> Iterator[tuple[slice, Tensor]]:
-        """The weight in float64, some rows at a time."""
+    def sample(self, rows: int) -> Problem:
+        """About so many of its rows, evenly spread."""
+        stride = self.weight.shape[0] // rows
+        return dataclasses.replace(self, weight=self.weight[::stride]) if stride > 1 else self
+
+    def blocks(self, dtype: torch.dtype = torch.float64) -> Iterator[tuple[slice, Tensor]]:
+        """The weight, some rows at a time: float32 is precise enough to compare candidates."""
         n, k = self.weight.shape
         step = max(1, _CHUNK // max(1, k))
         for i in range(0, n, step):
             rows = slice(i, min(n, i + step))
-            yield rows, self.weight[rows].to(torch.float64, copy=True)  # readers write into it
+            yield rows, self.weight[rows].to(dtype, copy=True)  # readers write into it
 
 
 def by_range(problem: Problem) -> tuple[Tensor, Tensor]:
@@ -88,28 +93,29 @@ def by_search(problem: Problem) -> tuple[Tensor, Tensor]:
     """The e and S of the least J that was found.
 
     The descent ends in different valleys, depending on where it starts: with the exponents of `by_range`, and with scales
-    some way below and above theirs. Exponents sum over the rows, so that a sample of the rows decides on them.
+    some way below and above theirs. Exponents sum over the rows, so that samples of the rows decide: few on the start, more on
+    the end.
 
     Returns:
         e, int64 [K], and S, float64 [N].
     """
-    stride = -(-problem.weight.shape[0] // _SAMPLE)
-    sample = dataclasses.replace(problem, weight=problem.weight[::stride]) if stride > 1 else problem
-    e, scale = by_range(sample)
-    starts = [e, *(_best_exponents(sample, scale * ratio) for ratio in _STARTS)]
-    e, scale, _ = min((_descent(sample, e, scale) for e in starts), key=lambda found: found[2])
-    if sample is not problem:
-        scale, _ = _best_scales(problem, e, unclipped(problem, e))
+    few, some = problem.sample(_FEW), problem.sample(_SOME)
+    e, scale = by_range(few)
+    starts = [e, *(_best_exponents(few, scale * ratio) for ratio in _STARTS)]
+    e, scale, _ = min((_descent(few, e, scale) for e in starts), key=lambda found: found[2])
+    if some is not few:
+        e, scale, _ = _descent(some, e, unclipped(some, e))
+    scale, _ = _best_scales(problem, e, scale if some is problem else unclipped(problem, e), _RATIOS)
     return e, _polished(problem, e, scale)
 
 
 def _descent(problem: Problem, e: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, float]:
-    scale, cost = _best_scales(problem, e, scale)
+    scale, cost = _best_scales(problem, e, scale, _RATIOS[::2])
     for _ in range(_TURNS):
         new = _best_exponents(problem, scale)
         if torch.equal(new, e):
             break
-        new_scale, new_cost = _best_scales(problem, new, scale)
+        new_scale, new_cost = _best_scales(problem, new, scale, _RATIOS[::2])
         if not new_cost < cost:
             break
         e, scale, cost = new, new_scale, new_cost
@@ -131,8 +137,8 @@ def _positive(scale: Tensor) -> Tensor:
 def _best_exponents(problem: Problem, scale: Tensor) -> Tensor:
     """For each slot the exponent with the least Σ m (W − Ŵ)²."""
     cost = torch.zeros((problem.groups, problem.weight.shape[1]), dtype=torch.float64)
-    for rows, block in problem.blocks():
-        s = scale[rows]
+    for rows, block in problem.blocks(torch.float32):
+        s = scale[rows].float()
         y = block / s[:, None]
         for i in range(problem.groups):
             error = y.round().clamp_(-problem.top, problem.top).sub_(y).square_()
@@ -143,16 +149,16 @@ def _best_exponents(problem: Problem, scale: Tensor) -> Tensor:
     return shared.argmin(0)[problem.slots]
 
 
-def _best_scales(problem: Problem, e: Tensor, current: Tensor) -> tuple[Tensor, float]:
-    """The best of some fractions of the unclipped scale, and of the scale that there is; and its J."""
+def _best_scales(problem: Problem, e: Tensor, current: Tensor, ratios: Sequence[float]) -> tuple[Tensor, float]:
+    """The best of these fractions of the unclipped scale, and of the scale that there is; and its J."""
     base = unclipped(problem, e)
     factor, weights = torch.exp2(e.double()), problem.moments * torch.exp2(-2.0 * e.double())
-    candidates = torch.stack([current, *(base * ratio for ratio in _RATIOS)])  # (candidate, row)
+    candidates = torch.stack([current, *(base * ratio for ratio in ratios)])  # (candidate, row)
     cost = torch.empty_like(candidates)
-    for rows, block in problem.blocks():
-        block *= factor
-        for i, s in enumerate(candidates[:, rows]):
-            cost[i, rows] = _row_costs(block, s, weights, problem.top)
+    for rows, block in problem.blocks(torch.float32):
+        block *= factor.float()
+        for i, s in enumerate(candidates[:, rows].float()):
+            cost[i, rows] = _row_costs(block, s, weights.float(), problem.top).double()
     if problem.whole:
         cost = cost.sum(1, keepdim=True)
         least = cost[:, 0].argmin()
