@@ -45,16 +45,16 @@ ENDS = {"weight_bits": 8, "activation_bits": 8}
 SETTINGS: dict[str, dict[str, Any]] = {
     "W8A8": {"weight_bits": 8},
     "W6A8": {"weight_bits": 6},
-    "W6A8 gptq": {"weight_bits": 6, "rounding": "gptq"},
-    "W4A8 range": {"weight_bits": 4, "exponents": "range"},
+    "W6A8 ends W8A8": {"weight_bits": 6, "overrides": ENDS},
+    "W4A8 nearest": {"weight_bits": 4, "rounding": "nearest"},
     "W4A8": {"weight_bits": 4},
-    "W4A8 gptq": {"weight_bits": 4, "rounding": "gptq"},
+    "W4A8 ends W8A8": {"weight_bits": 4, "overrides": ENDS},
     f"W4A8 +{STEPS}": {"weight_bits": 4, "finetune_steps": STEPS},
     "W4A4": {"weight_bits": 4, "activation_bits": 4},
     f"W4A4 +{STEPS}": {"weight_bits": 4, "activation_bits": 4, "finetune_steps": STEPS},
     f"W4A4 ends W8A8 +{STEPS}": {"weight_bits": 4, "activation_bits": 4, "finetune_steps": STEPS, "overrides": ENDS},
 }
-"""Arguments of `ShiftQuant` by name; exponents are searched and rounding is to the nearest where nothing else is said.
+"""Arguments of `ShiftQuant` by name; what is not said is as by default.
 "ends" are the first and the last layer."""
 
 BARS = (
@@ -236,7 +236,7 @@ def command(subjects: tuple[str, ...], settings: tuple[str, ...], threads: int, 
             continue
         expected = _outputs(subject.model, subject)
         for setting in wanted:
-            if "W4A4" in setting and not subject.trained:
+            if ("W4A4" in setting and not subject.trained) or ("ends" in setting and not subject.ends):
                 continue
             try:
                 row = measure(name, setting, subject, expected)

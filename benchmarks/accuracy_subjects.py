@@ -107,7 +107,7 @@ def _efficientnet(cache: Path) -> Subject:
     calibration, crops, number = _photos(12, 13)
     return Subject(
         "EfficientNet-Lite0, crops of 20 photos", efficientnet_lite0(), lite_input(calibration).split(8), lite_input(crops),
-        labelled_photos()[1][number], 16, trained=False,
+        labelled_photos()[1][number], 16, trained=False, ends=("_conv_stem", "_fc"),
     )  # fmt: skip
 
 

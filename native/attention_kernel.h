@@ -110,7 +110,7 @@ struct Attention {
         for (int64_t r = 0; r < block; ++r) top[r] = masked(s + r * p.pitch, row_mask[r], row_seen[r]);
         for (int64_t r = 0; r < block; ++r) {
           carry[r] = weigh(s + r * p.pitch, top[r], row_seen[r], seen[r / B::rows * B::rows], running[r0 + r]);
-          finish[r] = 1.f / running[r0 + r].sum;
+          finish[r] = running[r0 + r].finish();
         }
         for (int64_t d = 0; d < dim; d += panel) {
           const int64_t vectors = least(B::columns, ceil_div(dim - d, W));
@@ -180,7 +180,7 @@ struct Attention {
         dots(q + r * ldo, k, a.k_stride[2], seen, dim, s + r * p.pitch);
         const float top = masked(s + r * p.pitch, row.mask(p, b, key0), seen);
         const float carry = weigh(s + r * p.pitch, top, seen, seen, running[r]);
-        const float finish = 1.f / running[r].sum;
+        const float finish = running[r].finish();
         mix_row(s + r * p.pitch, v, a.v_stride[2], seen,
                 {o + r * ldo, ldo, key0 ? &carry : nullptr, key0 + n == a.keys ? &finish : nullptr, p.y, &row_y, dim});
       }

@@ -190,6 +190,8 @@ inline void pack_values(const float* v, int64_t stride, int64_t n, int64_t dim, 
 // Of a row, over the keys so far.
 struct Running {
   float maximum, sum;
+  // What the sums of values are multiplied by in the end. The largest score weighs 1: a sum of 0 has seen no key.
+  float finish() const { return sum == 0.f ? 0.f : 1.f / sum; }
 };
 
 // Adds the mask to the scores s [seen], fills the last vector up with -inf, and gives the largest score.

@@ -41,7 +41,9 @@ bool has(Isa isa) {
     case Isa::Avx2:
       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     case Isa::AvxVnni:
-#if defined(NORMFUSE_SIMDE)
+#if !NF_HAS_AVXVNNI
+      return false;
+#elif defined(NORMFUSE_SIMDE)
       return has(Isa::Avx2);
 #else
       return has(Isa::Avx2) && has_avx_vnni();

@@ -2,6 +2,15 @@
 #pragma once
 #include "normfuse.h"
 
+// Compilers as old as these come with assemblers that do not know vpdpbusd without AVX-512 (binutils before 2.36).
+#if !defined(__x86_64__)
+#define NF_HAS_AVXVNNI 0
+#elif defined(__clang__)
+#define NF_HAS_AVXVNNI (__clang_major__ >= 13)
+#else
+#define NF_HAS_AVXVNNI (__GNUC__ >= 11)
+#endif
+
 namespace nf {
 
 // Best last. AvxVnni is Avx2 for everything but the int8 products.

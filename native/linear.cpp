@@ -17,8 +17,10 @@ const LinearKernels& linear_kernels() {
 #if defined(__x86_64__)
     case Isa::Avx512:
       return linear_avx512;
+#if NF_HAS_AVXVNNI
     case Isa::AvxVnni:
       return linear_avxvnni;
+#endif
     case Isa::Avx2:
       return linear_avx2;
 #elif defined(__aarch64__)
@@ -50,7 +52,7 @@ struct Layout {
 
 const char* check(const nf_weight* w) {
   if (!w) return "nf_weight: null";
-  if (w->n < 1 || w->k < 1) return "nf_weight: n and k must be >= 1";
+  if (w->n < 1 || w->k < 1 || w->n > INT32_MAX || w->k > INT32_MAX) return "nf_weight: n and k must be 1..2^31 - 1";
   if (w->bits < 2 || w->bits > 8) return "nf_weight: bits must be 2..8";
   if (w->groups < 1 || w->groups > kMaxGroups) return "nf_weight: groups must be 1..16";
   if (!w->sizes || !w->packed || !w->scale) return "nf_weight: sizes, packed or scale is null";
@@ -61,6 +63,11 @@ const char* check(const nf_weight* w) {
     sum += w->sizes[g];
   }
   if (sum != w->k) return "nf_weight: sizes do not add up to k";
+  if (w->order) {
+    bool outside = false;
+    for (int64_t i = 0; i < w->k; ++i) outside |= static_cast<uint32_t>(w->order[i]) >= static_cast<uint32_t>(w->k);
+    if (outside) return "nf_weight: order holds a channel outside 0..k - 1";
+  }
   return nullptr;
 }
 
@@ -103,8 +110,9 @@ struct Call {
 // The rows of a band as the kernels read them.
 struct Band {
   int64_t first, rows;
-  const int8_t* codes;
-  int64_t stride;
+  const int8_t* codes;        // int16 if `pairs`
+  int64_t stride;             // bytes
+  bool pairs;
   const float* row_scale;
   int64_t row_stride;
   const int32_t* correction;  // nullptr: none
@@ -116,6 +124,7 @@ void gather_row(const nf_weight& w, const int8_t* from, int8_t* to) {
   for (int32_t g = 0; g < w.groups; ++g) {
     const int32_t size = w.sizes[g];
     if (order) {
+#pragma GCC unroll 8
       for (int32_t i = 0; i < size; ++i) to[i] = from[order[i]];
       order += size;
     } else {
@@ -147,21 +156,24 @@ void multiply_panel(const LinearKernels& kernels, const Call& call, const Layout
   const int columns = static_cast<int>(std::min<int64_t>(kPanel, w.n - column));
   const int8_t* a = band.codes + row * band.stride;
   float* y = band.y ? band.y + row * w.n + column : nullptr;
-  if (rows <= kernels.direct_rows) {
+  if (rows <= kernels.direct_rows && !band.pairs) {
     kernels.direct({a, band.stride, rows, packed, l.packed_quads, l.segments, l.segment_count, w.bits, sums});
   } else {
-    const bool is_unsigned = kernels.is_unsigned(w.bits);
-    for (int64_t begin = 0; begin < l.quads; begin += kChunk) {
-      const int64_t end = std::min(begin + kChunk, l.quads);
-      kernels.unpack(w.bits, is_unsigned, packed, l.packed_quads, begin, std::min(begin + kChunk, l.packed_quads) - begin, operands);
+    const int64_t wide = band.pairs ? 2 : 1, chunk = kChunk / wide;
+    for (int64_t begin = 0; begin < l.quads; begin += chunk) {
+      const int64_t end = std::min(begin + chunk, l.quads), unpacked = std::min(begin + chunk, l.packed_quads) - begin;
+      if (band.pairs) kernels.unpack_pairs(packed, begin, unpacked, operands);
+      else kernels.unpack(w.bits, kernels.is_unsigned(w.bits), packed, l.packed_quads, begin, unpacked, operands);
       for (int i = 0; i < l.segment_count; ++i) {
         const Segment& s = l.segments[i];
         const int64_t from = std::max(begin, s.begin), to = std::min(end, s.end);
         const bool trailing = s.begin == s.end && end == l.quads;  // nothing but a shift
         if (from >= to && !trailing) continue;
         const bool last = to == l.quads;
-        kernels.multiply({a + from * 4, band.stride, rows, operands + (from - begin) * kQuadBytes, trailing ? 0 : to - from, w.bits,
-                          trailing || from == s.begin ? s.shift : 0, from == 0 && !trailing, sums, last ? y : nullptr, w.n});
+        const Stretch stretch{a + from * 4 * wide, band.stride, rows, operands + (from - begin) * kQuadBytes * wide, trailing ? 0 : to - from, w.bits,
+                              trailing || from == s.begin ? s.shift : 0, from == 0 && !trailing, sums, last ? y : nullptr, w.n};
+        if (band.pairs) kernels.multiply_pairs(stretch);
+        else kernels.multiply(stretch);
       }
     }
   }
@@ -180,7 +192,7 @@ void multiply_panel(const LinearKernels& kernels, const Call& call, const Layout
 
 // Codes, scales and corrections of the band's rows, a few rows a task.
 void prepare(const LinearKernels& kernels, const Call& call, const Layout& l, bool corrected, int8_t* quantized, int8_t* gathered,
-             float* scales, int32_t* corrections, const Band& band) {
+             int16_t* widened, float* scales, int32_t* corrections, const Band& band) {
   const nf_weight& w = *call.weight;
   const int64_t step = std::max<int64_t>(1, 16384 / w.k);
   const int64_t width = l.quads * 4;
@@ -200,6 +212,8 @@ void prepare(const LinearKernels& kernels, const Call& call, const Layout& l, bo
         gather_row(w, codes, gathered + r * width);
         codes = gathered + r * width;
       }
+      if (band.pairs)
+        for (int64_t i = 0; i < width; ++i) widened[r * width + i] = codes[i];
       if (corrected) corrections[r] = correction_of(kernels, l, w.bits, codes);
     }
   });
@@ -210,31 +224,36 @@ const char* run(const Call& call) {
   const LinearKernels& kernels = linear_kernels();
   const Layout l = layout_of(w);
   const bool corrected = kernels.is_unsigned(w.bits);
-  const int64_t width = l.quads * 4, panels = ceil_div(w.n, kPanel);
+  const bool pairs = w.bits == 8 && kernels.multiply_pairs && call.m > kernels.direct_rows;
+  const int64_t width = l.quads * 4, wide_width = pairs ? 2 * width : width, panels = ceil_div(w.n, kPanel);
   const int threads = thread_count(call.threads);
 
-  int64_t most = std::max<int64_t>(1, kBandBytes / width);
+  int64_t most = std::max<int64_t>(1, kBandBytes / wide_width);
   if (call.out_q) most = std::max<int64_t>(1, std::min(most, kFloatBytes / (w.n * 4)));
   const int64_t bands = ceil_div(call.m, most), band_rows = ceil_div(call.m, bands);
 
-  // One piece of memory: [codes][gathered codes][scales][corrections][floats]
+  // One piece of memory: [codes][gathered codes][codes as int16][scales][corrections][floats]
   const int64_t code_bytes = call.x ? round_up(band_rows * w.k, 64) : 0, gathered_bytes = l.gather ? round_up(band_rows * width, 64) : 0;
-  const int64_t row_bytes = round_up(band_rows * 4, 64), float_bytes = call.out_q ? band_rows * w.n * 4 : 0;
-  int8_t* memory = thread_scratch<CallMemory>().of<int8_t>(code_bytes + gathered_bytes + 2 * row_bytes + float_bytes);
+  const int64_t wide_bytes = pairs ? round_up(band_rows * wide_width, 64) : 0, row_bytes = round_up(band_rows * 4, 64);
+  const int64_t float_bytes = call.out_q ? band_rows * w.n * 4 : 0;
+  int8_t* memory = thread_scratch<CallMemory>().of<int8_t>(code_bytes + gathered_bytes + wide_bytes + 2 * row_bytes + float_bytes);
   if (!memory) return kNoMemory;
   int8_t* gathered = memory + code_bytes;
-  float* scales = reinterpret_cast<float*>(gathered + gathered_bytes);
-  int32_t* corrections = reinterpret_cast<int32_t*>(gathered + gathered_bytes + row_bytes);
-  float* floats = reinterpret_cast<float*>(gathered + gathered_bytes + 2 * row_bytes);
+  int16_t* widened = reinterpret_cast<int16_t*>(gathered + gathered_bytes);
+  int8_t* after = gathered + gathered_bytes + wide_bytes;
+  float* scales = reinterpret_cast<float*>(after);
+  int32_t* corrections = reinterpret_cast<int32_t*>(after + row_bytes);
+  float* floats = reinterpret_cast<float*>(after + 2 * row_bytes);
 
   bool starved = false;
   for (int64_t first = 0; first < call.m; first += band_rows) {
     Band band{};
     band.first = first;
     band.rows = std::min(band_rows, call.m - first);
-    prepare(kernels, call, l, corrected, memory, gathered, scales, corrections, band);
-    band.codes = l.gather ? gathered : call.x ? memory : call.q + first * w.k;
-    band.stride = width;
+    band.pairs = pairs;
+    prepare(kernels, call, l, corrected, memory, gathered, widened, scales, corrections, band);
+    band.codes = pairs ? reinterpret_cast<const int8_t*>(widened) : l.gather ? gathered : call.x ? memory : call.q + first * w.k;
+    band.stride = wide_width;
     if (call.x) {
       band.row_scale = call.static_scale > 0.f ? &call.static_scale : scales;
       band.row_stride = call.static_scale > 0.f ? 0 : 1;
@@ -246,7 +265,7 @@ const char* run(const Call& call) {
     band.y = call.out_q ? floats : call.y ? call.y + first * w.n : nullptr;
 
     // Panels are shared out first: each is then unpacked once.
-    const int64_t rows_at_once = std::min(kTaskRows, std::max<int64_t>(24, kTaskBytes / width));
+    const int64_t rows_at_once = std::min(kTaskRows, std::max<int64_t>(24, kTaskBytes / wide_width));
     int64_t row_tasks = ceil_div(band.rows, rows_at_once);
     int64_t panel_tasks = threads == 1 ? 1 : std::min<int64_t>(panels, 4 * threads);
     if (threads > 1 && row_tasks * panel_tasks < 2 * threads) row_tasks = std::min(ceil_div(band.rows, kTileRows), ceil_div(2 * threads, panel_tasks));
@@ -280,6 +299,7 @@ const char* run(const Call& call) {
 const char* check_product(const nf_weight* w, int64_t m, int32_t epilogue) {
   if (const char* wrong = check(w)) return wrong;
   if (m < 0) return "m must be >= 0";
+  if (m > (INT64_MAX >> 4) / std::max(w->n, w->k)) return "m is too large: the bytes of the rows leave 63 bits";
   if (epilogue < NF_NONE || epilogue > NF_SILU) return "epilogue must be one of nf_epilogue";
   return nullptr;
 }

@@ -73,12 +73,17 @@ struct LinearKernels {
   int32_t (*row_sum)(const int8_t* a, int64_t count);
   void (*quantize_row)(const float* x, int64_t k, int bits, int8_t* q, float* scale);
   void (*quantize_static)(const float* x, int64_t count, float scale, int bits, int8_t* q);
+  // 8 bits with rows and weights as int16, or nullptr: a quad is 128 bytes here, and rows are int16 behind the pointer of Stretch.
+  void (*unpack_pairs)(const uint8_t* panel, int64_t first, int64_t count, uint8_t* out);
+  void (*multiply_pairs)(const Stretch&);
 };
 
 extern const LinearKernels linear_scalar;
 #if defined(__x86_64__)
 extern const LinearKernels linear_avx2;
+#if NF_HAS_AVXVNNI
 extern const LinearKernels linear_avxvnni;
+#endif
 #endif
 #if defined(__x86_64__) || defined(NORMFUSE_SIMDE)
 extern const LinearKernels linear_avx512;

@@ -45,7 +45,7 @@ bool yes(int) { return true; }
 }  // namespace avx512
 
 const LinearKernels linear_avx512 = {avx512::yes, 0, avx512::unpack, avx512::multiply, nullptr,
-                                     avx512::finish, avx512::row_sum, avx512::quantize_row, avx512::quantize_static};
+                                     avx512::finish, avx512::row_sum, avx512::quantize_row, avx512::quantize_static, nullptr, nullptr};
 
 }  // namespace nf
 #endif

@@ -4,7 +4,7 @@
 #define NF_AVX2
 #include "simd.h"
 
-#if NF_BUILT
+#if NF_BUILT && NF_HAS_AVXVNNI
 #include "linear_dot.h"
 
 namespace nf {
@@ -46,7 +46,7 @@ bool yes(int) { return true; }
 }  // namespace avx2
 
 const LinearKernels linear_avxvnni = {avx2::yes, 0, linear_avx2.unpack, avx2::multiply, nullptr,
-                                      linear_avx2.finish, linear_avx2.row_sum, linear_avx2.quantize_row, linear_avx2.quantize_static};
+                                      linear_avx2.finish, linear_avx2.row_sum, linear_avx2.quantize_row, linear_avx2.quantize_static, nullptr, nullptr};
 
 }  // namespace nf
 #endif

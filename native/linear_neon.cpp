@@ -66,7 +66,7 @@ bool no(int) { return false; }
 }  // namespace neon
 
 const LinearKernels linear_neon = {neon::no, 0, neon::unpack, neon::multiply, nullptr,
-                                   neon::finish, neon::row_sum, neon::quantize_row, neon::quantize_static};
+                                   neon::finish, neon::row_sum, neon::quantize_row, neon::quantize_static, nullptr, nullptr};
 
 }  // namespace nf
 #endif

@@ -33,7 +33,7 @@ bool no(int) { return false; }
 }  // namespace scalar
 
 const LinearKernels linear_scalar = {scalar::no, 0, scalar::unpack, scalar::multiply, nullptr,
-                                     scalar::finish, scalar::row_sum, scalar::quantize_row, scalar::quantize_static};
+                                     scalar::finish, scalar::row_sum, scalar::quantize_row, scalar::quantize_static, nullptr, nullptr};
 
 }  // namespace nf
 

@@ -93,7 +93,7 @@ NF_EXPORT const char* nf_two_pass_softmax(const nf_threads*, const float* x, int
 // -- attention ---------------------------------------------------------------------------------------------------------------------
 // softmax(scale q kᵀ + mask) v in float32. Strides in floats of (batch, head, token); the feature axis (head_dim) is contiguous. kv heads may be
 // fewer than q heads (grouped queries). mask: nullptr, or additive with strides (batch, head, query), key contiguous. causal: query i sees keys
-// j <= i + (keys - queries). A query that sees nothing gives NaN, as PyTorch's math does.
+// j <= i + (keys - queries). A query that sees nothing gives 0, as in PyTorch.
 // bits 2..8: q and k are quantized by rows (nf_quantize_rows; a row is a head's features of one token) and the scores are exact integers
 // times the two scales; v and the weights stay float32. 0: all is float32.
 struct nf_attention {

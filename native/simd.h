@@ -23,6 +23,9 @@
 #define SIMDE_ENABLE_NATIVE_ALIASES
 #include <simde/x86/avx512.h>
 #include <simde/x86/fma.h>
+// Some releases give this name to the masked form.
+#undef _mm512_madd_epi16
+#define _mm512_madd_epi16(a, b) simde_mm512_madd_epi16(a, b)
 #elif defined(__x86_64__)
 #define NF_BUILT 1
 #if defined(__GNUC__) && !defined(__clang__)

@@ -29,7 +29,10 @@ _EQUAL = 1e-10  # relative: the outputs behind many activations must agree to 1e
 _NEAR = 0.02  # a constant this near to that of the operator was meant to be it
 _DEPTH = 12  # operators down to which an expression is read
 _SLOPE, _CUBIC = sqrt(2 / pi), 0.044715
-_INSIDE = {aten.erf.default: {1: sqrt(0.5)}, aten.tanh.default: {1: _SLOPE, 3: _SLOPE * _CUBIC}}  # coefficients by power of x
+_INSIDE: dict[Any, dict[int, float]] = {
+    aten.erf.default: {1: sqrt(0.5)},
+    aten.tanh.default: {1: _SLOPE, 3: _SLOPE * _CUBIC},
+}  # coefficients by power of x
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,7 +123,7 @@ def _product(graph: Graph, node: fx.Node, depth: int) -> tuple[float, list[fx.No
             case Mul(Value(node=fx.Node() as a), c) | Mul(c, Value(node=fx.Node() as a)) if (times := _number(c)) is not None:
                 inner, some = _product(graph, a, depth - 1)
                 return inner * times, some
-            case Div(Value(node=fx.Node() as a), c) if (by := _number(c)):
+            case Div(Value(node=fx.Node() as a), c) if by := _number(c):
                 inner, some = _product(graph, a, depth - 1)
                 return inner / by, some
     return 1.0, [node]
@@ -147,7 +150,7 @@ def _polynomial(graph: Graph, value: Any, x: fx.Node, depth: int) -> dict[int, f
             return _sum(of(a), of(b), -1.0)
         case Mul(a, b):
             return _times(of(a), of(b))
-        case Div(a, b) if (by := _number(b)):
+        case Div(a, b) if by := _number(b):
             return _times(of(a), {0: 1 / by})
         case Neg(a):
             return _times(of(a), {0: -1.0})

@@ -16,6 +16,8 @@ __all__ = ["Cleanup"]
 
 aten = torch.ops.aten
 
+_VIEWS = (aten.view.default, aten._unsafe_view.default)
+
 
 def identity(op: Op) -> Value | None:
     """dropout₀(x) = x,   copies and aliases of x = x"""
@@ -72,7 +74,7 @@ class Cleanup:
         return PassReport(self.name, tuple(applied), seconds=perf_counter() - start)
 
     def _simplified(self, graph: Graph, node: fx.Node) -> Site | None:
-        if node.target is aten.view.default:  # a view demands a layout that removed copies no longer give
+        if node.target in _VIEWS:  # a view demands a layout that removed copies no longer give
             node.target = aten.reshape.default
         if node.target is aten.pad.default and not any(node.args[1]) and isinstance(node.args[0], fx.Node):  # type: ignore[arg-type]
             node.replace_all_uses_with(node.args[0])

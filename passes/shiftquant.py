@@ -26,7 +26,7 @@ from normfuse.passes.quantize.migration import migrate
 from normfuse.passes.quantize.patterns import check_patterns
 from normfuse.passes.quantize.sites import RULE, Layer, find_layers
 from normfuse.passes.quantize.speed import SLOWER, Speed, Timer, speeds
-from normfuse.passes.quantize.statistics import Statistics, collect, second_moments
+from normfuse.passes.quantize.statistics import Statistics, collect, second_moments, wants_second_moments
 from normfuse.passes.quantize.summary import constant_bytes, kept, quantized, whole
 from normfuse.passes.quantize.widths import Choice, choose
 from normfuse.quant.spec import ShiftQuant
@@ -158,9 +158,8 @@ class _Run:
         now, moved = migrate(self.graph, layers, self.found)
         if moved:
             self.found = collect(self.graph, now, histograms)
-        self.second = second_moments(
-            self.graph, [layer for layer in now if layer.kind != "embedding" and layer.spec.rounding == "gptq"]
-        )
+        wanted = [layer for layer in now if wants_second_moments(layer, self.spec, self.found.get((layer.x, layer.axis)))]
+        self.second = second_moments(self.graph, wanted)
         return now, moved
 
     def _choices(self, layers: Sequence[Layer], total: int) -> dict[fx.Node, Choice]:

@@ -23,7 +23,7 @@ def test_wilson_against_published_values():
     [
         pytest.param({}, True, id="agreement"),
         pytest.param({"same": 197}, False, id="too-little-agreement"),
-        pytest.param({"setting": "W4A8 gptq", "right": 179}, True, id="one-point"),
+        pytest.param({"setting": "W4A8 ends W8A8", "right": 179}, True, id="one-point"),
         pytest.param({"setting": "W4A8", "right": 178}, False, id="more-than-a-point"),
         pytest.param({"setting": "W4A4", "right": 90}, None, id="no-bar-before-tuning"),
         pytest.param({"setting": "W4A4 +200", "right": 90}, False, id="after-tuning"),

@@ -19,7 +19,7 @@ from normfuse.export.onnx.quantized.native import native_node
 from normfuse.export.onnx.translate import MARKER_DOMAIN, SDPA
 from normfuse.export.onnx.views import Heads, heads
 
-__all__ = ["count_sites", "lower_attention"]
+__all__ = ["Site", "count_sites", "in_kernel", "lower_attention"]
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +38,7 @@ class Site:
         query, key, value: (B, H, L, D), (B, Hk, S, D), (B, Hk, S, E).
         scale: factor on the scores.
         causal: query i sees keys 0 … i.
+        bits: of queries and keys, where the scores are sums of integers; 0: floats.
     """
 
     node: Any
@@ -47,6 +48,7 @@ class Site:
     mask: Any
     scale: float
     causal: bool
+    bits: int = 0
 
     @property
     def square(self) -> bool:
@@ -228,11 +230,17 @@ def _native(site: Site, at: Build) -> bool:
         "heads": head,
         "kv_heads": shared,
         "layout": "bthd" if packed is None else "packed",
+        "bits": site.bits,
     }
     (y,) = native_node(at, "Attention", (*operands, bias.values), facts, count=1)
     y.dtype = site.query.dtype
     _finish_heads_last(site, y, bias, at)
     return True
+
+
+def in_kernel(site: Site, at: Build) -> bool:
+    """Write `site` for normfuse's kernels, which take `bits`; False, and nothing written, where they need its operands copied."""
+    return _native(site, at)
 
 
 def _side_by_side(site: Site) -> Any:

@@ -16,6 +16,7 @@ from normfuse.export.onnx.opset17 import to_opset_17
 from normfuse.export.onnx.program import Program
 from normfuse.export.onnx.quantized.forms import lower_quantized
 from normfuse.export.onnx.quantized.native import add_functions
+from normfuse.export.onnx.quantized.qdq import one_reader_each
 from normfuse.export.onnx.quantized.translate import markers
 from normfuse.export.onnx.quiet import quiet
 from normfuse.export.onnx.residual import keep_layer_norm_apart
@@ -84,6 +85,8 @@ def finished(
         _drop_reshapes_to_same(model)
         common.CommonSubexpressionEliminationPass()(model)
         common.DeduplicateInitializersPass()(model)
+        if quantized == "qdq":
+            one_reader_each(model)
         common.RemoveUnusedNodesPass()(model)
         if opset < _TRANSLATED_OPSET:
             to_opset_17(model)

@@ -1,10 +1,18 @@
-// How fast the integer products are, beside what this machine can do at most: the least of many single-threaded runs. GOP/s counts
-// a multiplication and an addition as two. Needs x86 with AVX2 for the peaks; elsewhere only the products are timed.
+// How fast the integer products are, beside what this machine can do at most: the least of many runs. GOP/s counts a multiplication and
+// an addition as two. Needs x86 with AVX2 for the peaks; elsewhere only the products are timed.
+//
+//   bench_linear [instruction set] [bits] [threads]     products; more than one thread: wall-clock time
+//   bench_linear [instruction set] [bits] [threads] decode    one row, weights that are in no cache
+//   bench_linear [instruction set] [bits] [threads] epilogues | groups
+#include <array>
+#include <atomic>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <ctime>
 #include <functional>
+#include <string>
+#include <utility>
 
 #include "weights.h"
 
@@ -14,19 +22,25 @@
 
 namespace {
 
-// Time of this thread: what others run meanwhile does not count.
+const nf_threads* threads = nullptr;
+
+// One thread: its own time, so that what others run meanwhile does not count.
 double now() {
   timespec t;
-  clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t);
+  clock_gettime(threads ? CLOCK_MONOTONIC : CLOCK_THREAD_CPUTIME_ID, &t);
   return static_cast<double>(t.tv_sec) + 1e-9 * static_cast<double>(t.tv_nsec);
+}
+
+double once(const std::function<void()>& f) {
+  const double before = now();
+  f();
+  return now() - before;
 }
 
 double seconds(const std::function<void()>& f, double budget = 0.4) {
   double best = 1e9, spent = 0;
   for (int i = 0; i < 3 || (spent < budget && i < 20000); ++i) {
-    const double before = now();
-    f();
-    const double t = now() - before;
+    const double t = once(f);
     best = std::min(best, t);
     spent += t;
   }
@@ -85,20 +99,113 @@ NF_AVX2 int read_all(const uint8_t* p, size_t bytes) {
   }
   return _mm256_extract_epi32(_mm256_add_epi8(_mm256_add_epi8(s[0], s[1]), _mm256_add_epi8(s[2], s[3])), 0);
 }
+void read_memory(const std::vector<uint8_t>& memory) {
+  struct Work {
+    const uint8_t* p;
+    size_t bytes;
+    std::atomic<int> sink;
+  } work{memory.data(), memory.size() / 64, {0}};
+  const nf_task task = [](void* arg, size_t i) {
+    auto* w = static_cast<Work*>(arg);
+    w->sink += read_all(w->p + i * w->bytes, w->bytes);
+  };
+  if (threads) return threads->run(threads->context, 64, task, &work);
+  for (size_t i = 0; i < 64; ++i) task(&work, i);
+}
 double read_bandwidth(size_t bytes) {
   const std::vector<uint8_t> memory(bytes, 1);
-  volatile int sink = 0;
-  return static_cast<double>(bytes) / seconds([&] { sink = read_all(memory.data(), bytes); }) * 1e-9;
+  return static_cast<double>(bytes) / seconds([&] { read_memory(memory); }) * 1e-9;
 }
+#else
+void read_memory(const std::vector<uint8_t>&) {}
 #endif
+
+struct Inputs {
+  std::vector<int8_t> q;
+  std::vector<float> x, scale, y;
+  Inputs(int64_t m, int64_t k, int64_t n, std::mt19937& rng)
+      : q(static_cast<size_t>(m * k)), scale(static_cast<size_t>(m), 1e-3f), y(static_cast<size_t>(m * n)) {
+    for (auto& v : q) v = static_cast<int8_t>(static_cast<int>(rng() % 255) - 127);
+    x.assign(q.begin(), q.end());
+  }
+};
+
+// A decoder's layers, one row at a time: so many copies of the weights that each has left the caches when its turn comes. Reads of the same
+// memory are timed in between.
+void decode(int bits) {
+  constexpr size_t kBytes = size_t{128} << 20;
+  std::mt19937 rng(1);
+  for (const auto& [k, n] : {std::pair<int64_t, int64_t>{768, 2304}, {768, 3072}, {3072, 768}, {768, 50257}}) {
+    for (int groups : {1, 3}) {
+      const Weights w(n, k, bits, groups, rng);
+      const size_t copies = std::max<size_t>(1, kBytes / w.packed.size());
+      std::vector<uint8_t> all;
+      for (size_t i = 0; i < copies; ++i) all.insert(all.end(), w.packed.begin(), w.packed.end());
+      Inputs in(1, k, n, rng);
+      nf_weight view = w.view();
+      double product = 1e9, read = 1e9;
+      for (int i = 0; i < 40; ++i) {
+        product = std::min(product, once([&] {
+          for (size_t c = 0; c < copies; ++c) {
+            view.packed = all.data() + c * w.packed.size();
+            nf_matmul(threads, &view, in.q.data(), in.scale.data(), 1, 1, NF_NONE, nullptr, in.y.data());
+          }
+        }));
+        read = std::min(read, once([&] { read_memory(all); }));
+      }
+      const double bytes = static_cast<double>(all.size());
+      std::printf("1 x %4d x %5d, %d bits, groups %d: %7.3f ms, %5.1f GB/s; a read: %5.1f GB/s (%3.0f %%)\n", int(k), int(n), bits, groups,
+                  product / static_cast<double>(copies) * 1e3, bytes / product * 1e-9, bytes / read * 1e-9, 100 * read / product);
+    }
+  }
+}
+
+void epilogues(int bits) {
+  std::mt19937 rng(1);
+  const char* const names[] = {"none", "relu", "gelu", "gelu_tanh", "silu"};
+  for (const float scale : {1e-3f, 1e-6f}) {
+    const Weights w(3072, 768, bits, 1, rng);
+    const nf_weight view = w.view();
+    Inputs in(128, 768, 3072, rng);
+    std::fill(in.scale.begin(), in.scale.end(), scale);
+    for (int e = NF_NONE; e <= NF_SILU; ++e) {
+      const double t = seconds([&] { nf_matmul(threads, &view, in.q.data(), in.scale.data(), 1, 128, e, nullptr, in.y.data()); });
+      std::printf("128 x 768 x 3072, %d bits, outputs about %g, %-9s: %7.3f ms\n", bits, double(scale) * 1e4, names[e], t * 1e3);
+    }
+  }
+}
+
+void groups(int bits) {
+  std::mt19937 rng(1);
+  for (const auto& [m, k, n] : {std::array<int64_t, 3>{1, 768, 2304}, {16, 768, 3072}, {197, 768, 3072}, {197, 3072, 768}}) {
+    double one = 0;
+    for (int g : {1, 2, 3, 8}) {
+      const Weights w(n, k, bits, g, rng);
+      const nf_weight view = w.view();
+      Inputs in(m, k, n, rng);
+      const double t = seconds([&] { nf_matmul(threads, &view, in.q.data(), in.scale.data(), 1, m, NF_NONE, nullptr, in.y.data()); });
+      if (g == 1) one = t;
+      std::printf("%3d x %4d x %4d, %d bits, groups %d: %8.4f ms (%+.1f %%)\n", int(m), int(k), int(n), bits, g, t * 1e3, 100 * (t / one - 1));
+    }
+  }
+}
 
 }  // namespace
 
 int main(int argc, char** argv) {
   if (argc > 1)
     if (const char* wrong = nf_force_isa(argv[1])) return std::puts(wrong), 1;
-  const int only_bits = argc > 2 ? std::atoi(argv[2]) : 0;
-  std::printf("instruction set: %s\n", nf_isa());
+  const int only_bits = argc > 2 ? std::atoi(argv[2]) : 0, count = argc > 3 ? std::atoi(argv[3]) : 1;
+  if (count > 1) threads = nf_pool(count);
+  std::printf("instruction set: %s, threads: %d\n", nf_isa(), count);
+  if (argc > 4) {
+    const std::string what = argv[4];
+    const int bits = only_bits ? only_bits : 4;
+    if (what == "decode") return decode(bits), 0;
+    if (what == "epilogues") return epilogues(bits), 0;
+    if (what == "groups") return groups(bits), 0;
+    return std::printf("no measurement %s\n", argv[4]), 1;
+  }
   double peak[9] = {};
 #if defined(__x86_64__)
   if (__builtin_cpu_supports("avx2")) {
@@ -114,7 +221,7 @@ int main(int argc, char** argv) {
     int64_t m, k, n;
     int groups;
   };
-  for (const Shape& s : {Shape{1576, 768, 3072, 1}, Shape{1576, 3072, 768, 1}, Shape{128, 768, 3072, 1}, Shape{128, 768, 3072, 3}, Shape{1, 768, 2304, 1},
+  for (const Shape& s : {Shape{1576, 768, 3072, 1}, Shape{1576, 3072, 768, 1}, Shape{128, 768, 3072, 1}, Shape{128, 768, 3072, 3}, Shape{197, 768, 3072, 1}, Shape{16, 768, 3072, 1}, Shape{1, 768, 2304, 1}, Shape{2, 768, 2304, 1},
                          Shape{4, 768, 2304, 1}, Shape{8, 768, 2304, 1}, Shape{1, 4096, 16384, 1}, Shape{1, 4096, 16384, 3}}) {
     for (int bits : {4, 8, 2, 3, 5, 6, 7}) {
       if (only_bits ? bits != only_bits : bits != 4 && bits != 8) continue;
@@ -125,10 +232,10 @@ int main(int argc, char** argv) {
       std::vector<float> scale(static_cast<size_t>(s.m), 1e-3f), y(static_cast<size_t>(s.m * s.n)), x(q.begin(), q.end());
       std::vector<int8_t> out(y.size());
       std::vector<float> out_scale(scale.size());
-      const double t = seconds([&] { nf_matmul(nullptr, &view, q.data(), scale.data(), 1, s.m, NF_NONE, nullptr, y.data()); });
-      const double t_linear = seconds([&] { nf_linear(nullptr, &view, x.data(), s.m, 8, 0.f, NF_GELU, nullptr, y.data()); }, 0.2);
+      const double t = seconds([&] { nf_matmul(threads, &view, q.data(), scale.data(), 1, s.m, NF_NONE, nullptr, y.data()); });
+      const double t_linear = seconds([&] { nf_linear(threads, &view, x.data(), s.m, 8, 0.f, NF_GELU, nullptr, y.data()); }, 0.2);
       const double t_again =
-          seconds([&] { nf_matmul_quantize(nullptr, &view, q.data(), scale.data(), 1, s.m, NF_GELU, 8, out.data(), out_scale.data()); }, 0.2);
+          seconds([&] { nf_matmul_quantize(threads, &view, q.data(), scale.data(), 1, s.m, NF_GELU, 8, out.data(), out_scale.data()); }, 0.2);
       const double ops = 2. * static_cast<double>(s.m * s.k * s.n);
       std::printf("%5d x %4d x %5d, %d bits, groups %d: %7.1f GOP/s", int(s.m), int(s.k), int(s.n), bits, s.groups, ops / t * 1e-9);
       if (peak[bits] > 0) std::printf(" (%3.0f %% of peak)", 100 * ops / t * 1e-9 / peak[bits]);

@@ -172,7 +172,7 @@ struct Weight {
 
   void spoil() {
     right = false;
-    switch (between(0, 9)) {
+    switch (between(0, 12)) {
       case 0: w.bits = int32_t(one_in(2) ? between(-3, 1) : between(9, 70)); break;
       case 1: w.groups = int32_t(one_in(2) ? between(-3, 0) : between(17, 1000)); break;
       case 2: sizes[0] += 1; break;
@@ -182,6 +182,15 @@ struct Weight {
       case 6: w.sizes = nullptr; break;
       case 7: w.packed = nullptr; break;
       case 8: w.scale = nullptr; break;
+      case 9: w.n = std::numeric_limits<int64_t>::max() - between(0, 20); break;
+      case 10: w.k = std::numeric_limits<int64_t>::max() - between(0, 20); break;
+      case 11:
+        if (w.order) {
+          const int64_t at = between(0, w.k - 1);
+          order[size_t(at)] = int32_t(one_in(2) ? w.k + between(0, 3) : one_in(2) ? std::numeric_limits<int32_t>::min() : -between(1, 3));
+          break;
+        }
+        [[fallthrough]];
       default: w.k += 1;
     }
   }
@@ -288,6 +297,50 @@ void products() {
       expect(nf_linear(threads, &weight.w, x.data(), m, bits, scale, epilogue, add, y.data()), right && bits_are_right(bits));
     }
   }
+}
+
+// One argument that no call can be right with.
+void mistakes() {
+  Weight weight;
+  weight.make(between(1, 20), between(1, 40), false);
+  const nf_weight& w = weight.w;
+  const int64_t huge = std::numeric_limits<int64_t>::max() - between(0, 5);
+  Buffer<int8_t> q(w.k), out(w.n);
+  Buffer<float> x(w.k), y(w.n), scale(1);
+  Buffer<int32_t> acc(w.n);
+  fill(q);
+  fill(x);
+  scale[0] = 1;
+  const nf_threads* t = some_threads();
+  const int64_t m = one_in(2) ? -between(1, 5) : one_in(2) ? huge : huge / between(1, 4);
+  int8_t *no_codes = nullptr, *codes = q.data();
+  float *none = nullptr, *s = scale.data(), *floats = y.data();
+  const char* message = nullptr;
+  switch (between(0, 20)) {
+    case 0: message = nf_matmul(t, nullptr, codes, s, 1, 1, 0, none, floats); break;
+    case 1: message = nf_matmul(t, &w, codes, s, 1, m, 0, none, floats); break;
+    case 2: message = nf_matmul(t, &w, no_codes, s, 1, 1, 0, none, floats); break;
+    case 3: message = nf_matmul(t, &w, codes, none, 1, 1, 0, none, floats); break;
+    case 4: message = nf_matmul(t, &w, codes, s, 1, 1, 0, none, none); break;
+    case 5: message = nf_matmul(t, &w, codes, s, one_in(2) ? 2 : huge, 1, 0, none, floats); break;
+    case 6: message = nf_matmul_quantize(t, &w, codes, s, 1, m, 0, 8, out.data(), s); break;
+    case 7: message = nf_matmul_quantize(t, &w, codes, s, 1, 1, 0, 8, no_codes, s); break;
+    case 8: message = nf_matmul_quantize(t, &w, codes, s, 1, 1, 0, 8, out.data(), none); break;
+    case 9: message = nf_linear(t, &w, x.data(), m, 8, 0.f, 0, none, floats); break;
+    case 10: message = nf_linear(t, &w, none, 1, 8, 0.f, 0, none, floats); break;
+    case 11: message = nf_linear(t, &w, x.data(), 1, 8, 0.f, 0, none, none); break;
+    case 12: message = nf_matmul_i32(t, &w, codes, m, acc.data()); break;
+    case 13: message = nf_matmul_i32(t, &w, codes, 1, nullptr); break;
+    case 14: message = nf_matmul_i32(t, nullptr, codes, 1, acc.data()); break;
+    case 15: message = nf_quantize_rows(t, x.data(), m, w.k + 8, 8, codes, s); break;
+    case 16: message = nf_quantize_rows(t, x.data(), 1, one_in(2) ? 0 : -1, 8, codes, s); break;
+    case 17: message = nf_quantize_rows(t, one_in(2) ? none : x.data(), 1, w.k, 8, no_codes, s); break;
+    case 18: message = nf_quantize_static(t, x.data(), one_in(2) ? -1 : huge, 1.f, 8, codes); break;
+    case 19: message = nf_quantize_static(t, x.data(), w.k, one_in(2) ? -1.f : std::numeric_limits<float>::quiet_NaN(), 8, codes); break;
+    default: message = nf_force_isa("mmx");
+  }
+  current_call = "a call with a mistake";
+  expect(message, false);
 }
 
 void conv() {
@@ -442,7 +495,7 @@ int main(int argc, char** argv) {
   std::string names = nf_isa_available();
   for (size_t at; !names.empty(); names.erase(0, at == std::string::npos ? at : at + 1))
     isas.push_back(names.substr(0, at = names.find(' ')));
-  void (*const calls[])() = {quantize_rows, quantize_static, products, products,  products,  conv,
+  void (*const calls[])() = {quantize_rows, quantize_static, products, products,  products,  mistakes, conv,
                              norms,         norms,           softmax,  attention, attention, packed_bytes};
   for (current_case = 0; current_case < cases; ++current_case) {
     state = seed * 0x2545f4914f6cdd1du + current_case;  // a case can be run alone

@@ -20,7 +20,8 @@ _QUANTIZED = "shiftquant_attention"
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool) -> Tensor:
     """y = softmax(scale · q kᵀ + mask) v, where query i sees keys j ≤ i + (S − T) if `causal`.
 
-    A query that sees no key is NaN, as in PyTorch. Heads may share keys and values: head h reads kv head h // (H / KV).
+    A query that sees no key, or only scores of −Inf, gives 0, as in PyTorch; a NaN among its scores gives NaN, masked or not.
+    Heads may share keys and values: head h reads kv head h // (H / KV).
 
     Args:
         q: [B, H, T, D] of any strides; the kernel reads it where it lies if features are neighbours in memory.
@@ -76,7 +77,8 @@ def _mixed(scores: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None,
     if causal:
         seen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril(k.shape[2] - q.shape[2])
         scores = scores.masked_fill(~seen, -torch.inf)
-    y = torch.softmax(scores, -1) @ _shared(v.to(scores.dtype), q)
+    weights = torch.softmax(scores, -1).masked_fill((scores == -torch.inf).all(-1, keepdim=True), 0.0)
+    y = weights @ _shared(v.to(scores.dtype), q)
     return y.to(q.dtype).transpose(1, 2).contiguous().transpose(1, 2)
 
 

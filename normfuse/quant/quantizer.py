@@ -41,7 +41,7 @@ def quantize_weight(
         weight: W, [N, K], any float dtype.
         spec: weight_bits, groups, group_size, granularity, exponents and rounding are used.
         moments: m[k] = E[x_k²] over the calibration data, [K]; without them the diagonal of `hessian`, or 1.
-        hessian: E[x xᵀ], [K, K], needed for rounding="gptq".
+        hessian: E[x xᵀ], [K, K], needed for rounding="gptq"; "auto" rounds to the nearest without it.
         channel_groups: integers [K], the input channel that column k reads, where several columns read the same (the taps of a
             convolution): they share its exponent. Without it each column is a channel. `group_size` neighbouring channels are
             taken together.
@@ -64,13 +64,13 @@ def quantize_weight(
         candidates = (found, by_search(problem))
         errors = [weighted_error(weight, _nearest(problem, *candidate), problem.moments) for candidate in candidates]
         found = candidates[errors[1] <= errors[0]]
-    if spec.rounding == "nearest":
+    if spec.rounding == "gptq" and hessian is None:
+        raise UsageError("rounding='gptq' without second moments of the inputs; give calibration data, or rounding='nearest'")
+    if spec.rounding == "nearest" or (spec.rounding == "auto" and hessian is None):
         return _nearest(problem, *found)
     e, stored = _stored(*found)
     step = stored.double()[:, None] * torch.exp2(float(e.max()) - e.double())
-    if spec.rounding == "gptq":
-        if hessian is None:
-            raise UsageError("rounding='gptq' without second moments of the inputs; give calibration data, or rounding='nearest'")
+    if hessian is not None and spec.rounding != "stochastic":
         codes = gptq_codes(problem.weight, step, hessian.detach().cpu(), problem.top)
     else:
         codes = torch.empty(problem.weight.shape, dtype=torch.int8)

@@ -19,7 +19,7 @@ _CHOICES = {
     "activations": ("dynamic", "static"),
     "exponents": ("search", "range"),
     "observer": ("minmax", "percentile", "mse"),
-    "rounding": ("nearest", "stochastic", "gptq"),
+    "rounding": ("auto", "nearest", "stochastic", "gptq"),
     "prefer": ("speed", "size"),
 }
 _PER_LAYER = (
@@ -48,11 +48,13 @@ class ShiftQuant:
             with the activations of the calibration data as weights where there are any.
         observer: how a static scale is found: "minmax", "percentile" or least squared error ("mse").
         percentile: for observer="percentile", in percent.
-        rounding: "nearest" (ties to even), "stochastic" or "gptq" (second order, needs calibration data).
+        rounding: "nearest" (ties to even), "stochastic", "gptq" (second order, needs calibration data), or "auto": gptq for layers
+            with at least two rows of calibration data for each input, nearest for others and under a budget.
         migration: move powers of two from activations to weights through the gain of the norm in front, where that lowers
             the error; it costs nothing at run time.
         bias_correction: add to the bias what quantization moved the mean by, on the calibration data.
-        attention: also quantize what the two products of attention read, to 8 bits.
+        attention: also quantize the queries and keys of attention, to 8 bits by rows: their product is an exact sum of integers.
+            The probabilities and their product with the values stay float.
         embedding_bits: of embedding tables, weights only, one scale a row; None keeps them in float.
         overrides: other values for layers, by pattern of their module path (`fnmatch`): {"head*": {"weight_bits": 8}}.
         keep: patterns of module paths that stay in float, e.g. ("patch_embed*", "head").
@@ -75,7 +77,7 @@ class ShiftQuant:
     exponents: str = "search"
     observer: str = "minmax"
     percentile: float = 99.99
-    rounding: str = "nearest"
+    rounding: str = "auto"
     migration: bool = True
     bias_correction: bool = True
     attention: bool = False

@@ -1,4 +1,4 @@
-"""The two products of attention in integers: softmax(q kᵀ · scale + mask) v with q, k and v quantized when it runs."""
+"""The scores of attention in integers: softmax(q kᵀ · scale + mask) v with q and k quantized as it runs."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def attentions_into_integers(graph: Graph, spec: ShiftQuant) -> tuple[list[Site]
             entries.append(LayerQuantization(path, "attention", kept=refusal.reason))
             continue
         if graph.permit(RULE, path):
-            applied.append(graph.site(RULE, node, note=f"attention with {_BITS}-bit queries, keys and values"))
+            applied.append(graph.site(RULE, node, note=f"attention with {_BITS}-bit queries and keys"))
             entries.append(LayerQuantization(path, "attention", activation_bits=_BITS, activations="dynamic"))
             new = graph.call(torch.ops.normfuse.shiftquant_attention.default, arguments, node, node)
             node.replace_all_uses_with(new)
@@ -66,10 +66,25 @@ def _arguments(graph: Graph, node: fx.Node, spec: ShiftQuant) -> tuple[Any, ...]
         raise Refuse("it drops values at random")
     if op.causal and _tokens(op.q) != _tokens(op.k):
         raise Refuse("it is causal with as many queries as keys unknown or different, where conventions differ")
+    _check_heads(op)
     features = val.shape[-1]
     scale = op.scale if op.scale is not None else 1 / math.sqrt(features)
     mask = graph.emit_constant(op.mask, node) if isinstance(op.mask, Constant) else None if op.mask is None else op.mask.node
     return op.q.node, op.k.node, op.v.node, mask, scale, op.causal, _BITS
+
+
+def _check_heads(op: Sdpa) -> None:
+    """Refuse what PyTorch broadcasts, or allows, and the operator does not take."""
+    q, k, v = op.q.shape, op.k.shape, op.v.shape
+    if q is None or k is None or v is None or not len(q) == len(k) == len(v) == 4:
+        raise Refuse("its inputs are not known to be (batch, heads, tokens, features)", remedy="pass example_inputs")
+    if q[3] != v[3]:
+        raise Refuse(f"its values have {v[3]} features and its keys {q[3]}; the kernel takes as many of each")
+    if k[0] != q[0] or v[0] != q[0] or k[1] != v[1] or q[1] % k[1]:
+        raise Refuse(
+            f"batch and heads of its queries, keys and values are {tuple(q[:2])}, {tuple(k[:2])}, {tuple(v[:2])}; "
+            "the kernel takes one batch, and as many heads of keys as of values, a divisor of those of the queries"
+        )
 
 
 def _tokens(value: Value) -> Any:

@@ -73,7 +73,7 @@ class Coded:
 
     def __call__(self, x: Tensor, *, bare: bool = False) -> Tensor:
         """What the layer gives for x; `bare` without bias and epilogue."""
-        x = x.unsqueeze(2) if self.layer.unit_axis else x
+        x = self.layer.laid_out(x)
         target, args = self._call(x, self.codes, self.exponents, self.scale, None if bare else self.bias, self.input_scale, bare)
         y: Tensor = target(*args)
         return y.squeeze(2) if self.layer.unit_axis else y
@@ -108,6 +108,8 @@ class Coded:
         x = emitted.get(layer.x, layer.x)
         if layer.unit_axis:
             x = graph.call(aten.unsqueeze.default, (x, 2), before, layer.node)
+        if any(layer.more):
+            x = graph.call(aten.constant_pad_nd.default, (x, [0, layer.more[1], 0, layer.more[0]], 0.0), before, layer.node)
         bias = None if self.bias is None else graph.emit_constant(self._bias(folder), before)
         exponents = None if layer.kind == "embedding" else node("exponents")
         static = None

@@ -25,9 +25,14 @@ aten = torch.ops.aten
 _WEIGHTED = {  # operators with weights for which there is no integer form, or whose weight has turned out not to be constant
     aten.linear.default, aten.addmm.default, aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.conv1d.padding,
     aten.conv2d.padding, aten.conv3d.padding, aten.conv_transpose1d.default, aten.conv_transpose2d.input,
-    aten.conv_transpose3d.input, aten.embedding.default, aten.embedding_bag.default, aten.bilinear.default, aten.einsum.default,
-    aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.input, aten.matmul.default, aten.mm.default,
+    aten.conv_transpose3d.input, aten.embedding.default, aten.embedding_bag.default, aten.embedding_bag.padding_idx,
+    aten.bilinear.default, aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.input, aten.lstm_cell.default,
+    aten.gru_cell.default, aten.rnn_tanh_cell.default, aten.rnn_relu_cell.default,
 }  # fmt: skip
+_PRODUCTS = {
+    aten.matmul.default, aten.mm.default, aten.bmm.default, aten.baddbmm.default, aten.einsum.default, aten._grouped_mm.default,
+}  # fmt: skip
+"""Products of what they are given: layers only where one factor is a weight."""
 _FEWEST = 4  # input channels a group of a convolution: the integer kernels sum four products at a time
 
 
@@ -50,6 +55,8 @@ class Layer:
         kernel, stride, padding, dilation: of a convolution, two numbers each.
         groups: of a convolution.
         unit_axis: a convolution in one dimension: it gets a unit axis in front of its last one.
+        more: rows of zeros below and columns of zeros to the right, beyond the padding.
+        transposed: the weight is stored as (in, out).
     """
 
     node: fx.Node
@@ -68,6 +75,7 @@ class Layer:
     dilation: tuple[int, int] = (1, 1)
     groups: int = 1
     unit_axis: bool = False
+    more: tuple[int, int] = (0, 0)
     transposed: bool = False
 
     @property
@@ -93,21 +101,25 @@ class Layer:
             w = (w.unsqueeze(2) if self.unit_axis else w).permute(0, 2, 3, 1)
         return w.reshape(self.groups, self.outputs // self.groups, -1).double()
 
+    def laid_out(self, x: Tensor) -> Tensor:
+        """What a convolution reads as images, with the zeros that its padding does not make."""
+        x = x.unsqueeze(2) if self.unit_axis else x
+        return torch.nn.functional.pad(x, (0, self.more[1], 0, self.more[0])) if any(self.more) else x
+
     def reference(self, x: Tensor, weight: Tensor) -> Tensor:
         """The layer in float without bias and epilogue; `weight` is a matrix as `matrix` gives it."""
         weight = weight.to(x.dtype)
         if self.kind == "linear":
             return torch.nn.functional.linear(x, weight[0])
         w = weight.reshape(self.outputs, *self.kernel, self.channels).permute(0, 3, 1, 2)
-        x = x.unsqueeze(2) if self.unit_axis else x
-        y = torch.nn.functional.conv2d(x, w, None, self.stride, self.padding, self.dilation, self.groups)
+        y = torch.nn.functional.conv2d(self.laid_out(x), w, None, self.stride, self.padding, self.dilation, self.groups)
         return y.squeeze(2) if self.unit_axis else y
 
     def rows(self, x: Tensor) -> Tensor:
         """What each output is a product of: (conv groups, rows, taps · channels)."""
         if self.kind == "linear":
             return x.reshape(1, -1, x.shape[-1])
-        x = x.unsqueeze(2) if self.unit_axis else x
+        x = self.laid_out(x)
         cut = torch.nn.functional.unfold(
             x, self.kernel, self.dilation, self.padding, self.stride
         )  # (batch, channels · taps, places)
@@ -121,14 +133,13 @@ def find_layers(graph: Graph, spec: ShiftQuant) -> tuple[list[Layer], list[tuple
     refused: list[tuple[fx.Node, str, Refuse]] = []
     for node in graph:
         op = graph.view(node, 2)
-        if not (node.op == "call_function" and (node.target in _WEIGHTED or isinstance(op, (Linear, Addmm, Conv, Embedding)))):
+        weighted = node.target in _WEIGHTED or (_may_multiply(node) and _has_weight(graph, node, op))
+        if not (node.op == "call_function" and (weighted or isinstance(op, (Linear, Addmm, Conv, Embedding)))):
             continue
         path = graph.path(node)
         kind = _kind(op)
         try:
-            layer = _layer(graph, node, op, path, spec.at(path))
-            if layer is None:
-                continue
+            layer = _layer(node, op, path, spec.at(path))
             if (pattern := spec.kept(path)) is not None:
                 raise Refuse(f"kept in float by keep={pattern!r}")
         except Refuse as refusal:
@@ -142,11 +153,29 @@ def _kind(op: Any) -> str:
     return "conv2d" if isinstance(op, Conv) else "embedding" if isinstance(op, Embedding) else "linear"
 
 
-def _layer(graph: Graph, node: fx.Node, op: Value, path: str, spec: ShiftQuant) -> Layer | None:
-    """The layer; None for what is no layer, such as a product of two activations.
+def _may_multiply(node: fx.Node) -> bool:
+    """By a weight: an operator of a library other than PyTorch does whatever it likes (experts, deformable convolutions)."""
+    foreign = isinstance(node.target, torch._ops.OpOverload) and node.target.namespace not in ("aten", "prims", "normfuse")
+    return foreign or node.target in _PRODUCTS
+
+
+def _has_weight(graph: Graph, node: fx.Node, op: Value) -> bool:
+    """Is a matrix among its factors, or several? A constant vector, as the frequencies of rotary positions, is none."""
+    if isinstance(op, MatMul):
+        if isinstance(op.y, Constant) and op.y.ndim == 2:
+            return True
+        held = [c for c in (op.x, op.y) if isinstance(c, Constant)]
+    else:
+        added = node.args[0] if node.target is aten.baddbmm.default else None
+        held = [c for n in node.all_input_nodes if n is not added and (c := graph.constant(n)) is not None]
+    return any(c.ndim >= 2 and min(c.shape[-2:]) > 1 and c.dtype.is_floating_point for c in held)
+
+
+def _layer(node: fx.Node, op: Value, path: str, spec: ShiftQuant) -> Layer:
+    """The layer.
 
     Raises:
-        Refuse: it is one, and must stay in float.
+        Refuse: it must stay in float.
     """
     match op:
         case Linear(W=W, b=b) if W.ndim == 2:
@@ -155,8 +184,10 @@ def _layer(graph: Graph, node: fx.Node, op: Value, path: str, spec: ShiftQuant) 
             layer = Layer(node, "linear", path, spec, W, b, _node(op.x), tail=node, transposed=True)
         case MatMul(x=Value() as x, y=Constant(ndim=2) as W):
             layer = Layer(node, "linear", path, spec, W, None, _node(x), tail=node, transposed=True)
+        case MatMul(x=Constant()):
+            raise Refuse("its weight is the left factor of the product", remedy="write it as x @ W, or as nn.Linear")
         case MatMul():
-            return None
+            raise Refuse("its weight has more than two dimensions", remedy="write it as one nn.Linear for each matrix")
         case Conv():
             layer = _convolution(node, op, path, spec)
         case Embedding(W=W):
@@ -164,13 +195,14 @@ def _layer(graph: Graph, node: fx.Node, op: Value, path: str, spec: ShiftQuant) 
             if spec.embedding_bits is None:
                 raise Refuse("kept in float by embedding_bits=None")
         case _:
-            raise Refuse(_opaque(graph, node))
+            raise Refuse(_opaque(node))
     _check_numbers(layer)
     return layer
 
 
-def _opaque(graph: Graph, node: fx.Node) -> str:
-    name = str(node.target).removeprefix("aten.").split(".")[0]
+def _opaque(node: fx.Node) -> str:
+    op: Any = node.target
+    name = op._schema.name.removeprefix("aten::")
     if name in ("linear", "addmm", "conv1d", "conv2d", "embedding"):
         return "its weight is computed when the model runs"
     return f"there is no integer form of {name}"
@@ -211,16 +243,16 @@ def _convolution(node: fx.Node, op: Conv, path: str, spec: ShiftQuant) -> Layer:
         )
     kernel = tuple(op.W.shape[2:])
     dilation, stride = _pair(op.dilation, dims), _pair(op.stride, dims)
+    more = (0, 0)
     if op.padding == "same":
         total = [d * (k - 1) for d, k in zip(dilation[-dims:], kernel, strict=True)]
-        if any(t % 2 for t in total):
-            raise Refuse("its padding 'same' is not symmetric", remedy="use an odd kernel")
         padding = _pair([t // 2 for t in total], dims, 0)
+        more = _pair([t % 2 for t in total], dims, 0)
     else:
         padding = _pair(0 if op.padding == "valid" else op.padding, dims, 0)
     return Layer(
         node, "conv2d", path, spec, op.W, op.b, _node(op.x), taps=math.prod(kernel), tail=node, kernel=_pair(kernel, dims),
-        stride=stride, padding=padding, dilation=dilation, groups=op.groups, unit_axis=dims == 1,
+        stride=stride, padding=padding, dilation=dilation, groups=op.groups, unit_axis=dims == 1, more=more,
     )  # fmt: skip
 
 

@@ -109,7 +109,7 @@ def _float_form(coded: Coded) -> Callable[[Tensor], Tensor]:
     if layer.unit_axis:
         weight = weight.unsqueeze(2)
     where = (layer.stride, layer.padding, layer.dilation, layer.groups)
-    return lambda x: act(F.conv2d(x.unsqueeze(2) if layer.unit_axis else x, weight, bias, *where))
+    return lambda x: act(F.conv2d(layer.laid_out(x), weight, bias, *where))
 
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -136,8 +136,8 @@ def _predicted(coded: Coded, shape: tuple[int, ...]) -> float:
 def _places(layer: Layer, shape: tuple[int, ...]) -> int:
     sizes = ([1] if layer.unit_axis else []) + list(shape[2:])
     count = shape[0]
-    for n, k, s, p, d in zip(sizes, layer.kernel, layer.stride, layer.padding, layer.dilation, strict=True):
-        count *= (n + 2 * p - d * (k - 1) - 1) // s + 1
+    for n, k, s, p, d, more in zip(sizes, layer.kernel, layer.stride, layer.padding, layer.dilation, layer.more, strict=True):
+        count *= (n + 2 * p + more - d * (k - 1) - 1) // s + 1
     return count
 
 
@@ -163,7 +163,7 @@ def _sizes(x: Tensor) -> Tensor:
 
 def _key(coded: Coded, shape: tuple[int, ...]) -> Any:
     layer = coded.layer
-    where = (layer.kernel, layer.stride, layer.padding, layer.dilation, layer.groups, layer.epilogue)
+    where = (layer.kernel, layer.stride, layer.padding, layer.dilation, layer.groups, layer.more, layer.epilogue)
     groups = len(coded.channels_by_exponent)
     return (
         layer.kind,

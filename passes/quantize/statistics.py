@@ -16,14 +16,17 @@ from torch import Tensor, fx
 from normfuse.graph import Graph
 from normfuse.passes.quantize.probe import accumulate
 from normfuse.passes.quantize.sites import Layer, by_input
+from normfuse.quant.spec import ShiftQuant
 
-__all__ = ["Statistics", "bin_tops", "collect", "second_moments"]
+__all__ = ["Statistics", "bin_tops", "collect", "second_moments", "wants_second_moments"]
 
 _BINS_AN_OCTAVE = 32
 _LOWEST = -40  # log₂ of the smallest value with a bin of its own
 _BINS = _BINS_AN_OCTAVE * 64
 _HEAD = 2  # count and number of values that are not finite
 _HESSIANS = 1 << 29  # bytes of second moments that are held at once
+_ROWS_AN_INPUT = 2  # of calibration data: fewer say too little about how inputs go together
+_WIDEST = 4608  # inputs (a 3x3 convolution of 512 channels): the time of second-order rounding grows with their cube
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,6 +77,18 @@ def second_moments(graph: Graph, layers: Sequence[Layer]) -> dict[Layer, Tensor]
         sums = accumulate(graph, [(layer.x, partial(_outer, layer=layer)) for layer in turn], label="second moments")
         found |= {layer: t[:, :-1] / t[:, -1:, :1].clamp_min(1) for layer, t in zip(turn, sums, strict=bool(sums))}
     return found
+
+
+def wants_second_moments(layer: Layer, spec: ShiftQuant, found: Statistics | None) -> bool:
+    """Is the layer to be rounded by second moments? `spec` is that of the whole model, `found` of what the layer reads."""
+    if layer.kind == "embedding" or layer.spec.rounding not in ("auto", "gptq"):
+        return False
+    if layer.spec.rounding == "gptq":
+        return True
+    if found is None or spec.size_budget is not None or spec.sqnr_budget is not None:
+        return False  # widths are compared at a rounding that is quick
+    inputs = layer.taps * layer.channels
+    return inputs <= _WIDEST and found.count >= _ROWS_AN_INPUT * inputs
 
 
 def bin_tops() -> Tensor:

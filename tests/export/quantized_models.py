@@ -13,7 +13,11 @@ from torch import Tensor, nn
 import normfuse
 import normfuse.ops
 from normfuse.export import Exported, to_onnx
+from normfuse.export.onnx.lower import finished, translated
+from normfuse.export.onnx.program import program
 from normfuse.export.onnx.runtime import run, session
+from normfuse.export.onnx.save import save_model
+from normfuse.export.targets import TARGETS
 from normfuse.quant.packing import pack, pack_groups, pack_rows
 from normfuse.quant.weight import QuantizedWeight
 
@@ -111,6 +115,37 @@ def embedding(rows: int, dim: int, bits: int) -> nn.Module:
     return Call(call, c=codes, s=torch.rand(rows))
 
 
+def attention(*, causal: bool = False, mask: Tensor | None = None, kv_heads: int = 4, bits: int = 8) -> nn.Module:
+    """Queries, keys and values are cut from one input (B, H, T, D)."""
+
+    def call(x: Tensor, mask: Tensor | None) -> Tensor:
+        out: Tensor = ops.shiftquant_attention(x, x[:, -kv_heads:].roll(1, 2), x[:, :kv_heads], mask, 0.3, causal, bits)
+        return out
+
+    return Call(call, mask=mask)
+
+
+def norm_codes(kind: str, width: int, *, residual: bool) -> nn.Module:
+    def call(x: Tensor, gain: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor]:
+        other = x.roll(1, 0) if residual else None
+        q, scale, _ = ops.norm_quantize(x, other, gain, shift, kind, 1e-5, 1.25, 8)
+        return q, scale
+
+    return Call(call, gain=torch.randn(width), shift=torch.randn(width) if kind in ("layer", "l1") else None)
+
+
+def product_codes(n: int, k: int, bits: int, groups: int) -> nn.Module:
+    """Codes of codes: quantize_rows, then a product that is quantized again."""
+    w = weight(n, k, bits, groups)
+
+    def call(x: Tensor, w: Tensor, e: Tensor, s: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        q, scale = ops.quantize_rows(x, 8)
+        codes, rows = ops.shiftquant_matmul_quantize(q, scale, w, e, s, b, None, bits, "relu", 8)
+        return codes, rows
+
+    return Call(call, w=pack(w), e=w.exponents, s=w.scale, b=torch.randn(n))
+
+
 class Block(nn.Module):
     def __init__(self, d: int, heads: int, *, causal: bool) -> None:
         super().__init__()
@@ -173,6 +208,23 @@ def quantized(name: str, **spec: Any) -> tuple[nn.Module, Tensor]:
     options = {"prefer": "size", "exponents": "range", **spec}
     fast = normfuse.optimize(model, (x,), quantize=normfuse.ShiftQuant(**options), verify="off")
     return fast, x
+
+
+class Translated:
+    """A model that is translated once, and written in several forms."""
+
+    def __init__(self, model: nn.Module, inputs: tuple[Tensor, ...], opset: int = 23) -> None:
+        self.model, self.opset = model.eval(), opset
+        self.program = program(model, inputs, None)
+        self.onnx = translated(self.program, opset, contrib=True)
+
+    def written(self, file: Path, form: str, *, target: str = "onnxruntime", int4: bool = False) -> Path:
+        ready, _ = finished(self.onnx, self.program, TARGETS[target], self.opset, "decomposed", form, int4=int4)
+        save_model(ready, file)
+        return file
+
+    def run(self, opened: Any, *inputs: Tensor) -> list[Tensor]:
+        return list(run(opened, dict(zip(self.program.inputs, inputs, strict=True))).values())
 
 
 def exported(model: nn.Module, inputs: Any, folder: Path, **options: Any) -> Exported:

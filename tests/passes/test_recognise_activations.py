@@ -35,7 +35,7 @@ TANH = {
     "new_gelu": lambda x: 0.5 * x * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * torch.pow(x, 3.0)))),
     "fast_gelu": lambda x: 0.5 * x * (1.0 + torch.tanh(x * 0.7978845608 * (1.0 + 0.044715 * x * x))),
     "distribution": lambda x: x * (0.5 * (torch.tanh((x**3 * 0.044715 + x) * (2 / math.pi) ** 0.5) + 1)),
-    "halves": lambda x: x * (0.5 + 0.5 * torch.tanh(math.sqrt(2 / math.pi) * x + math.sqrt(2 / math.pi) * 0.044715 * x.square() * x)),
+    "halves": lambda x: x * (0.5 + 0.5 * torch.tanh((2 / math.pi) ** 0.5 * x + (2 / math.pi) ** 0.5 * 0.044715 * x.square() * x)),
     "divided": lambda x: x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x))) / 2,
     "hugging_face": ACT2FN["gelu_new"],
     "hugging_face_fast": ACT2FN["gelu_fast"],
@@ -45,7 +45,11 @@ ERF = {
     "distribution": lambda x: x * (0.5 * (torch.erf(x * 0.5**0.5) + 1)),
     "hugging_face": ACT2FN["gelu_python"],
 }
-SILU = {"left": lambda x: x * torch.sigmoid(x), "right": lambda x: torch.special.expit(x) * x, "method": lambda x: x.sigmoid().mul(x)}
+SILU = {
+    "left": lambda x: x * torch.sigmoid(x),
+    "right": lambda x: torch.special.expit(x) * x,
+    "method": lambda x: x.sigmoid().mul(x),
+}
 
 
 @pytest.mark.parametrize(

@@ -122,3 +122,21 @@ def test_fine_tuning_that_does_not_help_is_not_taken():
     assert len(sites) == 1
     if sites[0] in normfuse.report(tuned).refused:
         assert torch.equal(plain(x), tuned(x))
+
+
+@pytest.mark.parametrize(
+    ("rows", "same_as"), [pytest.param(64, "gptq", id="enough"), pytest.param(20, "nearest", id="two_rows_an_input_are_missing")]
+)
+def test_auto_rounds_by_second_moments_where_there_is_data(rows, same_as):
+    model = made(lambda: nn.Linear(16, 12))
+    data = [draw(rows, 16) @ draw(16, 16, seed=3)]
+
+    def weights(rounding):
+        fast = normfuse.optimize(model, (data[0],), quantize=ShiftQuant(rounding=rounding, prefer="size"), calibration=data)
+        return [t for t in fast.state_dict().values() if t.dtype == torch.uint8]
+
+    def equal(a, b):
+        return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+    assert equal(weights("auto"), weights(same_as))
+    assert not equal(weights("nearest"), weights("gptq"))

@@ -17,6 +17,37 @@ class Scaled(nn.Module):
         return torch.nn.functional.linear(x, w)
 
 
+class Called(nn.Module):
+    """Another layer, of which the first output is given on."""
+
+    def __init__(self, m):
+        super().__init__()
+        self.m = m.eval()
+
+    def forward(self, x):
+        y = self.m(x)
+        return y[0] if isinstance(y, tuple) else y
+
+
+class Product(nn.Module):
+    def __init__(self, shape, f):
+        super().__init__()
+        self.w, self.f = nn.Parameter(draw(*shape, seed=1)), f
+
+    def forward(self, x):
+        return self.f(x, self.w)
+
+
+@torch.library.custom_op("normfuse_tests::by_expert", mutates_args=())
+def by_expert(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    return torch.bmm(x, w)
+
+
+@by_expert.register_fake
+def _(x, w):
+    return x.new_empty(x.shape[0], x.shape[1], w.shape[2])
+
+
 def nan_weight():
     model = made(Mlp)
     model.down.weight.data[0, 0] = math.nan
@@ -52,6 +83,27 @@ REFUSALS = [
         lambda: nn.Sequential(nn.ConvTranspose2d(4, 4, 2)).eval(), (draw(2, 4, 3, 3),), {}, "0",
         "there is no integer form of conv_transpose2d", id="transposed",
     ),
+    pytest.param(lambda: Called(nn.LSTM(8, 4)), (draw(3, 2, 8),), {}, "m", "there is no integer form of lstm", id="LSTM"),
+    pytest.param(lambda: Called(nn.GRUCell(8, 4)), (draw(2, 8),), {}, "m", "there is no integer form of gru_cell", id="cell"),
+    pytest.param(
+        lambda: Called(nn.EmbeddingBag(9, 4)), (torch.arange(6).reshape(2, 3),), {}, "m",
+        "there is no integer form of embedding_bag", id="bag",
+    ),
+    pytest.param(
+        lambda: Product((4, 8), lambda x, w: w @ x), (draw(2, 8, 3),), {}, "matmul", "its weight is the left factor", id="left",
+    ),
+    pytest.param(
+        lambda: Product((2, 8, 4), torch.bmm), (draw(2, 3, 8),), {}, "bmm",
+        "its weight has more than two dimensions", id="3-d weight",
+    ),
+    pytest.param(
+        lambda: Product((8, 4), lambda x, w: torch.einsum("abc,cd->abd", x, w)), (draw(2, 3, 8),), {}, "einsum",
+        "there is no integer form of einsum", id="einsum",
+    ),
+    pytest.param(
+        lambda: Product((2, 8, 4), lambda x, w: torch.ops.normfuse_tests.by_expert(x, w)), (draw(2, 3, 8),), {}, "normfuse_tests",
+        "there is no integer form of normfuse_tests::by_expert", id="operator of another library",
+    ),
     pytest.param(
         wide, (draw(2, 1600),), {"weight_bits": 8, "groups": 8, "exponents": "range"}, "linear",
         "its sums do not fit into 32 bits", id="accumulator",
@@ -61,6 +113,7 @@ REFUSALS = [
 
 @pytest.mark.parametrize(("build", "inputs", "options", "path", "reason"), REFUSALS)
 @pytest.mark.filterwarnings("ignore:.*NaN")
+@pytest.mark.filterwarnings("ignore:The tensor attributes .*_flat_weights")
 def test_refusals(build, inputs, options, path, reason):
     model = build()
     fast = normfuse.optimize(model, inputs, quantize=ShiftQuant(**{"prefer": "size"} | options), verify="off")
@@ -74,6 +127,19 @@ def test_a_weight_that_is_computed():
     fast = normfuse.optimize(Scaled(), (draw(4, 8), draw(3, 8)), quantize=SIZE)
     (entry,) = entries(normfuse.report(fast))
     assert entry.kept == "its weight is computed when the model runs"
+
+
+@pytest.mark.parametrize(
+    "product",
+    [
+        pytest.param(lambda x, w: x @ x.transpose(1, 2), id="matmul"),
+        pytest.param(lambda x, w: torch.einsum("abc,abd->acd", x, x), id="einsum"),
+        pytest.param(lambda x, w: w[:, :, :1] @ x[:, :1], id="vector"),
+    ],
+)
+def test_products_without_weights_are_no_layers(product):
+    fast = normfuse.optimize(Product((2, 4, 4), product), (draw(2, 3, 8),), quantize=SIZE)
+    assert not normfuse.report(fast).quantization
 
 
 def test_nan_inside_the_model_keeps_what_reads_it_in_float():

@@ -6,6 +6,7 @@ from typing import Any
 
 from normfuse import native
 from normfuse.errors import UsageError
+from normfuse.export.onnx.quantized.attention import float_masks, place_attention
 from normfuse.export.onnx.quantized.fuse import fuse
 from normfuse.export.onnx.quantized.integer import lower_integer
 from normfuse.export.onnx.quantized.native import MIN_NATIVE_OPSET, lower_native
@@ -64,7 +65,9 @@ def possible_forms(model: Any, target: Target, opset: int, form: str, *, int4: b
 
 def lower_quantized(model: Any, form: str, target: Target, opset: int, *, int4: bool = False) -> None:
     """Write the quantized layers of `model` in `form`, in place."""
+    float_masks(model)
     if form == "native":
+        place_attention(model)
         lower_native(model)
         fuse(model)
     elif form == "qdq":

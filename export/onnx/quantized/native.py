@@ -19,6 +19,7 @@ __all__ = ["MIN_NATIVE_OPSET", "add_functions", "facts_of", "lower_native", "nat
 #: Bitwise ops exist from 18 on; functions with overloads need the file format that came with 21.
 MIN_NATIVE_OPSET = 21
 _FACTS = "normfuse.facts."
+_ZERO_IS_NONE = ("input_scale", "bits")  # left out where they are 0
 
 
 def lower_native(model: Any) -> int:
@@ -60,7 +61,7 @@ def native_node(at: Build, name: str, inputs: tuple[Any, ...], facts: dict[str, 
     """One node of `DOMAIN` with its first `count` outputs; `facts` are its attributes and the `structure` of its op."""
     op = OPS[name]
     last = max((i + 1 for i, v in enumerate(inputs) if v is not None), default=0)
-    attributes = {k: facts[k] for k, kind in op.attributes.items() if kind != "FLOAT" or facts[k] != 0 or k != "input_scale"}
+    attributes = {k: facts[k] for k in op.attributes if facts.get(k) or k not in _ZERO_IS_NONE}
     node = at.ir.node(name, list(inputs[:last]), attributes, domain=DOMAIN, num_outputs=count)
     node.metadata_props.update(at.before.metadata_props)
     for key in op.structure:
@@ -73,7 +74,7 @@ def facts_of(node: Any) -> dict[str, Any]:
     """Attributes and structure of a node of `DOMAIN`."""
     op = OPS[node.op_type]
     given = {k: a.value for k, a in node.attributes.items()}
-    facts: dict[str, Any] = {k: given.get(k, 0.0) for k in op.attributes}
+    facts: dict[str, Any] = {k: given.get(k, 0) for k in op.attributes}
     return facts | {k: int(node.metadata_props[_FACTS + k]) for k in op.structure}
 
 

@@ -2,8 +2,10 @@
 
     Q → DQ → MatMul(·, DQ(weight)) → Sum(·, bias)      ONNX Runtime: MatMulIntegerToFloat, bit for bit the integer product
     Q → DQ → Conv(·, DQ(weight), DQ(bias)) → Q → DQ    ONNX Runtime: QLinearConv
+    Relu(Conv(...)) → Q → DQ                            the same; ONNX Runtime: with Q to uint8, see `_codes`
 
-Sum and not Add: ONNX Runtime makes MatMul and Add a Gemm before it looks for quantization, and then finds none.
+Sum and not Add: ONNX Runtime makes MatMul and Add a Gemm before it looks for quantization, and then finds none. And it fuses a
+DequantizeLinear that has one reader only.
 """
 
 from __future__ import annotations
@@ -13,15 +15,18 @@ from typing import Any
 import numpy as np
 
 from normfuse.errors import ExportError, UsageError
-from normfuse.export.onnx.build import Build
+from normfuse.export.onnx.build import Build, dims
 from normfuse.export.onnx.quantized.integer import expand, take_over
 from normfuse.export.onnx.quantized.sites import Site, sites
 from normfuse.export.onnx.translate import MARKER_DOMAIN
+from normfuse.export.ops.activations import ZERO
 from normfuse.export.ops.products import activated
 from normfuse.export.ops.shiftquant_conv2d import conv_codes, conv_parts
 from normfuse.export.ops.weights import SAFE, parts, stored
 
-__all__ = ["check_static", "lower_qdq"]
+__all__ = ["check_static", "lower_qdq", "one_reader_each"]
+
+_CODES = ("QuantizeRows", "NormQuantize", "ShiftQuantMatMul", "ShiftQuantMatMulQuantize")
 
 
 def check_static(model: Any) -> None:
@@ -30,12 +35,20 @@ def check_static(model: Any) -> None:
     Raises:
         UsageError: the scale of an activation is found where the model runs.
     """
-    layers = [s for s in sites(model) if s.has_weight or s.op.name in ("QuantizeRows", "NormQuantize")]
+    found = list(sites(model))
+    layers = [s for s in found if s.has_weight or s.op.name in _CODES]
     dynamic = [s for s in layers if not s.static]
     if dynamic:
         raise UsageError(
-            f"form='qdq' needs static scales, and {len(dynamic)} of {len(layers)} quantized layers find theirs at run time: "
-            "quantize with ShiftQuant(activations='static') and calibration data, or use form='integer'"
+            f"form='qdq' needs static scales, and {len(dynamic)} of {len(layers)} quantized layers find theirs at run time, "
+            f"{dynamic[0].layer} among them: quantize with ShiftQuant(activations='static') and calibration data, or use "
+            "form='integer'"
+        )
+    attention = [s for s in found if s.op.name == "Attention" and s.facts["bits"]]
+    if attention:
+        raise UsageError(
+            f"form='qdq' needs static scales, and the attention at {attention[0].layer} finds those of its queries and keys at run "
+            "time: quantize with ShiftQuant(attention=False), or use form='integer'"
         )
 
 
@@ -44,8 +57,8 @@ def lower_qdq(model: Any, *, unsigned: bool, int4: bool = False) -> int:
 
     Args:
         model: the translated model.
-        unsigned: weights with codes beyond `SAFE` as uint8 with zero point 128, which ONNX Runtime multiplies exactly on every
-            CPU; else as int8 with zero point 0, which other runtimes expect.
+        unsigned: activations, and weights with codes beyond `SAFE`, as uint8 with zero point 128, which ONNX Runtime multiplies
+            exactly on every CPU; else as int8 with zero point 0, which other runtimes expect.
         int4: weights of up to 4 bits as INT4 in the file, expanded by the runtime when it loads.
     """
     shared: dict[Any, Any] = {}
@@ -64,8 +77,31 @@ def lower_qdq(model: Any, *, unsigned: bool, int4: bool = False) -> int:
     return count
 
 
-def _codes(at: Build, site: Site) -> tuple[Any, Any]:
-    """x as int8 codes, and its scale; what reads the same x shares them."""
+def one_reader_each(model: Any) -> int:
+    """A DequantizeLinear of its own for each node that reads one; returns how many there are more."""
+    count = 0
+    for node in list(model.graph):
+        if node.op_type != "DequantizeLinear" or node.domain:
+            continue
+        out = node.outputs[0]
+        for reader, i in list(out.uses())[1:]:
+            copy = Build(model, reader).op("DequantizeLinear", *node.inputs, dtype=out.dtype, shape=dims(out), **_axis(node))
+            reader.replace_input_with(i, copy)
+            count += 1
+    return count
+
+
+def _axis(node: Any) -> dict[str, Any]:
+    return {k: a.value for k, a in node.attributes.items()}
+
+
+def _codes(at: Build, site: Site, unsigned: bool) -> tuple[Any, Any, Any]:
+    """x as codes, their scale and zero point; what reads the same x shares them.
+
+    For ONNX Runtime uint8: on an x86 it fuses int8 only if nothing else reads the codes. Behind a Relu the zero point is 0, so
+    that it takes the Relu into the layer in front, and Min keeps the bytes within the codes; elsewhere it is 128. Other runtimes
+    expect int8, and fuse that with a Relu.
+    """
     x, static, bits = site.inputs[0], np.float32(site.facts["input_scale"]), site.facts["activation_bits"]
     if x.dtype == at.ir.DataType.DOUBLE:
         raise ExportError("form='qdq' computes in float32, and the model in float64; export it in float32 or with form='integer'")
@@ -74,16 +110,23 @@ def _codes(at: Build, site: Site) -> tuple[Any, Any]:
         scale, top = at.const(static), 2 ** (bits - 1) - 1
         if x.dtype != at.ir.DataType.FLOAT:
             x = at.op("Cast", x, to=1)
-        if bits < 8:  # an int8 would hold more codes
-            x = at.op("Clip", x, at.const(static * np.float32(-top)), at.const(static * np.float32(top)))
-        at.shared[key] = at.op("QuantizeLinear", x, scale, at.const(np.int8(0))), scale
-    found: tuple[Any, Any] = at.shared[key]
+        maker = x.producer()
+        if unsigned and maker is not None and maker.op_type == "Relu" and not maker.domain:
+            zero = at.const(np.uint8(0))
+            codes = at.op("Min", at.op("QuantizeLinear", x, scale, zero), at.const(np.uint8(top)))
+        else:
+            zero = at.const(ZERO if unsigned else np.int8(0))
+            if bits < 8:  # an int8 would hold more codes
+                x = at.op("Clip", x, at.const(static * np.float32(-top)), at.const(static * np.float32(top)))
+            codes = at.op("QuantizeLinear", x, scale, zero)
+        at.shared[key] = codes, scale, zero
+    found: tuple[Any, Any, Any] = at.shared[key]
     return found
 
 
 def _linear(at: Build, site: Site, unsigned: bool, int4: bool) -> Any:
     """Σ_parts DQ(codes) · DQ(operand · scale · 2^shift) + bias"""
-    codes, static = _codes(at, site)
+    codes, static, point = _codes(at, site, unsigned)
     scale, bits = site.array("scale"), site.facts["bits"]
     found = parts(site.array("weight"), site.array("exponents"), scale.size, bits)
     terms = []
@@ -93,20 +136,20 @@ def _linear(at: Build, site: Site, unsigned: bool, int4: bool) -> Any:
         zero = 128 if unsigned and np.abs(operand).max(initial=0) > SAFE else 0
         weight = stored(at, values, factors, zero, int4=int4 and bits <= 4)
         weight = _dequantized(at, weight, scale * np.float32(2**shift), zero, 1)
-        terms.append(at.op("MatMul", at.op("DequantizeLinear", read, static, at.const(np.int8(0))), weight))
+        terms.append(at.op("MatMul", at.op("DequantizeLinear", read, static, point), weight))
     if site.input("bias") is not None:
         terms.append(site.input("bias"))
     return terms[0] if len(terms) == 1 else at.op("Sum", *terms)
 
 
 def _conv(at: Build, site: Site, unsigned: bool) -> Any:
-    codes, static = _codes(at, site)
+    codes, static, point = _codes(at, site, unsigned)
     scale, facts = site.array("scale"), site.facts
     values = conv_codes(site.array("weight"), site.array("exponents"), scale.size, facts["bits"], facts["group"], facts["kernel"])
-    x = at.op("DequantizeLinear", codes, static, at.const(np.int8(0)))
+    x = at.op("DequantizeLinear", codes, static, point)
     names = {"kernel": "kernel_shape", "strides": "strides", "pads": "pads", "dilations": "dilations", "group": "group"}
     attributes = {new: facts[old] for old, new in names.items()}
-    bias = _conv_bias(at, site, scale * np.float32(facts["input_scale"]))
+    bias = _conv_bias(at, site, scale * np.float32(facts["input_scale"])) if unsigned else site.input("bias")
     terms: list[Any] = []
     for operand, shift in conv_parts(*values, facts["bits"]):
         zero = 128 if unsigned and np.abs(operand).max(initial=0) > SAFE else 0
@@ -117,9 +160,10 @@ def _conv(at: Build, site: Site, unsigned: bool) -> Any:
 
 
 def _conv_bias(at: Build, site: Site, unit: np.ndarray[Any, Any]) -> Any:
-    """In float; in units of the sums, rounded by at most half of one, where that makes a QLinearConv of it: in front of a Q."""
+    """In float; in units of the sums, rounded by at most half of one, where that makes a QLinearConv of it: in front of a Q, with
+    a Relu or nothing between."""
     value = site.input("bias")
-    if value is None or site.facts["epilogue"] != "none" or not _read_as_codes(site.node.outputs[0]):
+    if value is None or site.facts["epilogue"] not in ("none", "relu") or not _read_as_codes(site.node.outputs[0]):
         return value
     bias = site.array("bias")
     units = np.rint(bias.astype(np.float64) / unit)

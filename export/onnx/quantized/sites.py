@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from normfuse.errors import ExportError
-from normfuse.export.onnx.build import const_of
+from normfuse.export.onnx.build import const_of, dims
 from normfuse.export.onnx.quantized.translate import NAMES
 from normfuse.export.onnx.translate import MARKER_DOMAIN
 from normfuse.export.ops import OPS, Op
@@ -32,6 +33,12 @@ class Site:
     op: Op
     inputs: tuple[Any, ...]
     facts: dict[str, Any]
+
+    @property
+    def layer(self) -> str:
+        """Where in the module tree it stands; the name of the node if that is not known."""
+        names = ast.literal_eval(self.node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))
+        return next((n for n in reversed(names[:-1]) if n), None) or self.node.name or self.op.name
 
     @property
     def static(self) -> bool:
@@ -61,7 +68,7 @@ class Site:
         """
         found = const_of(self.input(name))
         if found is None:
-            raise ExportError(f"{self.node.name}: {name} of {self.op.name} is no constant; quantized weights must be")
+            raise ExportError(f"{self.layer}: {name} of {self.op.name} is no constant; quantized weights must be")
         return np.asarray(found)
 
 
@@ -153,12 +160,24 @@ def _softmax(node: Any) -> Site:
     return Site(node, OPS["TwoPassSoftmax"], _tensors(node, 1), {})
 
 
+def _attention(node: Any) -> Site:
+    """Heads first, as torch has them."""
+    q, k = (dims(v) for v in node.inputs[:2])
+    if q is None or k is None or not (isinstance(q[1], int) and isinstance(k[1], int)):
+        raise ExportError(f"{node.name}: the numbers of heads of {node.op_type} are not known")
+    given = _attributes(node)
+    facts = {"scale": given["scale"], "causal": given["causal"], "heads": q[1], "kv_heads": k[1], "layout": "bhtd"}
+    return Site(node, OPS["Attention"], _tensors(node, 4), facts | {"bits": given.get("bits", 0)})
+
+
 _READ: dict[str, Callable[[Any], Site]] = {
+    "attention": _attention,
     "crms_norm": _norm("CrmsNorm"),
     "l1_norm": _norm("L1Norm"),
     "norm_quantize": _norm_quantize,
     "quantize_rows": _rows,
     "rms_norm": _norm("RmsNorm"),
+    "shiftquant_attention": _attention,
     "shiftquant_conv2d": _conv2d,
     "shiftquant_embedding": _embedding,
     "shiftquant_linear": _linear,

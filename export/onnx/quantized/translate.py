@@ -13,11 +13,11 @@ from normfuse.extras import need
 
 __all__ = ["markers"]
 
-_KINDS = {"int": "INT", "float": "FLOAT", "str": "STRING", "List[int]": "INTS"}
+_KINDS = {"int": "INT", "float": "FLOAT", "bool": "INT", "str": "STRING", "List[int]": "INTS"}
 #: Everything that a graph may hold; names as in `normfuse.ops`.
 NAMES = (
-    "crms_norm", "l1_norm", "norm_quantize", "quantize_rows", "rms_norm", "shiftquant_conv2d", "shiftquant_embedding",
-    "shiftquant_linear", "shiftquant_matmul", "shiftquant_matmul_quantize", "two_pass_softmax",
+    "attention", "crms_norm", "l1_norm", "norm_quantize", "quantize_rows", "rms_norm", "shiftquant_attention", "shiftquant_conv2d",
+    "shiftquant_embedding", "shiftquant_linear", "shiftquant_matmul", "shiftquant_matmul_quantize", "two_pass_softmax",
 )  # fmt: skip
 
 
@@ -66,11 +66,11 @@ def _marker(overload: Any) -> Callable[..., Any]:
         bound = signature.bind(*args, **kwargs)
         bound.apply_defaults()
         given = bound.arguments
-        return node(*(given[a.name] for a in tensors), **{k: given[k] for k in rest})
+        return node(*(given[a.name] for a in tensors), **{k: int(given[k]) if rest[k] == "INT" else given[k] for k in rest})
 
     translate.__signature__ = signature  # type: ignore[attr-defined]
     translate.__name__ = name
     return translate
 
 
-_TYPES = [f"tensor({t})" for t in ("float", "float16", "bfloat16", "double", "int8", "uint8", "int32", "int64")]
+_TYPES = [f"tensor({t})" for t in ("float", "float16", "bfloat16", "double", "bool", "int8", "uint8", "int32", "int64")]
