@@ -18,6 +18,7 @@ from normfuse.declared_inputs import declared_inputs
 from normfuse.errors import CaptureError, UsageError
 from normfuse.importers import recognise
 from normfuse.record import record
+from normfuse.regions import inline_without_autocast
 
 __all__ = ["Captured", "arguments", "capture", "flat_inputs"]
 
@@ -264,9 +265,11 @@ def _canonical(gm: fx.GraphModule) -> Captured | None:
 
 def _canonical_module(program: ExportedProgram) -> fx.GraphModule:
     gm = _module(program)
+    inline_without_autocast(gm)
     if _writes(gm) and not _writes_are_local(gm):
         # views of one tensor may be written through another: only functionalization gets that right
         gm = _module(program.run_decompositions({}))
+        inline_without_autocast(gm)
         _restore_batch_norm(gm)
     for node in list(gm.graph.nodes):
         if node.target is aten.rms_norm.default and (len(node.args) < 4 or node.args[3] is None) and node.kwargs.get("eps") is None:

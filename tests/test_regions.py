@@ -1,0 +1,40 @@
+"""Regions of the graph that torch.export keeps apart."""
+
+import pytest
+import torch
+from torch import nn
+
+import normfuse
+
+
+class Region(nn.Module):
+    """A BatchNorm around a region without autocast, as rotary positions are written."""
+
+    def __init__(self, deep: bool):
+        super().__init__()
+        self.linear, self.norm, self.last = nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)
+        self.register_buffer("frequencies", torch.rand(8))
+        self.deep = deep
+        for t in (self.norm.running_mean, self.norm.running_var, self.norm.weight, self.norm.bias):
+            nn.init.uniform_(t, 0.5, 1.5)
+
+    def forward(self, x):
+        y = self.norm(self.linear(x))
+        with torch.autocast(device_type="cpu", enabled=False):
+            z = y.float() @ torch.outer(self.frequencies, self.frequencies)
+            if self.deep:
+                with torch.autocast(device_type="cpu", enabled=False):
+                    z, y = z.float().sin() + 1, y * z
+        return self.last(z.to(y.dtype) * y)
+
+
+@pytest.mark.parametrize("deep", [False, True])
+def test_a_region_without_autocast_is_part_of_the_graph(deep):
+    model, x = Region(deep).eval(), torch.randn(4, 8)
+    fast = normfuse.optimize(model, (x,))
+    report = normfuse.report(fast)
+    assert report.norms_before == {"batch_norm": 1}
+    assert report.norms_after == {"batch_norm": 0}
+    assert report.exact.max_rel < 1e-9
+    assert not [n for n in fast.graph.nodes if "autocast" in str(n.target)]
+    torch.testing.assert_close(fast(x), model(x), rtol=1e-4, atol=1e-5)
