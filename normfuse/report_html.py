@@ -45,6 +45,7 @@ tr.whole td { font-weight: 600; }
 .bar { display: inline-block; height: .55rem; min-width: 1px; border-radius: .2rem; background: var(--bar);
   vertical-align: middle; }
 td:has(.bar) { text-align: left; }
+th.why, td.why { text-align: left; white-space: normal; min-width: 11rem; }
 .reason { padding: .8rem 1rem; margin: .6rem 0; }
 .reason p { margin: .25rem 0; }
 .rule { font-weight: 600; }
@@ -146,11 +147,10 @@ def _layers(layers: Iterable[LayerQuantization]) -> str:
     if not layers:
         return ""
     searched = [f"{b} bits" for b in sorted({b for layer in layers for b, _ in layer.sensitivity})]
-    head = "".join(f"<th>{h}</th>" for h in (*LAYER_HEAD, "kept in float because", *searched))
+    head = _cells("th", LAYER_HEAD) + "<th class=why>kept in float because</th>" + _cells("th", searched)
     rows = "".join(
-        "<tr>"
-        + "".join(f"<td>{escape(c)}</td>" for c in (*layer_cells(layer), layer.kept, *_sensitivity(layer, searched)))
-        + "</tr>"
+        f"<tr>{_cells('td', layer_cells(layer))}<td class=why>{escape(layer.kept)}</td>"
+        f"{_cells('td', _sensitivity(layer, searched))}</tr>"
         for layer in layers
     )
     told = "; columns by bits: SQNR of the outputs with that layer alone quantized" if searched else ""
@@ -158,6 +158,10 @@ def _layers(layers: Iterable[LayerQuantization]) -> str:
         f"<h2>Quantization</h2><p class=soft>{escape(quantized_in_short(layers))}{told}</p>"
         f"<div class=frame><table><tr>{head}</tr>{rows}</table></div>"
     )
+
+
+def _cells(kind: str, texts: Iterable[str]) -> str:
+    return "".join(f"<{kind}>{escape(t)}</{kind}>" for t in texts)
 
 
 def _sensitivity(layer: LayerQuantization, searched: Iterable[str]) -> Iterator[str]:
