@@ -68,6 +68,9 @@ def test_refusals_name_the_way_out(tmp_path: Path) -> None:
     ):
         with pytest.raises(UsageError, match=words):
             exported(model, None, tmp_path, **options)
+    wide, _ = quantized("convs", activations="static", weight_bits=8, groups=4)
+    with pytest.raises(UsageError, match=r"weight_bits \+ groups <= 9.*groups=1"):
+        exported(wide, None, tmp_path, form="qdq", target="tensorrt")
     with pytest.raises(UsageError, match="no quantized layers"):
         exported(nn.Linear(3, 4).eval(), (torch.randn(2, 3),), tmp_path, form="integer")
     assert not list(tmp_path.glob("*.onnx"))

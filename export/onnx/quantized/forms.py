@@ -51,13 +51,13 @@ def possible_forms(model: Any, target: Target, opset: int, form: str, *, int4: b
             "use form='integer' or 'qdq'"
         )
     if form == "qdq":
-        check_static(model)
+        check_static(model, unsigned=target.contrib)
     if form != "auto":
         return (form,)
     if target.contrib and native.available() and opset >= MIN_NATIVE_OPSET and not int4:
         return ("native",)
     try:
-        check_static(model)
+        check_static(model, unsigned=target.contrib)
     except UsageError:
         return ("integer",)
     return ("integer", "qdq") if target.contrib else ("qdq",)

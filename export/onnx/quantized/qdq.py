@@ -26,14 +26,16 @@ from normfuse.export.ops.weights import SAFE, parts, stored
 
 __all__ = ["check_static", "lower_qdq", "one_reader_each"]
 
+_WIDEST = 9
 _CODES = ("QuantizeRows", "NormQuantize", "ShiftQuantMatMul", "ShiftQuantMatMulQuantize")
 
 
-def check_static(model: Any) -> None:
-    """The QDQ form can express every layer.
+def check_static(model: Any, *, unsigned: bool) -> None:
+    """The QDQ form can express every layer; `unsigned` as in `lower_qdq`.
 
     Raises:
-        UsageError: the scale of an activation is found where the model runs.
+        UsageError: the scale of an activation is found where the model runs, or the codes of a weight are wider than the int8 that
+            a target takes (ONNX Runtime, which has to run the file once, does not take such a weight in parts either).
     """
     found = list(sites(model))
     layers = [s for s in found if s.has_weight or s.op.name in _CODES]
@@ -43,6 +45,14 @@ def check_static(model: Any) -> None:
             f"form='qdq' needs static scales, and {len(dynamic)} of {len(layers)} quantized layers find theirs at run time, "
             f"{dynamic[0].layer} among them: quantize with ShiftQuant(activations='static') and calibration data, or use "
             "form='integer'"
+        )
+    wide = [] if unsigned else [s for s in layers if s.has_weight and s.facts["bits"] + s.facts["groups"] > _WIDEST]
+    if wide:
+        bits, groups = wide[0].facts["bits"], wide[0].facts["groups"]
+        raise UsageError(
+            f"form='qdq' for this target needs weights that fit in 8 bits, weight_bits + groups <= {_WIDEST}, and "
+            f"{wide[0].layer} has {bits} bits and {groups} groups: quantize with ShiftQuant(groups={max(1, _WIDEST - bits)}), "
+            "or use form='integer'"
         )
     attention = [s for s in found if s.op.name == "Attention" and s.facts["bits"]]
     if attention:
