@@ -45,9 +45,10 @@ def dynamic_codes(at: Emitter, x: Any, bits: int, axes: tuple[int, ...] = (-1,))
 
 
 def static_codes(at: Emitter, x: Any, scale: Any, bits: int) -> Any:
-    """q = clamp(rne(x / scale), ±qmax) + 128 as uint8; NaN gives the lowest code."""
+    """q = clamp(rne(x / scale), ±qmax) + 128 as uint8; NaN counts as 0, as in `normfuse.quant.integers.quantize_static`."""
     top = 2 ** (bits - 1) - 1
-    codes = at.op("QuantizeLinear", x, scale, at.const(ZERO))
+    # what QuantizeLinear makes of NaN is up to the runtime
+    codes = at.op("QuantizeLinear", at.op("Where", at.op("IsNaN", x), at.const(np.float32(0)), x), scale, at.const(ZERO))
     codes = at.op("Max", codes, at.const(np.uint8(128 - top)))
     return codes if bits == 8 else at.op("Min", codes, at.const(np.uint8(128 + top)))
 

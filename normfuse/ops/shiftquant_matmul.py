@@ -109,34 +109,15 @@ def _rows(q: Tensor, row_scale: Tensor) -> Tensor:
     return row_scale if row_scale.ndim == q.ndim else row_scale.reshape(())
 
 
-def _float_shapes(
-    q: Tensor,
-    row_scale: Tensor,
-    weight: Tensor,
-    exponents: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    bits: int,
-    epilogue: str,
-) -> Tensor:
-    _check(_TO_FLOAT, q, row_scale, exponents, scale, bias, residual, bits, epilogue)
+def _float_shapes(q: Tensor, row_scale: Tensor, weight: Tensor, exponents: Tensor, scale: Tensor, *rest: object) -> Tensor:
+    _check(_TO_FLOAT, q, row_scale, exponents, scale, *rest)  # type: ignore[arg-type]
     return q.new_empty((*q.shape[:-1], scale.shape[0]), dtype=row_scale.dtype)
 
 
 def _integer_shapes(
-    q: Tensor,
-    row_scale: Tensor,
-    weight: Tensor,
-    exponents: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    bits: int,
-    epilogue: str,
-    out_bits: int,
+    q: Tensor, row_scale: Tensor, weight: Tensor, exponents: Tensor, scale: Tensor, *rest: object
 ) -> tuple[Tensor, Tensor]:
-    _check(_TO_INTEGER, q, row_scale, exponents, scale, bias, residual, bits, epilogue, out_bits)
+    _check(_TO_INTEGER, q, row_scale, exponents, scale, *rest)  # type: ignore[arg-type]
     rows = q.shape[:-1]
     return q.new_empty((*rows, scale.shape[0])), q.new_empty((*rows, 1), dtype=row_scale.dtype)
 

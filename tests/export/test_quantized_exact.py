@@ -131,15 +131,14 @@ def test_behind_norms_and_softmax_they_follow_the_roundings(answer: Answer) -> N
 
 
 def test_rows_that_have_no_scale(answer: Answer) -> None:
-    """Zeros and tiny numbers give the bias, NaN and Inf give NaN, and neither touches its neighbours. A static scale is no row's:
-    what NaN gives with it is not defined."""
+    """Zeros and tiny numbers give the bias, NaN and Inf give NaN, and neither touches its neighbours; with a static scale NaN
+    counts as 0 and Inf as the largest code."""
     x = torch.randn(2, 7, 37)
     x[:, 0], x[:, 1], x[:, 2, 17], x[:, 3, 0], x[:, 4, 36] = 0, 1e-42, torch.nan, torch.inf, -torch.inf
     want, have = answer(x=x)
-    for a, b in zip(want["linears"][:-1], have["linears"][:-1], strict=True):
+    for a, b in zip(want["linears"], have["linears"], strict=True):
         torch.testing.assert_close(b, a, rtol=0, atol=0, equal_nan=True)
-    a, b = want["linears"][-1], have["linears"][-1]
-    torch.testing.assert_close(b[:, [0, 1, 3, 4, 5, 6]], a[:, [0, 1, 3, 4, 5, 6]], rtol=0, atol=0)
+    assert want["linears"][-1].isfinite().all()
     first = want["linears"][0]
     assert first[:, 2:5].isnan().all()
     assert first[:, [0, 1, 5, 6]].isfinite().all()
@@ -172,42 +171,42 @@ def test_kernels_that_saturate_get_small_operands_only(everything: tuple[Transla
 class Static(nn.Module):
     """Equal in QDQ where ONNX Runtime multiplies integers, one part of the weight; close in parts or in few bits."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, parts: bool) -> None:
         super().__init__()
         self.equal = nn.ModuleList(linear(20, 37, *width, static=0.03) for width in ((4, 4), (4, 5), (3, 2), (6, 3), (8, 1)))
-        self.close = nn.ModuleList([linear(20, 37, 8, 4, static=0.03), linear(20, 37, 4, 4, 5, static=0.2)])
+        in_parts = [linear(20, 37, 8, 4, static=0.03)] if parts else []
+        self.close = nn.ModuleList([*in_parts, linear(20, 37, 4, 4, 5, static=0.2)])
         self.extreme = linear(32, 256, 8, 1, static=0.03, extreme=True)
 
     def forward(self, x: Tensor, wide: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         return (*(f(x) for f in self.equal), self.extreme(wide)), tuple(f(x) for f in self.close)
 
 
-@pytest.fixture(scope="module")
-def static() -> tuple[Translated, tuple[Tensor, ...], list[Tensor]]:
+@pytest.fixture(scope="module", params=["onnxruntime", "tensorrt"])
+def static(request: pytest.FixtureRequest) -> tuple[str, Translated, tuple[Tensor, ...], list[Tensor]]:
+    """For each target the layers that its QDQ form takes."""
     torch.manual_seed(0)
     inputs = ((torch.randn(2, 5, 37) * 2).clamp(-127 * 0.03, 127 * 0.03), torch.full((2, 256), 3.0))
-    model = Static()
-    return Translated(model, inputs), inputs, torch.utils._pytree.tree_leaves(model(*inputs))
+    model = Static(parts=request.param == "onnxruntime")
+    return request.param, Translated(model, inputs), inputs, torch.utils._pytree.tree_leaves(model(*inputs))
 
 
 @pytest.mark.parametrize("int4", [pytest.param(False, id="bytes"), pytest.param(True, id="int4")])
-@pytest.mark.parametrize(
-    ("form", "target"),
-    [pytest.param("integer", "onnxruntime", id="integer"), pytest.param("qdq", "onnxruntime", id="qdq"),
-     pytest.param("qdq", "tensorrt", id="qdq-int8")],
-)  # fmt: skip
-def test_static_linears_are_equal(static: Any, form: str, target: str, int4: bool, tmp_path: Path) -> None:
-    model, inputs, want = static
+@pytest.mark.parametrize("form", ["integer", "qdq"])
+def test_static_linears_are_equal(static: Any, form: str, int4: bool, tmp_path: Path) -> None:
+    target, model, inputs, want = static
     file = model.written(tmp_path / "model.onnx", form, target=target, int4=int4)
-    # the int8 weights of other targets are more than an x86 without VNNI multiplies exactly: as written, in float
-    opened = session(file, threads=1, optimized=target != "tensorrt")
+    # QDQ for others as written, in float: ONNX Runtime multiplies its int8 exactly only with x64quantprecision, under which version
+    # 1.32 gives a weight's DequantizeLinear a zero point of the wrong shape
+    as_written = target == "tensorrt" and form == "qdq"
+    opened = session(file, threads=1, optimized=not as_written)
     have = model.run(opened, *inputs)
     for i, (a, b) in enumerate(zip(want, have, strict=True)):
-        exact = (i < 6 or form == "integer") and target != "tensorrt"
+        exact = not as_written and (i < 6 or form == "integer")
         torch.testing.assert_close(b, a, rtol=0 if exact else 1e-5, atol=0 if exact else 1e-4, msg=lambda m, i=i: f"layer {i}: {m}")
     kinds = {t.data_type for t in onnx.load(file).graph.initializer if len(t.dims) == 2}
     assert (onnx.TensorProto.INT4 in kinds) == int4
-    if target == "tensorrt":
+    if as_written:
         assert onnx.TensorProto.UINT8 not in kinds
 
 
