@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import nn
 
+pytest.importorskip("benchmarks.accuracy", reason="the benchmarks are in the repository, not in the package")
+
 from benchmarks import accuracy
 from benchmarks.accuracy_subjects import Subject
 
