@@ -1,6 +1,33 @@
 """Everything that knows a target: files for ONNX Runtime, TensorRT and other runtimes."""
 
-from normfuse.export.onnx.api import to_onnx
-from normfuse.export.result import Exported
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["Exported", "to_onnx"]
+__all__ = ["Engine", "Exported", "to_onnx", "to_tensorrt"]
+
+if TYPE_CHECKING:
+    from normfuse.export.onnx.api import to_onnx
+    from normfuse.export.result import Exported
+    from normfuse.export.tensorrt.api import to_tensorrt
+    from normfuse.export.tensorrt.engine import Engine
+
+_HOMES = {
+    "to_onnx": "normfuse.export.onnx.api",
+    "Exported": "normfuse.export.result",
+    "to_tensorrt": "normfuse.export.tensorrt.api",
+    "Engine": "normfuse.export.tensorrt.engine",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Public names load on first use: the process that builds an engine needs none of PyTorch."""
+    import importlib
+
+    if name in _HOMES:
+        value = getattr(importlib.import_module(_HOMES[name]), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'normfuse.export' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

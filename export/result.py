@@ -27,7 +27,7 @@ class Exported:
         attention: form of attention that was chosen; None when the model has no attention.
         attention_sites: number of attention sites by the form each of them really has.
         ratios: latency of the plain form over latency of each form that was measured; above 1 is faster than plain.
-        form: what the quantized layers became: `native`, `integer` or `qdq`; None when the model has none.
+        form: what the quantized layers became: `native`, `integer`, `qdq` or `weight_only`; None when the model has none.
         sqnr: 10 log10(Σ expected² / Σ difference²) of the file against the module, in dB; None unless it is quantized and was run.
         notes: what else the user should know, e.g. outputs that are no tensors and were left out.
     """

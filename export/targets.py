@@ -5,7 +5,17 @@ from dataclasses import dataclass
 
 from normfuse.errors import UsageError
 
-__all__ = ["ATTENTION_FORMS", "MAX_OPSET", "MIN_OPSET", "NATIVE_ATTENTION", "QUANTIZED_FORMS", "TARGETS", "Target", "target_named"]
+__all__ = [
+    "ATTENTION_FORMS",
+    "FUSED_NORM_OPSET",
+    "MAX_OPSET",
+    "MIN_OPSET",
+    "NATIVE_ATTENTION",
+    "QUANTIZED_FORMS",
+    "TARGETS",
+    "Target",
+    "target_named",
+]
 
 #: Oldest opset: LayerNormalization exists from 17 on, and nothing older can be exported by torch.
 MIN_OPSET = 17
@@ -21,8 +31,9 @@ ATTENTION_FORMS = ("decomposed", "attention23", "mha", "qkv")
 NATIVE_ATTENTION = "native"
 
 #: Forms of quantized layers. `native`: ops of normfuse's kernel library, with function bodies for where it is not; `integer`:
-#: MatMulInteger and ConvInteger; `qdq`: QuantizeLinear and DequantizeLinear with static scales.
-QUANTIZED_FORMS = ("native", "integer", "qdq")
+#: MatMulInteger and ConvInteger; `qdq`: QuantizeLinear and DequantizeLinear with static scales; `weight_only`: weights in integers,
+#: DequantizeLinear, and activations in float.
+QUANTIZED_FORMS = ("native", "integer", "qdq", "weight_only")
 
 
 @dataclass(frozen=True)
@@ -34,6 +45,7 @@ class Target:
         opset: the opset that is used unless another is asked for.
         contrib: ops of the domain `com.microsoft` may be used.
         attention: the forms of attention that the target takes, the default one first.
+        quantized: the forms of quantized layers that it takes.
         note: why these values, in one line.
     """
 
@@ -41,6 +53,7 @@ class Target:
     opset: int
     contrib: bool
     attention: tuple[str, ...]
+    quantized: tuple[str, ...]
     note: str
 
     def has_fused_norms(self, opset: int) -> bool:
@@ -61,11 +74,27 @@ TARGETS = {
             23,
             True,
             (*ATTENTION_FORMS, NATIVE_ATTENTION),
+            ("native", "integer", "qdq"),
             "RMSNormalization-23 costs half of LayerNormalization on CPU",
         ),
         # A TensorRT-RTX builder refuses Attention-23 in fp32 unless it is marked decomposable, and fuses the plain form as well.
-        Target("tensorrt", 23, False, ("decomposed", "attention23"), "the parser takes RMSNormalization-23 as one kernel"),
-        Target("portable", 20, False, ("decomposed", "attention23"), "the opset that torch itself exports to"),
+        # It has no MatMulInteger and no ConvInteger.
+        Target(
+            "tensorrt",
+            23,
+            False,
+            ("decomposed", "attention23"),
+            ("qdq", "weight_only"),
+            "the parser takes RMSNormalization-23 as one kernel",
+        ),
+        Target(
+            "portable",
+            20,
+            False,
+            ("decomposed", "attention23"),
+            ("integer", "qdq", "weight_only"),
+            "the opset that torch itself exports to",
+        ),
     )
 }
 

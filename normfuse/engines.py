@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from normfuse.benchmark import Comparison, Engine, Schedule, measure
+from normfuse.benchmark.cuda import CPU, Placement, in_dtype, on_device, to_device
+from normfuse.benchmark.device import DeviceCall, as_graph, find_gpu
 from normfuse.benchmark.progress import rounds_bar
 from normfuse.errors import ExportError, NormfuseError, UsageError
 from normfuse.extras import need
@@ -23,7 +25,10 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import nn
 
-__all__ = ["bench", "callable_engine", "compiled", "export_original", "onnxruntime_engine", "program_engine", "source_engine"]
+__all__ = [
+    "bench", "callable_engine", "compiled", "export_original", "onnxruntime_engine", "program_engine", "source_engine",
+    "tensorrt_engine",
+]  # fmt: skip
 
 Call = Callable[[], Any]
 Inputs = Any  # a tensor, a tuple of positional inputs or a dict of keyword inputs
@@ -47,7 +52,8 @@ def bench(
     """Is `b` faster than `a`? Interleaved latency comparison with a confidence interval.
 
     Args:
-        a, b: modules in eval mode, callables, paths of `.onnx` files (run by ONNX Runtime) or `Engine`s.
+        a, b: modules in eval mode, callables, paths of `.onnx` files (run by ONNX Runtime) or `.engine` files (by TensorRT),
+            or `Engine`s.
         inputs: a tensor, a tuple of positional inputs or a dict of keyword inputs; given to both. For an `.onnx` file
             positional inputs are taken in the order of its graph inputs.
         names: how the two are called in the table.
@@ -114,18 +120,38 @@ def compiled(module: nn.Module) -> Callable[..., Any]:
     return torch.compile(module, dynamic=False)
 
 
-def source_engine(name: str, source: str, options: Options, *, compile: bool = False) -> Engine:
-    """The PyTorch model that `source` names (see `normfuse.sources`), run by torch; loaded where it is opened."""
-    return Engine(name, partial(_open_source, source, options, compile))
+def source_engine(name: str, source: str, options: Options, *, compile: bool = False, place: Placement = CPU) -> Engine:
+    """The PyTorch model that `source` names (see `normfuse.sources`), run by torch; loaded where it is opened.
+
+    On a GPU it is timed by the device, and by default as a CUDA graph.
+    """
+    return Engine(name, partial(_open_source, name, source, options, compile, place))
 
 
-def program_engine(name: str, path: str | Path, *, compile: bool = False) -> Engine:
+def program_engine(name: str, path: str | Path, *, compile: bool = False, place: Placement = CPU) -> Engine:
     """The `.pt2` file at `path`, run by torch on the example inputs in it."""
-    return source_engine(name, str(Path(path).resolve()), Options(), compile=compile)
+    return source_engine(name, str(Path(path).resolve()), Options(), compile=compile, place=place)
 
 
-def export_original(source: Source, path: str | Path, *, dynamic_shapes: Any = None) -> None:
+def tensorrt_engine(name: str, path: str | Path, inputs: Inputs, *, graph: bool = True) -> Engine:
+    """The TensorRT engine at `path`, timed by the device, with a CUDA graph unless told otherwise.
+
+    Args:
+        name: shown in tables.
+        path: an `.engine` file; what built it stands in the manifest beside it, else it is the TensorRT that is installed.
+        inputs: tensors or arrays; positional ones in the order of the engine's inputs, or a dict by name.
+        graph: replay a CUDA graph.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UsageError(f"{path} does not exist")
+    return Engine(name, partial(_open_tensorrt, name, str(path.resolve()), _arrays(inputs), graph))
+
+
+def export_original(source: Source, path: str | Path, *, dynamic_shapes: Any = None, opset: int | None = None) -> None:
     """The model as everybody exports it: `torch.onnx.export` with its own defaults; what an optimized file must beat.
+
+    `opset` is for runtimes that take more than what torch writes by default.
 
     Raises:
         ExportError: torch cannot export it.
@@ -135,45 +161,66 @@ def export_original(source: Source, path: str | Path, *, dynamic_shapes: Any = N
     if not isinstance(source.model, torch.export.ExportedProgram):
         from normfuse.export.onnx.baseline import export_original as export_module
 
-        export_module(source.model, source.args, source.kwargs, path, dynamic_shapes)
+        export_module(source.model, source.args, source.kwargs, path, dynamic_shapes, opset=opset)
         return
     need("onnxscript", extra="onnx")
     from normfuse.export.onnx.quiet import quiet
 
     try:
         with quiet():
-            torch.onnx.export(source.model, (), str(path), dynamo=True, verbose=False)
+            torch.onnx.export(source.model, (), str(path), dynamo=True, opset_version=opset, verbose=False)
     except Exception as e:
         raise ExportError(f"torch cannot export {source.name} to ONNX: {' '.join(str(e).split())[:500]}") from e
 
 
-def _open_source(source: str, options: Options, compile: bool, threads: int) -> Call:
+def _open_source(name: str, source: str, options: Options, compile: bool, place: Placement, threads: int) -> Call:
     import torch
 
     torch.set_num_threads(threads)
-    loaded = load_source(source, options)
+    if place.device == "cuda":
+        find_gpu()
+    loaded = in_dtype(load_source(source, options), place.dtype)
     if not loaded.has_inputs:
         raise UsageError(f"{source} declares no inputs: pass --shape or --input")
     module = loaded.module
     for parameter in module.parameters():
         parameter.requires_grad_(False)
+    inputs, named = loaded.args, loaded.kwargs
+    if place.device == "cuda":
+        module = on_device(module, place.device)
+        inputs, named = to_device((inputs, named), place.device)
     call = compiled(module) if compile else module
-    inputs = loaded.args
 
-    def run() -> None:
+    def run() -> Any:
         with torch.inference_mode():
-            call(*inputs, **loaded.kwargs)
+            return call(*inputs, **named)
 
-    return run
+    if place.device == "cpu":
+        return run
+    return DeviceCall(as_graph(name, run) if place.graph else run)
+
+
+def _open_tensorrt(name: str, path: str, arrays: Arrays, graph: bool, threads: int) -> Call:
+    from normfuse.export.tensorrt.engine import read_manifest
+    from normfuse.export.tensorrt.flavour import find, load
+    from normfuse.export.tensorrt.runtime import open_engine
+
+    manifest = read_manifest(Path(path))
+    session = open_engine(path, load(find(None if manifest is None else manifest.module)))
+    session.bind(_feed(session.inputs, arrays, path))
+    return DeviceCall(as_graph(name, session.launch) if graph else session.launch)
 
 
 def _engine(x: Any, inputs: Inputs, name: str) -> Engine:
     if isinstance(x, Engine):
         return x
     if isinstance(x, (str, Path)):
+        label = name if name not in ("a", "b") else Path(x).name
+        if Path(x).suffix == ".engine":
+            return tensorrt_engine(label, x, inputs)
         if Path(x).suffix != ".onnx":
-            raise UsageError(f"{x}: only .onnx files can be measured by path; load the model and pass the module")
-        return onnxruntime_engine(name if name not in ("a", "b") else Path(x).name, x, inputs)
+            raise UsageError(f"{x}: only .onnx and .engine files can be measured by path; load the model and pass the module")
+        return onnxruntime_engine(label, x, inputs)
     return callable_engine(name, x, inputs)
 
 

@@ -379,7 +379,7 @@ def test_file_gets_its_inputs_by_name_or_by_position(onnx_file: Path) -> None:
         pytest.param(nn.Linear(2, 2), (), "training mode", id="training mode"),
         pytest.param(3, (), "expected a module", id="no callable"),
         pytest.param("missing.onnx", (), "does not exist", id="missing file"),
-        pytest.param("model.pt", (), "only .onnx files", id="other file"),
+        pytest.param("model.pt", (), "only .onnx and .engine files", id="other file"),
     ],
 )
 def test_what_cannot_be_measured_is_an_error(a: Any, inputs: Any, message: str) -> None:

@@ -6,15 +6,14 @@ import os
 import signal
 import subprocess
 import sys
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from normfuse.cli import main
 from normfuse.report import Report
+from tests.cli_runner import Run, runner
 
 MODELS = """
 import torch
@@ -49,29 +48,12 @@ def large():
     return nn.Linear(256, 256), (torch.zeros(1, 256),)
 """
 
-Run = Callable[..., tuple[int, str, str]]
-
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Run]:
     """Run the command in this process, in a folder with `models.py`; (exit code, standard output, standard error)."""
-    (tmp_path / "models.py").write_text(MODELS, encoding="utf-8")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [p for p in sys.path if p])
-    monkeypatch.delitem(sys.modules, "models", raising=False)
-    levels = {name: logging.getLogger(name).level for name in ("normfuse", "torch", "onnxscript", "transformers", "timm")}
-    handler = signal.getsignal(signal.SIGTERM)
-
-    def run(*args: str) -> tuple[int, str, str]:
-        code = main(args)
-        out = capsys.readouterr()
-        return code, out.out, out.err
-
-    with warnings.catch_warnings():
-        yield run
-    signal.signal(signal.SIGTERM, handler)
-    for name, level in levels.items():
-        logging.getLogger(name).setLevel(level)
+    with runner("models", MODELS, tmp_path, monkeypatch, capsys) as found:
+        yield found
 
 
 def files() -> set[str]:
@@ -239,7 +221,7 @@ def test_quiet_prints_nothing(run: Run) -> None:
         pytest.param("optimize models:build -o x.pt2 --dynamic time", "not known", id="unknown axis"),
         pytest.param("export models:build -o x.onnx --target phone", "unknown target", id="unknown target"),
         pytest.param("export models:build -o x.onnx --opset 5", "opset 5", id="impossible opset"),
-        pytest.param("export models:build -o x.engine", "ends in .onnx", id="export to another kind"),
+        pytest.param("export models:build -o x.tflite", "ends in .onnx", id="export to another kind"),
         pytest.param("bench models:build --against magic", "unknown engine", id="unknown engine"),
         pytest.param("bench models:build --seconds 0 --against eager --engine eager", "seconds", id="no time"),
         pytest.param("verify models:build x.txt", "expected an .onnx or .pt2", id="comparison with another kind"),

@@ -25,7 +25,9 @@ FRONT = (
     "normfuse.nn.convert",  # its lossless conversion is an analysis of passes
 )
 LAYERS = ("core", "passes", "export", "front")
-OPTIONAL = ("onnx", "onnxruntime", "onnxscript", "onnx_ir", "timm", "torchvision", "transformers")
+OPTIONAL = (
+    "onnx", "onnxruntime", "onnxscript", "onnx_ir", "timm", "torchvision", "transformers", "tensorrt_rtx", "tensorrt",
+)  # fmt: skip
 
 
 def _modules() -> dict[str, Path]:

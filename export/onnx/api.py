@@ -9,7 +9,7 @@ import logging
 import math
 import operator
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,11 @@ from normfuse.export.onnx.choose import fastest
 from normfuse.export.onnx.compare import compare, tolerance_for
 from normfuse.export.onnx.inspect import norm_counts, op_counts
 from normfuse.export.onnx.lower import finished, translated
+from normfuse.export.onnx.precision import to_precision
 from normfuse.export.onnx.program import Program, program
 from normfuse.export.onnx.quantized.forms import possible_forms
+from normfuse.export.onnx.quantized.native import keep_nodes
+from normfuse.export.onnx.quantized.weights_alone import AS_WRITTEN, weights_alone
 from normfuse.export.onnx.runtime import session
 from normfuse.export.onnx.save import MAX_PROTO, data_files, drop_stale, save_model, sha256_of_tensors, weights_sha256
 from normfuse.export.onnx.static_masks import simplify_masks
@@ -36,7 +39,7 @@ from normfuse.files import atomic, check_target
 from normfuse.record import record
 from normfuse.report import Error
 
-__all__ = ["to_onnx"]
+__all__ = ["to_onnx", "write_onnx"]
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +60,8 @@ def to_onnx(
     threads: int | None = None,
     measure_seconds: float = 10.0,
     external_data_above: int = MAX_PROTO,
+    dtype: str = "fp32",
+    io_dtype: str = "fp32",
     force: bool = False,
     progress: bool = True,
 ) -> Exported:
@@ -86,6 +91,10 @@ def to_onnx(
         threads: threads of ONNX Runtime for measuring; by default the CPUs of the process.
         measure_seconds: about how long to measure forms of attention in all.
         external_data_above: weights above this many bytes go to a second file, `<name>.<hash>.data`.
+        dtype: `fp32` leaves a model as it is; `fp16` and `bf16` turn one in float32 into mixed precision, with statistics of norms
+            in float32 (see `normfuse.export.onnx.precision`). A file in bf16 is compared before it is converted: ONNX Runtime
+            cannot run it on the CPU.
+        io_dtype: `fp32` keeps inputs and outputs in float32; `low` makes them as narrow as the rest.
         force: replace an existing file.
         progress: show a bar while measuring, on a terminal.
 
@@ -93,6 +102,41 @@ def to_onnx(
         UsageError: an argument is wrong, the target exists, or it cannot be written.
         ExportError: the model cannot be captured, translated or run, or the error is above the tolerance.
         MissingExtra: onnx, onnxscript or onnxruntime is not installed.
+    """
+    return write_onnx(
+        gm, path, target=target, opset=opset, example_inputs=example_inputs, dynamic_shapes=dynamic_shapes, form=form,
+        int4_initializers=int4_initializers, attention=attention, verify=verify, tolerance=tolerance, threads=threads,
+        measure_seconds=measure_seconds, external_data_above=external_data_above, dtype=dtype, io_dtype=io_dtype, force=force,
+        progress=progress,
+    )[0]  # fmt: skip
+
+
+def write_onnx(
+    gm: nn.Module,
+    path: str | Path,
+    *,
+    target: str,
+    opset: int | None,
+    example_inputs: Any,
+    dynamic_shapes: Any,
+    form: str,
+    int4_initializers: bool,
+    attention: str,
+    verify: bool,
+    tolerance: float | None,
+    threads: int | None,
+    measure_seconds: float,
+    external_data_above: int,
+    dtype: str,
+    io_dtype: str,
+    force: bool,
+    progress: bool,
+    kept: Sequence[str] = (),
+) -> tuple[Exported, Program]:
+    """`to_onnx`, and the program that was written.
+
+    Args:
+        kept: names in `torch.ops.normfuse` that stay nodes of the domain `normfuse`, each with a function body.
     """
     where = target_named(target)
     version = opset_for(where, opset)
@@ -103,6 +147,8 @@ def to_onnx(
     found = program(gm, example_inputs, dynamic_shapes)
     simplify_masks(found.exported)
     model = translated(found, version, contrib=where.contrib and _is_float32(found))
+    integers = keep_nodes(model, [name for name in kept if name in _ROUNDS])
+    keep_nodes(model, kept)
     quantized = possible_forms(model, where, version, form, int4=int4_initializers)
     forms = _forms(where, version, attention, native="native" in quantized)
     replaced = data_files(path) if path.exists() else ()
@@ -113,11 +159,24 @@ def to_onnx(
                 measure_seconds, progress, external_data_above,
             )  # fmt: skip
         del model
+        rounds = integers > 0 or layers not in (None, "weight_only")
+        proof: tuple[Error, float] | None = None
+        notes: tuple[str, ...] = ()
+        if dtype == "bf16" and verify:  # ONNX Runtime has no kernels for it: what is converted is proven
+            with tempfile.TemporaryDirectory(dir=temporary.parent) as folder:
+                plain = Path(folder, "float32.onnx")
+                save_model(ready, plain, limit=external_data_above)
+                bound = _bound(tolerance, ready, rounds)
+                proof, notes = _proven(found, plain, where, bound, threads, layers, rounds=rounds, kept=kept)
+            notes = (*notes, "compared in float32, before the conversion to bfloat16")
+        notes = (*notes, *to_precision(ready, dtype, io_dtype=io_dtype))
         save_model(ready, temporary, limit=external_data_above)
-        bound = tolerance
-        if bound is None:
-            bound = tolerance_for(_dtypes(ready)) if layers is None else math.inf
-        proof, notes = _proven(found, temporary, where, bound, threads, layers, verify=verify)
+        bound = _bound(tolerance, ready, rounds)
+        run = verify and dtype != "bf16"
+        again, more = _proven(
+            found, temporary, where, bound, threads, layers, rounds=rounds, kept=kept, verify=run, half=dtype == "fp16"
+        )
+        proof, notes = (proof, notes) if proof is not None else (again, (*notes, *more))
         error, sqnr = (None, None) if proof is None else proof
         facts = _facts(gm, found, ready, where, version, chosen if sites else None, error, bound)
         if layers is not None:
@@ -140,11 +199,22 @@ def to_onnx(
             attention_sites=sites,
             ratios=ratios,
             form=layers,
-            sqnr=None if layers is None else sqnr,
+            sqnr=sqnr if rounds or layers is not None else None,
             notes=(*found.notes, *notes),
         )
     drop_stale(replaced, path)
-    return result
+    return result, found
+
+
+def _bound(tolerance: float | None, model: Any, rounds: bool) -> float:
+    """What the largest deviation is held to; infinite where an SQNR is asked for instead."""
+    if tolerance is not None:
+        return tolerance
+    return math.inf if rounds else tolerance_for(_dtypes(model))
+
+
+#: Operators that round what they read to integers.
+_ROUNDS = ("shiftquant_linear",)
 
 
 @dataclass(frozen=True)
@@ -212,7 +282,17 @@ def _chosen(
 
 
 def _proven(
-    found: Program, file: Path, target: Target, bound: float, threads: int | None, layers: str | None, *, verify: bool
+    found: Program,
+    file: Path,
+    target: Target,
+    bound: float,
+    threads: int | None,
+    layers: str | None,
+    *,
+    rounds: bool,
+    kept: Sequence[str] = (),
+    verify: bool = True,
+    half: bool = False,
 ) -> tuple[tuple[Error, float] | None, tuple[str, ...]]:
     """Check the file, run it, compare it; error and SQNR. Without a run there is none, and a note says why."""
     onnx = need("onnx", extra="onnx")
@@ -223,11 +303,11 @@ def _proven(
         raise ExportError(f"the exported model is not valid ONNX: {' '.join(str(e).split())[:500]}") from e
     if not verify:
         return None, ("not run: verify=False",)
-    # the int8 weights of other targets are more than the kernels of an x86 without VNNI multiply exactly, unless they are told
-    config = {} if target.contrib or layers is None else {"session.x64quantprecision": "1"}
+    config = {} if target.contrib or layers is None else AS_WRITTEN
     notes: tuple[str, ...] = ()
     try:
-        sessions = [session(file, threads=threads, config=config)]
+        # nodes that wait for plugins are there in any form and type; our CPU kernels take float32
+        sessions = [session(file, threads=threads, config=config, kernels=layers == "native")]
         if layers == "native" and native.available():
             sessions.append(session(file, threads=threads, kernels=False))
         elif layers == "native":
@@ -241,7 +321,8 @@ def _proven(
                 "or pass verify=False to write it for another device"
             ) from e
         return None, ("not run: ONNX Runtime has no bfloat16 kernels on the CPU for this model",)
-    proofs = [compare(found, opened, quantized=layers is not None) for opened in sessions]
+    meant = weights_alone(found, kept) if layers == "weight_only" else found
+    proofs = [compare(meant, opened, quantized=rounds, half=half) for opened in sessions]
     error, (_, sqnr, wanted) = functools.reduce(operator.or_, (p[0] for p in proofs)), min(proofs, key=lambda p: p[1] - p[2])
     if not error.max_rel <= bound:
         raise ExportError(
@@ -253,6 +334,10 @@ def _proven(
             f"the exported model has {sqnr:.0f} dB against the module, and a quantized one must have {wanted:.0f}; "
             "nothing was written"
         )
+    if layers == "weight_only":
+        sqnr = compare(found, sessions[0], half=half)[1]
+        which = "of what is in no plugin " if rounds else ""
+        notes = (*notes, f"activations {which}stay floats: {sqnr:.0f} dB against the module, which rounds them")
     return (error, sqnr), notes
 
 

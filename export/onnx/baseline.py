@@ -24,9 +24,10 @@ def export_original(
     path: str | Path = "original.onnx",
     dynamic_shapes: Any = None,
     *,
+    opset: int | None = None,
     force: bool = False,
 ) -> Path:
-    """`torch.onnx.export(model, args)` with its own defaults, weights beside the file as it writes them.
+    """`torch.onnx.export(model, args)` with its own defaults, or in another opset, weights beside the file as it writes them.
 
     A Hugging Face model is exported without its key/value cache, which the exporter cannot return; `model` itself stays
     as it is: a copy that shares its parameters is exported, in eval mode.
@@ -46,8 +47,9 @@ def export_original(
         try:
             with quiet(), torch.no_grad():
                 torch.onnx.export(
-                    plain, args, str(temporary), kwargs=kwargs or {}, dynamo=True, dynamic_shapes=dynamic_shapes, verbose=False
-                )
+                    plain, args, str(temporary), kwargs=kwargs or {}, dynamo=True, dynamic_shapes=dynamic_shapes,
+                    opset_version=opset, verbose=False,
+                )  # fmt: skip
         except OSError:
             raise
         except Exception as e:

@@ -18,6 +18,7 @@ from normfuse.export.onnx.quantized.forms import lower_quantized
 from normfuse.export.onnx.quantized.native import add_functions
 from normfuse.export.onnx.quantized.qdq import one_reader_each
 from normfuse.export.onnx.quantized.translate import markers
+from normfuse.export.onnx.quantized.weight_only import float_attention
 from normfuse.export.onnx.quiet import quiet
 from normfuse.export.onnx.residual import keep_layer_norm_apart
 from normfuse.export.onnx.rotary import full_rotary_tables
@@ -74,6 +75,8 @@ def finished(
     model = model.clone()
     with quiet():
         full_rotary_tables(model)
+        if quantized == "weight_only":
+            float_attention(model)
         sites = lower_attention(model, form)
         if target.contrib:
             keep_layer_norm_apart(model)

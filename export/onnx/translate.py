@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from normfuse.errors import ExportError
@@ -51,7 +52,7 @@ def _eps(x: Any, eps: float | None) -> float:
 def _ones(x: Any, shape: Sequence[Any]) -> Any:
     ir, op = need("onnx_ir", extra="onnx"), need("onnxscript", extra="onnx").opset18
     if all(isinstance(size, int) for size in shape):
-        return op.Constant(value=ir.tensor(torch.ones(tuple(shape)).numpy(), dtype=x.dtype))
+        return op.Constant(value=ir.tensor(np.ones(tuple(shape), x.dtype.numpy())))
     return op.ConstantOfShape(op.Shape(x, start=-len(shape)), value=ir.tensor([1], dtype=x.dtype))
 
 

@@ -4,6 +4,7 @@ from normfuse.export.ops.attention import ATTENTION
 from normfuse.export.ops.emitter import DOMAIN, FunctionBody, Op
 from normfuse.export.ops.norms import CRMS_NORM, L1_NORM, NORM_QUANTIZE, RMS_NORM
 from normfuse.export.ops.quantize_rows import QUANTIZE_ROWS
+from normfuse.export.ops.rms_norm_linear import RMS_NORM_LINEAR
 from normfuse.export.ops.shiftquant_conv2d import SHIFTQUANT_CONV2D
 from normfuse.export.ops.shiftquant_embedding import SHIFTQUANT_EMBEDDING
 from normfuse.export.ops.shiftquant_linear import SHIFTQUANT_LINEAR
@@ -22,6 +23,7 @@ OPS = {
         NORM_QUANTIZE,
         QUANTIZE_ROWS,
         RMS_NORM,
+        RMS_NORM_LINEAR,
         SHIFTQUANT_CONV2D,
         SHIFTQUANT_EMBEDDING,
         SHIFTQUANT_LINEAR,

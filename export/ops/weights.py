@@ -17,7 +17,7 @@ import torch
 from normfuse.export.ops.emitter import Emitter
 from normfuse.quant.packing import planes, unpack
 
-__all__ = ["SAFE", "Operand", "operands", "parts", "stored", "stretches", "unpacked"]
+__all__ = ["SAFE", "Operand", "operands", "parts", "stored", "stretches", "unit_of", "unpacked"]
 
 #: Signed operands up to this are exact with unsigned activations on AVX2 and AVX-512 without VNNI: their kernels add two
 #: products in 16 bits with saturation, and 2 · 255 · 64 < 2^15.
@@ -75,6 +75,19 @@ def stored(at: Emitter, codes: np.ndarray[Any, Any], shifts: np.ndarray[Any, Any
     if shifts.any():
         wide = at.op("Mul", wide, at.const((1 << shifts).astype(np.int32)))
     return at.op("Cast", at.op("Add", wide, at.const(np.int32(zero))) if zero else wide, to=2 if zero else 3)
+
+
+def unit_of(scale: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """One scale for a whole weight, a power of two where scales differ; the rest of each output's is multiplied behind the product.
+
+    TensorRT would cut a weight with a scale for each output where q, k and v are cut from its product, and then unpack it first.
+    The sums are at most as large as they are with their own scales, but for outputs with a thousandth of the largest scale; and a
+    half holds codes times a power of two exactly.
+    """
+    if (scale == scale.flat[0]).all():
+        return np.asarray(scale.flat[0])
+    least = max(float(scale[scale > 0].min(initial=np.inf)), float(scale.max()) * 2.0**-10, 2.0**-14)
+    return np.asarray(np.exp2(np.floor(np.log2(least))), scale.dtype)
 
 
 def operands(

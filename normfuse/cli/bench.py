@@ -3,25 +3,31 @@
 import json
 import logging
 import tempfile
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from normfuse.benchmark import Comparison, Engine, Verdict
+from normfuse.benchmark.cuda import CPU, DTYPES, Placement, in_dtype
+from normfuse.benchmark.device import Gpu, find_gpu
 from normfuse.cli.onnx_files import file_inputs, is_onnx
 from normfuse.cli.options import Model, Pipeline, json_option, model_options, pipeline_options, verbosity
 from normfuse.engines import bench as compare
-from normfuse.engines import export_original, onnxruntime_engine, program_engine, source_engine
+from normfuse.engines import export_original, onnxruntime_engine, program_engine, source_engine, tensorrt_engine
 from normfuse.errors import CheckFailed, UsageError
 from normfuse.sources import Source
 
 if TYPE_CHECKING:
     from torch import fx
 
-__all__ = ["ENGINES", "Workshop", "bench"]
+__all__ = ["ENGINES", "Settings", "Workshop", "bench"]
 
-ENGINES = ("eager", "compile", "onnxruntime", "eager-optimized", "compile-optimized", "onnxruntime-optimized")
+ENGINES = (
+    "eager", "compile", "onnxruntime", "tensorrt", "eager-optimized", "compile-optimized", "kernels-optimized",
+    "onnxruntime-optimized", "tensorrt-optimized",
+)  # fmt: skip
 _MORE = 2  # an undecided measurement is repeated once, this much longer
 _log = logging.getLogger(__name__)
 
@@ -30,15 +36,13 @@ _log = logging.getLogger(__name__)
 @model_options
 @pipeline_options
 @click.option(
-    "--against",
-    default="onnxruntime",
-    show_default=True,
-    metavar="ENGINE",
-    help=f"What to beat: {', '.join(ENGINES)} or an .onnx file.",
+    "--against", metavar="ENGINE", help="What to beat.  [default: onnxruntime; on a GPU compile, or tensorrt for TensorRT]"
 )
-@click.option(
-    "--engine", "challenger", metavar="ENGINE", help="What should be faster.  [default: onnxruntime-optimized; SOURCE for .onnx]"
-)
+@click.option("--engine", "challenger", metavar="ENGINE", help="What should be faster.  [default: see above; SOURCE for .onnx]")
+@click.option("--device", type=click.Choice(("cpu", "cuda")), default="cpu", show_default=True, help="Where PyTorch runs.")
+@click.option("--dtype", type=click.Choice(tuple(DTYPES)), help="Of the model on a GPU.  [default: fp16]")
+@click.option("--graph/--no-graph", default=True, help="On a GPU, replay a CUDA graph.  [default: graph]")
+@click.option("--plugins", metavar="NAMES", help="normfuse's kernels in tensorrt-optimized: rms_norm, ...  [default: none]")
 @click.option(
     "--form",
     type=click.Choice(("auto", "native", "integer", "qdq")),
@@ -54,17 +58,39 @@ _log = logging.getLogger(__name__)
 @json_option
 @verbosity
 def bench(
-    model: Model, pipeline: Pipeline, against: str, challenger: str | None, form: str, at_least: float | None,
-    threads: int | None, seconds: float, rounds: int | None, warmup: float, as_json: bool, quiet: bool,
+    model: Model, pipeline: Pipeline, against: str | None, challenger: str | None, device: str, dtype: str | None, graph: bool,
+    plugins: str | None, form: str, at_least: float | None, threads: int | None, seconds: float, rounds: int | None, warmup: float,
+    as_json: bool, quiet: bool,
 ) -> None:  # fmt: skip
     """Measure the optimized SOURCE against another engine, interleaved, each in a process of its own.
 
+    Engines: eager, compile (torch.compile), onnxruntime and tensorrt run the original. With -optimized they run
+    the result, and kernels-optimized runs it with normfuse's own kernels in PyTorch. An .onnx or .engine file is
+    an engine too. Optimized are by default: onnxruntime-optimized, tensorrt-optimized against tensorrt, and
+    kernels-optimized with --device cuda. On a GPU the device is the clock.
+
     Exit code 1 when the lower end of the speedup's 95 % interval is below --at-least.
     """
+    against, challenger = _chosen(model, against, challenger, device)
+    on_gpu = {name: _on_gpu(name, device) for name in (against, challenger)}
+    if len(set(on_gpu.values())) > 1:
+        raise UsageError(
+            f"{against} and {challenger} are not on one device, and each is timed by its own clock: compare two on the CPU, or "
+            "two on a GPU (--device cuda, tensorrt)"
+        )
+    if dtype is not None and not on_gpu[against]:
+        raise UsageError("--dtype is for engines on a GPU; on the CPU models run as they are")
+    if plugins is not None and "tensorrt-optimized" not in on_gpu:
+        raise UsageError(f"--plugins is for the engine tensorrt-optimized, not for {against} and {challenger}")
+    gpu = find_gpu() if on_gpu[against] else None
+    settings = Settings(
+        Placement(device, dtype or ("fp32" if gpu is None else "fp16"), graph),
+        tuple(n.strip() for n in (plugins or "").split(",") if n.strip()),
+    )
     with tempfile.TemporaryDirectory(prefix="normfuse-bench-") as folder:
-        workshop = Workshop(model, pipeline, Path(folder), form)
+        workshop = Workshop(model, pipeline, Path(folder), form, settings)
         baseline = workshop.engine(against)
-        contender = workshop.engine(challenger or (model.source if is_onnx(model.source) else "onnxruntime-optimized"))
+        contender = workshop.engine(challenger)
 
         def measured(longer: int) -> Comparison:
             return compare(
@@ -84,9 +110,10 @@ def bench(
     bound = result.default_bound if at_least is None else at_least
     verdict = result.verdict(at_least)
     if as_json:
-        click.echo(json.dumps({**result.to_dict(), "at_least": bound, "verdict": verdict.value}, indent=2))
+        on = {} if gpu is None else {"gpu": gpu.to_dict() | {"dtype": settings.place.dtype, "graph": graph}}
+        click.echo(json.dumps({**result.to_dict(), **on, "at_least": bound, "verdict": verdict.value}, indent=2))
     elif not quiet:
-        click.echo(f"{result}\nat least {bound:.3f}: {verdict.value}")
+        click.echo(f"{result}\n{_clock(gpu, settings)}at least {bound:.3f}: {verdict.value}")
     if verdict is Verdict.FAILS:
         raise CheckFailed(
             f"{contender.name} is {result.speedup} times as fast as {baseline.name}; at least {bound:.3f} was demanded"
@@ -95,37 +122,91 @@ def bench(
         raise CheckFailed(f"too noisy to tell: the speedup {result.speedup} reaches below {bound:.3f}; try more --seconds")
 
 
+def _chosen(model: Model, against: str | None, challenger: str | None, device: str) -> tuple[str, str]:
+    """Both engines, with defaults where they are not named."""
+    if challenger is None:
+        file = is_onnx(model.source)
+        tensorrt = against is not None and _is_tensorrt(against)
+        challenger = (
+            model.source if file else "tensorrt-optimized" if tensorrt else "kernels-optimized" if device == "cuda"
+            else "onnxruntime-optimized"
+        )  # fmt: skip
+    if against is None:
+        against = "tensorrt" if _is_tensorrt(challenger) else "compile" if device == "cuda" else "onnxruntime"
+    return against, challenger
+
+
+def _is_tensorrt(name: str) -> bool:
+    return name.startswith("tensorrt") or Path(name).suffix == ".engine"
+
+
+def _on_gpu(name: str, device: str) -> bool:
+    return _is_tensorrt(name) or (device == "cuda" and not is_onnx(name) and not name.startswith("onnxruntime"))
+
+
+def _clock(gpu: Gpu | None, settings: "Settings") -> str:
+    if gpu is None:
+        return ""
+    how = "CUDA graphs" if settings.place.graph else "no CUDA graphs"
+    return f"{gpu}\n{settings.place.dtype}, {how}, timed by the device\n"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How engines on a GPU are made.
+
+    Attributes:
+        place: device of PyTorch, dtype, CUDA graphs.
+        plugins: of `tensorrt-optimized`.
+    """
+
+    place: Placement = CPU
+    plugins: tuple[str, ...] = ()
+
+
 class Workshop:
     """Makes the engines of one model; files that they need are made once and live in `folder`."""
 
-    def __init__(self, model: Model, pipeline: Pipeline, folder: Path, form: str = "auto") -> None:
+    def __init__(
+        self, model: Model, pipeline: Pipeline, folder: Path, form: str = "auto", settings: Settings | None = None
+    ) -> None:
         self._model = model
         self._pipeline = pipeline
         self._folder = folder
         self._form = form
+        self._settings = settings or Settings()
         self._loaded: Source | None = None
-        self._fast: fx.GraphModule | None = None
+        self._fast: dict[str, fx.GraphModule] = {}
 
     def engine(self, name: str) -> Engine:
-        """The engine called `name`, or ONNX Runtime on the file of that name.
+        """The engine called `name`, or the runtime of the file of that name.
 
         Raises:
             UsageError: nothing is called that, or the model is an `.onnx` file and the engine needs the PyTorch model.
         """
+        place = self._settings.place
         if is_onnx(name):
             return onnxruntime_engine(Path(name).name, name, self._inputs(Path(name)))
+        if Path(name).suffix == ".engine":
+            return tensorrt_engine(Path(name).name, name, self._inputs(Path(self._model.source)), graph=place.graph)
         if name not in ENGINES:
-            raise UsageError(f"unknown engine {name!r}: expected {', '.join(ENGINES)} or an .onnx file")
+            raise UsageError(f"unknown engine {name!r}: expected {', '.join(ENGINES)} or an .onnx or .engine file")
         if is_onnx(self._model.source):
             raise UsageError(f"{name} starts from the PyTorch model; {self._model.source} is exported: name another .onnx file")
         kind, _, optimized = name.partition("-")
         if kind == "onnxruntime":
             path = self._optimized_onnx() if optimized else self._original_onnx()
             return onnxruntime_engine(name, path, self._inputs(path))
+        if kind == "tensorrt":
+            path = self._optimized_engine() if optimized else self._original_engine()
+            return tensorrt_engine(name, path, self._inputs(path), graph=place.graph)
         if optimized:
-            return program_engine(name, self._program(), compile=kind == "compile")
+            # the program in the file is in its dtype already
+            return program_engine(
+                name, self._program(kernels=kind == "kernels"), compile=kind == "compile", place=replace(place, dtype="fp32")
+            )
         self._load()  # a wrong name is an error here and not in another process
-        return source_engine(name, self._model.source, self._model.options, compile=kind == "compile")
+        return source_engine(name, self._model.source, self._model.options, compile=kind == "compile", place=place)
 
     def _load(self) -> Source:
         if self._loaded is None:
@@ -139,15 +220,15 @@ class Workshop:
         loaded = self._load()
         return loaded.kwargs if loaded.kwargs and not loaded.args else (*loaded.args, *loaded.kwargs.values())
 
-    def _optimized(self) -> "fx.GraphModule":
-        if self._fast is None:
-            self._fast = self._pipeline.run(self._model, self._load())
-        return self._fast
+    def _optimized(self, dtype: str = "fp32") -> "fx.GraphModule":
+        if dtype not in self._fast:
+            self._fast[dtype] = self._pipeline.run(self._model, in_dtype(self._load(), dtype))
+        return self._fast[dtype]
 
-    def _original_onnx(self) -> Path:
-        path = self._folder / "original.onnx"
+    def _original_onnx(self, opset: int | None = None) -> Path:
+        path = self._folder / f"original{opset or ''}.onnx"
         if not path.exists():
-            export_original(self._load(), path, dynamic_shapes=self._model.dynamic_shapes(self._load()))
+            export_original(self._load(), path, dynamic_shapes=self._model.dynamic_shapes(self._load()), opset=opset)
         return path
 
     def _optimized_onnx(self) -> Path:
@@ -158,10 +239,35 @@ class Workshop:
             to_onnx(self._optimized(), path, target="onnxruntime", form=self._form)
         return path
 
-    def _program(self) -> Path:
+    def _original_engine(self) -> Path:
+        from normfuse.export.targets import opset_for, target_named
+        from normfuse.export.tensorrt import build_onnx
+
+        path = self._folder / "original.engine"
+        if not path.exists():
+            file = self._original_onnx(opset_for(target_named("tensorrt"), None))
+            build_onnx(file, path, dtype=self._settings.place.dtype)
+        return path
+
+    def _optimized_engine(self) -> Path:
+        from normfuse.export.tensorrt import to_tensorrt
+
+        path = self._folder / "optimized.engine"
+        if not path.exists():
+            to_tensorrt(self._optimized(), path, dtype=self._settings.place.dtype, plugins=self._settings.plugins)
+        return path
+
+    def _program(self, *, kernels: bool) -> Path:
         from normfuse.pt2 import save_program
 
-        path = self._folder / "optimized.pt2"
-        if not path.exists():
-            save_program(self._optimized(), path)
+        dtype = self._settings.place.dtype
+        path = self._folder / f"optimized-{dtype}{'-kernels' if kernels else ''}.pt2"
+        if path.exists():
+            return path
+        gm = self._optimized(dtype)
+        if kernels:
+            from normfuse.export.kernels import with_kernels
+
+            gm = with_kernels(gm)
+        save_program(gm, path)
         return path

@@ -3,51 +3,143 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from normfuse.cli.options import (
-    Model,
-    Pipeline,
-    force_option,
-    json_option,
-    model_options,
-    output_option,
-    pipeline_options,
-    verbosity,
-)
+from normfuse.cli.onnx_files import is_onnx
+from normfuse.cli.options import Model, Pipeline, force_option, json_option, model_options, pipeline_options, verbosity
 from normfuse.cli.reports import check_report, report_option, write_report
 from normfuse.errors import UsageError
 from normfuse.files import check_target
 
-__all__ = ["export"]
+if TYPE_CHECKING:
+    from torch import fx
+
+__all__ = ["ENGINE_SUFFIXES", "export"]
+
+#: Names that stand for a TensorRT engine.
+ENGINE_SUFFIXES = (".engine", ".plan", ".trt")
+#: What runs a model in a server; with the last one its ONNX Runtime builds a TensorRT engine when the model is loaded.
+BACKENDS = ("onnxruntime", "tensorrt", "onnxruntime+tensorrt")
+_ENGINE_ONLY = {
+    "profiles": "--shapes", "flavour": "--flavour", "capabilities": "--capability", "plugins": "--plugins", "dry_run": "--dry-run",
+}  # fmt: skip
 
 
-@click.command(short_help="Optimize SOURCE and export it to ONNX.")
+@click.command(short_help="Optimize SOURCE and export it to ONNX or TensorRT.")
 @model_options
 @pipeline_options
-@output_option("the exported model (.onnx)")
-@click.option("--target", default="onnxruntime", show_default=True, help="onnxruntime, tensorrt or portable (standard ops only).")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="What to write: NAME.onnx, or NAME.engine for TensorRT.")
+@click.option(
+    "--target", help="onnxruntime, tensorrt or portable (standard ops only).  [default: onnxruntime; tensorrt for engines]"
+)
 @click.option("--opset", type=int, help="ONNX opset.  [default: the best one for the target]")
 @click.option(
     "--form",
-    type=click.Choice(("auto", "native", "integer", "qdq")),
+    type=click.Choice(("auto", "native", "integer", "qdq", "weight_only")),
     default="auto",
     show_default=True,
-    help="What quantized layers become: ops of normfuse's kernels, standard integer ops, or QuantizeLinear pairs.",
+    help="What quantized layers become: ops of normfuse's kernels, standard integer ops, QuantizeLinear pairs, or packed weights.",
 )
 @click.option("--int4", is_flag=True, help="Keep 4-bit weights as INT4 in integer and qdq files: smaller, slower to load.")
+@click.option(
+    "--dtype",
+    type=click.Choice(("fp32", "fp16", "bf16")),
+    default="fp32",
+    show_default=True,
+    help="Of weights and products; statistics of norms stay in fp32.",
+)
+@click.option("--io-dtype", type=click.Choice(("fp32", "low")), default="fp32", show_default=True, help="Of inputs and outputs.")
+@click.option(
+    "--shapes",
+    "profiles",
+    multiple=True,
+    metavar="NAME=MIN:OPT:MAX",
+    help="Engine: sizes of an input, e.g. x=1x3x224x224:8x3x224x224:64x3x224x224.",
+)
+@click.option(
+    "--flavour", type=click.Choice(("tensorrt_rtx", "tensorrt")), help="Engine: which TensorRT.  [default: what is installed]"
+)
+@click.option(
+    "--capability", "capabilities", multiple=True, metavar="X.Y", help="Engine: compute capability to build for, e.g. 8.9."
+)
+@click.option("--plugins", metavar="NAMES", help="Engine: ops that become normfuse's own kernels, e.g. rms_norm,shiftquant_linear.")
+@click.option("--dry-run", is_flag=True, help="Engine: say which nodes TensorRT takes, and write nothing.")
+@click.option(
+    "--repository",
+    type=click.Path(path_type=Path),
+    help="Write a model repository of NVIDIA's Triton Inference Server into this folder.",
+)
+@click.option("--name", help="Repository: name of the model.  [default: from SOURCE]")
+@click.option("--model-version", default="1", show_default=True, help="Repository: number of the version, or next.")
+@click.option("--backend", type=click.Choice(BACKENDS), help="Repository: what runs it.  [default: onnxruntime]")
 @report_option
 @force_option
 @json_option
 @verbosity
 def export(
-    model: Model, pipeline: Pipeline, output: Path, target: str, opset: int | None, form: str, int4: bool,
-    report_path: Path | None, force: bool, as_json: bool, quiet: bool,
+    model: Model, pipeline: Pipeline, output: Path | None, target: str | None, opset: int | None, form: str, int4: bool, dtype: str,
+    io_dtype: str, profiles: tuple[str, ...], flavour: str | None, capabilities: tuple[str, ...], plugins: str | None,
+    dry_run: bool, repository: Path | None, name: str | None, model_version: str,
+    backend: str | None, report_path: Path | None, force: bool, as_json: bool, quiet: bool,
 ) -> None:  # fmt: skip
-    """Optimize SOURCE, export it to ONNX, and prove the file in its runtime."""
+    """Optimize SOURCE, export it, and prove the file in its runtime.
+
+    The name behind -o says what is written: an ONNX file, or a TensorRT engine, which is built without a GPU where TensorRT
+    for RTX is installed. An .onnx file as SOURCE becomes an engine as it is.
+    """
+    from normfuse.cli.engine_export import EngineOptions, dry, to_engine
+
+    engine = EngineOptions(dtype, io_dtype, profiles, flavour, capabilities, _names(plugins), opset, form)
+    if repository is not None:
+        from normfuse.cli.deploy import Deployment, deploy
+
+        if output is not None:
+            raise UsageError("-o and --repository both say where to write: pass one of them")
+        where = Deployment(repository, name, model_version, backend)
+        deploy(model, pipeline, engine, where, target, int4=int4, force=force, as_json=as_json, quiet=quiet)
+        return
+    for flag, value in (("--name", name), ("--backend", backend)):
+        if value is not None:
+            raise UsageError(f"{flag} is for --repository")
+    if output is None:
+        raise UsageError("pass -o NAME.onnx or -o NAME.engine, or --repository DIR")
+    if output.suffix in ENGINE_SUFFIXES:
+        if target not in (None, "tensorrt"):
+            raise UsageError(f"-o {output} is an engine, and --target is {target}: leave --target out")
+        if int4:
+            raise UsageError("--int4 is for ONNX files; an engine packs 4-bit weights anyway")
+        check_report(report_path, force=force)
+        if dry_run:
+            dry(model, pipeline, engine, as_json=as_json)
+            return
+        built, fast = to_engine(model, pipeline, engine, output, force=force, progress=not quiet)
+        if fast is not None:
+            from normfuse.record import report
+
+            write_report(report(fast), report_path, force=force)
+        _tell(fast, {"engine": built.manifest() | {"path": str(built.path)}}, str(built), as_json, quiet)
+        return
+    given = {"profiles": profiles, "flavour": flavour, "capabilities": capabilities, "plugins": plugins, "dry_run": dry_run}
+    stray = [flag for key, flag in _ENGINE_ONLY.items() if given[key]]
     if output.suffix != ".onnx":
-        raise UsageError(f"-o {output}: expected a name that ends in .onnx")
+        raise UsageError(
+            f"-o {output}: expected a name that ends in .onnx, or in {', '.join(ENGINE_SUFFIXES)} for a TensorRT engine"
+        )
+    if stray:
+        raise UsageError(f"{stray[0]} is for TensorRT engines, and -o {output} is an ONNX file")
+    if is_onnx(model.source):
+        raise UsageError(f"{model.source} is an ONNX file already; name an engine (-o NAME.engine) to build one of it")
+    _to_onnx(
+        model, pipeline, output, target or "onnxruntime", opset, form, int4, dtype, io_dtype, report_path, force, as_json, quiet
+    )
+
+
+def _to_onnx(
+    model: Model, pipeline: Pipeline, output: Path, target: str, opset: int | None, form: str, int4: bool, dtype: str,
+    io_dtype: str, report_path: Path | None, force: bool, as_json: bool, quiet: bool,
+) -> None:  # fmt: skip
     check_target(output, force=force)
     check_report(report_path, force=force)
 
@@ -56,12 +148,23 @@ def export(
     from normfuse.record import report
 
     opset_for(target_named(target), opset)  # a misspelt target costs a second and not a minute
-    loaded = model.load(inputs_needed=True)
-    fast = pipeline.run(model, loaded)
-    exported = to_onnx(fast, output, target=target, opset=opset, form=form, int4_initializers=int4, force=force)
+    fast = pipeline.run(model, model.load(inputs_needed=True))
+    exported = to_onnx(
+        fast, output, target=target, opset=opset, form=form, int4_initializers=int4, dtype=dtype, io_dtype=io_dtype, force=force
+    )
     write_report(report(fast), report_path, force=force)
+    _tell(fast, {"export": dataclasses.asdict(exported)}, str(exported), as_json, quiet)
+
+
+def _tell(fast: "fx.GraphModule | None", data: dict[str, Any], text: str, as_json: bool, quiet: bool) -> None:
+    from normfuse.record import report
+
     if as_json:
-        data = {"schema": 1, "export": dataclasses.asdict(exported), "report": report(fast).to_dict()}
-        click.echo(json.dumps(data, indent=2, default=str))
+        told = {"schema": 1, **data} | ({} if fast is None else {"report": report(fast).to_dict()})
+        click.echo(json.dumps(told, indent=2, default=str))
     elif not quiet:
-        click.echo(f"{report(fast)}\n\n{exported}")
+        click.echo(text if fast is None else f"{report(fast)}\n\n{text}")
+
+
+def _names(text: str | None) -> tuple[str, ...]:
+    return tuple(n.strip() for n in text.split(",") if n.strip()) if text else ()

@@ -4,10 +4,12 @@ import dataclasses
 import json
 import textwrap
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
+from normfuse.cli.export import ENGINE_SUFFIXES
 from normfuse.cli.onnx_files import is_onnx
 from normfuse.cli.options import Model, Pipeline, json_option, model_options, verbosity
 
@@ -25,8 +27,11 @@ __all__ = ["inspect"]
 def inspect(model: Model, passes: str | None, as_json: bool, quiet: bool) -> None:
     """Dry run: which norms SOURCE has, what would happen to each, and why not. Writes nothing.
 
-    For an .onnx file: its ops and norms.
+    For an .onnx file: its ops and norms. For a TensorRT engine: its signature, its fused layers, and whether it is whole.
     """
+    if Path(model.source).suffix in ENGINE_SUFFIXES:
+        _engine(model.source, as_json)
+        return
     if is_onnx(model.source):
         _file(model.source, as_json)
         return
@@ -40,6 +45,13 @@ def inspect(model: Model, passes: str | None, as_json: bool, quiet: bool) -> Non
         click.echo(json.dumps({"schema": 1, "source": model.source, **_plan(found)}, indent=2))
         return
     click.echo("\n".join(_text(found)))
+
+
+def _engine(path: str, as_json: bool) -> None:
+    from normfuse.export.tensorrt.inspect import inspect_engine
+
+    found = inspect_engine(path)
+    click.echo(json.dumps(found.to_dict(), indent=2, default=str) if as_json else str(found))
 
 
 def _plan(found: "Report") -> dict[str, object]:

@@ -76,10 +76,11 @@ class Pipeline:
     quantize: "ShiftQuant | None" = None
     calibration: str | None = None
 
-    def run(self, model: Model, loaded: Source) -> "fx.GraphModule":
+    def run(self, model: Model, loaded: Source, *, dynamic_shapes: Any = None) -> "fx.GraphModule":
+        """Optimize it; what may vary in its inputs is `dynamic_shapes`, or what --dynamic says."""
         from normfuse.api import optimize
 
-        shapes = model.dynamic_shapes(loaded)
+        shapes = model.dynamic_shapes(loaded) if dynamic_shapes is None else dynamic_shapes
         batches = None if self.calibration is None else calibration_batches(self.calibration, loaded)
         _log.info("optimizing %s", model.source)
         return optimize(

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from normfuse.cli.export import ENGINE_SUFFIXES
 from normfuse.cli.onnx_files import file_inputs, is_onnx, run_file
 from normfuse.cli.options import Model, Pipeline, json_option, model_options, pipeline_options, verbosity
 from normfuse.errors import CheckFailed, UsageError
@@ -29,7 +30,7 @@ _DRIFT = {"float64": 1e-9, "float32": 1e-4, "bfloat16": 1e-1, "float16": 2e-2}
 @json_option
 @verbosity
 def verify(model: Model, other: str | None, pipeline: Pipeline, tolerance: float | None, as_json: bool, quiet: bool) -> None:
-    """Optimize SOURCE and prove the result; with OTHER (.onnx or .pt2) compare that file with SOURCE instead.
+    """Optimize SOURCE and prove the result; with OTHER (.onnx, .pt2, or an engine on a GPU) compare that file with SOURCE.
 
     Exit code 1 when the error is above its bound or a rewrite had to be taken back.
     """
@@ -76,8 +77,8 @@ def _bound(error: "Error", tolerance: float | None) -> float:
 def _compare(model: Model, other: str, tolerance: float | None, as_json: bool, quiet: bool) -> None:
     from normfuse.verify import measure
 
-    if not is_onnx(other) and Path(other).suffix != ".pt2":
-        raise UsageError(f"{other}: expected an .onnx or .pt2 file to compare with {model.source}")
+    if not is_onnx(other) and Path(other).suffix not in (".pt2", *ENGINE_SUFFIXES):
+        raise UsageError(f"{other}: expected an .onnx or .pt2 file, or an engine, to compare with {model.source}")
     if is_onnx(model.source):
         inputs: Any = file_inputs(Path(model.source), model.options)
         expected = run_file(Path(model.source), inputs)
@@ -85,11 +86,15 @@ def _compare(model: Model, other: str, tolerance: float | None, as_json: bool, q
         loaded = model.load(inputs_needed=True)
         inputs = loaded.kwargs if loaded.kwargs and not loaded.args else (*loaded.args, *loaded.kwargs.values())
         expected = _run(loaded.module, loaded.args, loaded.kwargs)
-    found = run_file(Path(other), inputs) if is_onnx(other) else _run_program(other, inputs, trust=model.options.trust)
+    engine = Path(other).suffix in ENGINE_SUFFIXES
+    if engine:
+        found = _run_engine(Path(other), inputs)
+    else:
+        found = run_file(Path(other), inputs) if is_onnx(other) else _run_program(other, inputs, trust=model.options.trust)
     if len(found) != len(expected):
         raise CheckFailed(f"{other} has {len(found)} outputs and {model.source} has {len(expected)}")
     dtype = next((str(t.dtype).removeprefix("torch.") for t in expected if t.is_floating_point()), "float32")
-    error = measure(expected, found, dtype)
+    error = measure(expected, found, _computes_in(Path(other)) if engine else dtype)
     bound = _bound(error, tolerance)
     holds = error.max_rel <= bound
     if as_json:
@@ -109,6 +114,24 @@ def _run(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> "list[to
 
     with torch.inference_mode():
         return [t for t in pytree.tree_leaves(module(*args, **kwargs)) if isinstance(t, torch.Tensor)]
+
+
+def _run_engine(path: Path, inputs: Any) -> "list[torch.Tensor]":
+    """Outputs of an engine on the GPU of this machine, in the dtypes that the engine gives."""
+    from normfuse.export.tensorrt.flavour import find, load
+    from normfuse.export.tensorrt.inspect import header
+    from normfuse.export.tensorrt.runtime import open_engine
+
+    session = open_engine(path, load(find(header(path).module)))
+    return [t.cpu() for t in session.run(inputs).values()]
+
+
+def _computes_in(path: Path) -> str:
+    """The dtype of an engine's products, by its manifest."""
+    from normfuse.export.tensorrt.engine import read_manifest
+
+    made = read_manifest(path)
+    return {"fp16": "float16", "bf16": "bfloat16"}.get(made.dtype, "float32") if made is not None else "float32"
 
 
 def _run_program(path: str, inputs: Any, *, trust: bool) -> "list[torch.Tensor]":

@@ -2,7 +2,8 @@
 
 Each is *defined* by a function in plain PyTorch, in the file of its name: sums of integers are exact, so that every other
 implementation gives the same ones. On a CPU the native kernels run in its place where they were built; float64 always takes the
-definition. Operators have shapes for torch.compile and torch.export, and no backward.
+definition. On an NVIDIA GPU norms, softmax, quantize_rows and products are Triton kernels where triton works. Operators have shapes
+for torch.compile and torch.export, and no backward.
 
     shiftquant_linear            floats → quantize by rows or with one scale → integer product → activation
     shiftquant_conv2d            the same for a convolution, quantized by image
@@ -15,14 +16,18 @@ definition. Operators have shapes for torch.compile and torch.export, and no bac
     shiftquant_matmul_quantize   integers → integer product → activation → integers
     rms_norm, crms_norm, l1_norm, two_pass_softmax
                                  over the last axis, floats to floats
+    add_rms_norm, add_crms_norm  the same behind a residual addition, whose sum they give too
+    rms_norm_linear              a linear layer behind an RMSNorm, the division behind the product
 """
 
+from normfuse.ops.add_norm import add_crms_norm, add_rms_norm
 from normfuse.ops.attention import attention, shiftquant_attention
 from normfuse.ops.crms_norm import crms_norm
 from normfuse.ops.l1_norm import l1_norm
 from normfuse.ops.norm_quantize import norm_quantize
 from normfuse.ops.quantize_rows import quantize_rows
 from normfuse.ops.rms_norm import rms_norm
+from normfuse.ops.rms_norm_linear import rms_norm_linear
 from normfuse.ops.shiftquant_conv2d import conv_columns, shiftquant_conv2d
 from normfuse.ops.shiftquant_embedding import shiftquant_embedding
 from normfuse.ops.shiftquant_linear import shiftquant_linear
@@ -30,7 +35,7 @@ from normfuse.ops.shiftquant_matmul import shiftquant_matmul, shiftquant_matmul_
 from normfuse.ops.two_pass_softmax import two_pass_softmax
 
 __all__ = [
-    "attention", "conv_columns", "crms_norm", "l1_norm", "norm_quantize", "quantize_rows", "rms_norm", "shiftquant_attention",
-    "shiftquant_conv2d", "shiftquant_embedding", "shiftquant_linear", "shiftquant_matmul", "shiftquant_matmul_quantize",
-    "two_pass_softmax",
+    "add_crms_norm", "add_rms_norm", "attention", "conv_columns", "crms_norm", "l1_norm", "norm_quantize", "quantize_rows",
+    "rms_norm", "rms_norm_linear", "shiftquant_attention", "shiftquant_conv2d", "shiftquant_embedding", "shiftquant_linear",
+    "shiftquant_matmul", "shiftquant_matmul_quantize", "two_pass_softmax",
 ]  # fmt: skip

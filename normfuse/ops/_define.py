@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from normfuse.errors import UsageError
+from normfuse.gpu.run import available
 
 __all__ = ["define"]
 
@@ -16,7 +17,14 @@ __all__ = ["define"]
 _LIBRARY = torch.library.Library("normfuse", "FRAGMENT")
 
 
-def define(schema: str, meaning: Callable[..., Any], shapes: Callable[..., Any], kernel: Callable[..., Any] | None = None) -> None:
+def define(
+    schema: str,
+    meaning: Callable[..., Any],
+    shapes: Callable[..., Any],
+    kernel: Callable[..., Any] | None = None,
+    *,
+    gpu: Callable[..., Any] | None = None,
+) -> None:
     """Register `torch.ops.normfuse.<name>`.
 
     Args:
@@ -24,14 +32,26 @@ def define(schema: str, meaning: Callable[..., Any], shapes: Callable[..., Any],
         meaning: the definition in plain PyTorch; it runs on every device that has no kernel.
         shapes: gives empty results of the right shape and dtype, with sizes that may be symbolic.
         kernel: for the CPU, or None.
+        gpu: for CUDA, or None. It is called where Triton works and the first argument, a tensor, is not float64; else `meaning` is.
     """
     name = schema.partition("(")[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, meaning, "CompositeExplicitAutograd")
     if kernel is not None:
         _LIBRARY.impl(name, kernel, "CPU")
+    if gpu is not None:
+        _LIBRARY.impl(name, _where_triton_works(gpu, meaning), "CUDA")
     torch.library.register_fake(f"normfuse::{name}", shapes, lib=_LIBRARY)
     torch.library.register_autograd(f"normfuse::{name}", _no_backward(name), setup_context=_remember, lib=_LIBRARY)
+
+
+def _where_triton_works(gpu: Callable[..., Any], meaning: Callable[..., Any]) -> Callable[..., Any]:
+    """Asked when the operator is called, not when it is registered: to import normfuse must not import triton."""
+
+    def kernel(x: Tensor, *args: Any) -> Any:
+        return (gpu if x.dtype is not torch.float64 and available() else meaning)(x, *args)
+
+    return kernel
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

@@ -1,4 +1,4 @@
-"""The four normalizations over the last axis, in plain PyTorch, and the kernel that runs each of them."""
+"""The four normalizations over the last axis, in plain PyTorch, and the kernels that run each of them."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from torch import Tensor
 
 from normfuse import native
 from normfuse.errors import UsageError
+from normfuse.gpu.norm import plan_norm
+from normfuse.gpu.run import NAMES, run
 from normfuse.ops._shapes import check_vector, float_dtype
 
-__all__ = ["KINDS", "check_norm", "kernel_norm", "normalized"]
+__all__ = ["KINDS", "check_norm", "gpu_norm", "kernel_norm", "normalized"]
 
 KINDS = ("layer", "rms", "crms", "l1")
 
@@ -57,6 +59,21 @@ def kernel_norm(x: Tensor, kind: str, gain: Tensor | None, shift: Tensor | None,
         "nf_norm", native.KINDS[kind], rows, None, rows.numel() // d, d, dense(gain), dense(shift), eps, scale_const, None, y
     )  # fmt: skip
     return y.to(x.dtype)
+
+
+def gpu_norm(
+    x: Tensor, residual: Tensor | None, kind: str, gain: Tensor | None, shift: Tensor | None, eps: float, scale_const: float
+) -> tuple[Tensor, ...]:
+    """`normalized` of x + residual, rounded to the dtype of x, by the GPU kernel; behind it the sum, where there is a residual."""
+    given = {"x": x, "residual": residual, "gain": gain, "shift": shift}
+    # a gain of float64 is the one that the kernel cannot read
+    inputs = {k: (v if v.dtype in NAMES else v.float()).contiguous() for k, v in given.items() if v is not None}
+    names = {k: NAMES[v.dtype] for k, v in inputs.items()}
+    gain_name, shift_name, d = names.get("gain"), names.get("shift"), x.shape[-1]
+    launch = plan_norm(
+        kind, d, names["x"], gain=gain_name, shift=shift_name, residual=residual is not None, eps=eps, scale_const=scale_const
+    )
+    return run(launch, inputs)
 
 
 def dense(value: Tensor | None) -> Tensor | None:

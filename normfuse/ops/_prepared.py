@@ -15,9 +15,11 @@ from torch import Tensor
 
 from normfuse import native
 from normfuse.errors import UsageError
+from normfuse.gpu import planes as gpu
+from normfuse.ops._shapes import input_scale_value
 from normfuse.quant.packing import packed_bytes, unpack
 
-__all__ = ["conv_operands", "conv_weights", "known_weights", "linear_weight", "operand_of"]
+__all__ = ["GpuWeight", "conv_operands", "conv_weights", "gpu_weight", "known_weights", "linear_weight", "operand_of"]
 
 _KEPT = 1 << 22  # values of the int32 operands that are kept for the definitions, in all
 
@@ -29,7 +31,26 @@ class _Entry(NamedTuple):
     value: Any
 
 
+class GpuWeight(NamedTuple):
+    """A weight as `normfuse.gpu.product` reads it.
+
+    Attributes:
+        planes, shifts: see `normfuse.gpu.planes`.
+        scale, bias: float32 [N].
+        groups: the largest shift and one.
+        static: the scale of the inputs, or None where each row has its own.
+    """
+
+    planes: Tensor
+    shifts: Tensor
+    scale: Tensor
+    bias: Tensor | None
+    groups: int
+    static: float | None
+
+
 _structs: dict[int, _Entry] = {}
+_on_gpu: dict[int, _Entry] = {}
 _operands: OrderedDict[int, _Entry] = OrderedDict()
 
 
@@ -71,6 +92,46 @@ def known_weights(
         return None
     found: tuple[native.Weight, ...] = known.value
     return found
+
+
+def gpu_weight(
+    weight: Tensor, exponents: Tensor, scale: Tensor, bias: Tensor | None, input_scale: Tensor | None, bits: int
+) -> GpuWeight | None:
+    """The weight laid out for GPU kernels, on its device, once for each weight; None if they cannot take it.
+
+    The first call waits for the device, later ones do not, so that they can be captured in a CUDA graph.
+
+    Raises:
+        UsageError: sizes, dtypes or devices do not belong together.
+    """
+    key = (*_key(weight, exponents, scale, bias, bits, 1, 1), None if input_scale is None else _state(input_scale))
+    known = _on_gpu.get(id(weight))
+    if known is not None and _valid(known, key, weight, exponents):
+        found: GpuWeight | None = known.value
+        return found
+    value = _gpu_weight(weight, exponents, scale, bias, input_scale, bits)
+    number = id(weight)
+    _on_gpu[number] = _Entry(weakref.ref(weight, lambda _: _on_gpu.pop(number, None)), key, exponents.clone(), value)
+    return value
+
+
+def _gpu_weight(
+    weight: Tensor, exponents: Tensor, scale: Tensor, bias: Tensor | None, input_scale: Tensor | None, bits: int
+) -> GpuWeight | None:
+    for name, tensor in (("exponents", exponents), ("scale", scale), ("bias", bias)):
+        if tensor is not None and tensor.device != weight.device:
+            raise UsageError(f"{name} is on {tensor.device}, the weight on {weight.device}; expected all on one device")
+    if exponents.numel() > gpu.LARGEST_K or int(exponents.max()) >= gpu.GROUPS:
+        return None
+    codes = unpack(weight.detach(), bits, exponents.detach(), scale.numel())
+    return GpuWeight(
+        gpu.planes(codes, bits),
+        gpu.shifts(exponents.detach()),
+        scale.detach().float().contiguous(),
+        None if bias is None else bias.detach().float().contiguous(),
+        int(exponents.max()) + 1,
+        input_scale_value("static scale", input_scale) or None,
+    )
 
 
 def operand_of(weight: Tensor, exponents: Tensor, n: int, bits: int) -> Tensor:
@@ -121,7 +182,8 @@ def _key(
 def _valid(known: _Entry, key: tuple[Any, ...], weight: Tensor, exponents: Tensor) -> bool:
     if known.owner() is not weight or known.key != key:
         return False
-    return not exponents.is_inference() or torch.equal(known.exponents, exponents)
+    # elsewhere than on the CPU the comparison would wait for the device, on every call
+    return not exponents.is_inference() or exponents.device.type != "cpu" or torch.equal(known.exponents, exponents)
 
 
 def _state(tensor: Tensor) -> tuple[int, int, torch.dtype, int | None]:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from normfuse import native
 from normfuse.ops._define import define
-from normfuse.ops._norms import check_norm, kernel_norm, normalized
+from normfuse.ops._norms import check_norm, gpu_norm, kernel_norm, normalized
 
 __all__ = ["l1_norm"]
 
@@ -45,4 +45,11 @@ def _kernel(x: Tensor, gain: Tensor | None, shift: Tensor | None, eps: float, sc
     return kernel_norm(x, "l1", gain, shift, eps, scale_const)
 
 
-define("l1_norm(Tensor x, Tensor? gain, Tensor? shift, float eps, float scale_const) -> Tensor", l1_norm, _shapes, _kernel)
+def _gpu(x: Tensor, gain: Tensor | None, shift: Tensor | None, eps: float, scale_const: float) -> Tensor:
+    check_norm("l1_norm", x, gain, shift)
+    return gpu_norm(x, None, "l1", gain, shift, eps, scale_const)[0]
+
+
+define(
+    "l1_norm(Tensor x, Tensor? gain, Tensor? shift, float eps, float scale_const) -> Tensor", l1_norm, _shapes, _kernel, gpu=_gpu
+)

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from normfuse import native
 from normfuse.errors import UsageError
+from normfuse.gpu.rows import plan_rows
+from normfuse.gpu.run import NAMES, run
 from normfuse.ops._define import define
 from normfuse.ops._shapes import float_dtype
 from normfuse.quant import integers
@@ -62,4 +64,10 @@ def _kernel(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     return q, scale
 
 
-define(f"{_OP}(Tensor x, int bits) -> (Tensor, Tensor)", quantize_rows, _shapes, _kernel)
+def _gpu(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    _check(x, bits)
+    q, scale = run(plan_rows(x.shape[-1], NAMES[x.dtype], bits, static=None), {"x": x.contiguous()})
+    return q, scale
+
+
+define(f"{_OP}(Tensor x, int bits) -> (Tensor, Tensor)", quantize_rows, _shapes, _kernel, gpu=_gpu)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from normfuse import native
 from normfuse.ops._define import define
-from normfuse.ops._norms import check_norm, kernel_norm, normalized
+from normfuse.ops._norms import check_norm, gpu_norm, kernel_norm, normalized
 
 __all__ = ["rms_norm"]
 
@@ -44,4 +44,9 @@ def _kernel(x: Tensor, gain: Tensor | None, eps: float) -> Tensor:
     return kernel_norm(x, "rms", gain, None, eps, 1.0)
 
 
-define("rms_norm(Tensor x, Tensor? gain, float eps) -> Tensor", rms_norm, _shapes, _kernel)
+def _gpu(x: Tensor, gain: Tensor | None, eps: float) -> Tensor:
+    check_norm("rms_norm", x, gain, None)
+    return gpu_norm(x, None, "rms", gain, None, eps, 1.0)[0]
+
+
+define("rms_norm(Tensor x, Tensor? gain, float eps) -> Tensor", rms_norm, _shapes, _kernel, gpu=_gpu)

@@ -6,9 +6,11 @@ import torch
 from torch import Tensor
 
 from normfuse import native
+from normfuse.gpu.run import NAMES
 from normfuse.ops._define import define
 from normfuse.ops._epilogue import finish
-from normfuse.ops._prepared import known_weights, linear_weight, operand_of
+from normfuse.ops._gpu_product import gpu_product, gpu_rows
+from normfuse.ops._prepared import gpu_weight, known_weights, linear_weight, operand_of
 from normfuse.ops._shapes import check_product, float_dtype, input_scale_value
 from normfuse.quant.integers import integer_matmul, quantize_rows, quantize_static
 
@@ -107,10 +109,31 @@ def _kernel(
     return y if x.dtype is torch.float32 else y.to(x.dtype)
 
 
+def _gpu(
+    x: Tensor,
+    weight: Tensor,
+    exponents: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    input_scale: Tensor | None,
+    bits: int,
+    activation_bits: int,
+    epilogue: str = "none",
+) -> Tensor:
+    _check(x, weight, exponents, scale, bias, input_scale, bits, activation_bits, epilogue)
+    prepared = gpu_weight(weight, exponents, scale, bias, input_scale, bits)
+    if prepared is None or x.dtype not in NAMES:
+        return shiftquant_linear(x, weight, exponents, scale, bias, input_scale, bits, activation_bits, epilogue)
+    dtype = NAMES[x.dtype]
+    q, row_scale = gpu_rows(x, dtype, activation_bits, prepared.static)
+    return gpu_product(q, row_scale, prepared, bits, epilogue, None, dtype)
+
+
 define(
     f"{_OP}(Tensor x, Tensor weight, Tensor exponents, Tensor scale, Tensor? bias, Tensor? input_scale, int bits, "
     'int activation_bits, str epilogue="none") -> Tensor',
     shiftquant_linear,
     _shapes,
     _kernel,
+    gpu=_gpu,
 )

@@ -9,8 +9,9 @@ from normfuse import native
 from normfuse.errors import UsageError
 from normfuse.ops._define import define
 from normfuse.ops._epilogue import finish
+from normfuse.ops._gpu_product import gpu_product, gpu_rows
 from normfuse.ops._norms import dense
-from normfuse.ops._prepared import linear_weight, operand_of
+from normfuse.ops._prepared import gpu_weight, linear_weight, operand_of
 from normfuse.ops._shapes import check_product
 from normfuse.quant import integers
 
@@ -176,11 +177,53 @@ def _integer_kernel(
     return out, out_scale
 
 
+def _float_gpu(
+    q: Tensor,
+    row_scale: Tensor,
+    weight: Tensor,
+    exponents: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    bits: int,
+    epilogue: str,
+) -> Tensor:
+    _check(_TO_FLOAT, q, row_scale, exponents, scale, bias, residual, bits, epilogue)
+    prepared = None if row_scale.dtype is torch.float64 else gpu_weight(weight, exponents, scale, bias, None, bits)
+    if prepared is None:
+        return shiftquant_matmul(q, row_scale, weight, exponents, scale, bias, residual, bits, epilogue)
+    rows = row_scale.reshape(-1).expand(q.numel() // q.shape[-1]).contiguous()
+    return gpu_product(q, rows, prepared, bits, epilogue, dense(residual), "fp32")
+
+
+def _integer_gpu(
+    q: Tensor,
+    row_scale: Tensor,
+    weight: Tensor,
+    exponents: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    bits: int,
+    epilogue: str,
+    out_bits: int,
+) -> tuple[Tensor, Tensor]:
+    _check(_TO_INTEGER, q, row_scale, exponents, scale, bias, residual, bits, epilogue, out_bits)
+    if row_scale.dtype is torch.float64:
+        return shiftquant_matmul_quantize(q, row_scale, weight, exponents, scale, bias, residual, bits, epilogue, out_bits)
+    y = _float_gpu(q, row_scale, weight, exponents, scale, bias, residual, bits, epilogue)
+    return gpu_rows(y, "fp32", out_bits, None)
+
+
 _ARGUMENTS = (
     "Tensor q, Tensor row_scale, Tensor weight, Tensor exponents, Tensor scale, Tensor? bias, Tensor? residual, int bits, "
     "str epilogue"
 )
-define(f"{_TO_FLOAT}({_ARGUMENTS}) -> Tensor", shiftquant_matmul, _float_shapes, _float_kernel)
+define(f"{_TO_FLOAT}({_ARGUMENTS}) -> Tensor", shiftquant_matmul, _float_shapes, _float_kernel, gpu=_float_gpu)
 define(
-    f"{_TO_INTEGER}({_ARGUMENTS}, int out_bits) -> (Tensor, Tensor)", shiftquant_matmul_quantize, _integer_shapes, _integer_kernel
+    f"{_TO_INTEGER}({_ARGUMENTS}, int out_bits) -> (Tensor, Tensor)",
+    shiftquant_matmul_quantize,
+    _integer_shapes,
+    _integer_kernel,
+    gpu=_integer_gpu,
 )

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from normfuse import native
 from normfuse.errors import UsageError
+from normfuse.gpu.run import NAMES, run
+from normfuse.gpu.softmax import plan_softmax
 from normfuse.ops._define import define
 from normfuse.ops._shapes import float_dtype
 
@@ -57,4 +59,11 @@ def _kernel(x: Tensor) -> Tensor:
     return y.to(x.dtype)
 
 
-define(f"{_OP}(Tensor x) -> Tensor", two_pass_softmax, _shapes, _kernel)
+def _gpu(x: Tensor) -> Tensor:
+    _check(x)
+    if not x.shape[-1]:
+        return torch.empty_like(x, memory_format=torch.contiguous_format)
+    return run(plan_softmax(x.shape[-1], NAMES[x.dtype]), {"x": x.contiguous()})[0]
+
+
+define(f"{_OP}(Tensor x) -> Tensor", two_pass_softmax, _shapes, _kernel, gpu=_gpu)

@@ -60,7 +60,7 @@ def test_refusals_name_the_way_out(tmp_path: Path) -> None:
     model, _ = quantized("convs")
     for options, words in (
         ({"form": "qdq"}, "activations='static'"),
-        ({"form": "native", "target": "tensorrt"}, "form='integer'"),
+        ({"form": "native", "target": "tensorrt"}, "'qdq' or 'weight_only'"),
         ({"form": "native", "opset": 20}, "opset 21"),
         ({"form": "native", "int4_initializers": True}, "packs its weights"),
         ({"form": "integer", "int4_initializers": True, "opset": 20}, "INT4 needs opset 21"),

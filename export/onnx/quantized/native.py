@@ -5,6 +5,7 @@ ONNX Runtime takes the kernel of a registered library where there is one and the
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from normfuse.errors import ExportError
@@ -14,7 +15,7 @@ from normfuse.export.onnx.quantized.sites import Site, sites
 from normfuse.export.ops import DOMAIN, OPS, FunctionBody
 from normfuse.extras import need
 
-__all__ = ["MIN_NATIVE_OPSET", "add_functions", "facts_of", "lower_native", "native_node"]
+__all__ = ["MIN_NATIVE_OPSET", "add_functions", "facts_of", "keep_nodes", "lower_native", "native_node"]
 
 #: Bitwise ops exist from 18 on; functions with overloads need the file format that came with 21.
 MIN_NATIVE_OPSET = 21
@@ -32,6 +33,22 @@ def lower_native(model: Any) -> int:
             _place(model, site, shared)
         else:
             expand(model, site, shared)
+        count += 1
+    return count
+
+
+def keep_nodes(model: Any, names: Sequence[str]) -> int:
+    """Write the markers of `torch.ops.normfuse.<name>` for these names as nodes of `DOMAIN` in the dtype that they have, in place;
+    returns their number. What a kernel of another runtime is to take; see `normfuse.export.tensorrt.plugins`."""
+    count = 0
+    for site in sites(model):  # one by one: a marker may read what stood in the place of the one before it
+        if site.node.op_type not in names:
+            continue
+        at = Build(model, site.node)
+        outputs = native_node(at, site.op.name, site.inputs, site.facts, count=site.count)
+        for old, new in zip(site.node.outputs[: site.count], outputs, strict=True):
+            take_over(old, new)
+        model.graph.remove(site.node, safe=True)
         count += 1
     return count
 

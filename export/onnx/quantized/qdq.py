@@ -10,6 +10,7 @@ DequantizeLinear that has one reader only.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from normfuse.export.onnx.translate import MARKER_DOMAIN
 from normfuse.export.ops.activations import ZERO
 from normfuse.export.ops.products import activated
 from normfuse.export.ops.shiftquant_conv2d import conv_codes, conv_parts
-from normfuse.export.ops.weights import SAFE, parts, stored
+from normfuse.export.ops.weights import SAFE, parts, stored, unit_of
 
 __all__ = ["check_static", "lower_qdq", "one_reader_each"]
 
@@ -30,21 +31,21 @@ _WIDEST = 9
 _CODES = ("QuantizeRows", "NormQuantize", "ShiftQuantMatMul", "ShiftQuantMatMulQuantize")
 
 
-def check_static(model: Any, *, unsigned: bool) -> None:
-    """The QDQ form can express every layer; `unsigned` as in `lower_qdq`.
+def check_static(model: Any, *, unsigned: bool, others: Sequence[str] = ("integer",)) -> None:
+    """The QDQ form can express every layer; `unsigned` as in `lower_qdq`, `others` are the forms that the target takes as well.
 
     Raises:
         UsageError: the scale of an activation is found where the model runs, or the codes of a weight are wider than the int8 that
             a target takes (ONNX Runtime, which has to run the file once, does not take such a weight in parts either).
     """
-    found = list(sites(model))
+    found, instead = list(sites(model)), next(f for f in others if f not in ("native", "qdq"))
     layers = [s for s in found if s.has_weight or s.op.name in _CODES]
     dynamic = [s for s in layers if not s.static]
     if dynamic:
         raise UsageError(
             f"form='qdq' needs static scales, and {len(dynamic)} of {len(layers)} quantized layers find theirs at run time, "
             f"{dynamic[0].layer} among them: quantize with ShiftQuant(activations='static') and calibration data, or use "
-            "form='integer'"
+            f"form={instead!r}"
         )
     wide = [] if unsigned else [s for s in layers if s.has_weight and s.facts["bits"] + s.facts["groups"] > _WIDEST]
     if wide:
@@ -52,17 +53,17 @@ def check_static(model: Any, *, unsigned: bool) -> None:
         raise UsageError(
             f"form='qdq' for this target needs weights that fit in 8 bits, weight_bits + groups <= {_WIDEST}, and "
             f"{wide[0].layer} has {bits} bits and {groups} groups: quantize with ShiftQuant(groups={max(1, _WIDEST - bits)}), "
-            "or use form='integer'"
+            f"or use form={instead!r}"
         )
     attention = [s for s in found if s.op.name == "Attention" and s.facts["bits"]]
     if attention:
         raise UsageError(
             f"form='qdq' needs static scales, and the attention at {attention[0].layer} finds those of its queries and keys at run "
-            "time: quantize with ShiftQuant(attention=False), or use form='integer'"
+            f"time: quantize with ShiftQuant(attention=False), or use form={instead!r}"
         )
 
 
-def lower_qdq(model: Any, *, unsigned: bool, int4: bool = False) -> int:
+def lower_qdq(model: Any, *, unsigned: bool, int4: bool = False, one_scale: bool = False) -> int:
     """Write every marker with QuantizeLinear and DequantizeLinear, in place; returns their number.
 
     Args:
@@ -70,6 +71,8 @@ def lower_qdq(model: Any, *, unsigned: bool, int4: bool = False) -> int:
         unsigned: activations, and weights with codes beyond `SAFE`, as uint8 with zero point 128, which ONNX Runtime multiplies
             exactly on every CPU; else as int8 with zero point 0, which other runtimes expect.
         int4: weights of up to 4 bits as INT4 in the file, expanded by the runtime when it loads.
+        one_scale: of a matrix, with what is left of each output's behind the product. TensorRT then multiplies integers where q, k
+            and v are cut from the product, too; else it cuts the weight first, and multiplies halves.
     """
     shared: dict[Any, Any] = {}
     count = 0
@@ -78,7 +81,7 @@ def lower_qdq(model: Any, *, unsigned: bool, int4: bool = False) -> int:
             expand(model, site, shared)
         else:
             at = Build(model, site.node, shared)
-            y = _linear(at, site, unsigned, int4) if site.op.name == "ShiftQuantLinear" else _conv(at, site, unsigned)
+            y = _linear(at, site, unsigned, int4, one_scale) if site.op.name == "ShiftQuantLinear" else _conv(at, site, unsigned)
             y = activated(at, y, site.facts["epilogue"])
             old = site.node.outputs[0]
             take_over(old, at.op("Cast", y, to=int(old.dtype)) if old.dtype != at.ir.DataType.FLOAT else y)
@@ -119,54 +122,60 @@ def _codes(at: Build, site: Site, unsigned: bool) -> tuple[Any, Any, Any]:
     if key not in at.shared:
         scale, top = at.const(static), 2 ** (bits - 1) - 1
         if x.dtype != at.ir.DataType.FLOAT:
-            x = at.op("Cast", x, to=1)
+            x = at.op("Cast", x, to=1, dtype=at.ir.DataType.FLOAT, shape=dims(x))
         maker = x.producer()
         if unsigned and maker is not None and maker.op_type == "Relu" and not maker.domain:
             zero = at.const(np.uint8(0))
-            codes = at.op("Min", at.op("QuantizeLinear", x, scale, zero), at.const(np.uint8(top)))
+            codes = at.op("QuantizeLinear", x, scale, zero, dtype=zero.dtype, shape=dims(x))
+            codes = at.op("Min", codes, at.const(np.uint8(top)), dtype=zero.dtype, shape=dims(x))
         else:
             zero = at.const(ZERO if unsigned else np.int8(0))
-            if bits < 8:  # an int8 would hold more codes
-                x = at.op("Clip", x, at.const(static * np.float32(-top)), at.const(static * np.float32(top)))
-            codes = at.op("QuantizeLinear", x, scale, zero)
+            if bits < 8 or not unsigned:  # an int8 holds more codes, -128 among them
+                bounds = at.const(static * np.float32(-top)), at.const(static * np.float32(top))
+                x = at.op("Clip", x, *bounds, dtype=at.ir.DataType.FLOAT, shape=dims(x))
+            codes = at.op("QuantizeLinear", x, scale, zero, dtype=zero.dtype, shape=dims(x))
         at.shared[key] = codes, scale, zero
     found: tuple[Any, Any, Any] = at.shared[key]
     return found
 
 
-def _linear(at: Build, site: Site, unsigned: bool, int4: bool) -> Any:
+def _linear(at: Build, site: Site, unsigned: bool, int4: bool, one_scale: bool) -> Any:
     """Σ_parts DQ(codes) · DQ(operand · scale · 2^shift) + bias"""
     codes, static, point = _codes(at, site, unsigned)
-    scale, bits = site.array("scale"), site.facts["bits"]
+    scale, bits, full, shape = site.array("scale"), site.facts["bits"], at.ir.DataType.FLOAT, dims(site.node.outputs[0])
     found = parts(site.array("weight"), site.array("exponents"), scale.size, bits)
     terms = []
     for values, factors, shift, columns in found:
-        read = codes if len(found) == 1 else at.op("Gather", codes, at.const(columns), axis=-1)
+        read = codes if len(found) == 1 else at.op("Gather", codes, at.const(columns), axis=-1, dtype=codes.dtype)
         operand = values << factors
         zero = 128 if unsigned and np.abs(operand).max(initial=0) > SAFE else 0
         weight = stored(at, values, factors, zero, int4=int4 and bits <= 4)
-        weight = _dequantized(at, weight, scale * np.float32(2**shift), zero, 1)
-        terms.append(at.op("MatMul", at.op("DequantizeLinear", read, static, point), weight))
+        each = scale * np.float32(2**shift)
+        unit = unit_of(each) if one_scale else each
+        weight = _dequantized(at, weight, unit, zero, 1)
+        x = at.op("DequantizeLinear", read, static, point, dtype=full, shape=dims(read))
+        y = at.op("MatMul", x, weight, dtype=full, shape=shape)
+        terms.append(y if (unit == each).all() else at.op("Mul", y, at.const(each / unit), dtype=full, shape=shape))
     if site.input("bias") is not None:
-        terms.append(site.input("bias"))
-    return terms[0] if len(terms) == 1 else at.op("Sum", *terms)
+        terms.append(_float(at, site.input("bias")))
+    return terms[0] if len(terms) == 1 else at.op("Sum", *terms, dtype=full, shape=shape)
 
 
 def _conv(at: Build, site: Site, unsigned: bool) -> Any:
     codes, static, point = _codes(at, site, unsigned)
-    scale, facts = site.array("scale"), site.facts
+    scale, facts, full, shape = site.array("scale"), site.facts, at.ir.DataType.FLOAT, dims(site.node.outputs[0])
     values = conv_codes(site.array("weight"), site.array("exponents"), scale.size, facts["bits"], facts["group"], facts["kernel"])
-    x = at.op("DequantizeLinear", codes, static, point)
+    x = at.op("DequantizeLinear", codes, static, point, dtype=full, shape=dims(codes))
     names = {"kernel": "kernel_shape", "strides": "strides", "pads": "pads", "dilations": "dilations", "group": "group"}
     attributes = {new: facts[old] for old, new in names.items()}
-    bias = _conv_bias(at, site, scale * np.float32(facts["input_scale"])) if unsigned else site.input("bias")
+    bias = _conv_bias(at, site, scale * np.float32(facts["input_scale"])) if unsigned else _float(at, site.input("bias"))
     terms: list[Any] = []
     for operand, shift in conv_parts(*values, facts["bits"]):
         zero = 128 if unsigned and np.abs(operand).max(initial=0) > SAFE else 0
         weight = at.const((operand + zero).astype(np.uint8 if zero else np.int8))
         weight = _dequantized(at, weight, scale * np.float32(2**shift), zero, 0)
-        terms.append(at.op("Conv", x, weight, *([] if terms or bias is None else [bias]), **attributes))
-    return terms[0] if len(terms) == 1 else at.op("Sum", *terms)
+        terms.append(at.op("Conv", x, weight, *([] if terms or bias is None else [bias]), dtype=full, shape=shape, **attributes))
+    return terms[0] if len(terms) == 1 else at.op("Sum", *terms, dtype=full, shape=shape)
 
 
 def _conv_bias(at: Build, site: Site, unit: np.ndarray[Any, Any]) -> Any:
@@ -174,12 +183,17 @@ def _conv_bias(at: Build, site: Site, unit: np.ndarray[Any, Any]) -> Any:
     a Relu or nothing between."""
     value = site.input("bias")
     if value is None or site.facts["epilogue"] not in ("none", "relu") or not _read_as_codes(site.node.outputs[0]):
-        return value
+        return _float(at, value)
     bias = site.array("bias")
     units = np.rint(bias.astype(np.float64) / unit)
     if np.abs(units).max(initial=0) >= 2**31:
-        return value
-    return at.op("DequantizeLinear", at.const(units.astype(np.int32)), at.const(unit), axis=0)
+        return _float(at, value)
+    return at.op("DequantizeLinear", at.const(units.astype(np.int32)), at.const(unit), axis=0, dtype=at.ir.DataType.FLOAT)
+
+
+def _float(at: Build, value: Any) -> Any:
+    """`value` in float32, in which the form computes."""
+    return value if value is None or value.dtype == at.ir.DataType.FLOAT else at.op("Cast", value, to=1, dtype=at.ir.DataType.FLOAT)
 
 
 def _read_as_codes(value: Any) -> bool:
@@ -193,5 +207,6 @@ def _read_as_codes(value: Any) -> bool:
 
 
 def _dequantized(at: Build, codes: Any, scale: np.ndarray[Any, Any], zero: int, axis: int) -> Any:
-    points = [at.const(np.full(scale.size, zero, np.uint8))] if zero else []
-    return at.op("DequantizeLinear", codes, at.const(scale), *points, axis=axis)
+    points = [at.const(np.full(scale.shape, zero, np.uint8))] if zero else []
+    how: dict[str, Any] = {"axis": axis} if scale.ndim else {}
+    return at.op("DequantizeLinear", codes, at.const(scale), *points, **how, dtype=at.ir.DataType.FLOAT, shape=dims(codes))

@@ -156,6 +156,18 @@ def _norm(name: str) -> Callable[[Any], Site]:
     return read
 
 
+def _added_norm(name: str) -> Callable[[Any], Site]:
+    def read(node: Any) -> Site:
+        x, residual, gain = _tensors(node, 3)
+        return Site(node, OPS[name], (x, gain, residual), _attributes(node))
+
+    return read
+
+
+def _norm_linear(node: Any) -> Site:
+    return Site(node, OPS["RmsNormLinear"], _tensors(node, 3), _attributes(node))
+
+
 def _softmax(node: Any) -> Site:
     return Site(node, OPS["TwoPassSoftmax"], _tensors(node, 1), {})
 
@@ -171,12 +183,15 @@ def _attention(node: Any) -> Site:
 
 
 _READ: dict[str, Callable[[Any], Site]] = {
+    "add_crms_norm": _added_norm("CrmsNorm"),
+    "add_rms_norm": _added_norm("RmsNorm"),
     "attention": _attention,
     "crms_norm": _norm("CrmsNorm"),
     "l1_norm": _norm("L1Norm"),
     "norm_quantize": _norm_quantize,
     "quantize_rows": _rows,
     "rms_norm": _norm("RmsNorm"),
+    "rms_norm_linear": _norm_linear,
     "shiftquant_attention": _attention,
     "shiftquant_conv2d": _conv2d,
     "shiftquant_embedding": _embedding,

@@ -16,8 +16,9 @@ __all__ = ["markers"]
 _KINDS = {"int": "INT", "float": "FLOAT", "bool": "INT", "str": "STRING", "List[int]": "INTS"}
 #: Everything that a graph may hold; names as in `normfuse.ops`.
 NAMES = (
-    "attention", "crms_norm", "l1_norm", "norm_quantize", "quantize_rows", "rms_norm", "shiftquant_attention", "shiftquant_conv2d",
-    "shiftquant_embedding", "shiftquant_linear", "shiftquant_matmul", "shiftquant_matmul_quantize", "two_pass_softmax",
+    "add_crms_norm", "add_rms_norm", "attention", "crms_norm", "l1_norm", "norm_quantize", "quantize_rows", "rms_norm",
+    "rms_norm_linear", "shiftquant_attention", "shiftquant_conv2d", "shiftquant_embedding", "shiftquant_linear",
+    "shiftquant_matmul", "shiftquant_matmul_quantize", "two_pass_softmax",
 )  # fmt: skip
 
 

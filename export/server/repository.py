@@ -1,0 +1,226 @@
+"""A folder that NVIDIA Triton Inference Server loads: configuration, and one folder a version."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from normfuse import native
+from normfuse.errors import UsageError
+from normfuse.export.server.batching import check_preferred, max_batch_size
+from normfuse.export.server.config import BACKENDS, CONFIG, FILE_NAMES, Options, check_types, config_text
+from normfuse.export.server.folders import replace, staging
+from normfuse.export.server.notes import notes
+from normfuse.export.server.signature import Signature, of_engine
+from normfuse.export.server.versions import agree, check_limits, model_folder, number_of, read, same_interface, shown, stays
+from normfuse.export.server.warmup import Warmup, plan
+from normfuse.export.tensorrt.engine import manifest_path
+from normfuse.onnx_domains import domains
+
+__all__ = ["Served", "check_place", "write_repository"]
+
+_LIBRARY = "libnormfuse.so"
+
+
+@dataclass(frozen=True)
+class Served:
+    """One version of a model in a repository.
+
+    Attributes:
+        path: the folder of the model, `<repository>/<name>`.
+        version: the number of its folder.
+        backend: `onnxruntime` or `tensorrt`.
+        max_batch: requests of how many items the server runs at once; 0 when it does not put them together.
+        files: everything that was written.
+        notes: what the user should know.
+    """
+
+    path: Path
+    version: int
+    backend: str
+    max_batch: int
+    files: tuple[Path, ...]
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        batches = f"batches up to {self.max_batch}" if self.max_batch else "no batching"
+        lines = [f"{self.path}: version {self.version}, {self.backend}, {batches}"]
+        return "\n".join([*lines, *(f"  note       {n}" for n in self.notes)])
+
+
+def check_place(folder: str | Path, name: str, *, version: int | Literal["next"] = 1, force: bool = False) -> None:
+    """Raise what `write_repository` would say of these; long work calls it before it starts.
+
+    Raises:
+        UsageError: the name is none that clients can use, the version exists, or the folder cannot be written.
+    """
+    model = model_folder(Path(folder), name)
+    number_of(model, version, force=force)
+    place = next(p for p in (model, model.parent, model.parent.absolute().parent) if p.is_dir())
+    if not os.access(place, os.W_OK):
+        raise UsageError(f"cannot write {model}: the folder {place} is not writable")
+
+
+def write_repository(
+    folder: str | Path,
+    name: str,
+    artifact: str | Path,
+    *,
+    backend: Literal["onnxruntime", "tensorrt"] | None = None,
+    by_capability: Mapping[str, str | Path] | None = None,
+    max_batch: int | None = None,
+    preferred_batches: Sequence[int] = (),
+    queue_delay_us: int = 0,
+    instances: int = 1,
+    device: Literal["auto", "cpu", "gpu"] = "auto",
+    threads: int | None = None,
+    accelerator: Literal["tensorrt"] | None = None,
+    precision: Literal["fp32", "fp16"] = "fp32",
+    warmup: bool = True,
+    warmup_shapes: Mapping[str, Sequence[int]] | None = None,
+    kernels: bool = False,
+    server_folder: str = "/models",
+    version: int | Literal["next"] = 1,
+    force: bool = False,
+) -> Served:
+    """Put an ONNX file or a TensorRT engine into a model repository of NVIDIA Triton Inference Server.
+
+    Writes `<folder>/<name>/config.pbtxt` and `<folder>/<name>/<version>/model.onnx` (or `model.plan`) with the files that belong
+    to it. Versions of a model share the configuration: a version beside others must have their inputs and outputs, and the
+    configuration that is there stays as it is unless `force` is on.
+
+    Args:
+        folder: the repository; made when its parent is there.
+        name: what clients call the model.
+        artifact: the ONNX file, or the engine with its manifest `<engine>.json` beside it.
+        backend: which part of the server runs it; default: by the name of the file, `.onnx` or another.
+        by_capability: engines for other GPUs by compute capability, e.g. `{"8.9": path}`; `artifact` serves all that are not named.
+        max_batch: how many items the server runs at once; default: 64, or what the engine was built for. 0 turns batching off.
+        preferred_batches: batch sizes that the server waits for within `queue_delay_us`.
+        queue_delay_us: how long a request may wait for others; with 0 those run together that came while the model was busy.
+        instances: copies of the model that run at the same time, on each GPU.
+        device: where it runs; `auto` leaves it to the server, which takes a GPU where it has one.
+        threads: CPU threads of an instance; default: one for each core.
+        accelerator: `tensorrt` lets ONNX Runtime in the server build an engine when the model is loaded.
+        precision: of that engine.
+        warmup: run the model on zeros before the server says that it is ready.
+        warmup_shapes: sizes by input, for the warm-up of a model with open axes; default: the engine's usual ones, or tried here.
+        kernels: copy normfuse's CPU kernels into the repository and let the server load them; for a file that has normfuse's ops.
+        server_folder: where the server sees `folder`; used for `kernels` only.
+        version: number of the version, or `next` for one above those that are there.
+        force: replace the version and the configuration.
+
+    Raises:
+        UsageError: an argument is wrong, a file is missing or cannot be served, the version exists, or nothing can be written.
+    """
+    folder, artifact = Path(folder), Path(artifact)
+    runs = _backend(artifact, backend)
+    options = Options(tuple(preferred_batches), queue_delay_us, instances, device, threads, accelerator, precision, kernels)
+    options.check(runs)
+    signature = read(artifact, runs)
+    check_types(signature, runs)
+    engines = _engines(by_capability or {}, runs, signature)
+    limit = min(max_batch_size(s, max_batch) for s in (signature, *(s for _, s in engines.values())))
+    check_preferred(preferred_batches, limit)
+    model = model_folder(folder, name)
+    number, others = number_of(model, version, force=force)
+    older = agree(model, others, signature, runs)
+
+    ours = runs == "onnxruntime" and "normfuse" in domains(artifact)
+    library = f"{server_folder.rstrip('/')}/{name}/{_LIBRARY}" if kernels and ours else None
+    warm = plan(artifact, signature, limit, warmup_shapes or {}) if warmup else Warmup(None)
+    text = config_text(
+        name, runs, signature, options,
+        max_batch=limit, warmup=warm.shapes, capabilities={c: _engine_name(c) for c in engines}, library=library,
+    )  # fmt: skip
+    kept = stays(model, text, limit, force=force)
+    if kept is None:
+        check_limits(model, others, older, limit)
+
+    files = {f"{number}/{place}": source for place, source in _sources(artifact, runs, signature, engines).items()}
+    if library is not None:
+        files[_LIBRARY] = native.path()
+    with staging(folder) as stage:
+        new = stage / name
+        for place, source in files.items():
+            (new / place).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, new / place)
+        if kept is None:
+            (new / CONFIG).write_text(text, encoding="utf-8")
+        if others:
+            _add(new, model, stage, number)
+        else:
+            _put(new, model, stage, number)
+    written = (*(model / place for place in files), *([model / CONFIG] if kept is None else []))
+    remarks = notes(signature, options, max_batch=limit, asked=max_batch, ours=ours, library=library)
+    return Served(model, number, runs, limit, written, (*remarks, *filter(None, (warm.note, kept))))
+
+
+def _backend(artifact: Path, backend: str | None) -> str:
+    if backend is None:
+        return "onnxruntime" if artifact.suffix == ".onnx" else "tensorrt"
+    if backend not in BACKENDS:
+        raise UsageError(f"unknown backend {backend!r}, expected {' or '.join(BACKENDS)}")
+    return backend
+
+
+def _engines(given: Mapping[str, str | Path], backend: str, signature: Signature) -> dict[str, tuple[Path, Signature]]:
+    if given and backend != "tensorrt":
+        raise UsageError("by_capability is for engines, and the artifact is an ONNX file, which serves every GPU")
+    found = {}
+    for capability, path in given.items():
+        if not re.fullmatch(r"\d+\.\d", capability):
+            raise UsageError(f"by_capability: {capability!r} is no compute capability, expected one like 8.9")
+        other = of_engine(Path(path))
+        check_types(other, backend)
+        if not same_interface(other, signature):
+            raise UsageError(f"by_capability: {path} has {shown(other)}, expected {shown(signature)} like the other engine")
+        found[capability] = (Path(path), other)
+    return found
+
+
+def _engine_name(capability: str) -> str:
+    return f"model_{capability.replace('.', '_')}.plan"
+
+
+def _sources(artifact: Path, backend: str, signature: Signature, engines: Mapping[str, tuple[Path, Signature]]) -> dict[str, Path]:
+    """Files of the version folder by their place in it."""
+    main = FILE_NAMES[backend]
+    found = {main: artifact}
+    if backend == "onnxruntime":
+        for side in signature.side_files:
+            place = side.relative_to(artifact.parent).as_posix()
+            if place in found:
+                raise UsageError(
+                    f"{artifact}: its weights are called {main}, as the server calls the model; export it under another name"
+                )
+            found[place] = side
+        return found
+    for file, path in ((main, artifact), *((_engine_name(c), path) for c, (path, _) in engines.items())):
+        found[file] = path
+        found[f"{file}.json"] = manifest_path(path)
+    return found
+
+
+def _put(new: Path, model: Path, stage: Path, number: int) -> None:
+    """Rename the whole folder into place; what the user keeps in the old one comes along."""
+    for old in model.iterdir() if model.is_dir() else ():
+        if (new / old.name).exists() or old.name == str(number):
+            continue
+        if old.is_dir():
+            shutil.copytree(old, new / old.name)
+        else:
+            shutil.copy2(old, new / old.name)
+    replace(new, model, stage)
+
+
+def _add(new: Path, model: Path, stage: Path, number: int) -> None:
+    """Rename a version into place beside others, last: whoever sees it finds what it needs."""
+    for place in (_LIBRARY, CONFIG, str(number)):
+        if (new / place).exists():
+            replace(new / place, model / place, stage)

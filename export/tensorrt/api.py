@@ -1,0 +1,344 @@
+"""`to_tensorrt`: a module as an engine; `build_onnx`: an ONNX file as one."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from normfuse.errors import ExportError, UsageError
+from normfuse.export.tensorrt.builder import ask
+from normfuse.export.tensorrt.engine import Engine, Tensor, log_path, manifest_path, sha256
+from normfuse.export.tensorrt.flavour import find
+from normfuse.export.tensorrt.layers import layers, memory
+from normfuse.export.tensorrt.profiles import InputSize, Profile, complete, parse_shapes
+from normfuse.extras import need
+from normfuse.files import atomic, check_target
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from normfuse.export.onnx.program import Program
+
+__all__ = ["DTYPES", "PLUGINS", "build_onnx", "check_arguments", "to_tensorrt"]
+
+log = logging.getLogger(__name__)
+
+DTYPES = ("fp32", "fp16", "bf16")
+#: Ops that can be one of normfuse's own kernels inside an engine.
+PLUGINS = ("rms_norm", "crms_norm", "l1_norm", "rms_norm_linear", "shiftquant_linear", "two_pass_softmax")
+_QUANTIZED = "shiftquant_linear"
+_INLINE = 2**20  # the file in between keeps its weights beside it, so that reading its signature does not read them
+_WITH_RESIDUAL = {"rms_norm": "add_rms_norm", "crms_norm": "add_crms_norm"}
+
+Shapes = Mapping[str, Any] | Sequence[str] | None
+
+
+def to_tensorrt(
+    gm: nn.Module,
+    path: str | Path,
+    *,
+    dtype: str = "fp32",
+    io_dtype: str = "fp32",
+    shapes: Shapes = None,
+    flavour: str | None = None,
+    capabilities: Sequence[str] = (),
+    opset: int | None = None,
+    attention: str = "auto",
+    form: str = "auto",
+    plugins: Sequence[str] = (),
+    example_inputs: Any = None,
+    dynamic_shapes: Any = None,
+    verify: bool = True,
+    tolerance: float | None = None,
+    force: bool = False,
+    progress: bool = True,
+) -> Engine:
+    """Build a TensorRT engine of `gm` at `path`; a manifest (`<path>.json`) and the builder's log (`<path>.log`) appear beside it.
+
+    The module is exported to ONNX for the target `tensorrt`, compared with the module in ONNX Runtime, and built in a process of
+    its own. TensorRT for RTX needs no GPU for that, TensorRT does.
+
+    Args:
+        gm: what `normfuse.optimize` returned; any other module in eval mode works with `example_inputs`.
+        path: the engine file to write, e.g. `model.engine`.
+        dtype: of weights and products: `fp32` leaves the model as it is, `fp16` and `bf16` convert one in float32; statistics of
+            norms stay in float32.
+        io_dtype: `fp32` keeps inputs and outputs in float32; `low` makes them as narrow as the rest.
+        shapes: for inputs whose size may vary the smallest, usual and largest one: {"x": ((1, 3, 224, 224), (8, ...), (64, ...))},
+            or strings as on the command line. By default from the captured range, or 1 to 8 times the example.
+        flavour: `tensorrt_rtx` or `tensorrt`; by default the first that is installed.
+        capabilities: compute capabilities to build for, e.g. ("8.6", "8.9"), with TensorRT for RTX; by default all that it can.
+        opset: of the ONNX file in between; older releases of TensorRT know neither RMSNormalization nor Attention of opset 23.
+        attention: `attention23`, `decomposed` or `auto`.
+        form: of quantized layers: `qdq` (static scales), `weight_only` (packed weights, activations in float) or `auto`.
+        plugins: ops that become normfuse's own kernels: any of `PLUGINS`. Who loads such an engine registers the plugins first
+            (`normfuse.export.tensorrt.plugins.register`, or the C++ library).
+        example_inputs, dynamic_shapes: by default those of `normfuse.optimize`.
+        verify: run the ONNX file in ONNX Runtime and compare it with `gm`.
+        tolerance: bound on max |difference| / max |expected| of that comparison; see `to_onnx`.
+        force: replace existing files.
+        progress: show that something is happening, on a terminal.
+
+    Raises:
+        UsageError: an argument is wrong, a profile does not fit the model, a file exists or cannot be written.
+        ExportError: the model cannot be exported, deviates, or TensorRT refuses it; the message names the module.
+        MissingExtra: TensorRT, onnx, onnxscript or onnxruntime is not installed.
+    """
+    from normfuse.export.onnx.api import write_onnx
+    from normfuse.export.targets import FUSED_NORM_OPSET, opset_for, target_named
+
+    path = check_arguments(path, dtype, io_dtype, flavour, capabilities, plugins, force=force)
+    stated = parse_shapes(shapes)
+    version = opset_for(target_named("tensorrt"), opset)
+    if attention == "auto":
+        attention = "attention23" if version >= FUSED_NORM_OPSET else "decomposed"
+    if plugins:
+        from normfuse.export.kernels import with_kernels
+
+        gm = with_kernels(_graph(gm), _ops(plugins))
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+        file = Path(folder, "model.onnx")
+        exported, program = write_onnx(
+            gm, file, target="tensorrt", opset=opset, example_inputs=example_inputs, dynamic_shapes=dynamic_shapes, form=form,
+            int4_initializers=False, attention=attention, verify=verify, tolerance=tolerance, threads=None, measure_seconds=0.0,
+            external_data_above=_INLINE, dtype=dtype, io_dtype=io_dtype, force=False, progress=progress,
+            kept=(*_ops(plugins), *(p for p in plugins if p == _QUANTIZED)),
+        )  # fmt: skip
+        sizes = _sizes(file, program)
+        placed = _place(file, plugins, dtype, capabilities, sizes, stated) if plugins else {}
+        del gm, program
+        return _built(
+            file, path, sizes, stated, dtype=dtype, flavour=flavour, capabilities=capabilities, plugins=placed,
+            force=force, progress=progress, facts={"error": exported.error, "form": exported.form, "notes": exported.notes},
+        )  # fmt: skip
+
+
+def build_onnx(
+    file: str | Path,
+    path: str | Path,
+    *,
+    dtype: str = "fp32",
+    io_dtype: str = "fp32",
+    shapes: Shapes = None,
+    flavour: str | None = None,
+    capabilities: Sequence[str] = (),
+    force: bool = False,
+    progress: bool = True,
+) -> Engine:
+    """Build an engine of the ONNX file at `file` as it is; the arguments are those of `to_tensorrt`.
+
+    Raises:
+        UsageError: the file is missing or no ONNX file, an argument is wrong, or sizes of an input are open.
+        ExportError: TensorRT refuses the model.
+        MissingExtra: TensorRT or onnx is not installed.
+    """
+    file = Path(file)
+    path = check_arguments(path, dtype, io_dtype, flavour, capabilities, (), force=force)
+    if not file.is_file():
+        raise UsageError(f"{file} does not exist")
+    stated = parse_shapes(shapes)
+    need("onnx", extra="onnx")
+    if dtype == "fp32":
+        return _built(
+            file, path, _sizes(file), stated, dtype=dtype, flavour=flavour, capabilities=capabilities, plugins={}, force=force,
+            progress=progress, facts={},
+        )  # fmt: skip
+    from normfuse.export.onnx.precision import to_precision
+    from normfuse.export.onnx.save import save_model
+
+    ir = need("onnx_ir", extra="onnx")
+    sizes = _sizes(file)
+    model = ir.load(file)
+    notes = to_precision(model, dtype, io_dtype=io_dtype)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+        converted = Path(folder, "model.onnx")
+        save_model(model, converted, limit=_INLINE)
+        del model
+        return _built(
+            converted, path, sizes, stated, dtype=dtype, flavour=flavour, capabilities=capabilities, plugins={}, force=force,
+            progress=progress, facts={"notes": tuple(notes)},
+        )  # fmt: skip
+
+
+def check_arguments(
+    path: str | Path,
+    dtype: str,
+    io_dtype: str,
+    flavour: str | None,
+    capabilities: Sequence[str],
+    plugins: Sequence[str],
+    *,
+    force: bool,
+) -> Path:
+    """`path`, when everything that can be wrong without looking at the model is right.
+
+    Raises:
+        UsageError: something is not.
+        MissingExtra: TensorRT is not installed.
+    """
+    path = check_target(path, force=force)
+    for beside in (manifest_path(path), log_path(path)):
+        check_target(beside, force=force)
+    if dtype not in DTYPES:
+        raise UsageError(f"unknown dtype {dtype!r}: expected {', '.join(DTYPES)}")
+    if io_dtype not in ("fp32", "low"):
+        raise UsageError(f"unknown io_dtype {io_dtype!r}: expected fp32 or low")
+    unknown = [name for name in plugins if name not in PLUGINS]
+    if unknown:
+        raise UsageError(f"no plugin is called {unknown[0]!r}: expected {', '.join(PLUGINS)}")
+    for text in capabilities:
+        if not isinstance(text, str) or not text.replace(".", "", 1).isdigit() or "." not in text:
+            raise UsageError(f"unknown compute capability {text!r}: expected numbers like 8.6, as NVIDIA lists them for each GPU")
+    find(flavour)
+    return path
+
+
+def _graph(gm: nn.Module) -> Any:
+    from torch import fx
+
+    if not isinstance(gm, fx.GraphModule):
+        raise UsageError("plugins are placed in what normfuse.optimize returned; optimize the module first")
+    return gm
+
+
+def _ops(plugins: Sequence[str]) -> tuple[str, ...]:
+    """The operators of `torch.ops.normfuse` for these plugins, without those that only quantization makes."""
+    found = [name for name in plugins if name != _QUANTIZED]
+    return (*found, *(_WITH_RESIDUAL[name] for name in found if name in _WITH_RESIDUAL))
+
+
+def _place(
+    file: Path,
+    plugins: Sequence[str],
+    dtype: str,
+    capabilities: Sequence[str],
+    inputs: Sequence[InputSize],
+    stated: Mapping[str, Profile],
+) -> dict[str, int]:
+    """Kernels into the nodes of `file`, in place; their tiles are chosen for the usual sizes of the profiles."""
+    from normfuse.export.onnx.save import save_model
+    from normfuse.export.tensorrt.plugins import kernel_capabilities, place
+
+    ir = need("onnx_ir", extra="onnx")
+    profiles = complete(inputs, stated)
+    usual = {
+        axis: profiles[wanted.name].opt[at]
+        for wanted in inputs
+        for at, axis in enumerate(wanted.sizes)
+        if isinstance(axis, str) and wanted.name in profiles
+    }
+    model = ir.load(file)
+    placed: dict[str, int] = place(model, plugins, dtype=dtype, capabilities=kernel_capabilities(capabilities), sizes=usual)
+    if not placed:
+        raise UsageError(f"plugins={tuple(plugins)}: the optimized model has no place for any of them")
+    ready = file.with_name("plugins.onnx")
+    save_model(model, ready, limit=_INLINE)
+    os.replace(ready, file)
+    return placed
+
+
+def _sizes(file: Path, program: Program | None = None) -> list[InputSize]:
+    """What the ONNX file says of its inputs, and what the program adds to it."""
+    onnx = need("onnx", extra="onnx")
+    try:
+        graph = onnx.load(str(file), load_external_data=False).graph
+    except Exception as e:
+        raise UsageError(f"{file} is no ONNX file: {' '.join(str(e).split())[:200]}") from e
+    if not graph.node or not graph.output:
+        raise UsageError(f"{file} is no ONNX file: it holds no graph")
+    initializers = {i.name for i in graph.initializer}
+    examples, limits = _known(program) if program is not None else ({}, {})
+    found = []
+    for value in graph.input:
+        if value.name in initializers:
+            continue
+        axes = value.type.tensor_type.shape.dim
+        sizes = tuple(d.dim_value if d.HasField("dim_value") else (d.dim_param or None) for d in axes)
+        found.append(InputSize(value.name, sizes, examples.get(value.name), limits))
+    return found
+
+
+def _known(program: Program) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, int | None]]]:
+    """Sizes of the example inputs by name, and the captured range of each named axis."""
+    examples = {name: tuple(t.shape) for name, t in program.feeds(program.flat_inputs()).items()}
+    limits: dict[str, tuple[int, int | None]] = {}
+    for symbol, bounds in program.exported.range_constraints.items():
+        name = program.axes.get(str(symbol))
+        if name is not None:
+            upper = int(bounds.upper) if bounds.upper.is_Integer and bounds.upper < 2**31 else None
+            # torch starts every range at 0 or 2 where none was stated: 0 and 1 are special to its tracing, not to the model
+            lower = int(bounds.lower) if bounds.lower.is_Integer else 0
+            limits[name] = (1 if lower <= 2 else lower, upper)
+    return examples, limits
+
+
+def _built(
+    file: Path,
+    path: Path,
+    sizes: Sequence[InputSize],
+    stated: Mapping[str, Profile],
+    *,
+    dtype: str,
+    flavour: str | None,
+    capabilities: Sequence[str],
+    plugins: dict[str, int],
+    force: bool,
+    progress: bool,
+    facts: Mapping[str, Any],
+) -> Engine:
+    """Build `file`, and write engine, manifest and log to `path` and beside it."""
+    profiles = complete(sizes, stated)
+    module = find(flavour)
+    with atomic(path, force=force) as temporary:
+        answer = ask(
+            module,
+            "build",
+            {
+                "onnx": str(file.resolve()),
+                "plan": str(temporary),
+                "log": str(log_path(temporary)),
+                "profiles": {name: (p.min, p.opt, p.max) for name, p in profiles.items()},
+                "capabilities": list(capabilities),
+                "plugins": bool(plugins),
+            },
+            label=f"building {path.name} with {module}",
+            progress=progress,
+        )
+        if not temporary.is_file():
+            raise ExportError(f"{module} built nothing and said nothing; its log is lost with it")
+        result = Engine(
+            path=path,
+            module=module,
+            version=answer["version"],
+            capabilities=tuple(capabilities),
+            dtype=dtype,
+            bytes=temporary.stat().st_size,
+            sha256=sha256(temporary),
+            weight_bytes=memory(answer["facts"], "Weights"),
+            activation_bytes=memory(answer["facts"], "Activation"),
+            inputs=tuple(Tensor(t["name"], t["dtype"], tuple(t["shape"])) for t in answer["inputs"]),
+            outputs=tuple(Tensor(t["name"], t["dtype"], tuple(t["shape"])) for t in answer["outputs"]),
+            profiles={n: {"min": list(p.min), "opt": list(p.opt), "max": list(p.max)} for n, p in profiles.items()},
+            layers=layers(answer["facts"]),
+            plugins=plugins,
+            passes=_passes(file),
+            form=facts.get("form"),
+            error=facts.get("error"),
+            seconds=answer["seconds"],
+            notes=tuple(facts.get("notes", ())),
+        )
+        manifest_path(temporary).write_text(result.to_json(), encoding="utf-8")
+    return result
+
+
+def _passes(file: Path) -> tuple[tuple[str, int], ...]:
+    """The passes that the ONNX file says it went through."""
+    from normfuse.export.onnx.inspect import provenance
+
+    found = provenance(file).get("normfuse.passes")
+    return tuple((name, count) for name, count in json.loads(found)) if found else ()

@@ -1,0 +1,68 @@
+"""How large a part of a product one program computes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+__all__ = ["EPILOGUES", "Block", "block_for", "rounded_hint"]
+
+EPILOGUES = ("none", "relu", "gelu", "gelu_tanh", "silu")
+
+
+@dataclass(frozen=True)
+class Block:
+    """Attributes: rows and outputs of one program, warps, and depth of the pipeline."""
+
+    rows: int
+    outputs: int
+    warps: int
+    stages: int = 2
+
+
+# Shared memory of one program on the smallest of the devices (8.6, 8.9, 12.0: 99 KiB), and room for what the epilogue needs.
+_SHARED = 96 << 10
+# Stages: enough loads on their way to hide the latency of memory, few enough to compile in seconds where a turn has many.
+_MOST_STAGES, _FEWEST_STAGES, _DOTS = 6, 3, 16
+# On 10.0, Triton keeps an accumulator in tensor memory for each product of a turn of the loop, a column for each row. There are 512
+# columns, which also hold operands, and a kernel that needs more is compiled to a trap. Blocks below 64 outputs do not use them.
+_COLUMNS = 256
+_TENSOR_MEMORY_FROM = 64
+# Outputs up to which one program for 32 of them would leave multiprocessors without work.
+_FEW_OUTPUTS = 4096
+
+# A few rows wait for the weights alone: narrow blocks, so that every multiprocessor has some, and a deep pipeline. With many rows
+# each weight is used again and again, and the tensor cores want large blocks.
+_FEW, _NARROW = Block(16, 32, 2), Block(16, 16, 1)
+_BY_ROWS = ((16, _FEW), (32, Block(32, 64, 4)), (128, Block(64, 64, 4)))
+_MANY = (Block(128, 128, 8), Block(64, 128, 8), Block(32, 128, 4))
+_WITHOUT_TENSOR_MEMORY = Block(64, 32, 4)
+_TWO_SUMS = _MANY[1:]  # two accumulators of the largest block do not fit in registers
+
+
+def rounded_hint(rows: int) -> int:
+    """A number of rows that stands for `rows`: launches differ only where it does."""
+    return next((limit for limit, _ in _BY_ROWS if rows <= limit), _BY_ROWS[-1][0] + 1)
+
+
+def block_for(n: int, rows: int, stage_bytes: Callable[[Block], int], *, dots: int = 1, sums: int = 1) -> Block:
+    """The block for n outputs and about `rows` rows.
+
+    Args:
+        n: outputs.
+        rows: as `rounded_hint` gives it.
+        stage_bytes: shared memory of one stage.
+        dots: products in one turn of the loop.
+        sums: accumulators of each output.
+    """
+    few = _NARROW if n <= _FEW_OUTPUTS else _FEW
+    named = next((block for limit, block in _BY_ROWS if rows <= limit), None)
+    wanted = (named,) if named else _MANY if sums == 1 else _TWO_SUMS
+    candidates = (few,) if named is _FEW else (*wanted, _BY_ROWS[1][1], _WITHOUT_TENSOR_MEMORY, few)
+    block: Block = next(b for b in candidates if b is few or (_columns(b) * dots <= _COLUMNS and 2 * stage_bytes(b) <= _SHARED))
+    wanted_stages = min(_MOST_STAGES, max(_FEWEST_STAGES, _DOTS // dots))
+    return replace(block, stages=min(wanted_stages, _SHARED // stage_bytes(block)))
+
+
+def _columns(block: Block) -> int:
+    return block.rows if block.outputs >= _TENSOR_MEMORY_FROM else 0

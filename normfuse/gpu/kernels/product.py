@@ -1,0 +1,120 @@
+"""Products of integer codes with packed weights."""
+# Parameters are addresses and numbers of another language, for which Python has no types.
+# mypy: ignore-errors
+
+import triton
+import triton.language as tl
+
+from normfuse.gpu.kernels.decode import decoded, fits, width
+from normfuse.gpu.kernels.epilogue import activated
+
+__all__ = ["product"]
+
+
+@triton.jit
+def _piece(base, at, inside, WHOLE: tl.constexpr):
+    """Bytes of a plane."""
+    if WHOLE:
+        return tl.load(base + at)
+    return tl.load(base + at, mask=inside, other=0)
+
+
+@triton.jit
+def _shifts(shifts, lane, start, K: tl.constexpr, INNER: tl.constexpr, TURNS: tl.constexpr):
+    """Shifts of the channels from `start` on, one tensor for each turn; 0 behind the last channel."""
+    found = ()
+    for turn in tl.static_range(TURNS):
+        k = start + turn * INNER + lane
+        found = found + (tl.load(shifts + k, mask=k < K, other=0),)  # noqa: RUF005 (Triton has no stars)
+    return found
+
+
+@triton.jit(do_not_specialize=["rows"])
+def product(
+    q,
+    row_scale,
+    planes,
+    shifts,
+    scale,
+    bias,
+    residual,
+    y,
+    rows,
+    K: tl.constexpr,
+    N: tl.constexpr,
+    BITS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    INNER: tl.constexpr,
+    TURNS: tl.constexpr,
+    PIECES: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    AHEAD: tl.constexpr,
+    EPILOGUE: tl.constexpr,
+):
+    """y[m, n] = act(row_scale[m] · scale[n] · Σ_k q[m, k] · (C[n, k] << shifts[k]) + bias[n]) + residual[m, n], the sum exact.
+
+    Weights are the left operand: the tensor cores take it from registers, where it is decoded, and few rows waste little of them,
+    because the right operand is as narrow as 8. With AHEAD, shifts are loaded one turn of the loop before they are needed: Triton
+    leaves loads of less than four bytes a thread out of its pipeline, and to wait for them would cost more than all the rest.
+    """
+    TILE: tl.constexpr = INNER * TURNS
+    PLANE: tl.constexpr = N * INNER
+    WHOLE: tl.constexpr = N % BLOCK == 0
+    FIRST_1: tl.constexpr = TURNS * width(BITS, 0) // 8
+    FIRST_2: tl.constexpr = FIRST_1 + TURNS * width(BITS, 1) // 8
+    program = tl.program_id(0)
+    row = (program // COLUMNS).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    out = program % COLUMNS * BLOCK + tl.arange(0, BLOCK)
+    lane = tl.arange(0, INNER)
+    here, there = (row < rows)[None, :], (out < N)[:, None]
+    at_row = row[None, :] * K + lane[:, None]
+    at = out[:, None] * INNER + lane[None, :]
+    low = tl.zeros([BLOCK, BLOCK_ROWS], tl.int32)
+    high = tl.zeros([BLOCK, BLOCK_ROWS], tl.int32)
+    base = planes
+    if AHEAD:
+        ahead = _shifts(shifts, lane, 0, K, INNER, TURNS)
+    for tile in range(tl.cdiv(K, TILE)):
+        p1 = None
+        p2 = None
+        s = None
+        if AHEAD:
+            now = ahead
+            ahead = _shifts(shifts, lane, (tile + 1) * TILE, K, INNER, TURNS)
+        for turn in tl.static_range(TURNS):
+            k = tile * TILE + turn * INNER
+            if turn * width(BITS, 0) % 8 == 0:
+                p0 = _piece(base + turn * width(BITS, 0) // 8 * PLANE, at, there, WHOLE)
+            if width(BITS, 1) > 0 and turn * width(BITS, 1) % 8 == 0:
+                p1 = _piece(base + (FIRST_1 + turn * width(BITS, 1) // 8) * PLANE, at, there, WHOLE)
+            if width(BITS, 2) > 0 and turn * width(BITS, 2) % 8 == 0:
+                p2 = _piece(base + (FIRST_2 + turn * width(BITS, 2) // 8) * PLANE, at, there, WHOLE)
+            if K % TILE == 0:
+                code = tl.load(q + (at_row + k), mask=here, other=0)
+            else:
+                code = tl.load(q + (at_row + k), mask=here & (k + lane < K)[:, None], other=0)
+            if AHEAD:
+                s = now[turn][None, :]
+            elif GROUPS > 1:
+                if K % TILE == 0:
+                    s = tl.load(shifts + (k + lane))[None, :]
+                else:
+                    s = tl.load(shifts + (k + lane), mask=k + lane < K, other=0)[None, :]
+            v, w = decoded(p0, p1, p2, s, BITS, GROUPS, turn)
+            low = tl.dot(v, code, low)
+            if not fits(BITS, GROUPS):
+                high = tl.dot(w, code, high)
+        base += PIECES * PLANE
+    if not fits(BITS, GROUPS):
+        low += high << 7
+    factor = tl.load(row_scale + row, mask=row < rows, other=0.0)[None, :] * tl.load(scale + out, mask=out < N, other=0.0)[:, None]
+    value = low.to(tl.float32) * factor
+    if bias is not None:
+        value += tl.load(bias + out, mask=out < N, other=0.0)[:, None]
+    value = activated(value, EPILOGUE)
+    target = row[None, :] * N + out[:, None]
+    if residual is not None:
+        value += tl.load(residual + target, mask=here & there, other=0.0).to(tl.float32)
+    tl.store(y + target, value.to(y.dtype.element_ty), mask=here & there)

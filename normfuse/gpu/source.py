@@ -1,0 +1,86 @@
+"""From the name of a kernel to its function."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib
+import os
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from normfuse.errors import UsageError
+from normfuse.extras import need
+from normfuse.gpu.launch import Launch
+
+__all__ = ["OLDEST", "arguments", "function", "interpreted", "source_hash", "toolchain"]
+
+#: The first triton whose knobs, cache and PTX options are those used here; it came with torch 2.9.
+OLDEST = (3, 5)
+_FOLDER = Path(__file__).parent / "kernels"
+
+
+def toolchain() -> ModuleType:
+    """The module triton.
+
+    Raises:
+        MissingExtra: it is not installed.
+        UsageError: it is older than `OLDEST`.
+    """
+    triton = need("triton", extra="gpu")
+    found = tuple(int(p) for p in triton.__version__.split(".")[:2])
+    if found < OLDEST:
+        wanted = ".".join(map(str, OLDEST))
+        raise UsageError(f"triton {triton.__version__} is too old; expected {wanted} or later: pip install 'triton>={wanted}'")
+    return triton
+
+
+def interpreted() -> bool:
+    """Kernels run on the CPU, in Triton's interpreter: TRITON_INTERPRET=1 was set."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
+
+
+@functools.cache
+def _named(kernel: str) -> Any:
+    toolchain()
+    module, _, name = kernel.partition(".")
+    if not (_FOLDER / f"{module}.py").is_file():
+        raise UsageError(f"{kernel}: there is no file {module}.py in normfuse/gpu/kernels")
+    found = getattr(importlib.import_module(f"normfuse.gpu.kernels.{module}"), name, None)
+    if found is None or not hasattr(found, "arg_names"):
+        raise UsageError(f"{kernel}: normfuse/gpu/kernels/{module}.py has no kernel {name!r}")
+    return found
+
+
+def function(launch: Launch) -> Any:
+    """The `@triton.jit` function that `launch.kernel` names.
+
+    Raises:
+        MissingExtra: triton is not installed.
+        UsageError: there is no such kernel.
+    """
+    return _named(launch.kernel)  # remembered: an operator asks each time that it is called
+
+
+def arguments(launch: Launch, names: list[str]) -> tuple[str, ...]:
+    """What a caller passes, in the order of the parameters: inputs, outputs, "rows".
+
+    Raises:
+        UsageError: the description and the kernel do not have the same parameters.
+    """
+    given = (*(i.name for i in launch.inputs), *(o.name for o in launch.outputs), "rows")
+    if sorted([*given, *launch.constants]) != sorted(names) or [n for n in names if n in given] != list(given):
+        raise UsageError(
+            f"{launch.kernel} has the parameters {', '.join(names)}; the launch gives {', '.join(given)} and the constants "
+            f"{', '.join(launch.constants)}"
+        )
+    return given
+
+
+def source_hash() -> str:
+    """SHA-256 of the text of every kernel: they share functions, and a change of one may change another."""
+    digest = hashlib.sha256()
+    for path in sorted(_FOLDER.glob("*.py")):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
