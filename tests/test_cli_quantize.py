@@ -1,11 +1,7 @@
 """`--quantize`, `--keep` and `--calibration` on the command line: what they do, and one clear line a mistake."""
 
 import json
-import logging
-import signal
-import sys
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +10,11 @@ import torch
 from safetensors.numpy import save_file
 
 from normfuse import ShiftQuant
-from normfuse.cli import main
 from normfuse.cli.quantization import parse_quantize
 from normfuse.errors import UsageError
 from normfuse.pt2 import load_program
 from normfuse.report import Report
+from tests.cli_runner import Run, runner
 
 MODELS = """
 import torch
@@ -43,30 +39,14 @@ def quiet():
     return build()[0]
 """
 
-Run = Callable[..., tuple[int, str, str]]
 SIZE = ("--quantize", "w8a8,prefer=size")
 
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Run]:
     """Run the command in this process, in a folder with `models.py`; (exit code, standard output, standard error)."""
-    (tmp_path / "models.py").write_text(MODELS, encoding="utf-8")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [p for p in sys.path if p])
-    monkeypatch.delitem(sys.modules, "models", raising=False)
-    levels = {name: logging.getLogger(name).level for name in ("normfuse", "torch", "onnxscript", "transformers", "timm")}
-    handler = signal.getsignal(signal.SIGTERM)
-
-    def run(*args: str) -> tuple[int, str, str]:
-        code = main(args)
-        out = capsys.readouterr()
-        return code, out.out, out.err
-
-    with warnings.catch_warnings():
-        yield run
-    signal.signal(signal.SIGTERM, handler)
-    for name, level in levels.items():
-        logging.getLogger(name).setLevel(level)
+    with runner("models", MODELS, tmp_path, monkeypatch, capsys) as found:
+        yield found
 
 
 @pytest.mark.parametrize(

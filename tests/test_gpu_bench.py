@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import logging
-import signal
-import sys
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,13 +15,13 @@ from normfuse.benchmark import Engine, Schedule, measure
 from normfuse.benchmark.cuda import Placement, in_dtype, on_device
 from normfuse.benchmark.device import DeviceCall, Gpu, as_graph, find_gpu
 from normfuse.benchmark.engine import take_turn
-from normfuse.cli import main
 from normfuse.cli.bench import Settings, Workshop
 from normfuse.cli.options import Model, Pipeline
 from normfuse.engines import bench, tensorrt_engine
 from normfuse.errors import NormfuseError, UsageError
 from normfuse.pt2 import load_program, save_program
 from normfuse.sources import Options, Source
+from tests.cli_runner import Run, runner
 
 MODELS = """
 import torch
@@ -38,7 +34,6 @@ def build():
     return m, (torch.randn(4, 16),)
 """
 
-Run = Callable[..., tuple[int, str, str]]
 gpu_only = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 
 
@@ -50,23 +45,9 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Run]:
-    (tmp_path / "gpu_models.py").write_text(MODELS, encoding="utf-8")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [p for p in sys.path if p])
-    monkeypatch.delitem(sys.modules, "gpu_models", raising=False)
-    levels = {name: logging.getLogger(name).level for name in ("normfuse", "torch", "onnxscript")}
-    handler = signal.getsignal(signal.SIGTERM)
-
-    def run(*args: str) -> tuple[int, str, str]:
-        code = main(args)
-        out = capsys.readouterr()
-        return code, out.out, out.err
-
-    with warnings.catch_warnings():
-        yield run
-    signal.signal(signal.SIGTERM, handler)
-    for name, level in levels.items():
-        logging.getLogger(name).setLevel(level)
+    """Run the command in this process, in a folder with `gpu_models.py`; (exit code, standard output, standard error)."""
+    with runner("gpu_models", MODELS, tmp_path, monkeypatch, capsys) as found:
+        yield found
 
 
 # -- the command line --------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from typing import Any
 from normfuse.errors import UsageError
 from normfuse.extras import need
 
-__all__ = ["NORM_OPS", "norm_counts", "op_counts", "provenance"]
+__all__ = ["NORM_OPS", "norm_counts", "op_counts", "provenance", "read_model"]
 
 #: Normalizations, standard and of ONNX Runtime.
 NORM_OPS = frozenset(
@@ -45,7 +45,7 @@ def op_counts(model: str | Path | Any) -> dict[str, int]:
     Raises:
         UsageError: the file is missing or is no ONNX model.
     """
-    proto = _loaded(model)
+    proto = read_model(model)
     nodes = [*_nodes(proto.graph.node), *(n for f in proto.functions if f.domain != "normfuse" for n in _nodes(f.node))]
     counts = Counter(f"{n.domain}.{n.op_type}" if n.domain not in ("", "ai.onnx") else n.op_type for n in nodes)
     return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
@@ -58,10 +58,15 @@ def norm_counts(model: str | Path | Any) -> dict[str, int]:
 
 def provenance(model: str | Path | Any) -> dict[str, str]:
     """What normfuse wrote into the file: version, target, passes, error, hashes; empty for a file of another origin."""
-    return {p.key: p.value for p in _loaded(model).metadata_props if p.key.startswith("normfuse.")}
+    return {p.key: p.value for p in read_model(model).metadata_props if p.key.startswith("normfuse.")}
 
 
-def _loaded(model: str | Path | Any) -> Any:
+def read_model(model: str | Path | Any) -> Any:
+    """The ONNX file as a message, without weights that stand beside it; a message as it is.
+
+    Raises:
+        UsageError: the file is missing or is no ONNX model.
+    """
     onnx = need("onnx", extra="onnx")
     if not isinstance(model, (str, Path)):
         return model

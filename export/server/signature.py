@@ -9,6 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from normfuse.errors import UsageError
+from normfuse.export.onnx.inspect import read_model
 from normfuse.export.tensorrt.engine import manifest_path, sha256
 from normfuse.extras import need
 
@@ -88,12 +89,7 @@ def of_onnx(path: Path) -> Signature:
     """
     onnx = need("onnx", extra="onnx")
     _must_exist(path)
-    try:
-        model = onnx.load(str(path), load_external_data=False)
-    except Exception as e:  # protobuf raises DecodeError or whatever the bytes lead to
-        raise UsageError(f"{path} is not an ONNX model: {e}") from e
-    if not model.graph.node and not model.graph.output:
-        raise UsageError(f"{path} is not an ONNX model: it holds no graph")
+    model = read_model(path)
     constants = {t.name for t in model.graph.initializer}
     return Signature(
         tuple(_onnx_tensor(path, v, onnx) for v in model.graph.input if v.name not in constants),

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from normfuse.errors import ExportError, UsageError
+from normfuse.export.onnx.inspect import provenance, read_model
 from normfuse.export.tensorrt.builder import ask
 from normfuse.export.tensorrt.engine import Engine, Tensor, log_path, manifest_path, sha256
 from normfuse.export.tensorrt.flavour import find
@@ -139,10 +140,7 @@ def build_onnx(
     """
     file = Path(file)
     path = check_arguments(path, dtype, io_dtype, flavour, capabilities, (), force=force)
-    if not file.is_file():
-        raise UsageError(f"{file} does not exist")
     stated = parse_shapes(shapes)
-    need("onnx", extra="onnx")
     if dtype == "fp32":
         return _built(
             file, path, _sizes(file), stated, dtype=dtype, flavour=flavour, capabilities=capabilities, plugins={}, force=force,
@@ -244,13 +242,7 @@ def _place(
 
 def _sizes(file: Path, program: Program | None = None) -> list[InputSize]:
     """What the ONNX file says of its inputs, and what the program adds to it."""
-    onnx = need("onnx", extra="onnx")
-    try:
-        graph = onnx.load(str(file), load_external_data=False).graph
-    except Exception as e:
-        raise UsageError(f"{file} is no ONNX file: {' '.join(str(e).split())[:200]}") from e
-    if not graph.node or not graph.output:
-        raise UsageError(f"{file} is no ONNX file: it holds no graph")
+    graph = read_model(file).graph
     initializers = {i.name for i in graph.initializer}
     examples, limits = _known(program) if program is not None else ({}, {})
     found = []
@@ -338,7 +330,5 @@ def _built(
 
 def _passes(file: Path) -> tuple[tuple[str, int], ...]:
     """The passes that the ONNX file says it went through."""
-    from normfuse.export.onnx.inspect import provenance
-
     found = provenance(file).get("normfuse.passes")
     return tuple((name, count) for name, count in json.loads(found)) if found else ()

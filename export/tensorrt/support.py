@@ -8,10 +8,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from normfuse.errors import UsageError
+from normfuse.export.onnx.inspect import read_model
 from normfuse.export.tensorrt.builder import ask, refusal
 from normfuse.export.tensorrt.flavour import find
-from normfuse.extras import need
 
 __all__ = ["Node", "Support", "supported"]
 
@@ -70,13 +69,7 @@ def supported(file: str | Path, *, flavour: str | None = None) -> Support:
         MissingExtra: it is not installed.
     """
     file = Path(file)
-    if not file.is_file():
-        raise UsageError(f"{file} does not exist")
-    onnx = need("onnx", extra="onnx")
-    try:
-        graph = onnx.load(str(file), load_external_data=False).graph
-    except Exception as e:
-        raise UsageError(f"{file} is no ONNX file: {' '.join(str(e).split())[:200]}") from e
+    graph = read_model(file).graph
     module = find(flavour)
     answer = ask(module, "support", {"onnx": str(file.resolve())})
     errors = {e["node"]: e for e in answer["errors"]}

@@ -66,8 +66,8 @@ def bench(
 
     Engines: eager, compile (torch.compile), onnxruntime and tensorrt run the original. With -optimized they run
     the result, and kernels-optimized runs it with normfuse's own kernels in PyTorch. An .onnx or .engine file is
-    an engine too. Optimized are by default: onnxruntime-optimized, tensorrt-optimized against tensorrt, and
-    kernels-optimized with --device cuda. On a GPU the device is the clock.
+    an engine too. What should be faster is by default onnxruntime-optimized, tensorrt-optimized where --against is
+    tensorrt, and kernels-optimized with --device cuda. On a GPU the device is the clock.
 
     Exit code 1 when the lower end of the speedup's 95 % interval is below --at-least.
     """

@@ -144,6 +144,8 @@ def _image(launch: Launch, capability: int, made: Any, given: int) -> Image:
     target = re.search(r"^\.target\s+(\w+)", ptx, re.MULTILINE)
     if head is None or target is None:
         raise NormfuseError(f"{launch.kernel}: the PTX for compute capability {capability} has no entry or no target")
+    if re.search(r"^\s*trap;", ptx, re.MULTILINE):  # Triton says nothing when a kernel does not fit, and writes this
+        raise NormfuseError(f"{launch.kernel} does not fit compute capability {capability}: its PTX only traps; use smaller tiles")
     parameters = head[2].count(".param")
     if parameters < given:
         raise NormfuseError(f"{launch.kernel}: the entry has {parameters} parameters; expected at least {given}")

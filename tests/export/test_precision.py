@@ -564,6 +564,17 @@ def test_functions_of_normfuse_take_half(op, inputs, outputs):
     converted(model, "bf16")
 
 
+def test_function_with_a_weight_beyond_half_stays_float32():
+    model = _with_function("RmsNorm", ", w2", "float[2,8] y, float[2,8] z")
+    gain = np.full(8, 1e5, np.float32)
+    model.graph.initializers["w2"].const_value = ir.tensor(gain, name="w2")
+    low, notes = converted(model)
+    assert "w2" in notes[0]
+    (node,) = [n for n in low.graph if n.domain == "normfuse"]
+    assert {v.dtype for v in (*node.inputs, *node.outputs)} == {ir.DataType.FLOAT}
+    assert np.isfinite(run(low, small_inputs(model, np.random.default_rng(0)))[0]).all()
+
+
 def test_foreign_functions_are_islands():
     model = graph(
         "h = MatMul(x, w0)  e = mine.Twice(h)  y = MatMul(e, w0)",

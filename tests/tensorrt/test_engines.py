@@ -183,10 +183,10 @@ def test_missing_tensorrt_names_the_pip_line(monkeypatch: pytest.MonkeyPatch, tm
 
 
 def test_no_file_and_no_onnx_file(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="does not exist"):
+    with pytest.raises(UsageError, match="there is no file"):
         build_onnx(tmp_path / "none.onnx", tmp_path / "a.engine")
     (tmp_path / "text.onnx").write_text("this is no model")
-    with pytest.raises(UsageError, match="is no ONNX file"):
+    with pytest.raises(UsageError, match="is not an ONNX model"):
         build_onnx(tmp_path / "text.onnx", tmp_path / "a.engine")
 
 

@@ -168,7 +168,7 @@ class _Planner:
             follows = bool(stats or wide or integers)
         else:  # a concatenation is float32 if all of its parts are
             follows = passes and bool(floats) and (len({*stats, *wide}) == len({*floats}) or integers)
-        if node.domain != DOMAIN and (seeds or follows or refused):
+        if refused or (node.domain != DOMAIN and (seeds or follows)):
             made.high.add(node)
         if node not in made.high:
             return
