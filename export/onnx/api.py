@@ -213,6 +213,7 @@ def _bound(tolerance: float | None, model: Any, rounds: bool) -> float:
     return math.inf if rounds else tolerance_for(_dtypes(model))
 
 
+_HALF = " (float16 may be too narrow for its values: export it in bf16, or state a larger tolerance)"
 #: Operators that round what they read to integers.
 _ROUNDS = ("shiftquant_linear",)
 
@@ -327,7 +328,7 @@ def _proven(
     if not error.max_rel <= bound:
         raise ExportError(
             f"the exported model deviates from the module by {error.max_rel:.1e} relative, above the bound {bound:.0e}; "
-            "nothing was written"
+            f"nothing was written{_HALF if half else ''}"
         )
     if bound == math.inf and not sqnr >= wanted:
         raise ExportError(

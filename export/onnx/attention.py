@@ -145,6 +145,8 @@ def _attention23(site: Site, at: Build) -> bool:
     ir = at.ir
     if not site.four or site.query.dtype not in (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16):
         return False
+    if site.sizes[1] != site.sizes[2]:  # TensorRT refuses values that are wider or narrower than keys
+        return False
     # the op aligns a causal mask to the last key or to the first depending on its version: leave it out unless both agree
     causal = site.causal and site.square
     # ONNX Runtime does not broadcast the mask over queries and keys, though the standard allows it
