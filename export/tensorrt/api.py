@@ -3,35 +3,33 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from normfuse.errors import ExportError, UsageError
 from normfuse.export.onnx.inspect import provenance, read_model
+from normfuse.export.onnx.precision import DTYPES, IO_DTYPES, to_precision
 from normfuse.export.tensorrt.builder import ask
 from normfuse.export.tensorrt.engine import Engine, Tensor, log_path, manifest_path, sha256
 from normfuse.export.tensorrt.flavour import find
 from normfuse.export.tensorrt.layers import layers, memory
+from normfuse.export.tensorrt.plugins.plans import PLUGINS
 from normfuse.export.tensorrt.profiles import InputSize, Profile, complete, parse_shapes
 from normfuse.extras import need
 from normfuse.files import atomic, check_target
+from normfuse.report import Error
 
 if TYPE_CHECKING:
     from torch import nn
 
     from normfuse.export.onnx.program import Program
 
-__all__ = ["DTYPES", "PLUGINS", "build_onnx", "check_arguments", "to_tensorrt"]
+__all__ = ["Ready", "build_onnx", "check_arguments", "file_as_onnx", "module_as_onnx", "to_tensorrt"]
 
-log = logging.getLogger(__name__)
-
-DTYPES = ("fp32", "fp16", "bf16")
-#: Ops that can be one of normfuse's own kernels inside an engine.
-PLUGINS = ("rms_norm", "crms_norm", "l1_norm", "rms_norm_linear", "shiftquant_linear", "two_pass_softmax")
 _QUANTIZED = "shiftquant_linear"
 _INLINE = 2**20  # the file in between keeps its weights beside it, so that reading its signature does not read them
 _WITH_RESIDUAL = {"rms_norm": "add_rms_norm", "crms_norm": "add_crms_norm"}
@@ -77,8 +75,8 @@ def to_tensorrt(
         opset: of the ONNX file in between; older releases of TensorRT know neither RMSNormalization nor Attention of opset 23.
         attention: `attention23`, `decomposed` or `auto`.
         form: of quantized layers: `qdq` (static scales), `weight_only` (packed weights, activations in float) or `auto`.
-        plugins: ops that become normfuse's own kernels: any of `PLUGINS`. Who loads such an engine registers the plugins first
-            (`normfuse.export.tensorrt.plugins.register`, or the C++ library).
+        plugins: ops that become normfuse's own kernels, any of `normfuse.export.tensorrt.plugins.PLUGINS`. Who loads such an
+            engine registers the plugins first (`normfuse.export.tensorrt.plugins.register`, or the C++ library).
         example_inputs, dynamic_shapes: by default those of `normfuse.optimize`.
         verify: run the ONNX file in ONNX Runtime and compare it with `gm`.
         tolerance: bound on max |difference| / max |expected| of that comparison; see `to_onnx`.
@@ -90,11 +88,65 @@ def to_tensorrt(
         ExportError: the model cannot be exported, deviates, or TensorRT refuses it; the message names the module.
         MissingExtra: TensorRT, onnx, onnxscript or onnxruntime is not installed.
     """
-    from normfuse.export.onnx.api import write_onnx
-    from normfuse.export.targets import FUSED_NORM_OPSET, opset_for, target_named
 
     path = check_arguments(path, dtype, io_dtype, flavour, capabilities, plugins, force=force)
     stated = parse_shapes(shapes)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+        ready = module_as_onnx(
+            gm, Path(folder), dtype=dtype, io_dtype=io_dtype, stated=stated, capabilities=capabilities, opset=opset,
+            attention=attention, form=form, plugins=plugins, example_inputs=example_inputs, dynamic_shapes=dynamic_shapes,
+            verify=verify, tolerance=tolerance, progress=progress,
+        )  # fmt: skip
+        del gm
+        return _built(ready, path, stated, dtype=dtype, flavour=flavour, capabilities=capabilities, force=force, progress=progress)
+
+
+@dataclass(frozen=True)
+class Ready:
+    """An ONNX file as TensorRT is to read it.
+
+    Attributes:
+        file: where it stands; its weights may stand beside it.
+        inputs: what it says of its inputs.
+        plugins: number of normfuse's own kernels by op type.
+        form: what quantized layers became; None without any.
+        error: deviation from the module in ONNX Runtime; None where it was not run.
+        notes: what else the user should know.
+    """
+
+    file: Path
+    inputs: tuple[InputSize, ...]
+    plugins: dict[str, int] = field(default_factory=dict)
+    form: str | None = None
+    error: Error | None = None
+    notes: tuple[str, ...] = ()
+
+
+def module_as_onnx(
+    gm: nn.Module,
+    folder: Path,
+    *,
+    dtype: str = "fp32",
+    io_dtype: str = "fp32",
+    stated: Mapping[str, Profile] | None = None,
+    capabilities: Sequence[str] = (),
+    opset: int | None = None,
+    attention: str = "auto",
+    form: str = "auto",
+    plugins: Sequence[str] = (),
+    example_inputs: Any = None,
+    dynamic_shapes: Any = None,
+    verify: bool = True,
+    tolerance: float | None = None,
+    progress: bool = True,
+) -> Ready:
+    """The file in `folder` that `to_tensorrt` builds from; the arguments are those of it.
+
+    Raises: what `to_tensorrt` raises before it builds.
+    """
+    from normfuse.export.onnx.api import write_onnx
+    from normfuse.export.targets import FUSED_NORM_OPSET, opset_for, target_named
+
     version = opset_for(target_named("tensorrt"), opset)
     if attention == "auto":
         attention = "attention23" if version >= FUSED_NORM_OPSET else "decomposed"
@@ -102,21 +154,31 @@ def to_tensorrt(
         from normfuse.export.kernels import with_kernels
 
         gm = with_kernels(_graph(gm), _ops(plugins))
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
-        file = Path(folder, "model.onnx")
-        exported, program = write_onnx(
-            gm, file, target="tensorrt", opset=opset, example_inputs=example_inputs, dynamic_shapes=dynamic_shapes, form=form,
-            int4_initializers=False, attention=attention, verify=verify, tolerance=tolerance, threads=None, measure_seconds=0.0,
-            external_data_above=_INLINE, dtype=dtype, io_dtype=io_dtype, force=False, progress=progress,
-            kept=(*_ops(plugins), *(p for p in plugins if p == _QUANTIZED)),
-        )  # fmt: skip
-        sizes = _sizes(file, program)
-        placed = _place(file, plugins, dtype, capabilities, sizes, stated) if plugins else {}
-        del gm, program
-        return _built(
-            file, path, sizes, stated, dtype=dtype, flavour=flavour, capabilities=capabilities, plugins=placed,
-            force=force, progress=progress, facts={"error": exported.error, "form": exported.form, "notes": exported.notes},
-        )  # fmt: skip
+    file = folder / "model.onnx"
+    exported, program = write_onnx(
+        gm, file, target="tensorrt", opset=opset, example_inputs=example_inputs, dynamic_shapes=dynamic_shapes, form=form,
+        int4_initializers=False, attention=attention, verify=verify, tolerance=tolerance, threads=None, measure_seconds=0.0,
+        external_data_above=_INLINE, dtype=dtype, io_dtype=io_dtype, force=False, progress=progress,
+        kept=(*_ops(plugins), *(p for p in plugins if p == _QUANTIZED)),
+    )  # fmt: skip
+    sizes = _sizes(file, program)
+    placed = _place(file, plugins, dtype, capabilities, sizes, stated or {}) if plugins else {}
+    return Ready(file, sizes, placed, exported.form, exported.error, exported.notes)
+
+
+def file_as_onnx(file: str | Path, folder: Path, *, dtype: str = "fp32", io_dtype: str = "fp32") -> Ready:
+    """The file that `build_onnx` builds from: the one that is given, or its conversion in `folder`."""
+    file = Path(file)
+    sizes = _sizes(file)
+    if dtype == "fp32":
+        return Ready(file, sizes)
+    from normfuse.export.onnx.save import save_model
+
+    ir = need("onnx_ir", extra="onnx")
+    model = ir.load(file)
+    notes = to_precision(model, dtype, io_dtype=io_dtype)
+    save_model(model, folder / "model.onnx", limit=_INLINE)
+    return Ready(folder / "model.onnx", sizes, notes=notes)
 
 
 def build_onnx(
@@ -138,29 +200,11 @@ def build_onnx(
         ExportError: TensorRT refuses the model.
         MissingExtra: TensorRT or onnx is not installed.
     """
-    file = Path(file)
     path = check_arguments(path, dtype, io_dtype, flavour, capabilities, (), force=force)
     stated = parse_shapes(shapes)
-    if dtype == "fp32":
-        return _built(
-            file, path, _sizes(file), stated, dtype=dtype, flavour=flavour, capabilities=capabilities, plugins={}, force=force,
-            progress=progress, facts={},
-        )  # fmt: skip
-    from normfuse.export.onnx.precision import to_precision
-    from normfuse.export.onnx.save import save_model
-
-    ir = need("onnx_ir", extra="onnx")
-    sizes = _sizes(file)
-    model = ir.load(file)
-    notes = to_precision(model, dtype, io_dtype=io_dtype)
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
-        converted = Path(folder, "model.onnx")
-        save_model(model, converted, limit=_INLINE)
-        del model
-        return _built(
-            converted, path, sizes, stated, dtype=dtype, flavour=flavour, capabilities=capabilities, plugins={}, force=force,
-            progress=progress, facts={"notes": tuple(notes)},
-        )  # fmt: skip
+        ready = file_as_onnx(file, Path(folder), dtype=dtype, io_dtype=io_dtype)
+        return _built(ready, path, stated, dtype=dtype, flavour=flavour, capabilities=capabilities, force=force, progress=progress)
 
 
 def check_arguments(
@@ -184,8 +228,8 @@ def check_arguments(
         check_target(beside, force=force)
     if dtype not in DTYPES:
         raise UsageError(f"unknown dtype {dtype!r}: expected {', '.join(DTYPES)}")
-    if io_dtype not in ("fp32", "low"):
-        raise UsageError(f"unknown io_dtype {io_dtype!r}: expected fp32 or low")
+    if io_dtype not in IO_DTYPES:
+        raise UsageError(f"unknown io_dtype {io_dtype!r}: expected {' or '.join(IO_DTYPES)}")
     unknown = [name for name in plugins if name not in PLUGINS]
     if unknown:
         raise UsageError(f"no plugin is called {unknown[0]!r}: expected {', '.join(PLUGINS)}")
@@ -240,7 +284,7 @@ def _place(
     return placed
 
 
-def _sizes(file: Path, program: Program | None = None) -> list[InputSize]:
+def _sizes(file: Path, program: Program | None = None) -> tuple[InputSize, ...]:
     """What the ONNX file says of its inputs, and what the program adds to it."""
     graph = read_model(file).graph
     initializers = {i.name for i in graph.initializer}
@@ -252,7 +296,7 @@ def _sizes(file: Path, program: Program | None = None) -> list[InputSize]:
         axes = value.type.tensor_type.shape.dim
         sizes = tuple(d.dim_value if d.HasField("dim_value") else (d.dim_param or None) for d in axes)
         found.append(InputSize(value.name, sizes, examples.get(value.name), limits))
-    return found
+    return tuple(found)
 
 
 def _known(program: Program) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, int | None]]]:
@@ -270,33 +314,30 @@ def _known(program: Program) -> tuple[dict[str, tuple[int, ...]], dict[str, tupl
 
 
 def _built(
-    file: Path,
+    ready: Ready,
     path: Path,
-    sizes: Sequence[InputSize],
     stated: Mapping[str, Profile],
     *,
     dtype: str,
     flavour: str | None,
     capabilities: Sequence[str],
-    plugins: dict[str, int],
     force: bool,
     progress: bool,
-    facts: Mapping[str, Any],
 ) -> Engine:
-    """Build `file`, and write engine, manifest and log to `path` and beside it."""
-    profiles = complete(sizes, stated)
+    """Build the file, and write engine, manifest and log to `path` and beside it."""
+    profiles = complete(ready.inputs, stated)
     module = find(flavour)
     with atomic(path, force=force) as temporary:
         answer = ask(
             module,
             "build",
             {
-                "onnx": str(file.resolve()),
+                "onnx": str(ready.file.resolve()),
                 "plan": str(temporary),
                 "log": str(log_path(temporary)),
                 "profiles": {name: (p.min, p.opt, p.max) for name, p in profiles.items()},
                 "capabilities": list(capabilities),
-                "plugins": bool(plugins),
+                "plugins": bool(ready.plugins),
             },
             label=f"building {path.name} with {module}",
             progress=progress,
@@ -317,12 +358,12 @@ def _built(
             outputs=tuple(Tensor(t["name"], t["dtype"], tuple(t["shape"])) for t in answer["outputs"]),
             profiles={n: {"min": list(p.min), "opt": list(p.opt), "max": list(p.max)} for n, p in profiles.items()},
             layers=layers(answer["facts"]),
-            plugins=plugins,
-            passes=_passes(file),
-            form=facts.get("form"),
-            error=facts.get("error"),
+            plugins=ready.plugins,
+            passes=_passes(ready.file),
+            form=ready.form,
+            error=ready.error,
             seconds=answer["seconds"],
-            notes=tuple(facts.get("notes", ())),
+            notes=ready.notes,
         )
         manifest_path(temporary).write_text(result.to_json(), encoding="utf-8")
     return result

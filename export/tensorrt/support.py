@@ -60,8 +60,8 @@ class Support:
         return "\n".join(lines)
 
 
-def supported(file: str | Path, *, flavour: str | None = None) -> Support:
-    """Ask the parser about every node of the ONNX file at `file`.
+def supported(file: str | Path, *, flavour: str | None = None, plugins: bool = False) -> Support:
+    """Ask the parser about every node of the ONNX file at `file`; with `plugins`, it knows normfuse's own.
 
     Raises:
         UsageError: there is no such file, or it is no ONNX file.
@@ -71,7 +71,7 @@ def supported(file: str | Path, *, flavour: str | None = None) -> Support:
     file = Path(file)
     graph = read_model(file).graph
     module = find(flavour)
-    answer = ask(module, "support", {"onnx": str(file.resolve())})
+    answer = ask(module, "support", {"onnx": str(file.resolve()), "plugins": plugins})
     errors = {e["node"]: e for e in answer["errors"]}
     nodes = []
     for node in graph.node:

@@ -49,6 +49,11 @@ def deploy(
         _check_flavour(options)
     if accelerator:
         target = target or "tensorrt"
+    if backend != "tensorrt":
+        engine_only = {"--shapes": options.shapes, "--flavour": options.flavour, "--capability": options.capabilities}
+        for flag, value in (engine_only | {"--plugins": options.plugins}).items():
+            if value:
+                raise UsageError(f"{flag} is for TensorRT engines, and the server is to run an ONNX file: pass --backend tensorrt")
     name = where.name or re.sub(r"[^A-Za-z0-9_.-]+", "_", Path(model.source.partition(":")[2] or model.source).stem)
     version: Any = where.version if where.version == "next" else _number(where.version)
     check_place(where.folder, name, version=version, force=force)  # a taken version costs a second and not a minute

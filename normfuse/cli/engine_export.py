@@ -58,20 +58,25 @@ def to_engine(
         "progress": progress,
     }
     if is_onnx(model.source):
-        given = {
-            "--passes": pipeline.passes,
-            "--quantize": pipeline.quantize,
-            "--plugins": options.plugins,
-            "--opset": options.opset,
-        }
-        for flag, value in given.items():
-            if value:
-                raise UsageError(f"{flag} starts from the PyTorch model; {model.source} is exported already")
+        _refuse_passes(model, pipeline, options)
         return build_onnx(model.source, output, **common), None
     loaded, dynamic = fitted(model, model.load(inputs_needed=True), stated)
     fast = pipeline.run(model, loaded, dynamic_shapes=dynamic)
     del loaded
     return to_tensorrt(fast, output, opset=options.opset, form=options.form, plugins=options.plugins, **common), fast
+
+
+def _refuse_passes(model: Model, pipeline: Pipeline, options: EngineOptions) -> None:
+    """What needs the PyTorch model cannot be done to a file."""
+    given = {
+        "--passes": pipeline.passes,
+        "--quantize": pipeline.quantize,
+        "--plugins": options.plugins,
+        "--opset": options.opset,
+    }
+    for flag, value in given.items():
+        if value:
+            raise UsageError(f"{flag} starts from the PyTorch model; {model.source} is exported already")
 
 
 def dry(model: Model, pipeline: Pipeline, options: EngineOptions, *, as_json: bool) -> None:
@@ -80,27 +85,23 @@ def dry(model: Model, pipeline: Pipeline, options: EngineOptions, *, as_json: bo
     Raises:
         CheckFailed: it refuses some.
     """
-    from normfuse.export import to_onnx
+    from normfuse.export.tensorrt.api import file_as_onnx, module_as_onnx
+    from normfuse.export.tensorrt.profiles import parse_shapes
     from normfuse.export.tensorrt.support import supported
 
-    with tempfile.TemporaryDirectory(prefix="normfuse-dry-") as folder:
-        file = Path(model.source)
-        if not is_onnx(model.source):
-            from normfuse.export.tensorrt.profiles import parse_shapes
-
-            loaded, dynamic = fitted(model, model.load(inputs_needed=True), parse_shapes(options.shapes))
-            fast = pipeline.run(model, loaded, dynamic_shapes=dynamic)
-            file = Path(folder, "model.onnx")
-            to_onnx(
-                fast,
-                file,
-                target="tensorrt",
-                opset=options.opset,
-                form=options.form,
-                dtype=options.dtype,
-                io_dtype=options.io_dtype,
-            )
-        found = supported(file, flavour=options.flavour)
+    stated = parse_shapes(options.shapes)
+    with tempfile.TemporaryDirectory(prefix="normfuse-dry-") as name:
+        folder = Path(name)
+        if is_onnx(model.source):
+            _refuse_passes(model, pipeline, options)
+            ready = file_as_onnx(model.source, folder, dtype=options.dtype, io_dtype=options.io_dtype)
+        else:
+            loaded, dynamic = fitted(model, model.load(inputs_needed=True), stated)
+            ready = module_as_onnx(
+                pipeline.run(model, loaded, dynamic_shapes=dynamic), folder, dtype=options.dtype, io_dtype=options.io_dtype,
+                stated=stated, capabilities=options.capabilities, opset=options.opset, form=options.form, plugins=options.plugins,
+            )  # fmt: skip
+        found = supported(ready.file, flavour=options.flavour, plugins=bool(ready.plugins))
     if as_json:
         click.echo(json.dumps({"schema": 1, "source": model.source, **found.to_dict()}, indent=2))
     else:

@@ -72,7 +72,7 @@ _ENGINE_ONLY = {
     help="Write a model repository of NVIDIA's Triton Inference Server into this folder.",
 )
 @click.option("--name", help="Repository: name of the model.  [default: from SOURCE]")
-@click.option("--model-version", default="1", show_default=True, help="Repository: number of the version, or next.")
+@click.option("--model-version", help="Repository: number of the version, or next.  [default: 1]")
 @click.option("--backend", type=click.Choice(BACKENDS), help="Repository: what runs it.  [default: onnxruntime]")
 @report_option
 @force_option
@@ -81,7 +81,7 @@ _ENGINE_ONLY = {
 def export(
     model: Model, pipeline: Pipeline, output: Path | None, target: str | None, opset: int | None, form: str, int4: bool, dtype: str,
     io_dtype: str, profiles: tuple[str, ...], flavour: str | None, capabilities: tuple[str, ...], plugins: str | None,
-    dry_run: bool, repository: Path | None, name: str | None, model_version: str,
+    dry_run: bool, repository: Path | None, name: str | None, model_version: str | None,
     backend: str | None, report_path: Path | None, force: bool, as_json: bool, quiet: bool,
 ) -> None:  # fmt: skip
     """Optimize SOURCE, export it, and prove the file in its runtime.
@@ -97,10 +97,14 @@ def export(
 
         if output is not None:
             raise UsageError("-o and --repository both say where to write: pass one of them")
-        where = Deployment(repository, name, model_version, backend)
+        if dry_run:
+            raise UsageError("--dry-run asks about an engine: pass -o NAME.engine instead of --repository")
+        if report_path is not None:
+            raise UsageError("--report goes with -o; --json tells what --repository wrote")
+        where = Deployment(repository, name, model_version or "1", backend)
         deploy(model, pipeline, engine, where, target, int4=int4, force=force, as_json=as_json, quiet=quiet)
         return
-    for flag, value in (("--name", name), ("--backend", backend)):
+    for flag, value in (("--name", name), ("--backend", backend), ("--model-version", model_version)):
         if value is not None:
             raise UsageError(f"{flag} is for --repository")
     if output is None:

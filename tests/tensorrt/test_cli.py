@@ -31,6 +31,25 @@ def build():
     torch.manual_seed(0)
     return Net(), (torch.randn(1, 3, 9, 9),)
 
+class Wide(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.norm, self.q, self.k = nn.RMSNorm(16, eps=1e-6), nn.Linear(16, 8), nn.Linear(16, 8)
+        self.v = nn.Linear(16, width)
+        self.last = nn.RMSNorm(width, eps=1e-6)
+
+    def forward(self, x):
+        y = self.norm(x) + x
+        q, k, v = (f(y).unflatten(-1, (2, -1)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        y = torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return self.last(y)
+
+def wide():
+    return Wide(16), (torch.randn(2, 5, 16),)
+
+def even():
+    return Wide(8), (torch.randn(2, 5, 16),)
+
 def pair():
     return build()[0], (torch.randn(2, 3, 9, 9),)
 """
@@ -78,6 +97,17 @@ def test_dry_run(run: Run, tmp_path: Path) -> None:
     assert not list(tmp_path.glob("net*"))
 
 
+def test_dry_run_asks_about_what_would_be_built(run: Run, tmp_path: Path) -> None:
+    """Values wider than keys: TensorRT's attention refuses them, so that the build spells them out, and so must the dry run.
+    Plugins are there with their kernels."""
+    for flags in ((), ("--plugins", "rms_norm"), ("--dtype", "fp16")):
+        code, out, err = run("export", "engine_models:wide", "-o", "net.engine", "--dry-run", *flags)
+        assert code == 0, err
+        assert ("RmsNorm" in out) == bool("rms_norm" in flags)
+        assert "Attention" not in out
+    assert run("export", "engine_models:even", "-o", "net.engine", "--dry-run")[1].count("  Attention ") == 1
+
+
 def test_an_onnx_file_becomes_an_engine(run: Run) -> None:
     assert run("export", "engine_models:pair", "-o", "net.onnx", "--target", "tensorrt", "--dynamic", "batch")[0] == 0
     code, out, err = run("export", "net.onnx", "-o", "net.engine", "--shapes", SHAPES, "--dtype", "bf16")
@@ -101,6 +131,10 @@ def test_an_onnx_file_becomes_an_engine(run: Run) -> None:
         pytest.param(("-o", "net.engine", "--plugins", "rms_norm"), "no place for any of them", id="no-place"),
         pytest.param(("-o", "net.engine", "--repository", "repo"), "pass one of them", id="both"),
         pytest.param(("-o", "net.onnx", "--name", "net"), "--name is for --repository", id="name-alone"),
+        pytest.param(("-o", "net.onnx", "--model-version", "2"), "--model-version is for --repository", id="version-alone"),
+        pytest.param(("--repository", "repo", "--dry-run"), "pass -o NAME.engine", id="dry-repository"),
+        pytest.param(("--repository", "repo", "--report", "r.html"), "--report goes with -o", id="report-of-repository"),
+        pytest.param(("--repository", "repo", "--shapes", SHAPES), "--shapes is for TensorRT engines", id="shapes-of-server"),
         pytest.param(("--repository", "repo", "--backend", "tensorrt"), "onnxruntime+tensorrt", id="rtx-in-server"),
         pytest.param(("--repository", "repo", "--model-version", "two"), "a number from 1 on, or next", id="version"),
     ],
