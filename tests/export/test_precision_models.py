@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.export.test_precision import Big, Rms, converted, dtypes, errors, exported, ir
+from tests.export.precision_graphs import Big, Rms, converted, dtypes, errors, exported, ir
 from tests.zoo_entry import randomise_norms
 
 pytestmark = pytest.mark.filterwarnings("ignore")
