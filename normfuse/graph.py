@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import logging
 import re
@@ -111,6 +112,9 @@ class Graph:
         self.clean()
         names = self._final_names()
         root = nn.Module()
+        leaves = [str(n.target) for n in self.fx.find_nodes(op="call_module")]
+        for path in sorted(leaves, key=len):  # whole modules first: constants may lie inside them
+            _place_module(root, path, _attribute(self._owner, path))
         for node in self.fx.nodes:
             if node.op == "get_attr" and node.target in self.constants:
                 constant = self.constants[node.target]
@@ -119,7 +123,7 @@ class Graph:
                 _place(
                     root, node.target, native.clone() if constant.tensor is not None else native.contiguous(), self._owner, constant
                 )
-            elif node.op in ("get_attr", "call_module"):
+            elif node.op == "get_attr":
                 _place_module(root, str(node.target), _attribute(self._owner, str(node.target)))
         self.constants = {names[k]: Constant.of(_attribute(root, names[k]), names[k]) for k in self.constants}
         gm = fx.GraphModule(root, self.fx, name)
@@ -133,7 +137,9 @@ class Graph:
     def _final_names(self) -> dict[str, str]:
         """Names for the state dict: an expression takes the name of the weight it replaces, if that one is gone."""
         names: dict[str, str] = {k: k for k, c in self.constants.items() if c.tensor is not None and k == c.name}
-        taken = set(names.values())
+        taken = set(names.values()) | {
+            f"{n.target}.{name}" for n in self.fx.find_nodes(op="call_module") for name in _tensor_names(self.owned(str(n.target)))
+        }
         for key, constant in self.constants.items():
             if key in names:
                 continue
@@ -349,7 +355,9 @@ def _reads_shape_only(user: fx.Node, node: fx.Node) -> bool:
 
 
 def _effect(node: fx.Node) -> bool:
-    """Must the node stay although nobody reads it? A random draw that nobody reads need not."""
+    """Must the node stay although nobody reads it? A random draw that nobody reads need not, nor one of torch's own layers."""
+    if node.op == "call_module":
+        return False
     random = isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
     return node.is_impure() and not random
 
@@ -365,6 +373,10 @@ def _attribute(owner: Any, path: str) -> Any:
     for part in path.split("."):
         owner = getattr(owner, part, None)
     return owner
+
+
+def _tensor_names(module: nn.Module) -> list[str]:
+    return [name for name, _ in (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))]
 
 
 def _containers(root: nn.Module, parts: Iterable[str]) -> nn.Module:
@@ -391,4 +403,4 @@ def _place_module(root: nn.Module, path: str, value: Any) -> None:
     *folders, leaf = path.split(".")
     parent = _containers(root, folders)
     if not hasattr(parent, leaf):
-        setattr(parent, leaf, value)
+        setattr(parent, leaf, copy.deepcopy(value) if isinstance(value, nn.Module) else value)

@@ -21,7 +21,7 @@ from normfuse.aten_table import WRITES, to_aten
 from normfuse.errors import CaptureError
 from normfuse.in_place import functionalise
 from normfuse.rank import propagate_ranks
-from normfuse.traced_types import isinstance_answered
+from normfuse.traced_values import isinstance_answered
 from normfuse.tracer import Tracer
 
 __all__ = ["symbolic"]
@@ -45,7 +45,7 @@ def symbolic(model: nn.Module) -> fx.GraphModule:
         )
     root = _private_copy(model)
     # export, too, writes cudnn_enabled=False
-    with _random_state_kept() as drawn, torch.backends.cudnn.flags(enabled=False), isinstance_answered(root):
+    with _random_state_kept() as drawn, torch.backends.cudnn.flags(enabled=False), isinstance_answered():
         tracer = Tracer()
         try:
             graph = tracer.trace(root, concrete_args=_fixed_arguments(root))
@@ -120,6 +120,6 @@ def _renumbered(graph: fx.Graph) -> fx.Graph:
         name = node.target._schema.name.split("::")[-1] if isinstance(node.target, torch._ops.OpOverload) else node.name
         args, kwargs = fx.map_arg((node.args, node.kwargs), nodes.__getitem__)
         nodes[node] = new.create_node(node.op, node.target, args, kwargs, name, node.type)
-        nodes[node].meta = {key: value for key, value in node.meta.items() if key != "is_wrapped"}
+        nodes[node].meta = {key: value for key, value in node.meta.items() if key not in ("is_wrapped", "type")}
     new.lint()
     return new

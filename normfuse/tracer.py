@@ -5,7 +5,6 @@ from __future__ import annotations
 import enum
 import itertools
 import linecache
-import operator
 import sys
 import traceback
 import types
@@ -17,83 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from normfuse.traced_values import TracedConstant, TracedValue
+
 __all__ = ["Tracer"]
 
 _TORCH = str(Path(torch.__file__).parent)
 _BATCH_NORM_RANKS = {nn.BatchNorm2d: 4, nn.BatchNorm3d: 5}
-
-
-class _Value(fx.Proxy):
-    """A traced value. fx knows no `y += x` and would read it as `y = y + x`, which loses the write where `y` is a view."""
-
-    def _write(self, function: Callable[[Any, Any], Any], other: Any) -> Any:
-        return self.tracer.create_proxy("call_function", function, (self, other), {})
-
-    def __iadd__(self, other: Any) -> Any:
-        return self._write(operator.iadd, other)
-
-    def __isub__(self, other: Any) -> Any:
-        return self._write(operator.isub, other)
-
-    def __imul__(self, other: Any) -> Any:
-        return self._write(operator.imul, other)
-
-    def __itruediv__(self, other: Any) -> Any:
-        return self._write(operator.itruediv, other)
-
-    def __ipow__(self, other: Any) -> Any:
-        return self._write(operator.ipow, other)
-
-    def __ifloordiv__(self, other: Any) -> Any:
-        return self._write(operator.ifloordiv, other)
-
-    def __imod__(self, other: Any) -> Any:
-        return self._write(operator.imod, other)
-
-    def __iand__(self, other: Any) -> Any:
-        return self._write(operator.iand, other)
-
-    def __ior__(self, other: Any) -> Any:
-        return self._write(operator.ior, other)
-
-    def __ixor__(self, other: Any) -> Any:
-        return self._write(operator.ixor, other)
-
-
-class _Constant(_Value):
-    """A parameter or buffer: its shape is known, its values are not looked at."""
-
-    def __init__(self, node: fx.Node, tracer: fx.Tracer, value: Tensor) -> None:
-        super().__init__(node, tracer)
-        self.value = value
-
-    @property
-    def shape(self) -> torch.Size:
-        return self.value.shape
-
-    @property
-    def ndim(self) -> int:
-        return self.value.ndim
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.value.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.value.device
-
-    def size(self, dim: int | None = None) -> Any:
-        return self.value.shape if dim is None else self.value.shape[dim]
-
-    def dim(self) -> int:
-        return self.value.ndim
-
-    def numel(self) -> int:
-        return self.value.numel()
-
-    def __len__(self) -> int:
-        return len(self.value)
 
 
 class Tracer(fx.Tracer):
@@ -101,7 +29,7 @@ class Tracer(fx.Tracer):
 
     def __init__(self) -> None:
         super().__init__()
-        self.constants: dict[str, _Constant] = {}
+        self.constants: dict[str, TracedConstant] = {}
         self.names: dict[int, str] = {}
         self.failed: str | None = None
         self.autocast = _autocast()
@@ -183,25 +111,27 @@ class Tracer(fx.Tracer):
         return node
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
-        return _Value(node, self)
+        return TracedValue(node, self)
 
     # -- values -------------------------------------------------------------------------------------------------------------
 
-    def constant(self, tensor: Tensor) -> _Constant | None:
+    def constant(self, tensor: Tensor) -> TracedConstant | None:
         name = self.names.get(id(tensor))
         if name is None:
             return None
         if name not in self.constants:
-            self.constants[name] = _Constant(self.create_node("get_attr", name, (), {}), self, tensor)
+            self.constants[name] = TracedConstant(self.create_node("get_attr", name, (), {}), self, tensor)
         return self.constants[name]
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         """Parameters and buffers become constants of the graph when they are read."""
-        if isinstance(attr_val, Tensor) and (found := self.constant(attr_val)) is not None:
+        if not isinstance(attr_val, fx.Proxy) and isinstance(attr_val, Tensor) and (found := self.constant(attr_val)) is not None:
             return found
         return attr_val
 
     def create_arg(self, a: Any) -> Any:
+        if isinstance(a, fx.Proxy):
+            return a.node
         if isinstance(a, Tensor) and (found := self.constant(a)) is not None:
             return found.node
         if isinstance(a, dict) and is_dataclass(a):
