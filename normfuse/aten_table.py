@@ -7,6 +7,7 @@ casts, and functions whose Python body looks at shapes. What neither knows stays
 from __future__ import annotations
 
 import builtins
+import inspect
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -63,8 +64,9 @@ def _has_effect(node: fx.Node) -> bool:
         return str(node.target).endswith("_")
     if node.target is torch._assert and node.args[0] is True:
         return False
-    is_check = getattr(node.target, "__name__", "").startswith("_assert")
-    return node.op == "call_module" or node.target in WRITES or is_check or node.is_impure(impure_random=False)
+    name = str(getattr(node.target, "__name__", ""))
+    is_check, is_write = name.startswith("_assert"), node.target in WRITES or name.endswith("_") or node.kwargs.get("out") is not None
+    return node.op == "call_module" or is_write or is_check or node.is_impure(impure_random=False)
 
 
 class Lowering:
@@ -89,13 +91,24 @@ class Lowering:
         with self.graph.inserting_before(self.node):
             new = self.graph.create_node("call_function", overload, args, kwargs, name=_node_name(overload))
         new.meta = dict(self.node.meta)
-        self.kinds[new] = overload_kind(overload)
+        self.kinds[new] = self.kind_of_item(*args) if overload is operator.getitem else overload_kind(overload)
+        self.gather_part(new)
         return new
 
     def call(self, name: str, *args: Any, **kwargs: Any) -> fx.Node | None:
         """The ATen call of that name, or None when no overload takes these arguments."""
-        found = resolve(name, args, kwargs, self.kind)
-        return None if found is None else self.emit(found[0], *found[1], **found[2])
+        return self.emit_found(resolve(name, args, kwargs, self.kind))
+
+    def emit_found(self, found: Any) -> fx.Node | None:
+        """The call of an overload with its arguments; several results only where no reader could tell a list from a named tuple."""
+        if found is None:
+            return None
+        overload, args, kwargs = found
+        assert self.node is not None
+        if overload_kind(overload) == "tensors" and not all(_reads_part(user, overload) for user in self.node.users):
+            self.kinds[self.node] = "tensors"
+            return None
+        return self.emit(overload, *args, **kwargs)
 
     def visit(self, node: fx.Node) -> None:
         """Replace `node` by its ATen form, or note what kind of value it stays."""
@@ -107,7 +120,7 @@ class Lowering:
             case "call_method":
                 new = self.method(str(node.target), node.args, dict(node.kwargs))
         if new is None:
-            self.kinds[node] = self.kind_of_rest(node)
+            self.kinds[node] = self.kinds.get(node) or self.kind_of_rest(node)
             self.gather_part(node)
         else:
             node.replace_all_uses_with(new)
@@ -117,7 +130,8 @@ class Lowering:
         """Move one of several results right behind the call that makes them, where export has it."""
         if node.target is not operator.getitem or not isinstance(source := node.args[0], fx.Node) or self.kind(source) != "tensors":
             return
-        self.last_part.get(source, source).append(node)
+        last = self.last_part.get(source, source)
+        last.append(node)
         self.last_part[source] = node
 
     def function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node | None:
@@ -125,8 +139,8 @@ class Lowering:
             return None
         if isinstance(target, torch._ops.OpOverloadPacket):
             return self.call(target.__name__, *args, **kwargs) if target._qualified_op_name.startswith("aten::") else None
-        if target is builtins.getattr and self.is_tensor(args[0]):
-            return self.call(_PROPERTIES[args[1]], args[0]) if args[1] in _PROPERTIES else None
+        if target is builtins.getattr:
+            return self.attribute(*args)
         if target is operator.getitem:
             return self.getitem(*args)
         if target in _OPERATORS:
@@ -135,10 +149,10 @@ class Lowering:
             self.drop_shape_check(args[0])
             return None
         if target in _FUNCTIONS:
-            return _FUNCTIONS[target](self, *args, **kwargs)
+            return self.by_table(_FUNCTIONS[target], args, kwargs)
         name = name_of(target)
         if name in _METHODS:
-            return _METHODS[name](self, *args, **kwargs)
+            return self.by_table(_METHODS[name], args, kwargs)
         return None if name is None else self.call(name, *args, **kwargs)
 
     def method(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node | None:
@@ -149,13 +163,30 @@ class Lowering:
         if name in _CASTS and len(args) == 1 and not kwargs:
             return self.emit(aten.to.dtype, args[0], _CASTS[name])
         if name in _METHODS:
-            return _METHODS[name](self, *args, **kwargs)
+            return self.by_table(_METHODS[name], args, kwargs)
         if name == "where":
             return self.call("where", args[1], args[0], *args[2:], **kwargs) if len(args) == 3 else None
-        found = resolve(name, args, kwargs, self.kind)
+        found = resolve(name, args, kwargs, self.kind, method=True)
         # x.polygamma(n) is polygamma(n, x): only a schema that begins with the tensor is the method
         is_method = found is not None and found[0]._schema.arguments[0].name == "self"
-        return self.emit(found[0], *found[1], **found[2]) if found and is_method else None
+        return self.emit_found(found) if is_method else None
+
+    def by_table(self, lower: Callable[..., fx.Node | None], args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node | None:
+        """What a function of the tables makes of a call; None for a spelling of the arguments that it does not know."""
+        try:
+            inspect.signature(lower).bind(self, *args, **kwargs)
+        except TypeError:
+            return None
+        return lower(self, *args, **kwargs)
+
+    def attribute(self, x: Any, name: str, *default: Any) -> fx.Node | None:
+        """`x.mT`, or a result by its name, as in `x.max(1).values`."""
+        if not isinstance(x, fx.Node) or default:
+            return None
+        if self.is_tensor(x):
+            return self.call(_PROPERTIES[name], x) if name in _PROPERTIES else None
+        names = _result_names(x.target)
+        return self.emit(operator.getitem, x, names.index(name)) if name in names else None
 
     def getitem(self, x: Any, index: Any) -> fx.Node | None:
         if self.is_tensor(x):
@@ -186,6 +217,10 @@ class Lowering:
         right = args[1] if len(args) > 1 else left
         if self.is_tensor(left):
             return self.call(_OPERATORS[target], *args)
+        if target in WRITES and self.kind_of_arithmetic(args) in ("number", "size"):
+            assert self.node is not None
+            self.node.target = getattr(operator, target.__name__[1:])  # numbers are not written to: `n += 1` makes another one
+            return None
         if not self.is_tensor(right) or not (isinstance(left, int | float) or self.kind(left) in (None, "number")):
             return None
         # a number in front: Tensor.__radd__ and its kin
@@ -219,7 +254,7 @@ class Lowering:
             case "call_function" if node.target is operator.getitem:
                 found = self.kind_of_item(*node.args)
             case "call_function" if node.target in _OPERATORS:
-                found = self.kind_of_arithmetic(node)
+                found = self.kind_of_arithmetic(node.args)
         return "tensor" if found is None and node in self.proven else found
 
     def kind_of_item(self, x: Any, index: Any) -> Kind:
@@ -232,14 +267,29 @@ class Lowering:
                 return "size" if isinstance(index, slice) else "number"
         return None
 
-    def kind_of_arithmetic(self, node: fx.Node) -> Kind:
-        kinds = {self.kind(a) if isinstance(a, fx.Node) else "size" if isinstance(a, tuple | list) else "number" for a in node.args}
+    def kind_of_arithmetic(self, args: tuple[Any, ...]) -> Kind:
+        kinds = {self.kind(a) if isinstance(a, fx.Node) else "size" if isinstance(a, tuple | list) else "number" for a in args}
         if "tensor" in kinds:
             return "tensor"
         return "size" if kinds == {"size"} else "number" if kinds == {"number"} else None
 
 
+def _result_names(target: Any) -> list[str]:
+    return [r.name for r in target._schema.returns if r.name] if isinstance(target, torch._ops.OpOverload) else []
+
+
+def _reads_part(user: fx.Node, overload: Any) -> bool:
+    """Does the user read one result by number or by its name, or is it a function of torch that takes any sequence of tensors?"""
+    if user.target is operator.getitem:
+        return isinstance(user.args[1], int)
+    if user.target is builtins.getattr:
+        return user.args[1] in _result_names(overload)
+    return user.op == "call_function" and name_of(user.target) is not None
+
+
 def _node_name(overload: Any) -> str:
+    if overload is operator.getitem:
+        return "getitem"
     return str(overload._schema.name.split("::")[-1])
 
 

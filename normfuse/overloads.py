@@ -40,9 +40,16 @@ def packet(name: str) -> Any:
 
 
 def resolve(
-    name: str, args: Sequence[Any], kwargs: Mapping[str, Any], kind: KindOf
+    name: str, args: Sequence[Any], kwargs: Mapping[str, Any], kind: KindOf, *, method: bool = False
 ) -> tuple[Any, tuple[Any, ...], dict[str, Any]] | None:
     """The overload of `aten::name` that takes these arguments, with the arguments as export writes them.
+
+    Args:
+        name: of the function or tensor method.
+        args, kwargs: as the model's code passes them.
+        kind: what an argument that is a node stands for.
+        method: is it a method of a tensor? Only there PyTorch takes a list as separate arguments, as in `x.view(2, 3)`, and only
+            where the list is all that the method takes.
 
     Returns None when no overload does, when it takes no tensor (arithmetic on sizes stays arithmetic), or when a value whose
     kind is unknown leaves the choice open.
@@ -52,7 +59,7 @@ def resolve(
     for overload in _overloads(name):
         if numbers and overload._overloadname.startswith("Scalar"):
             continue
-        bound = _bind(overload._schema, args, kwargs, kind, numbers=numbers)
+        bound = _bind(overload._schema, args, kwargs, kind, numbers=numbers, method=method)
         if bound is not None:
             found.append((bound[0], overload, *bound[1:]))
     found.sort(key=lambda f: f[0])
@@ -102,18 +109,16 @@ def _usable(schema: Any) -> bool:
     return not foreign and any("Tensor" in t for t in types)
 
 
-def _bind(schema: Any, args: Sequence[Any], kwargs: Mapping[str, Any], kind: KindOf, *, numbers: bool) -> Any:
+def _bind(schema: Any, args: Sequence[Any], kwargs: Mapping[str, Any], kind: KindOf, *, numbers: bool, method: bool) -> Any:
     """(cost, args, kwargs) or None; the cost counts conversions, so that `int` wins over `int[]` for an int."""
     positional = [a for a in schema.arguments if not a.kwarg_only]
     given = _spell(schema, kwargs)
     if given is None:
         return None
     values = list(args)
-    if len(values) > 1 and len(positional) > 1 and _is_list(positional[1]) and all(_is_int(v, kind) for v in values[1:]):
-        # x.view(2, 3) and x.permute(1, 0): the sizes may come as separate arguments
-        alone = len(values) == 2
-        known = not alone or not isinstance(values[1], fx.Node) or kind(values[1]) == "number"
-        values = [values[0], values[1:]] if known and (not alone or positional[1].N is None) else values
+    if method and len(positional) == 2 and _is_list(positional[1]) and _are_items(values[1:], kind):
+        # one number is taken as it is where the schema turns it into a list by itself
+        values = values if len(values) == 2 and positional[1].N is not None else [values[0], values[1:]]
     if len(values) > len(positional):
         return None
     named = {a.name: v for a, v in zip(positional, values, strict=False)}
@@ -151,6 +156,12 @@ def _is_default(argument: Any, value: Any) -> bool:
 
 def _is_list(argument: Any) -> bool:
     return str(argument.real_type) in ("List[int]", "List[SymInt]", "Optional[List[int]]", "Optional[List[SymInt]]")
+
+
+def _are_items(values: Sequence[Any], kind: KindOf) -> bool:
+    """Are these the items of a list that were passed one by one? One value alone of unknown kind may be the list itself."""
+    alone = values[0] if len(values) == 1 else None
+    return bool(values) and all(_is_int(v, kind) for v in values) and not (isinstance(alone, fx.Node) and kind(alone) is None)
 
 
 def _is_int(value: Any, kind: KindOf) -> bool:

@@ -8,6 +8,7 @@ what reaches ATen; a wrapper whose body looks at shapes is recorded as it is and
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import random
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from normfuse.aten_table import WRITES, to_aten
+from normfuse.attribute_names import attribute_names
 from normfuse.errors import CaptureError
 from normfuse.in_place import functionalise
 from normfuse.rank import propagate_ranks
@@ -46,7 +48,7 @@ def symbolic(model: nn.Module) -> fx.GraphModule:
     root = _private_copy(model)
     # export, too, writes cudnn_enabled=False
     with _random_state_kept() as drawn, torch.backends.cudnn.flags(enabled=False), isinstance_answered():
-        tracer = Tracer()
+        tracer, before = Tracer(), _state(root)
         try:
             graph = tracer.trace(root, concrete_args=_fixed_arguments(root))
         except Exception as e:
@@ -55,11 +57,13 @@ def symbolic(model: nn.Module) -> fx.GraphModule:
         raise CaptureError(f"{type(model).__name__}.forward draws random numbers in Python while it is traced; pass example_inputs")
     _restore_names(graph, root)
     _refuse_state(graph, root)
+    _refuse_changes(root, before)
     propagate_ranks(to_aten(graph), root)
     # again, for what could be lowered once its rank was known
     propagate_ranks(to_aten(graph), root)
     functionalise(graph, root)
-    return fx.GraphModule(root, _renumbered(graph), class_name=type(model).__name__)
+    _refuse_hidden_writes(graph, root)
+    return _module(graph, root)
 
 
 @contextmanager
@@ -111,6 +115,49 @@ def _refuse_state(graph: fx.Graph, root: nn.Module) -> None:
         if node.op in ("call_function", "call_method") and written and getattr(node.args[0], "op", "") == "get_attr":
             state = node.args[0].target
             raise CaptureError(f"{type(root).__name__}.forward writes to {state!r} in eval mode; pass example_inputs")
+
+
+def _state(root: nn.Module) -> dict[str, Any]:
+    """What a call may not change: tensors by identity, numbers and flags by value."""
+    found: dict[str, Any] = {}
+    for path, module in root.named_modules():
+        tensors = {**module._parameters, **module._buffers}
+        own = {k: v for k, v in vars(module).items() if isinstance(v, bool | int | float | str) and k != "training"}
+        found |= {f"{path}.{k}".lstrip("."): v if k in own else id(v) for k, v in {**tensors, **own}.items()}
+    return found
+
+
+def _refuse_changes(root: nn.Module, before: dict[str, Any]) -> None:
+    after = _state(root)
+    changed = next((name for name, value in before.items() if name not in after or after[name] != value), None)
+    if changed is not None:
+        raise CaptureError(f"{type(root).__name__}.forward writes to {changed!r} in eval mode; pass example_inputs")
+
+
+def _refuse_hidden_writes(graph: fx.Graph, root: nn.Module) -> None:
+    """Writes that no schema shows: `out=`, lists of tensors (`torch._foreach_add_`), `y += 1` where nobody knows what y is."""
+    for node in graph.nodes:
+        name = str(getattr(node.target, "__name__", ""))
+        plain = node.op == "call_function" and not isinstance(node.target, torch._ops.OpOverload)
+        in_place = plain and (node.target in WRITES or (name.endswith("_") and not name.startswith("_assert")))
+        if in_place or node.kwargs.get("out") is not None:
+            written = "out=" if node.kwargs.get("out") is not None else name
+            raise CaptureError(
+                f"{type(root).__name__} writes in place ({written}), and without shapes nobody knows who reads that; pass example_inputs"
+            )
+
+
+def _module(graph: fx.Graph, root: nn.Module) -> fx.GraphModule:
+    """The graph with what it reads, under names that generated code can read."""
+    graph = _renumbered(graph)
+    held = {str(n.target): n for n in graph.nodes if n.op in ("get_attr", "call_module")}
+    names = attribute_names(held)
+    found = {names[path]: functools.reduce(getattr, path.split("."), root) for path in held}
+    for node in graph.nodes:
+        if node.op in ("get_attr", "call_module"):
+            node.target = names[str(node.target)]
+    gm = fx.GraphModule(found, graph, class_name=type(root).__name__)
+    return gm.eval()
 
 
 def _renumbered(graph: fx.Graph) -> fx.Graph:

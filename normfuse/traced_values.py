@@ -34,6 +34,11 @@ class TracedValue(fx.Proxy):
             raise AttributeError(f"'Tensor' object has no attribute {name!r}")
         return _Attribute(self, name)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("shape", "data", "grad", "requires_grad", "names") or (not name.startswith("_") and hasattr(Tensor, name)):
+            raise fx.proxy.TraceError(f"an assignment to .{name} writes in place")
+        super().__setattr__(name, value)
+
     def __hash__(self) -> int:
         raise fx.proxy.TraceError("a value that is looked up in a set or a dictionary is not known")
 

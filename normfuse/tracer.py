@@ -154,6 +154,7 @@ class Tracer(fx.Tracer):
         where = f" at {frames[-1].filename}:{frames[-1].lineno}: `{frames[-1].line}`" if frames else ""
         module = f"module {self.failed!r}" if self.failed else "the model"
         reason = str(error).split("\n")[0].split(". ")[0] or type(error).__name__
+        reason = reason.replace("'TracedValue' object", "a traced value").replace("Proxy object", "a traced value")
         return f"cannot trace {module}{where} without shapes ({reason}); pass example_inputs"
 
 
