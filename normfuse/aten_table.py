@@ -54,6 +54,8 @@ def to_aten(graph: fx.Graph) -> fx.Graph:
     lowering = Lowering(graph)
     for node in list(graph.nodes):
         lowering.visit(node)
+    for node in graph.nodes:
+        node.meta["kind"] = lowering.kind(node)
     graph.eliminate_dead_code(_has_effect)
     return graph
 

@@ -272,6 +272,7 @@ class Graph:
             key = self._new_key(constant)
         with self.fx.inserting_before(before):
             node = self.fx.create_node("get_attr", key, name=re.sub(r"\W", "_", constant.name or key))
+        node.meta |= {"rank": constant.ndim, "dtypes": frozenset({constant.dtype})}
         mode = self.fake_mode
         if mode is not None:
             with mode:
@@ -293,6 +294,8 @@ class Graph:
         if not isinstance(new, fx.Node):
             raise RewriteError(f"the replacement of {node.name} is not a tensor of the graph: {new!r}")
         if new is not node:
+            if "dtypes" in node.meta:
+                new.meta.setdefault("dtypes", node.meta["dtypes"])
             node.replace_all_uses_with(new)
         return new
 

@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 
 from normfuse.aten_table import WRITES, to_aten
 from normfuse.attribute_names import attribute_names
+from normfuse.dtypes import propagate_dtypes
 from normfuse.errors import CaptureError
 from normfuse.in_place import functionalise
 from normfuse.rank import propagate_ranks
@@ -61,6 +62,7 @@ def symbolic(model: nn.Module) -> fx.GraphModule:
     propagate_ranks(to_aten(graph), root)
     # again, for what could be lowered once its rank was known
     propagate_ranks(to_aten(graph), root)
+    propagate_dtypes(graph, root)
     functionalise(graph, root)
     _refuse_hidden_writes(graph, root)
     return _module(graph, root)
