@@ -29,7 +29,7 @@ _OPERATORS: dict[Any, str] = {
     operator.add: "add", operator.sub: "sub", operator.mul: "mul", operator.truediv: "div", operator.pow: "pow",
     operator.iadd: "add_", operator.isub: "sub_", operator.imul: "mul_", operator.itruediv: "div_", operator.ipow: "pow_",
     operator.floordiv: "floor_divide", operator.mod: "remainder", operator.matmul: "matmul",
-    operator.neg: "neg", operator.abs: "abs", operator.invert: "bitwise_not",
+    operator.neg: "neg", operator.pos: "positive", operator.abs: "abs", operator.invert: "bitwise_not",
     operator.and_: "__and__", operator.or_: "__or__", operator.xor: "__xor__",
     operator.lt: "lt", operator.le: "le", operator.gt: "gt", operator.ge: "ge", operator.eq: "eq", operator.ne: "ne",
 }
@@ -67,7 +67,10 @@ def _has_effect(node: fx.Node) -> bool:
     if node.target is torch._assert and node.args[0] is True:
         return False
     name = str(getattr(node.target, "__name__", ""))
-    is_check, is_write = name.startswith("_assert"), node.target in WRITES or name.endswith("_") or node.kwargs.get("out") is not None
+    is_check, is_write = (
+        name.startswith("_assert"),
+        node.target in WRITES or name.endswith("_") or node.kwargs.get("out") is not None,
+    )
     return node.op == "call_module" or is_write or is_check or node.is_impure(impure_random=False)
 
 

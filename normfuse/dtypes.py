@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import operator
+import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -21,7 +22,7 @@ aten = torch.ops.aten
 
 _INTEGERS = frozenset({torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64})
 _FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
-ALL = _INTEGERS | _FLOATS | {torch.complex64, torch.complex128}
+ALL = _INTEGERS | _FLOATS | {torch.complex32, torch.complex64, torch.complex128}
 """What a value may be of which nothing is known."""
 
 Dtypes = frozenset[torch.dtype]
@@ -169,7 +170,9 @@ def _backward(node: fx.Node) -> Iterator[tuple[fx.Node, Dtypes]]:
             if name not in _PARTS:
                 yield tensors[0], out
         elif len({*tensors}) == len(tensors):
-            passed = [dtypes for result, dtypes in _trials(node, node.target) if not isinstance(result, torch.dtype) or result in out]
+            passed = [
+                dtypes for result, dtypes in _trials(node, node.target) if not isinstance(result, torch.dtype) or result in out
+            ]
             if passed:
                 yield from ((x, frozenset(d[i] for d in passed)) for i, x in enumerate(tensors))
 
@@ -195,13 +198,16 @@ def _trials(node: fx.Node, target: Any) -> list[_Trial]:
     if combinations > _MOST:
         return []
     place = {x: i for i, x in enumerate(tensors)}
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: _Stand(place.get(n, -1)))
+    stand: Any = lambda n: _Stand(place.get(n, -1))  # noqa: E731 - map_arg has no type for it
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), stand)
     if not tensors and any(a.name == "device" for a in target._schema.arguments):
         kwargs = {**kwargs, "device": "meta"}
     args = (args[:2], {}) if getattr(node.target, "__name__", "") == "affine" else (args, kwargs)
     key = (target, repr(args), tuple(map(tuple, sets)), tuple(ranks), torch.get_default_dtype())
     if key not in _tried:
-        _tried[key] = list(_try(target, args, sets, ranks))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            _tried[key] = list(_try(target, args, sets, ranks))
     return _tried[key]
 
 
@@ -223,7 +229,7 @@ def _try(target: Any, arguments: Any, sets: list[list[torch.dtype]], ranks: list
             args, kwargs = _filled(arguments, [*made, number])
             try:
                 out = target(*args, **kwargs)
-            except Exception:  # not for these dtypes, or not for these sizes  # noqa: S112
+            except Exception:  # not for these dtypes, or not for these sizes
                 continue
             found = tuple(o.dtype for o in out) if isinstance(out, tuple | list) else getattr(out, "dtype", None)
             yield found, dtypes

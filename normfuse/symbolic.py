@@ -145,7 +145,8 @@ def _refuse_hidden_writes(graph: fx.Graph, root: nn.Module) -> None:
         if in_place or node.kwargs.get("out") is not None:
             written = "out=" if node.kwargs.get("out") is not None else name
             raise CaptureError(
-                f"{type(root).__name__} writes in place ({written}), and without shapes nobody knows who reads that; pass example_inputs"
+                f"{type(root).__name__} writes in place ({written}), and without shapes nobody knows who reads that; "
+                "pass example_inputs"
             )
 
 

@@ -15,7 +15,11 @@ __all__ = ["type_of"]
 
 
 _ATTRIBUTES: dict[str, type] = {
-    **{"shape": torch.Size, "dtype": torch.dtype, "device": torch.device, "layout": torch.layout, "ndim": int},
+    "shape": torch.Size,
+    "dtype": torch.dtype,
+    "device": torch.device,
+    "layout": torch.layout,
+    "ndim": int,
     **dict.fromkeys(("is_cuda", "is_meta", "requires_grad", "is_sparse", "is_quantized"), bool),
     **dict.fromkeys(("T", "mT", "H", "mH", "data", "real", "imag"), Tensor),
 }

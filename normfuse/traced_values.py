@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 
 from normfuse.traced_types import type_of
@@ -142,7 +141,7 @@ class TracedConstant(TracedValue):
 
 @contextmanager
 def isinstance_answered() -> Iterator[None]:
-    """Inside the block, `isinstance` answers for the value at run time, in every file; about anything else it says what it always says."""
+    """Inside the block `isinstance` knows, in every file, what traced values stand for; for other values it is what it always is."""
     plain = builtins.isinstance
 
     def answered(value: Any, kinds: Any) -> bool:
@@ -153,7 +152,7 @@ def isinstance_answered() -> Iterator[None]:
             raise fx.proxy.TraceError(f"the type of {value.node.name} is not known")
         return issubclass(found, kinds) or issubclass(type(value), kinds)
 
-    builtins.isinstance = answered  # type: ignore[assignment]
+    builtins.isinstance = answered
     try:
         yield
     finally:
