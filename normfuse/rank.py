@@ -25,7 +25,6 @@ _SAME = {
         "hardswish",
         "hardsigmoid",
         "leaky_relu",
-        "prelu",
         "elu",
         "selu",
         "celu",
@@ -45,7 +44,7 @@ _SAME = {
         "exp",
         "log",
     ),
-    *("sqrt", "rsqrt", "reciprocal", "square", "clamp", "clamp_min", "clamp_max", "clone", "contiguous", "alias", "detach", "to"),
+    *("sqrt", "rsqrt", "reciprocal", "square", "clone", "contiguous", "alias", "detach", "to"),
     *(
         "conv1d",
         "conv2d",
@@ -70,7 +69,6 @@ _SAME = {
     ),
     *("adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "pad", "transpose", "slice", "roll", "flip", "cumsum"),
     *(
-        "adaptive_max_pool2d",
         "pixel_shuffle",
         "pixel_unshuffle",
         "channel_shuffle",
@@ -81,13 +79,11 @@ _SAME = {
     ),
     *(
         "glu",
-        "threshold",
         "hardshrink",
+        "threshold",
+        "prelu",
         "log_sigmoid",
         "reflection_pad2d",
-        "masked_fill",
-        "rsub",
-        "scaled_dot_product_attention",
         "erf",
     ),
     *("upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "upsample_bilinear2d", "upsample_bicubic2d"),
@@ -107,6 +103,18 @@ _BROADCAST = {
     "maximum",
     "minimum",
     "where",
+    "rsub",
+    "clamp",
+    "clamp_min",
+    "clamp_max",
+    "masked_fill",
+    "scaled_dot_product_attention",
+    "lerp",
+    "addcmul",
+    "addcdiv",
+    "floor_divide",
+    "remainder",
+    "__xor__",
     "__and__",
     "__or__",
 }
@@ -145,12 +153,13 @@ def _set(node: fx.Node, rank: int | None) -> bool:
 
 def _rank(value: Any) -> int | None:
     """0 for a number; None for a node whose rank is open."""
-    return value.meta.get("rank") if isinstance(value, fx.Node) else 0
+    return value.meta.get("rank", 0 if value.meta.get("kind") == "number" else None) if isinstance(value, fx.Node) else 0
 
 
 def _name(node: fx.Node) -> str:
     is_aten = node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload)
-    return str(node.target._schema.name).removeprefix("aten::").removesuffix("_") if is_aten else ""  # type: ignore[union-attr]
+    name = str(node.target._schema.name).removeprefix("aten::") if is_aten else ""  # type: ignore[union-attr]
+    return name if name.endswith("__") else name.removesuffix("_")
 
 
 def _argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
@@ -168,7 +177,7 @@ def _forward(node: fx.Node) -> int | None:
     if name in _LISTED and isinstance(node.args[1], list | tuple):
         return len(node.args[1])
     if name in _BROADCAST:
-        ranks = [_rank(a) for a in node.args if isinstance(a, fx.Node)]
+        ranks = [_rank(a) for a in node.all_input_nodes]
         return None if None in ranks else max(r for r in ranks if r is not None)
     if name == "embedding":
         indices = _rank(node.args[1])
@@ -180,7 +189,8 @@ def _forward(node: fx.Node) -> int | None:
     if name in _SAME or name == "cat":
         return x
     if name in _REDUCTIONS and isinstance(dims := _argument(node, 2 if name == "linalg_vector_norm" else 1, "dim"), list | tuple):
-        return x if _keeps_dims(node, name) else x - len(dims)
+        # no dimensions named means all of them
+        return x if _keeps_dims(node, name) else x - len(dims) if dims else 0
     if name in ("unsqueeze", "stack"):
         return x + 1
     if name == "select":
@@ -224,7 +234,7 @@ def _backward(node: fx.Node) -> list[tuple[fx.Node, int]]:
     if name == "cat" and isinstance(first, list | tuple):
         return [(x, out) for x in first if isinstance(x, fx.Node)]
     if name in _BROADCAST:
-        operands = [a for a in node.args if isinstance(a, fx.Node)]
+        operands = [a for a in node.all_input_nodes if a.meta.get("kind") != "number"]
         lower = [a for a in operands if (r := _rank(a)) is not None and r < out]
         # all but one operand are smaller than the result: the last one makes its rank
         return [(a, out) for a in operands if a not in lower] if len(lower) == len(operands) - 1 else []

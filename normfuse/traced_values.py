@@ -141,7 +141,7 @@ class TracedConstant(TracedValue):
 
 @contextmanager
 def isinstance_answered() -> Iterator[None]:
-    """Inside the block `isinstance` knows, in every file, what traced values stand for; for other values it is what it always is."""
+    """Inside the block `isinstance` knows, in every file, what traced values stand for."""
     plain = builtins.isinstance
 
     def answered(value: Any, kinds: Any) -> bool:

@@ -181,6 +181,7 @@ def _rank_check_removed(module: nn.Module) -> int | None:
     if not isinstance(module, nn.modules.batchnorm._BatchNorm) or check is None or check.__module__ != "torch.nn.modules.batchnorm":
         return None
     module._check_input_dim = lambda input: None  # type: ignore[method-assign]
+    module._check_non_zero_input_channels = lambda input: None
     return next((rank for kind, rank in _BATCH_NORM_RANKS.items() if check is kind._check_input_dim), None)
 
 
