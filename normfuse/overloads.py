@@ -31,6 +31,8 @@ _NAMED_TYPES = {torch.dtype: "ScalarType", torch.device: "Device", torch.layout:
 _MISSING = object()
 # cost of taking a value whose kind is unknown; a conversion costs 1
 _UNKNOWN = 100
+# cost of a list that may also be a number: the schema would have to say which
+_OPEN = 10_000
 
 
 def packet(name: str) -> Any:
@@ -63,7 +65,7 @@ def resolve(
         if bound is not None:
             found.append((bound[0], overload, *bound[1:]))
     found.sort(key=lambda f: f[0])
-    if not found or (len(found) > 1 and found[0][0] == found[1][0] >= _UNKNOWN):
+    if not found or found[0][0] >= (_UNKNOWN if len(found) > 1 else _OPEN):
         return None
     return found[0][1:]
 
@@ -217,8 +219,7 @@ def _fit_list(value: Any, argument: Any, element: str, kind: KindOf) -> tuple[in
         if found is not None and found == whole:
             return 0, value
         if found is None:
-            # one number or a whole list of them?
-            return None
+            return _OPEN, value
     if isinstance(value, torch.Size | tuple | list):
         items = [_fit_item(v, element, kind) for v in value]
         return None if None in items else (sum(i[0] for i in items if i), [i[1] for i in items if i])
