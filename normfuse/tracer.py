@@ -180,8 +180,8 @@ def _rank_check_removed(module: nn.Module) -> int | None:
     check = getattr(type(module), "_check_input_dim", None)
     if not isinstance(module, nn.modules.batchnorm._BatchNorm) or check is None or check.__module__ != "torch.nn.modules.batchnorm":
         return None
-    module._check_input_dim = lambda input: None  # type: ignore[method-assign]
-    module._check_non_zero_input_channels = lambda input: None
+    for name in ("_check_input_dim", "_check_non_zero_input_channels"):
+        setattr(module, name, lambda input: None)
     return next((rank for kind, rank in _BATCH_NORM_RANKS.items() if check is kind._check_input_dim), None)
 
 
