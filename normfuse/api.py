@@ -112,7 +112,7 @@ def optimize(
     graph, reports = proven.graph, proven.reports
     before, after = _norm_counts(original), _norm_counts(graph) + _spelt_out(pipeline, reports)
     gm = graph.to_module(type(model).__name__ if not isinstance(model, fx.GraphModule) else "Optimized")
-    notes = captured.notes + _changes(pipeline, reports) + told + proven.notes + ((silent,) if silent else ())
+    notes = (*captured.notes, *_changes(pipeline, reports), *told, *proven.notes, *([silent] if silent else []))
     if given is not None and captured.has_inputs:
         call = Call(captured.args, captured.kwargs or {})
         notes += settle(gm, call, given.native(call))
@@ -122,7 +122,8 @@ def optimize(
         notes += ("not verified: the model was traced without example inputs",)
     sizes = _sizes(original, graph, quantize is not None)
     report = Report(
-        tuple(_last_word(reports)), proven.exact, proven.drift, *_norms(before, after), *sizes, notes, perf_counter() - start, silent
+        tuple(_last_word(reports)), proven.exact, proven.drift, *_norms(before, after), *sizes, notes,
+        perf_counter() - start, silent,
     )  # fmt: skip
     log.info("optimize: %d applied, %d refused in %.1f s", len(report.applied), len(report.refused), report.seconds)
     return Record(captured.args, captured.kwargs or {}, captured.has_inputs, captured.dynamic_shapes, report).attach(gm)

@@ -6,7 +6,7 @@ which `torch.set_default_dtype` is not.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -34,9 +34,10 @@ _BOUNDED = {aten.sigmoid, aten.tanh, aten.erf, aten.sin, aten.cos, aten._softmax
 
 
 _MOVES = {
-    aten.clone, aten._to_copy, aten.copy, aten.cat, aten.stack, aten.index, aten.index_select, aten.gather, aten.embedding, aten.where,
-    aten.constant_pad_nd, aten.roll, aten.flip, aten.repeat, aten.neg, aten.abs, aten.relu, aten.sort, aten.topk, aten.max, aten.min,
-    aten.lift_fresh_copy, aten.full, aten.zeros, aten.ones, aten.scalar_tensor, aten.empty, aten.arange, aten.masked_fill,
+    aten.clone, aten._to_copy, aten.copy, aten.cat, aten.stack, aten.index, aten.index_select, aten.gather, aten.embedding,
+    aten.constant_pad_nd, aten.roll, aten.flip, aten.repeat, aten.neg, aten.abs, aten.relu, aten.sort, aten.topk, aten.max,
+    aten.min, aten.lift_fresh_copy, aten.full, aten.zeros, aten.ones, aten.scalar_tensor, aten.empty, aten.arange,
+    aten.where, aten.masked_fill,
 }  # fmt: skip
 """Results are values that went in: nothing rounds."""
 
@@ -67,6 +68,9 @@ class Float64(TorchDispatchMode):
     """
 
     supports_higher_order_operators = True
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
@@ -113,7 +117,7 @@ class Stirred(TorchDispatchMode):
     supports_higher_order_operators = True
 
     def __init__(self, seed: int, unit: float | None = None) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._generator = torch.Generator().manual_seed(seed)
         self._unit = unit
 
@@ -149,8 +153,8 @@ class Untouched(TorchDispatchMode):
 
     supports_higher_order_operators = True
 
-    def __init__(self, tensors: Iterator[Tensor]) -> None:
-        super().__init__()
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
         self._held = {_storage(t) for t in tensors} - {None}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:

@@ -144,7 +144,7 @@ class Original:
             Exception: whatever the model raises.
         """
         try:
-            with Untouched(iter(self._module.parameters())):
+            with Untouched(self._module.parameters()):
                 return self._run(self._module, call.copied())
         except WritesWeights:
             self._module = copy.deepcopy(self._module)  # embeddings with max_norm renormalize their table as they read it

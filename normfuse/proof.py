@@ -1,9 +1,9 @@
 """Is a rewritten graph the model? Compared with the module that the user gave, in its own dtypes and in float64.
 
-Two bounds, each for its question. In float64 a rewrite is an identity or it is none. In the model's own dtypes it may move values by
-roundings, as many as the depth of the model explains, and may neither overflow nor change a dtype. Both are relative to the largest
-value of an output, or, where that is more, to how far the model itself moves when each of its operators rounds another way: no
-comparison can tell more than that.
+Two bounds, each for its question. In float64 a rewrite is an identity or it is none. In the model's own dtypes it may move
+values by roundings, as many as the depth of the model explains, and may neither overflow nor change a dtype. Both are relative
+to the largest value of an output, or, where that is more, to how far the model itself moves when each of its operators rounds
+another way: no comparison can tell more than that.
 """
 
 from __future__ import annotations
@@ -153,7 +153,8 @@ class Proof:
         silent = [_silence([outputs[i] for outputs in runs]) for i in range(len(runs[0]))]
         if not all(silent):
             return ""
-        return f"nothing was compared: {'the output is' if len(silent) == 1 else 'all outputs are'} {' or '.join(dict.fromkeys(silent))}"
+        which = "the output is" if len(silent) == 1 else "all outputs are"
+        return f"nothing was compared: {which} {' or '.join(dict.fromkeys(silent))}"
 
     # -- comparing -----------------------------------------------------------------------------------------------------
 
@@ -225,7 +226,8 @@ class Proof:
             return True
         if exact:  # what the model asks of a dtype it asks of float64 too: another function
             self._told[
-                "in float64 the model as it was given is another function than in its own dtypes; the proof starts at the captured graph"
+                "in float64 the model as it was given is another function than in its own dtypes; there the proof starts at the "
+                "captured graph"
             ] = None
             self._models[True] = None
             self._expected.pop(True, None)
@@ -278,7 +280,7 @@ class Proof:
         return method(self._as_call(values)).outputs
 
     def _moves(self, bound: float, *, exact: bool) -> list[list[float]]:
-        """For each sample and output, the scale at which the model's own moves, when it rounds another way, are within the bound."""
+        """For each sample and output, the scale at which the model's own moves keep the bound; see `moves`."""
         if exact not in self._floors:
             self._floors[exact] = [
                 moves(outputs, partial(self._stirred, values, exact=exact))
@@ -311,7 +313,7 @@ class Proof:
 
 
 def moves(outputs: Sequence[Tensor], stirred: Callable[[int], Sequence[Tensor]]) -> list[float]:
-    """For each output, how far a sound comparison may find it: a margin times the most that it moves when the model rounds another way.
+    """For each output, how far it may be found: a margin times the most that it moves when the model rounds another way.
 
     Args:
         outputs: of the model.

@@ -17,7 +17,7 @@ aten = torch.ops.aten
 
 
 def settle(gm: fx.GraphModule, call: Call, model: Run) -> tuple[str, ...]:
-    """Hold a call of `gm` against the same call of the model; outputs that would share memory which were the caller's own are cloned.
+    """Hold a call of `gm` against the same call of the model; outputs that newly share memory are cloned.
 
     Args:
         gm: the result; changed in place where an output needs memory of its own.

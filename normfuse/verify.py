@@ -112,7 +112,7 @@ def _deviation(a: Tensor, b: Tensor, dtype: str, floor: float) -> Error:
 
 
 def distance(a: Tensor, b: Tensor) -> float:
-    """max |a − b|; 1 for integers and booleans that differ, infinite where one is finite (or another infinity) and the other not."""
+    """max |a − b|; 1 for integers and booleans that differ, infinite where only one is NaN or infinite."""
     if a.numel() == 0:
         return 0.0
     if not is_float(a) or not is_float(b):

@@ -1,5 +1,6 @@
 """What the proof sees: the module as it was given, its dtypes, its memory, what it does to its inputs, and when it sees nothing."""
 
+import contextlib
 import copy
 import threading
 
@@ -9,8 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import normfuse
-from normfuse.errors import CaptureError, UsageError
 from normfuse.capture import capture
+from normfuse.errors import CaptureError, UsageError
 from normfuse.graph import Graph
 from normfuse.modes import Float64, Stirred
 from normfuse.proof import Proof
@@ -217,10 +218,8 @@ def test_an_input_of_another_dtype_is_named(model, x, named):
 def test_an_embedding_that_renormalizes_its_table_leaves_the_users_alone():
     model = nn.Sequential(nn.Embedding(8, 4, max_norm=0.1), nn.Linear(4, 4)).eval()
     before = model[0].weight.clone()
-    try:
+    with contextlib.suppress(CaptureError):
         normfuse.optimize(model, (torch.arange(8),))
-    except CaptureError:
-        pass
     assert torch.equal(model[0].weight, before)
 
 

@@ -158,7 +158,7 @@ def _floors(program: Program, flat: Sequence[Any], expected: Sequence[Tensor], b
         with Stirred(seed, unit):
             return program.reference(flat)
 
-    return [move / bound for move in moves(expected, moved)]
+    return [move / bound if bound else 0.0 for move in moves(expected, moved)]
 
 
 def _trials(program: Program) -> Iterator[tuple[str, list[Any]]]:
@@ -206,7 +206,7 @@ def _other_sizes(program: Program, flat: Sequence[Any]) -> list[tuple[int, ...]]
 
 def _next(size: Any, now: int, ranges: Any) -> dict[Any, int]:
     """The symbol that a size depends on, one larger than now, or smaller where its range ends; a size may be a multiple of it."""
-    import sympy
+    import sympy  # comes with torch, whose sizes are its expressions
 
     symbols = size.free_symbols
     if len(symbols) != 1:

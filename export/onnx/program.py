@@ -52,7 +52,7 @@ class Program:
         return dict(zip(self.inputs, (leaf for leaf in flat if isinstance(leaf, Tensor)), strict=True))
 
     def reference(self, flat: Sequence[Any], *, rounding: float = 0.0) -> list[Tensor]:
-        """Tensor outputs of the module on copies of the leaves `flat`; with all its floats changed by up to `rounding`, relatively."""
+        """Tensor outputs of the module on copies of `flat`; with all its floats changed by up to `rounding`, relatively."""
         own = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in flat]  # a model may write to its inputs
         args, kwargs = pytree.tree_unflatten(own, self.exported.call_spec.in_spec)
         with torch.no_grad():
