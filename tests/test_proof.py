@@ -14,10 +14,11 @@ from normfuse.capture import capture
 from normfuse.errors import CaptureError, UsageError
 from normfuse.graph import Graph
 from normfuse.modes import Float64, Stirred
+from normfuse.passes import PASSES
 from normfuse.proof import Proof
 from normfuse.report import PassReport
 from normfuse.verify import evaluate
-from normfuse.views import Linear
+from normfuse.views import Linear, affine
 
 
 def lively(model):
@@ -395,3 +396,40 @@ def test_a_graph_that_writes_to_its_input_is_evaluated_on_copies():
     assert not Proof(graph, [x]).judge(graph).fault
     assert torch.equal(x, kept)
     assert evaluate(graph, [x.clone()], exact=True)[0].dtype == torch.float64
+
+
+class Affines:
+    """A `realise` that is wrong as a whole: no single site of it is."""
+
+    name = "realise"
+
+    def __call__(self, graph):
+        PASSES["realise"](graph)
+        output = graph.fx.output_node()
+        (leaf,) = output.args[0]
+        output.args = ((graph.call(torch.ops.aten.mul.Tensor, (leaf, 2.0), output, leaf),),)
+        return PassReport(self.name)
+
+
+def test_without_realise_no_pass_stands():
+    model, x = lively(nn.Sequential(nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 4))), torch.randn(3, 4)
+    fast = normfuse.optimize(model, (x,), passes=["expose", Affines()])
+    assert [site.path for site in normfuse.report(fast).undone] == [""]
+    assert not any(n.target is affine for n in fast.graph.nodes)
+    torch.testing.assert_close(fast(x), model(x))
+
+
+def test_norms_inside_of_conditions_are_counted_where_they_stand():
+    class Branches(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.n, self.m = nn.Linear(4, 4), nn.LayerNorm(4), nn.BatchNorm1d(4)
+
+        def forward(self, x):
+            return torch.cond(x.sum() > 0, lambda v: self.n(v), lambda v: v * 2, (self.a(self.m(x)),))
+
+    model, x = lively(Branches()), torch.randn(3, 4)
+    report = normfuse.report(normfuse.optimize(model, (x,)))
+    assert report.norms_before == {"batch_norm": 1, "layer_norm": 1}
+    assert report.norms_after == {"batch_norm": 0, "layer_norm": 1}
+    assert report.exact.max_rel <= 1e-9
