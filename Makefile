@@ -3,13 +3,14 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+CONSTRAINTS ?= requirements/constraints.txt
 WORKERS ?= 2
 PYTEST_ARGS ?=
 
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet install --constraint requirements/constraints.txt
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet install --constraint $(CONSTRAINTS)
 KERNELS := $(wildcard native/*.cpp native/*.h)
-NEEDS := pyproject.toml requirements/constraints.txt setup.py $(KERNELS)
+NEEDS := pyproject.toml $(CONSTRAINTS) setup.py $(KERNELS)
 .DEFAULT_GOAL := help
 .PHONY: help demo test latency bench sanitize lint format clean
 

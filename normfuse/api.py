@@ -10,19 +10,22 @@ from dataclasses import replace
 from time import perf_counter
 from typing import Any, Protocol, TypeVar
 
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
 
 from normfuse.batches import Batches
-from normfuse.capture import Captured, arguments, capture, flat_inputs
+from normfuse.capture import Captured, arguments, calls_of, capture, flat_inputs
 from normfuse.census import census
 from normfuse.errors import UsageError
 from normfuse.graph import Graph
+from normfuse.original import Call, Original
 from normfuse.passes import PASSES
 from normfuse.passes.quantize.ranks import everywhere, several_ranks
 from normfuse.prove import Proof, run
 from normfuse.quant.spec import ShiftQuant
 from normfuse.record import Record
 from normfuse.report import PassReport, Report
+from normfuse.returned import settle
 
 __all__ = ["DEFAULT", "Pass", "optimize"]
 
@@ -97,25 +100,47 @@ def optimize(
     pipeline = [*_pipeline(passes), *_quantization(quantize)]
     if verify not in _VERIFY:
         raise UsageError(f"verify={verify!r}: expected one of {', '.join(map(repr, _VERIFY))}")
+    given = _original(model, example_inputs) if verify != "off" else None
     captured = capture(model, example_inputs, dynamic_shapes)
     graph = Graph.of(captured.gm)
     original = graph.copy()
     inputs = flat_inputs(captured.gm, captured.args, captured.kwargs or {}) if captured.has_inputs else None
-    proof = Proof(original, inputs) if verify != "off" and inputs is not None else None
+    proof = Proof(original, inputs, given, calls_of(captured.gm)) if verify != "off" and inputs is not None else None
     graph.samples, told = _on_all_ranks(lambda: _samples(graph, captured, calibration, inputs), quantize is not None)
-    graph, reports, exact, proof = run(graph, pipeline, proof, each=verify == "each")
+    silent = "" if proof is None else proof.nothing_compared
+    proven = run(graph, pipeline, proof, each=verify == "each")
+    graph, reports = proven.graph, proven.reports
     before, after = _norm_counts(original), _norm_counts(graph) + _spelt_out(pipeline, reports)
     gm = graph.to_module(type(model).__name__ if not isinstance(model, fx.GraphModule) else "Optimized")
-    drift = None if proof is None else proof.drift(graph)
-    notes = captured.notes + _changes(pipeline, reports) + told
+    notes = (*captured.notes, *_changes(pipeline, reports), *told, *proven.notes, *([silent] if silent else []))
+    if given is not None and captured.has_inputs:
+        call = Call(captured.args, captured.kwargs or {})
+        notes += settle(gm, call, given.native(call))
     if quantize is not None and not graph.samples:
         notes += ("not calibrated: quantized from the weights alone; pass example inputs or calibration=",)
     if verify != "off" and inputs is None:
         notes += ("not verified: the model was traced without example inputs",)
     sizes = _sizes(original, graph, quantize is not None)
-    report = Report(tuple(_last_word(reports)), exact, drift, *_norms(before, after), *sizes, notes, perf_counter() - start)
+    report = Report(
+        tuple(_last_word(reports)), proven.exact, proven.drift, *_norms(before, after), *sizes, notes,
+        perf_counter() - start, silent,
+    )  # fmt: skip
     log.info("optimize: %d applied, %d refused in %.1f s", len(report.applied), len(report.refused), report.seconds)
     return Record(captured.args, captured.kwargs or {}, captured.has_inputs, captured.dynamic_shapes, report).attach(gm)
+
+
+def _original(model: Any, example_inputs: Any) -> Original | None:
+    """The model as it was given, once it ran on the inputs that were given; None for what `capture` refuses anyway."""
+    if not isinstance(model, (nn.Module, ExportedProgram)):
+        return None
+    try:
+        original = Original(model)
+    except Exception as e:  # what cannot be copied cannot be captured either, and capture says so
+        log.debug("the model cannot be copied: %s", e)
+        return None
+    if example_inputs is not None:
+        original.first(Call(*arguments(example_inputs)))
+    return original
 
 
 # -- pipeline ----------------------------------------------------------------------------------------------------------

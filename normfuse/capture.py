@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import operator
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,10 +17,11 @@ from torch.utils import _pytree as pytree
 from normfuse.declared_inputs import declared_inputs
 from normfuse.errors import CaptureError, UsageError
 from normfuse.importers import recognise
+from normfuse.original import Call, without_cache
 from normfuse.record import record
 from normfuse.regions import inline_without_autocast
 
-__all__ = ["Captured", "arguments", "capture", "flat_inputs"]
+__all__ = ["Captured", "arguments", "calls_of", "capture", "flat_inputs"]
 
 log = logging.getLogger(__name__)
 
@@ -105,6 +106,16 @@ def flat_inputs(gm: fx.GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, 
     return leaves
 
 
+def calls_of(gm: fx.GraphModule) -> Callable[[Sequence[Any]], Call]:
+    """The other way round: the arguments of a call, from one value for each placeholder of the graph."""
+    spec = getattr(getattr(gm.graph._codegen, "pytree_info", None), "in_spec", None)
+
+    def call(values: Sequence[Any]) -> Call:
+        return Call(tuple(values)) if spec is None else Call(*pytree.tree_unflatten(list(values), spec))
+
+    return call
+
+
 def _by_name(gm: fx.GraphModule, names: list[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
     nodes = gm.graph.find_nodes(op="placeholder")
     values: list[Any] = []
@@ -159,11 +170,7 @@ def _shadow(model: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
         shadow, known = recognise(shadow)
         notes.extend(known)
         shadow.eval()
-    configs: list[Any] = [getattr(m, "config", None) for m in shadow.modules()]
-    caching = [c for c in configs if getattr(c, "use_cache", False) is True]
-    for config in caching:
-        config.use_cache = False
-    if caching:
+    if without_cache(shadow):
         notes.append("use_cache was switched off: the optimized model returns no past_key_values")
     return shadow, tuple(notes)
 

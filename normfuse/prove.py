@@ -3,96 +3,45 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Any
 
-import torch
-
 from normfuse.errors import NormfuseError, RewriteError
 from normfuse.graph import Graph
+from normfuse.proof import Proof, Verdict
 from normfuse.report import Error, PassReport, Site
-from normfuse.verify import EXACT_BOUND, decibels, evaluate, like, measure, shorten
 
-__all__ = ["Proof", "run"]
+__all__ = ["Proof", "Proven", "run"]
 
 log = logging.getLogger(__name__)
 
-Apply = Callable[[Any, Graph], PassReport]
-
-_ATTEMPTS = 16  # rewrites taken back one by one before a pass is given up as a whole
+_ATTEMPTS = 16  # rewrites taken back one by one before passes are taken back as a whole
 
 
-class Proof:
-    """The original's outputs on the example inputs and on random ones, to compare rewritten graphs with.
+@dataclass(frozen=True)
+class Proven:
+    """What is left of a pipeline once it is proven.
 
-    Args:
-        original: the graph as captured.
-        inputs: one example value for each placeholder.
+    Attributes:
+        graph: the rewritten graph.
+        reports: one a pass.
+        exact: the largest error in float64 between changes; None where nothing was compared in float64.
+        drift: error of the last stretch in the model's own dtypes; None without a proof.
+        proof: of the last stretch; None without one.
+        notes: what the user should know of the comparisons.
     """
 
-    def __init__(self, original: Graph, inputs: Sequence[Any]) -> None:
-        self.inputs = inputs
-        few = shorten(lambda values: evaluate(original, values, exact=False), inputs)
-        self._samples = [few, like(few, seed=0)]
-        self._original = original
-        self._expected: dict[bool, list[list[torch.Tensor]]] = {}
-
-    def exact(self, graph: Graph) -> Error:
-        """The error in float64: rounding only, if the graph is an identity of the original; infinite if it does not run."""
-        try:
-            return self._error(graph, exact=True)
-        except Exception as e:  # a wrong rewrite may fail in any operator
-            log.debug("the rewritten graph does not run: %s", e)
-            return Error(float("inf"), float("inf"), "float64")
-
-    def drift(self, graph: Graph) -> Error:
-        """The error in the model's own dtype."""
-        return self._error(graph, exact=False)
-
-    def sqnr(self, graph: Graph) -> float:
-        """Signal to quantization noise ratio of the outputs in dB: 10 log₁₀ (Σ y² / Σ (y − ŷ)²), in float64."""
-        try:
-            found = [evaluate(graph, values, exact=True) for values in self._samples]
-        except Exception as e:
-            raise RewriteError(f"the rewritten graph does not run: {e}") from e
-        return decibels(zip(self._outputs(exact=True), found, strict=False))
-
-    def holds(self, graph: Graph) -> bool:
-        """Is the graph the same function, up to rounding in float64?"""
-        return self.exact(graph).max_rel <= EXACT_BOUND
-
-    def _error(self, graph: Graph, *, exact: bool) -> Error:
-        expected = self._outputs(exact)
-        dtype = "float64" if exact else _native(expected[0])
-        worst = Error(0.0, 0.0, dtype)
-        for values, outputs in zip(self._samples, expected, strict=True):
-            worst = worst | measure(outputs, evaluate(graph, values, exact=exact), dtype)
-        return worst
-
-    def _outputs(self, exact: bool) -> list[list[torch.Tensor]]:
-        if exact not in self._expected:
-            first = evaluate(self._original, self._samples[0], exact=exact)
-            outputs = [first]
-            if len(self._samples) > 1:
-                try:
-                    outputs.append(evaluate(self._original, self._samples[1], exact=exact))
-                except Exception as e:  # the model may object to inputs that are not its own
-                    log.info("the original does not take random inputs (%s); verified on the example only", e)
-                    del self._samples[1:]
-            self._expected[exact] = outputs
-        return self._expected[exact][: len(self._samples)]
+    graph: Graph
+    reports: list[PassReport]
+    exact: Error | None
+    drift: Error | None
+    proof: Proof | None
+    notes: tuple[str, ...] = ()
 
 
-def _native(outputs: Sequence[torch.Tensor]) -> str:
-    dtype = next((t.dtype for t in outputs if t.is_floating_point()), torch.get_default_dtype())
-    return str(dtype).removeprefix("torch.")
-
-
-def run(
-    graph: Graph, pipeline: Sequence[Any], proof: Proof | None, *, each: bool = False
-) -> tuple[Graph, list[PassReport], Error | None, Proof | None]:
+def run(graph: Graph, pipeline: Sequence[Any], proof: Proof | None, *, each: bool = False) -> Proven:
     """Apply the passes in order; with a proof, take back every rewrite that breaks it and go on with the rest.
 
     A pass with an attribute `changes` is no identity by intention. What it did is reported as SQNR, and the passes after
@@ -104,18 +53,21 @@ def run(
         proof: what the result is compared with; None compares nothing.
         each: compare after every pass, and report its errors; else once at the end.
 
-    Returns:
-        The rewritten graph, one report a pass, the largest error in float64 between changes, and the proof of the last stretch.
+    Raises:
+        RewriteError: even without any rewrite the result is not the model.
     """
     reports: list[PassReport] = []
     exact: Error | None = None
+    notes: tuple[str, ...] = ()
     while True:
         stretch = _stretch(graph, pipeline[len(reports) :], proof, each=each)
         reports += stretch.reports
-        if stretch.exact is not None:
-            exact = stretch.exact | exact
+        if proof is not None:
+            notes = tuple(dict.fromkeys(notes + proof.notes))
+        if stretch.verdict.exact is not None:
+            exact = stretch.verdict.exact | exact
         if stretch.changed is None:
-            return stretch.graph, reports, exact, proof
+            return Proven(stretch.graph, reports, exact, stretch.verdict.drift, proof, notes)
         graph, report = stretch.changed
         if proof is not None:
             after = Proof(graph, proof.inputs)
@@ -131,13 +83,13 @@ class _Stretch:
     Attributes:
         graph: after these passes.
         reports: theirs.
-        exact: error of `graph`; None without a proof.
+        verdict: on `graph`; empty without a proof.
         changed: the graph after the pass that changed the function, and its report; None at the end of the pipeline.
     """
 
     graph: Graph
     reports: list[PassReport]
-    exact: Error | None
+    verdict: Verdict
     changed: tuple[Graph, PassReport] | None
 
 
@@ -145,23 +97,25 @@ def _stretch(start: Graph, pipeline: Sequence[Any], proof: Proof | None, *, each
     undone: dict[int, list[Site]] = {}
     given_up: set[int] = set()
     current = start.copy()
-    for _ in range(_ATTEMPTS):
+    for attempt in range(_ATTEMPTS + len(pipeline) + 1):
         result, reports, before, changed = _attempt(current, pipeline, given_up, proof if each else None)
-        exact = None if proof is None else proof.exact(result)
-        if proof is None or exact is None or exact.max_rel <= EXACT_BOUND:
+        verdict = Verdict(None, None) if proof is None else proof.judge(result)
+        if proof is None or not verdict.fault:
             told = [replace(r, undone=tuple(undone.get(i, r.undone))) for i, r in enumerate(reports)]
-            return _Stretch(result, told, exact, changed)
+            return _Stretch(result, told, verdict, changed)
         i = _culprit(pipeline[: len(reports)], [*before[1:], result], proof)
-        site = _guilty_site(pipeline[i], before[i], proof)
+        if i in given_up:
+            break
+        site = _guilty_site(pipeline[i], before[i], proof) if attempt < _ATTEMPTS else None
         if site is None:
-            given_up.add(i)
-            site = Site(pipeline[i].name, "", "the pass as a whole was not an identity and was taken back")
+            # without `realise` the affines that the others make would be no operators of PyTorch
+            given_up |= set(range(len(pipeline))) if pipeline[i].name == "realise" else {i}
+            site = Site(pipeline[i].name, "", f"the pass as a whole was taken back: {verdict.fault}")
         else:
             current.skip |= {(site.rule, site.path)}
-        log.warning("%s at %s is not an identity and was taken back", site.rule, site.path or "the whole model")
+        log.warning("%s at %s was taken back: %s", site.rule, site.path or "the whole model", site.note)
         undone.setdefault(i, []).append(site)
-    names = ", ".join(sorted({s.rule for sites in undone.values() for s in sites}))
-    raise RewriteError(f"{_ATTEMPTS} rewrites in a row were not identities ({names}); leave these passes out with passes=[...]")
+    raise RewriteError(f"without any rewrite the graph is not the model: {verdict.fault}")
 
 
 def _attempt(
@@ -181,7 +135,8 @@ def _attempt(
             return kept, reports, before, (graph, report)
         before.append(kept)
         if proof is not None:
-            report = replace(report, exact=proof.exact(graph), drift=proof.drift(graph))
+            verdict = proof.judge(graph)
+            report = replace(report, exact=verdict.exact, drift=verdict.drift)
         log.info("%s: %d applied, %d refused", p.name, len(report.applied), len(report.refused))
         reports.append(report)
     return graph, reports, before, None
@@ -224,5 +179,6 @@ def _guilty_site(p: Any, before: Graph, proof: Proof) -> Site | None:
     while low + 1 < high:
         middle = (low + high) // 2
         low, high = (middle, high) if proof.holds(ran(middle)) else (low, middle)
-    rule, path = ran(high).permitted[high - 1]
-    return Site(rule, path, "not an identity in float64; taken back")
+    last = ran(high)
+    rule, path = last.permitted[high - 1]
+    return Site(rule, path, f"{proof.judge(last).fault}; taken back")

@@ -136,6 +136,7 @@ class Report:
         bytes_before, bytes_after: their size.
         notes: what else the user should know (training mode, dropped outputs, not verified and why).
         seconds: wall time of `optimize`, verification included.
+        nothing_compared: why the comparison with the original tells nothing (all outputs are zero, say); empty when it does.
     """
 
     passes: tuple[PassReport, ...] = ()
@@ -149,6 +150,7 @@ class Report:
     bytes_after: int = 0
     notes: tuple[str, ...] = ()
     seconds: float = 0.0
+    nothing_compared: str = ""
 
     @property
     def applied(self) -> tuple[Site, ...]:

@@ -6,24 +6,25 @@ import copy
 import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import _disable_current_modes
 
 from normfuse.errors import RewriteError
 from normfuse.graph import Graph
+from normfuse.modes import Float64, widened
 from normfuse.report import Error
 
-__all__ = ["EXACT_BOUND", "decibels", "evaluate", "like", "measure", "shorten"]
+__all__ = ["EXACT_BOUND", "decibels", "distance", "evaluate", "is_float", "like", "magnitude", "measure", "shorten"]
 
 log = logging.getLogger(__name__)
 
 EXACT_BOUND = 1e-9
 """Relative error in float64 above which a rewrite is not an identity: 2⁻⁵² times 10⁶ for a deep network's conditioning."""
-
-_FLOATS = {torch.float32, torch.float16, torch.bfloat16}
 
 
 def evaluate(graph: Graph, inputs: Sequence[Any], *, exact: bool) -> list[Tensor]:
@@ -41,7 +42,11 @@ def evaluate(graph: Graph, inputs: Sequence[Any], *, exact: bool) -> list[Tensor
     env: dict[fx.Node, Any] = {}
     feed = iter(inputs)
     result: list[Tensor] = []
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(torch.random.fork_rng(devices=[]))
+        if exact:
+            stack.enter_context(Float64())
         for node in graph.fx.nodes:
             if node.op == "output":
                 result = [v for v in pytree.tree_leaves(fx.node.map_arg(node.args[0], env.__getitem__)) if isinstance(v, Tensor)]
@@ -58,35 +63,33 @@ def evaluate(graph: Graph, inputs: Sequence[Any], *, exact: bool) -> list[Tensor
 def _value(graph: Graph, node: fx.Node, env: dict[fx.Node, Any], feed: Any, exact: bool) -> Any:
     if node.op == "placeholder":
         value = next(feed)
-        return value.double() if exact and isinstance(value, Tensor) and value.dtype in _FLOATS else value
+        return widened(value) if exact and isinstance(value, Tensor) else value
     if node.op == "get_attr":
         constant = graph.constants.get(str(node.target))
         if constant is not None:
-            return constant.value if exact else constant.native
-        return _owned(graph, str(node.target), exact)
+            with _disable_current_modes():  # a constant knows its own precision
+                return constant.value if exact else constant.native
+        return graph.owned(str(node.target))
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), env.__getitem__)
     if exact:
-        args, kwargs = pytree.tree_map(
-            lambda v: torch.float64 if isinstance(v, torch.dtype) and v in _FLOATS else v, (args, kwargs)
-        )
+        args, kwargs = pytree.tree_map(lambda v: widened(v) if isinstance(v, torch.dtype) else v, (args, kwargs))
         if node.target is torch.ops.aten._assert_tensor_metadata.default:
             return None
     if node.op == "call_method":
         return getattr(args[0], str(node.target))(*args[1:], **kwargs)
     if node.op == "call_module":
-        return _owned(graph, str(node.target), exact)(*args, **kwargs)
+        layer = graph.owned(str(node.target))
+        return (copy.deepcopy(layer).double() if exact else layer)(*args, **kwargs)
     return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
-def _owned(graph: Graph, path: str, exact: bool) -> Any:
-    found = graph.owned(path)
-    return (
-        copy.deepcopy(found).double() if exact and isinstance(found, nn.Module) and not isinstance(found, fx.GraphModule) else found
-    )
+def measure(expected: Sequence[Tensor], found: Sequence[Tensor], dtype: str, floors: Sequence[float] | None = None) -> Error:
+    """The largest deviation over all outputs; integers and booleans must agree exactly, NaN and infinity stand at the same places.
 
-
-def measure(expected: Sequence[Tensor], found: Sequence[Tensor], dtype: str) -> Error:
-    """The largest deviation over all outputs; integers and booleans must agree exactly.
+    Args:
+        expected, found: outputs of two runs.
+        dtype: that both ran in, for the report.
+        floors: for each output, the least scale that its deviation is divided by; see `floors`. None divides by max |expected|.
 
     Raises:
         RewriteError: the number or the shapes of the outputs differ.
@@ -94,26 +97,51 @@ def measure(expected: Sequence[Tensor], found: Sequence[Tensor], dtype: str) -> 
     if [tuple(t.shape) for t in expected] != [tuple(t.shape) for t in found]:
         raise RewriteError(f"outputs changed shape: {[tuple(t.shape) for t in expected]} became {[tuple(t.shape) for t in found]}")
     worst = Error(0.0, 0.0, dtype)
-    for a, b in zip(expected, found, strict=True):
-        worst = worst | _deviation(a, b, dtype)
+    for a, b, floor in zip(expected, found, floors or [0.0] * len(expected), strict=True):
+        worst = worst | _deviation(a, b, dtype, floor)
     return worst
 
 
-def _deviation(a: Tensor, b: Tensor, dtype: str) -> Error:
-    if a.numel() == 0:
+def _deviation(a: Tensor, b: Tensor, dtype: str, floor: float) -> Error:
+    difference, scale = distance(a, b), max(magnitude(a), floor)
+    if difference == 0.0:
         return Error(0.0, 0.0, dtype)
-    if not a.is_floating_point():
-        wrong = 0.0 if torch.equal(a, b) else 1.0
-        return Error(wrong, wrong, dtype)
-    a, b = a.double(), b.double()
+    if math.isinf(floor):
+        return Error(difference, 0.0, dtype)
+    return Error(difference, difference / scale if scale > 0 else math.inf, dtype)
+
+
+def distance(a: Tensor, b: Tensor) -> float:
+    """max |a − b|; 1 for integers and booleans that differ, infinite where only one is NaN or infinite."""
+    if a.numel() == 0:
+        return 0.0
+    if not is_float(a) or not is_float(b):
+        return 0.0 if torch.equal(a, b) else 1.0
+    a, b = _reals(a), _reals(b)
     odd = ~a.isfinite()
     if not torch.equal(a[odd].nan_to_num(7.0), b[odd].nan_to_num(7.0)) or not bool(b[~odd].isfinite().all()):
-        return Error(float("inf"), float("inf"), dtype)
-    if bool(odd.all()):
-        return Error(0.0, 0.0, dtype)
-    difference = float((a[~odd] - b[~odd]).abs().max())
-    scale = float(a[~odd].abs().max())
-    return Error(difference, difference / scale if scale > 0 else (0.0 if difference == 0 else float("inf")), dtype)
+        return math.inf
+    return 0.0 if bool(odd.all()) else float((a[~odd] - b[~odd]).abs().max())
+
+
+def magnitude(a: Tensor) -> float:
+    """max |a| of the finite values; 1 for integers and booleans."""
+    if not is_float(a):
+        return 1.0
+    values = _reals(a)
+    values = values[values.isfinite()]
+    return float(values.abs().max()) if values.numel() else 0.0
+
+
+def is_float(t: Tensor) -> bool:
+    """Real or complex floating point?"""
+    return t.is_floating_point() or t.is_complex()
+
+
+def _reals(t: Tensor) -> Tensor:
+    """In float64; a complex number as two."""
+    t = t.to_dense() if t.layout is not torch.strided else t
+    return torch.view_as_real(t.to(torch.complex128).resolve_conj()) if t.is_complex() else t.double()
 
 
 def decibels(pairs: Iterable[tuple[Sequence[Tensor], Sequence[Tensor]]]) -> float:
@@ -121,10 +149,11 @@ def decibels(pairs: Iterable[tuple[Sequence[Tensor], Sequence[Tensor]]]) -> floa
     signal = noise = 0.0
     for expected, found in pairs:
         for a, b in zip(expected, found, strict=True):
-            if a.is_floating_point():
-                finite = a.isfinite()
-                signal += float(a[finite].double().square().sum())
-                noise += float((a[finite].double() - b[finite].double()).square().sum())
+            if is_float(a):
+                x, y = _reals(a), _reals(b)
+                finite = x.isfinite()
+                signal += float(x[finite].square().sum())
+                noise += float((x[finite] - y[finite]).square().sum())
     if noise == 0.0:
         return math.inf
     return 10 * math.log10(signal / noise) if signal > 0 else -math.inf
@@ -137,6 +166,8 @@ def like(inputs: Sequence[Any], seed: int) -> list[Any]:
     def one(value: Any) -> Any:
         if not isinstance(value, Tensor) or value.numel() == 0:
             return value
+        if value.is_complex():
+            return torch.complex(one(value.real), one(value.imag))
         if value.is_floating_point():
             x = torch.randn(value.shape, generator=generator, dtype=torch.float32).to(value.device)
             finite = value[value.isfinite()].double()

@@ -123,7 +123,7 @@ def test_what_is_no_model_is_refused():
 )
 def test_inputs_that_do_not_fit_are_a_capture_error_that_shows_them(example):
     model, _ = conv_bn()
-    with pytest.raises(CaptureError, match="could not be captured with inputs"):
+    with pytest.raises(CaptureError, match="does not run on the example inputs"):
         normfuse.optimize(model, example)
 
 

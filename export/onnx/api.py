@@ -323,7 +323,7 @@ def _proven(
             ) from e
         return None, ("not run: ONNX Runtime has no bfloat16 kernels on the CPU for this model",)
     meant = weights_alone(found, kept) if layers == "weight_only" else found
-    proofs = [compare(meant, opened, quantized=rounds, half=half) for opened in sessions]
+    proofs = [compare(meant, opened, quantized=rounds, half=half, bound=bound) for opened in sessions]
     error, (_, sqnr, wanted) = functools.reduce(operator.or_, (p[0] for p in proofs)), min(proofs, key=lambda p: p[1] - p[2])
     if not error.max_rel <= bound:
         raise ExportError(

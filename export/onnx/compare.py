@@ -13,7 +13,10 @@ from torch import Tensor
 from normfuse.errors import ExportError
 from normfuse.export.onnx.program import Program
 from normfuse.export.onnx.runtime import run
+from normfuse.modes import Stirred
+from normfuse.proof import moves
 from normfuse.report import Error
+from normfuse.verify import distance, magnitude
 
 __all__ = ["MIN_SQNR", "TOLERANCE", "compare", "deviation", "sqnr", "tolerance_for"]
 
@@ -41,9 +44,14 @@ def tolerance_for(dtypes: Sequence[torch.dtype]) -> float:
     return max((TOLERANCE[d] for d in dtypes if d in TOLERANCE), default=TOLERANCE[torch.float32])
 
 
-def compare(program: Program, session: Any, *, quantized: bool = False, half: bool = False) -> tuple[Error, float, float]:
+def compare(
+    program: Program, session: Any, *, quantized: bool = False, half: bool = False, bound: float = math.inf
+) -> tuple[Error, float, float]:
     """Largest deviation of the file in `session` from the module, its least SQNR and the one to ask for: on the example inputs,
     on random ones like them, and, where axes may vary, at another size.
+
+    A deviation above `bound` is held against how far the module itself moves when its operators round another way: values that
+    cancel, scores that decide between candidates. It is then relative to the scale at which those moves keep the bound.
 
     Module and file round floats in front of a quantization, not always alike, and a value on a tie then gets the neighbouring
     code. What that leads to depends on the model, its depth and its widths: it is measured, on the module with all its floats
@@ -54,6 +62,7 @@ def compare(program: Program, session: Any, *, quantized: bool = False, half: bo
         session: the file, opened.
         quantized: it rounds to integers on its way.
         half: it was converted to float16; its inputs and outputs may be, too.
+        bound: what the relative deviation will be held to.
 
     Raises:
         ExportError: the runtime fails on inputs on which the module runs, or gives other shapes.
@@ -75,6 +84,8 @@ def compare(program: Program, session: Any, *, quantized: bool = False, half: bo
         got = run(session, feeds)
         found = [got[name].to(want.dtype) if half else got[name] for name, want in zip(program.outputs, expected, strict=True)]
         error = deviation(expected, found, program.outputs, label)
+        if error.max_rel > bound:
+            error = deviation(expected, found, program.outputs, label, _floors(program, flat, expected, bound, half=half))
         quality = min(quality, sqnr(expected, found))
         if quantized:
             wanted = min(wanted, sqnr(expected, program.reference(flat, rounding=rounding)) - MARGIN)
@@ -101,36 +112,53 @@ def sqnr(expected: Sequence[Tensor], got: Sequence[Tensor]) -> float:
     return min(found, default=math.inf)
 
 
-def deviation(expected: Sequence[Tensor], got: Sequence[Tensor], names: Sequence[str], label: str = "example") -> Error:
+def deviation(
+    expected: Sequence[Tensor],
+    got: Sequence[Tensor],
+    names: Sequence[str],
+    label: str = "example",
+    floors: Sequence[float] | None = None,
+) -> Error:
     """Largest difference over all outputs; NaN and infinity must stand at the same places.
 
     Outputs that are no floating point count the fraction of values that differ.
+
+    Args:
+        expected, got: outputs of the module and of the file.
+        names: of the outputs.
+        label: of the inputs, for the error.
+        floors: for each output, the least scale that its difference is relative to.
 
     Raises:
         ExportError: a shape or a dtype differs.
     """
     worst = Error(0.0, 0.0, "float32")
     dtypes = []
-    for name, want, have in zip(names, expected, got, strict=True):
+    for name, want, have, floor in zip(names, expected, got, floors or [0.0] * len(names), strict=True):
         if want.shape != have.shape or want.dtype != have.dtype:
             raise ExportError(f"output {name} on {label} inputs is {_kind(have)} in the file and {_kind(want)} in the module")
         if want.numel() == 0:
             continue
-        if not want.is_floating_point():
-            differing = float((want != have).float().mean())
-            worst = Error(max(worst.max_abs, differing), max(worst.max_rel, differing), worst.dtype)
-            continue
-        dtypes.append(want.dtype)
-        a, b = want.double(), have.double()
-        finite = a.isfinite() & b.isfinite()
-        same = finite | (a == b) | (a.isnan() & b.isnan())
-        if not bool(same.all()):
-            return Error(float("inf"), float("inf"), _short(want.dtype))
-        gap = float((a - b)[finite].abs().max()) if bool(finite.any()) else 0.0
-        scale = float(a[finite].abs().max()) if bool(finite.any()) else 0.0
-        worst = Error(max(worst.max_abs, gap), max(worst.max_rel, gap / scale if scale else gap), worst.dtype)
+        if want.is_floating_point():
+            dtypes.append(want.dtype)
+            gap, scale = distance(want, have), magnitude(want)
+        else:
+            gap, scale = float((want != have).float().mean()), 1.0
+        scale = max(scale, floor)
+        worst = worst | Error(gap, 0.0 if math.isinf(floor) or gap == 0 else gap / scale if scale else gap, worst.dtype)
     coarsest = max(dtypes, key=lambda d: TOLERANCE.get(d, 0.0), default=torch.float32)
     return Error(worst.max_abs, worst.max_rel, _short(coarsest))
+
+
+def _floors(program: Program, flat: Sequence[Any], expected: Sequence[Tensor], bound: float, *, half: bool) -> list[float]:
+    """The scale of each output at which the module's own moves, when it rounds another way, are within the bound."""
+    unit = torch.finfo(torch.float16).eps if half else None
+
+    def moved(seed: int) -> list[Tensor]:
+        with Stirred(seed, unit):
+            return program.reference(flat)
+
+    return [move / bound if bound else 0.0 for move in moves(expected, moved)]
 
 
 def _trials(program: Program) -> Iterator[tuple[str, list[Any]]]:
@@ -168,13 +196,27 @@ def _other_sizes(program: Program, flat: Sequence[Any]) -> list[tuple[int, ...]]
             continue
         shapes.append(tuple(value.shape))
         for size, now in zip(value.shape, leaf.shape, strict=True):
-            if isinstance(size, torch.SymInt) and size.node.expr.is_Symbol:
-                bounds = exported.range_constraints.get(size.node.expr)
-                larger = bounds is None or now + 1 <= bounds.upper
-                chosen[size.node.expr] = now + 1 if larger else now - 1
-    if not chosen:
+            if isinstance(size, torch.SymInt):
+                chosen |= _next(size.node.expr, now, exported.range_constraints)
+    expressions = [d.node.expr for shape in shapes for d in shape if isinstance(d, torch.SymInt)]
+    if not chosen or any(not e.free_symbols <= chosen.keys() for e in expressions):
         return None
     return [tuple(int(d.node.expr.subs(chosen)) if isinstance(d, torch.SymInt) else d for d in shape) for shape in shapes]
+
+
+def _next(size: Any, now: int, ranges: Any) -> dict[Any, int]:
+    """The symbol that a size depends on, one larger than now, or smaller where its range ends; a size may be a multiple of it."""
+    import sympy  # comes with torch, whose sizes are its expressions
+
+    symbols = size.free_symbols
+    if len(symbols) != 1:
+        return {}
+    (symbol,) = symbols
+    values = sympy.solve(size - now, symbol)
+    if len(values) != 1 or not values[0].is_integer:
+        return {}
+    value, bounds = int(values[0]), ranges.get(symbol)
+    return {symbol: value + 1 if bounds is None or value + 1 <= bounds.upper else value - 1}
 
 
 def _kind(value: Tensor) -> str:

@@ -52,8 +52,9 @@ class Program:
         return dict(zip(self.inputs, (leaf for leaf in flat if isinstance(leaf, Tensor)), strict=True))
 
     def reference(self, flat: Sequence[Any], *, rounding: float = 0.0) -> list[Tensor]:
-        """Tensor outputs of the module on the leaves `flat`; with all its floats changed by up to `rounding`, relatively."""
-        args, kwargs = pytree.tree_unflatten(list(flat), self.exported.call_spec.in_spec)
+        """Tensor outputs of the module on copies of `flat`; with all its floats changed by up to `rounding`, relatively."""
+        own = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in flat]  # a model may write to its inputs
+        args, kwargs = pytree.tree_unflatten(own, self.exported.call_spec.in_spec)
         with torch.no_grad():
             if rounding:
                 state = {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
@@ -141,8 +142,9 @@ def _captured(
 
 def _outputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[Any, Any]]:
     try:
+        own_args, own_kwargs = pytree.tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, (args, kwargs))
         with torch.no_grad():
-            return pytree.tree_flatten_with_path(module(*args, **kwargs))[0]
+            return pytree.tree_flatten_with_path(module(*own_args, **own_kwargs))[0]
     except Exception as e:
         raise UsageError(f"the module does not run on the example inputs: {_first_lines(e)}") from e
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from normfuse.importers.family import Call, Family, Random, Unrecognised, expect, share, untrained
+from normfuse.nn._channel_affine import channel_affine
 
 __all__ = ["L1_BATCH_NORM"]
 
@@ -31,7 +31,7 @@ class _ReciprocalBatchNorm2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         torch._assert(x.dim() == 4, "L1BatchNorm2d takes (N, C, H, W)")
         gain = self.scale * self.running_var
-        return F.batch_norm(x, self.running_mean, torch.ones_like(gain), gain, self.mean, False, 0.0, 0.0)
+        return channel_affine(x, self.running_mean, gain, self.mean)
 
 
 def _build(module: nn.Module) -> Sequence[nn.Module]:

@@ -27,10 +27,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from normfuse.errors import UsageError
+from normfuse.nn._channel_affine import channel_affine
 from normfuse.nn._dtypes import narrowed, sizes_known, widened
 from normfuse.nn._moments import batch_moments, should_update
 
@@ -63,7 +63,7 @@ class _EvoNorm(nn.Module):
     def _affine(self, x: Tensor) -> Tensor:
         """x ⊙ γ + β, spelled as the one operator that a graph without shapes takes for an affine of the channels."""
         gamma, beta = widened(self.weight), widened(self.bias)
-        return F.batch_norm(x, torch.zeros_like(gamma), torch.ones_like(gamma), gamma, beta, False, 0.0, 0.0)
+        return channel_affine(x, torch.zeros_like(gamma), gamma, beta)
 
     def _check(self, x: Tensor) -> None:
         torch._assert(x.dim() == 4, f"{type(self).__name__} takes (N, C, H, W)")

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from normfuse.errors import UsageError
+from normfuse.nn._channel_affine import channel_affine
 from normfuse.nn._dtypes import narrowed, sizes_known, widened
 from normfuse.nn._moments import several_ranks, should_update
 
@@ -169,7 +169,7 @@ class L1BatchNorm(nn.Module):
         scale = widened(self.running_scale)
         gain = (scale + self.eps).reciprocal() if self.weight is None else widened(self.weight) / (scale + self.eps)
         bias = None if self.bias is None else widened(self.bias)
-        return F.batch_norm(x, widened(self.running_mean), torch.ones_like(scale), gain, bias, False, 0.0, 0.0)
+        return channel_affine(x, widened(self.running_mean), gain, bias)
 
     def _over_batch(self, x: Tensor) -> Tensor:
         if not 2 <= x.ndim <= 5 or x.shape[1] != self.num_features:
