@@ -127,7 +127,7 @@ class Archive:
             raise Unsafe(f"the header in front of {name!r} says something else than the directory")
         if not flags & _DESCRIPTORS and not long and (crc, stored, size) != same:
             raise Unsafe(f"the header in front of {name!r} says something else than the directory")
-        end = at + _LOCAL.size + n_name + n_extra + info.file_size
+        end: int = at + _LOCAL.size + n_name + n_extra + info.file_size
         return end + self._descriptor(stream, end, info) if flags & _DESCRIPTORS else end
 
     def _descriptor(self, stream: IO[bytes], at: int, info: zipfile.ZipInfo) -> int:
