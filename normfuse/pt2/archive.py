@@ -76,6 +76,8 @@ class Archive:
 
     def _checked(self, stream: IO[bytes]) -> dict[str, zipfile.ZipInfo]:
         self._check_end(stream)
+        if "serialized_exported_program.json" in self._zip.namelist():
+            raise Unsafe("it is of the format before PyTorch 2.8, which is made of pickles")
         found: dict[str, zipfile.ZipInfo] = {}
         roots, folded, at = set(), set(), 0
         for info in sorted(self._zip.infolist(), key=lambda i: i.header_offset):
