@@ -18,7 +18,9 @@ from normfuse.benchmark.device import DeviceCall, as_graph, find_gpu
 from normfuse.benchmark.progress import rounds_bar
 from normfuse.errors import ExportError, NormfuseError, UsageError
 from normfuse.extras import need
+from normfuse.files import spelled
 from normfuse.onnx_domains import domains
+from normfuse.onnx_tensors import check_file
 from normfuse.sources import Options, Source, load_source
 
 if TYPE_CHECKING:
@@ -246,6 +248,7 @@ def _open_callable(call: Callable[..., Any], inputs: Inputs, threads: int) -> Ca
 
 def _open_onnxruntime(path: str, arrays: Arrays, threads: int) -> Call:
     ort = need("onnxruntime", extra="onnx")
+    check_file(Path(path))
     settings = ort.SessionOptions()
     settings.intra_op_num_threads = threads
     settings.inter_op_num_threads = 1
@@ -254,7 +257,7 @@ def _open_onnxruntime(path: str, arrays: Arrays, threads: int) -> Call:
     if kernels.is_file() and os.environ.get("NORMFUSE_NATIVE", "1") != "0" and "normfuse" in domains(path):
         settings.register_custom_ops_library(str(kernels))
     try:
-        session = ort.InferenceSession(path, settings, providers=["CPUExecutionProvider"])
+        session = ort.InferenceSession(spelled(path), settings, providers=["CPUExecutionProvider"])
     except Exception as e:
         raise NormfuseError(f"ONNX Runtime cannot load {path}: {e}") from e
     feed = _feed([i.name for i in session.get_inputs()], arrays, path)

@@ -11,13 +11,14 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from normfuse.errors import CaptureError, NormfuseError, UsageError
 from normfuse.extras import need
+from normfuse.hf_folder import check_folder, model_class, offline
 
 if TYPE_CHECKING:
     import torch
@@ -160,19 +161,24 @@ def _hugging_face(folder: str, options: Options) -> tuple["nn.Module", None]:
     path = Path(folder)
     if not (path / "config.json").is_file():
         raise UsageError(f"hf:{folder} is not a local Hugging Face folder: expected {path / 'config.json'}; download it first")
+    if not options.trust:
+        check_folder(path)
     safe = {"local_files_only": True, "trust_remote_code": options.trust}
     try:
-        config = transformers.AutoConfig.from_pretrained(path, **safe)
-        custom = bool(getattr(config, "auto_map", None))
-        name = next(iter(getattr(config, "architectures", None) or ()), "AutoModel")
-        known = not custom and hasattr(transformers, name)
-        cls = getattr(transformers, name) if known else transformers.AutoModel
-        if any(path.glob("*.safetensors")) or any(path.glob("*.bin")):
-            return cls.from_pretrained(path, **safe).eval(), None
-        _log.warning("%s holds no weights: they are random", path)
-        with _building(f"hf:{folder}", options):
-            built = cls(config) if known else transformers.AutoModel.from_config(config, trust_remote_code=options.trust)
-        return _weights(built, options), None
+        with nullcontext() if options.trust else offline():
+            config = transformers.AutoConfig.from_pretrained(path, **safe)
+            custom = bool(getattr(config, "auto_map", None))
+            name = next(iter(getattr(config, "architectures", None) or ()), None)
+            cls = None if custom or name is None else model_class(transformers, name)
+            if cls is None and not custom and name is not None:
+                raise UsageError(f"hf:{folder} names the architecture {str(name)[:80]!r}: transformers has no model of that name")
+            if any(path.glob("*.safetensors")) or any(path.glob("*.bin")):
+                kept = safe if options.trust else safe | {"weights_only": True}
+                return (cls or transformers.AutoModel).from_pretrained(path, **kept).eval(), None
+            _log.warning("%s holds no weights: they are random", path)
+            with _building(f"hf:{folder}", options):
+                built = cls(config) if cls else transformers.AutoModel.from_config(config, trust_remote_code=options.trust)
+            return _weights(built, options), None
     except NormfuseError:
         raise
     except Exception as e:

@@ -5,12 +5,13 @@ import resource
 import subprocess
 import sys
 import tempfile
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
 from normfuse.errors import UsageError
-from normfuse.files import atomic, check_target
+from normfuse.files import atomic, check_target, spelled
 
 
 def _names(folder: Path) -> list[str]:
@@ -162,3 +163,95 @@ def test_two_writers_do_not_meet(tmp_path: Path) -> None:
         second.write_text("second")
     assert target.read_text() == "first"
     assert _names(tmp_path) == ["a.onnx"]
+
+
+def test_file_that_appears_meanwhile_is_not_replaced(tmp_path: Path) -> None:
+    """Two exports at once: the one that ends last is refused, and its side files go with it."""
+    target = tmp_path / "a.onnx"
+    with pytest.raises(UsageError, match="exists already"), atomic(target) as path:
+        path.write_text("late")
+        path.with_name("a.onnx.1.data").write_text("late weights")
+        target.write_text("early")
+    assert target.read_text() == "early"
+    assert _names(tmp_path) == ["a.onnx"]
+
+
+@pytest.mark.parametrize(("content", "fits"), [("weights", True), ("other", False)])
+def test_side_file_that_is_there_is_kept(tmp_path: Path, content: str, fits: bool) -> None:
+    """Weights are named by their content: the same ones may be there already, others are not replaced."""
+    (tmp_path / "a.onnx.1.data").write_text(content)
+    expected = nullcontext() if fits else pytest.raises(UsageError, match=r"a\.onnx\.1\.data exists already")
+    with expected, atomic(tmp_path / "a.onnx") as path:
+        path.write_text("graph")
+        path.with_name("a.onnx.1.data").write_text("weights")
+    assert (tmp_path / "a.onnx.1.data").read_text() == content
+    assert (tmp_path / "a.onnx").exists() == fits
+
+
+@pytest.mark.parametrize("supported", [True, False])
+def test_file_system_without_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, supported: bool) -> None:
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise PermissionError("no links here")
+
+    if not supported:
+        monkeypatch.setattr(os, "link", refuse)
+    with atomic(tmp_path / "a") as path:
+        path.write_text("new")
+    assert (tmp_path / "a").read_text() == "new"
+    with pytest.raises(UsageError, match="exists already"), atomic(tmp_path / "b") as path:
+        path.write_text("late")
+        (tmp_path / "b").write_text("early")
+    assert (tmp_path / "b").read_text() == "early"
+    assert _names(tmp_path) == ["a", "b"]
+
+
+@pytest.mark.parametrize("to", ["nowhere", "a.onnx"])
+def test_link_counts_as_a_file(tmp_path: Path, to: str) -> None:
+    (tmp_path / "a.onnx").symlink_to(to)
+    with pytest.raises(UsageError, match="exists already"):
+        check_target(tmp_path / "a.onnx")
+    with atomic(tmp_path / "a.onnx", force=True) as path:
+        path.write_text("new")
+    assert not (tmp_path / "a.onnx").is_symlink()
+    assert _names(tmp_path) == ["a.onnx"]
+
+
+@pytest.mark.parametrize("letters", [240, 255])
+def test_long_names_fit(tmp_path: Path, letters: int) -> None:
+    with atomic(tmp_path / ("y" * letters)) as path:
+        path.write_text("x")
+    assert _names(tmp_path) == ["y" * letters]
+
+
+@pytest.mark.parametrize("name", ["y" * 256, "y" * 5000, "a\0b"])
+def test_names_that_cannot_be_are_one_clear_error(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UsageError, match="cannot write") as error:
+        check_target(tmp_path / name)
+    assert len(str(error.value)) < 400
+
+
+def test_what_a_killed_process_left_is_swept_and_what_lives_is_not(tmp_path: Path) -> None:
+    code = f"""
+import os, signal
+from normfuse.files import atomic
+with atomic({str(tmp_path / "a.onnx")!r}) as path:
+    path.write_text("half")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": ":".join(sys.path)}, check=False)
+    assert len(_names(tmp_path)) == 1
+    (tmp_path / ".a.onnx.mine").mkdir()  # not ours
+    with atomic(tmp_path / "b.onnx") as path:  # another target
+        path.write_text("b")
+    assert len(_names(tmp_path)) == 3
+    with atomic(tmp_path / "a.onnx", force=True) as alive:
+        alive.write_text("first")
+        with atomic(tmp_path / "a.onnx", force=True) as path:
+            path.write_text("second")
+        assert alive.exists()
+    assert _names(tmp_path) == [".a.onnx.mine", "a.onnx", "b.onnx"]
+
+
+def test_paths_for_libraries_in_c_are_utf8() -> None:
+    assert spelled("ä/ö.onnx") == "ä/ö.onnx"
+    assert spelled(Path("a.onnx")) == "a.onnx"

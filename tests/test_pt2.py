@@ -78,13 +78,13 @@ def test_example_inputs_of_a_program_survive(program: Path) -> None:
         pytest.param(
             "model.json",
             lambda d: d.replace(b"\"Symbol('s17', positive=True, integer=True)\"", b"\"__import__('os').mkdir('pwned')\"", 1),
-            "has the size",
+            "more than arithmetic",
             id="size",
         ),
         pytest.param(
             "model.json",
             lambda d: d.replace(b"\"L['y'].size()[0]", b"\"__import__('os').mkdir('pwned') or L['y'].size()[0]"),
-            "has the guards",
+            "more than arithmetic",
             id="guard",
         ),
         pytest.param("sample_inputs/model.pt", lambda d: pickle.dumps(Evil()), "more than tensors", id="example inputs"),

@@ -35,7 +35,7 @@ from normfuse.export.onnx.static_masks import simplify_masks
 from normfuse.export.result import Exported
 from normfuse.export.targets import ATTENTION_FORMS, NATIVE_ATTENTION, Target, opset_for, target_named
 from normfuse.extras import need
-from normfuse.files import atomic, check_target
+from normfuse.files import atomic, check_target, spelled
 from normfuse.record import record
 from normfuse.report import Error
 
@@ -299,7 +299,7 @@ def _proven(
     onnx = need("onnx", extra="onnx")
     try:
         # by path: the checker then follows external data; shape inference needs the model in one message
-        onnx.checker.check_model(str(file), full_check=file.stat().st_size < MAX_PROTO)
+        onnx.checker.check_model(spelled(file), full_check=file.stat().st_size < MAX_PROTO)
     except Exception as e:
         raise ExportError(f"the exported model is not valid ONNX: {' '.join(str(e).split())[:500]}") from e
     if not verify:

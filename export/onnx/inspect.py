@@ -9,6 +9,7 @@ from typing import Any
 
 from normfuse.errors import UsageError
 from normfuse.extras import need
+from normfuse.onnx_tensors import check_tensors
 
 __all__ = ["NORM_OPS", "norm_counts", "op_counts", "provenance", "read_model"]
 
@@ -65,7 +66,7 @@ def read_model(model: str | Path | Any) -> Any:
     """The ONNX file as a message, without weights that stand beside it; a message as it is.
 
     Raises:
-        UsageError: the file is missing or is no ONNX model.
+        UsageError: the file is missing or is no ONNX model, or takes weights from elsewhere.
     """
     onnx = need("onnx", extra="onnx")
     if not isinstance(model, (str, Path)):
@@ -79,6 +80,7 @@ def read_model(model: str | Path | Any) -> Any:
         raise UsageError(f"{path} is not an ONNX model: {e}") from e
     if not proto.graph.node and not proto.graph.output:
         raise UsageError(f"{path} is not an ONNX model: it holds no graph")
+    check_tensors(proto, path)
     return proto
 
 

@@ -14,7 +14,9 @@ from torch import Tensor
 from normfuse import native
 from normfuse.errors import ExportError
 from normfuse.extras import need
+from normfuse.files import spelled
 from normfuse.onnx_domains import domains
+from normfuse.onnx_tensors import check_file
 
 __all__ = ["default_threads", "run", "session"]
 
@@ -51,6 +53,7 @@ def session(
 
     Raises:
         ExportError: the runtime does not take the model; the message says why.
+        UsageError: the file takes weights from elsewhere.
     """
     ort = need("onnxruntime", extra="onnx")
     options = ort.SessionOptions()
@@ -64,7 +67,10 @@ def session(
         options.add_session_config_entry(key, value)
     if dump is not None:
         options.optimized_model_filepath = str(dump)
-    source = model if isinstance(model, bytes) else str(model)
+    source = model
+    if not isinstance(model, bytes):
+        check_file(Path(model))
+        source = spelled(model)
     try:
         if kernels and native.available() and "normfuse" in domains(model):
             options.register_custom_ops_library(str(native.path()))

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from normfuse.extras import need
+from normfuse.onnx_tensors import mentions
 
 __all__ = ["MAX_PROTO", "data_files", "drop_stale", "save_model", "sha256_of_tensors", "weights_sha256"]
 
@@ -47,9 +50,19 @@ def data_files(path: Path) -> tuple[Path, ...]:
 
 
 def drop_stale(before: Iterable[Path], path: Path) -> None:
-    """Remove the data files `before` of a replaced model that the new one at `path` does not use."""
+    """Remove the data files `before` of a replaced model that the new one at `path` does not use.
+
+    Only files that `save_model` has named for `path` are removed, and none that another model in the folder mentions.
+    """
+    ours = re.compile(re.escape(path.name) + r"\.[0-9a-f]{8}\.data")
     for old in set(before) - set(data_files(path)):
-        old.unlink(missing_ok=True)
+        if ours.fullmatch(old.name) and old.is_file() and not old.is_symlink() and not _mentioned(old, path):
+            old.unlink(missing_ok=True)
+
+
+def _mentioned(data: Path, path: Path) -> bool:
+    """Another ONNX file beside `path` takes weights from `data`."""
+    return any(mentions(other, os.fsencode(data.name)) for other in path.parent.glob("*.onnx") if other.name != path.name)
 
 
 def weights_sha256(model: Any) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +19,7 @@ from normfuse.export.tensorrt.layers import layers, memory
 from normfuse.export.tensorrt.plugins.plans import PLUGINS
 from normfuse.export.tensorrt.profiles import InputSize, Profile, complete, parse_shapes
 from normfuse.extras import need
-from normfuse.files import atomic, check_target
+from normfuse.files import atomic, check_target, workspace
 from normfuse.report import Error
 
 if TYPE_CHECKING:
@@ -91,9 +90,9 @@ def to_tensorrt(
 
     path = check_arguments(path, dtype, io_dtype, flavour, capabilities, plugins, force=force)
     stated = parse_shapes(shapes)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+    with workspace(path) as folder:
         ready = module_as_onnx(
-            gm, Path(folder), dtype=dtype, io_dtype=io_dtype, stated=stated, capabilities=capabilities, opset=opset,
+            gm, folder, dtype=dtype, io_dtype=io_dtype, stated=stated, capabilities=capabilities, opset=opset,
             attention=attention, form=form, plugins=plugins, example_inputs=example_inputs, dynamic_shapes=dynamic_shapes,
             verify=verify, tolerance=tolerance, progress=progress,
         )  # fmt: skip
@@ -202,8 +201,8 @@ def build_onnx(
     """
     path = check_arguments(path, dtype, io_dtype, flavour, capabilities, (), force=force)
     stated = parse_shapes(shapes)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
-        ready = file_as_onnx(file, Path(folder), dtype=dtype, io_dtype=io_dtype)
+    with workspace(path) as folder:
+        ready = file_as_onnx(file, folder, dtype=dtype, io_dtype=io_dtype)
         return _built(ready, path, stated, dtype=dtype, flavour=flavour, capabilities=capabilities, force=force, progress=progress)
 
 
