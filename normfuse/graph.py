@@ -12,9 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from normfuse.attribute_names import attribute_names
 from normfuse.constants import Constant
 from normfuse.decode import decode, pieces
 from normfuse.errors import RewriteError
+from normfuse.optimized import OptimizedGraph
 from normfuse.report import Site
 from normfuse.views import Op, Value, affine
 
@@ -86,7 +88,7 @@ class Graph:
             tensor = _attribute(self._owner, str(node.target))
             if not isinstance(tensor, Tensor):
                 continue
-            key = (tensor.data_ptr() or id(tensor), tensor.dtype, tuple(tensor.shape), tensor.stride())
+            key = _identity(tensor)
             if key in first:
                 node.replace_all_uses_with(first[key])
                 self.fx.erase_node(node)
@@ -122,9 +124,9 @@ class Graph:
             elif node.op in ("get_attr", "call_module"):
                 _place_module(root, str(node.target), _attribute(self._owner, str(node.target)))
         self.constants = {names[k]: Constant.of(_attribute(root, names[k]), names[k]) for k in self.constants}
-        gm = fx.GraphModule(root, self.fx, name)
+        meta = {k: v for k, v in getattr(self._owner, "meta", {}).items() if k != "normfuse"}
+        gm = OptimizedGraph.of(root, self.fx, name, meta)
         gm.graph.lint()
-        gm.meta.update({k: v for k, v in getattr(self._owner, "meta", {}).items() if k != "normfuse"})
         gm.training = False
         for module in gm.modules():
             module.training = False
@@ -144,7 +146,8 @@ class Graph:
                 name = f"{base}_{number}"
             names[key] = name
             taken.add(name)
-        return names
+        readable = attribute_names(names.values())
+        return {key: readable[name] for key, name in names.items()}
 
     # -- reading -----------------------------------------------------------------------------------------------------
 
@@ -194,6 +197,11 @@ class Graph:
     def owned(self, path: str) -> Any:
         """What a `call_module` or a `get_attr` that is no tensor refers to."""
         return _attribute(self._owner, path)
+
+    @property
+    def _device(self) -> torch.device:
+        """Of the model's constants, whatever the default device is."""
+        return next((c.tensor.device for c in self.constants.values() if c.tensor is not None), torch.device("cpu"))
 
     @property
     def fake_mode(self) -> Any:
@@ -269,7 +277,7 @@ class Graph:
         mode = self.fake_mode
         if mode is not None:
             with mode:
-                node.meta["val"] = torch.empty(constant.shape, dtype=constant.dtype)
+                node.meta["val"] = torch.empty(constant.shape, dtype=constant.dtype, device=self._device)
         return node
 
     def _new_key(self, constant: Constant) -> str:
@@ -359,6 +367,14 @@ def _is_default(value: Any, argument: Any) -> bool:
         return False
     default = argument.default_value
     return type(value) is type(default) and not isinstance(value, fx.Node) and value == default
+
+
+def _identity(tensor: Tensor) -> Any:
+    """Two tensors are one constant if they are one object, or plain and the same window on one storage, read alike."""
+    if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout is not torch.strided or tensor.is_quantized:
+        return id(tensor)
+    lazy = (tensor.is_conj(), tensor.is_neg())
+    return (tensor.data_ptr() or id(tensor), tensor.device, tensor.dtype, tuple(tensor.shape), tensor.stride(), *lazy)
 
 
 def _attribute(owner: Any, path: str) -> Any:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-__all__ = ["functionalise"]
+__all__ = ["functionalise", "out_of_place"]
 
 aten = torch.ops.aten
 
@@ -45,7 +45,7 @@ def functionalise(graph: fx.Graph, root: nn.Module) -> fx.Graph:
     one_dtype = _one_dtype(graph, root)
     order = {node: i for i, node in enumerate(graph.nodes)}
     for node in list(graph.nodes):
-        twin = _out_of_place(node)
+        twin = out_of_place(node)
         if twin is None or not _unseen(node, order) or not (one_dtype or _keeps_dtype(node)):
             continue
         old = node.args[0]
@@ -58,7 +58,7 @@ def functionalise(graph: fx.Graph, root: nn.Module) -> fx.Graph:
     return graph
 
 
-def _out_of_place(node: fx.Node) -> Any:
+def out_of_place(node: fx.Node) -> Any:
     """The overload of the same name without the underscore; None for a call that does not write to its first argument."""
     if not isinstance(node.target, torch._ops.OpOverload) or not node.args or not isinstance(node.args[0], fx.Node):
         return None

@@ -1,0 +1,98 @@
+"""In-place calls of an exported graph become out-of-place where nobody can tell.
+
+    h = linear(x); z = einsum("ab->ab", h); z.relu_(); return h + z
+
+Here z is h under another name, and no schema says so. So the graph is run once on fake tensors: two values are one storage or they
+are not. A write becomes its functional twin if nothing that shares its storage is read afterwards; else the caller has to have the
+whole graph functionalised.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from normfuse.in_place import out_of_place
+
+__all__ = ["is_write", "without_writes", "writes"]
+
+log = logging.getLogger(__name__)
+
+aten = torch.ops.aten
+
+
+def is_write(node: fx.Node) -> bool:
+    """Does the call write to one of its arguments? batch_norm says so, and does not in eval mode."""
+    target = node.target
+    return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable and target is not aten.batch_norm.default
+
+
+def writes(gm: fx.GraphModule) -> bool:
+    return any(is_write(n) for n in gm.graph.nodes)
+
+
+def without_writes(gm: fx.GraphModule) -> bool:
+    """Replace every f_(x) by f(x), in place; False, and nothing is changed, if for one of them somebody could tell."""
+    try:
+        values = _values(gm)
+    except Exception as e:  # sizes that depend on data, operators without a fake form
+        log.debug("storages are unknown: %s", e)
+        return False
+    twins: dict[fx.Node, Any] = {}
+    order = {node: i for i, node in enumerate(gm.graph.nodes)}
+    outside = {s for n in gm.graph.nodes if n.op in ("placeholder", "get_attr") for s in _storages(values.get(n))}
+    for node in filter(is_write, gm.graph.nodes):
+        twin, x = out_of_place(node), node.args[0] if node.args else None
+        if twin is None or not isinstance(x, fx.Node):
+            return False
+        mine = _storages(values[x])
+        if mine & outside or not _same_kind(twin, node, values):
+            return False
+        # an earlier write that became functional has left this storage: what was made from it counts as what it is
+        named = [n for n in gm.graph.nodes if order[n] < order[node] and mine & _storages(values.get(n))]
+        if any(order[user] > order[node] for n in named for user in n.users):
+            return False
+        twins[node] = twin
+    for node, twin in twins.items():
+        node.target = twin
+    return True
+
+
+def _values(gm: fx.GraphModule) -> dict[fx.Node, Any]:
+    """A fake value for every node, made anew: those that an exported graph carries need not share what the real ones share."""
+    found: dict[fx.Node, Any] = {}
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    mode = torch._guards.detect_fake_mode([n.meta["val"] for n in placeholders if isinstance(n.meta.get("val"), Tensor)])
+    if mode is None:
+        raise ValueError("no input is a tensor")
+
+    class Shared(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            found[n] = super().run_node(n)
+            return found[n]
+
+        def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+            value = super().get_attr(target, args, kwargs)
+            return mode.from_tensor(value, static_shapes=True) if isinstance(value, Tensor) else value
+
+    with mode, torch.no_grad():
+        inputs = [v.clone() if isinstance(v := n.meta.get("val"), Tensor) else v for n in placeholders]
+        Shared(gm, garbage_collect_values=False).run(*inputs, enable_io_processing=False)
+    return found
+
+
+def _storages(value: Any) -> set[int]:
+    return {t.untyped_storage()._cdata for t in pytree.tree_leaves(value) if isinstance(t, Tensor) and t.layout is torch.strided}
+
+
+def _same_kind(twin: Any, node: fx.Node, values: dict[fx.Node, Any]) -> bool:
+    """Half plus float is float, and half in place; one element times many is many, and an error in place."""
+    x = values[node.args[0]]  # type: ignore[index]
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
+    with torch._guards.detect_fake_mode([x]), torch.no_grad():
+        made = twin(*args, **kwargs)
+    return isinstance(made, Tensor) and made.dtype == x.dtype and made.shape == x.shape
