@@ -25,6 +25,7 @@ from normfuse.errors import UsageError
 __all__ = ["Condition", "Guards", "Input", "attach_guards", "guards_of", "guards_of_signature", "set_guards"]
 
 _KEY = "normfuse_guards"
+_ANOTHER_KIND = (AttributeError, IndexError, TypeError, ValueError, ZeroDivisionError)  # of conditions about another kind of value
 
 
 @dataclass(frozen=True)
@@ -78,10 +79,12 @@ class Guards:
     optional: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._holds = _function(len(self.inputs), " and ".join(c.code for c in self.conditions) or "True")
+        count = len(self.inputs)
+        self._holds = _function(count, " and ".join(c.code for c in self.conditions) or "True")
+        self._each = [_function(count, c.code) for c in self.conditions]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in vars(self).items() if k != "_holds"}
+        return {k: v for k, v in vars(self).items() if not k.startswith("_")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -89,18 +92,27 @@ class Guards:
 
     def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Raises a UsageError that names the input, what was captured, what was given and what to do."""
+        if not kwargs and self.structures is None and len(args) == len(self.inputs):
+            self.check(args)
+        else:
+            self.check(self._leaves(args, kwargs))
+
+    def check(self, leaves: Sequence[Any]) -> None:
+        """The same for the leaves of a call, one a placeholder."""
         if torch.jit.is_tracing():  # sizes are values of the trace
             return
-        if not kwargs and self.structures is None and len(args) == len(self.inputs):
-            leaves: Sequence[Any] = args
-        else:
-            leaves = self._leaves(args, kwargs)
         try:
             if self._holds(*leaves):
                 return
-        except (AttributeError, IndexError, TypeError, ValueError, ZeroDivisionError):
-            pass  # of another kind than the conditions are about
-        self._refuse(leaves)
+        except _ANOTHER_KIND:
+            pass
+        for condition, holds in zip(self.conditions, self._each, strict=True):
+            try:
+                right = holds(*leaves)
+            except _ANOTHER_KIND:
+                right = False
+            if not right:
+                raise UsageError(_message(self.inputs[condition.input], leaves[condition.input], condition))
 
     def _leaves(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
         if len(args) > len(self.names):
@@ -138,15 +150,18 @@ class Guards:
             leaves += found
         return leaves
 
-    def _refuse(self, leaves: Sequence[Any]) -> None:
-        for condition in self.conditions:
-            wanted, value = self.inputs[condition.input], leaves[condition.input]
-            try:
-                holds = _function(len(self.inputs), condition.code)(*leaves)
-            except (AttributeError, IndexError, TypeError, ValueError, ZeroDivisionError):
-                holds = False
-            if not holds:
-                raise UsageError(_message(wanted, value, condition))
+
+class CheckedCodeGen(fx.graph._PyTreeCodeGen):
+    """Checks the guards where a graph is interpreted instead of called: torch.export runs no hooks of a GraphModule."""
+
+    def __init__(self, info: Any, guards: Guards) -> None:
+        super().__init__(info)
+        self.guards = guards
+
+    def process_inputs(self, *args: Any) -> Any:
+        leaves = super().process_inputs(*args)
+        self.guards.check(leaves)
+        return leaves
 
 
 def set_guards(gm: fx.GraphModule, guards: Guards | None) -> None:
@@ -157,8 +172,11 @@ def set_guards(gm: fx.GraphModule, guards: Guards | None) -> None:
 def attach_guards(gm: fx.GraphModule) -> None:
     """Have `gm` check its calls against the guards in its meta, if there are any."""
     guards = gm.meta.get(_KEY)
-    if guards is not None:
-        gm.register_forward_pre_hook(guards, with_kwargs=True)
+    if guards is None:
+        return
+    gm.register_forward_pre_hook(guards, with_kwargs=True)
+    if isinstance(gm.graph._codegen, fx.graph._PyTreeCodeGen):
+        gm.graph._codegen = CheckedCodeGen(gm.graph._codegen.pytree_info, guards)
 
 
 _DTYPES = {str(d).replace(".", "_"): d for d in vars(torch).values() if isinstance(d, torch.dtype)}
