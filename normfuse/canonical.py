@@ -16,7 +16,7 @@ from normfuse.attribute_names import attribute_names
 from normfuse.errors import CaptureError
 from normfuse.guards import guards_of, set_guards
 from normfuse.regions import inline_regions
-from normfuse.writes import without_writes, writes
+from normfuse.writes import secret_views, without_writes, writes
 
 __all__ = ["canonical_module", "without_guard_calls"]
 
@@ -40,7 +40,7 @@ def canonical_module(program: ExportedProgram, smallest: Mapping[str, int] | Non
     gm = _plain(gm)
     if writes(gm) and not without_writes(gm):
         # views of one tensor may be written through another: only functionalization gets that right
-        decomposed = program.run_decompositions({}).module()
+        decomposed = program.run_decompositions(secret_views(gm)).module()
         assert isinstance(decomposed, fx.GraphModule)
         gm = _plain(decomposed)
         _restore_batch_norm(gm)

@@ -62,7 +62,9 @@ def _size(where: str) -> str:
 def _place(error: BaseException) -> str:
     """The last line of the traceback that is the user's."""
     frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith((*_INSTALLED, "<"))]
-    frames = [f for f in frames if f"{PurePath('torch')}" not in PurePath(f.filename).parts and f.name in ("forward", "__call__")] or []
+    frames = [
+        f for f in frames if f"{PurePath('torch')}" not in PurePath(f.filename).parts and f.name in ("forward", "__call__")
+    ] or []
     return f" ({PurePath(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
 
 

@@ -66,14 +66,18 @@ def _packed(module: nn.Module) -> Iterator[object]:
 
 def _check_tensor(tensor: Tensor, name: str, where: str) -> None:
     if is_lazy(tensor):
-        raise UsageError(f"{where} is lazy, and its {name} is not initialized yet: call the model on an input once, then optimize it")
+        raise UsageError(
+            f"{where} is lazy, and its {name} is not initialized yet: call the model on an input once, then optimize it"
+        )
     if tensor.is_meta:
         raise UsageError(
             f"{where} has its {name} on the meta device, without values: load the weights first, "
             "e.g. model.to_empty(device='cpu') and load_state_dict"
         )
     if tensor.is_quantized:
-        raise UsageError(f"{where} has a quantized {name} ({tensor.dtype}): pass the float model, and quantize= where integers are wanted")
+        raise UsageError(
+            f"{where} has a quantized {name} ({tensor.dtype}): pass the float model, and quantize= where integers are wanted"
+        )
     if is_traceable_wrapper_subclass(tensor):
         raise UsageError(
             f"{where} has a {type(tensor).__name__} as its {name}, a tensor that only its own library can read: "

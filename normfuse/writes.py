@@ -3,22 +3,24 @@
     h = linear(x); z = einsum("ab->ab", h); z.relu_(); return h + z
 
 Here z is h under another name, and no schema says so. So the graph is run once on fake tensors: two values are one storage or they
-are not. A write becomes its functional twin if nothing that shares its storage is read afterwards; else the caller has to have the
-whole graph functionalised.
+are not. A write becomes its functional twin if nothing that shares its storage is read afterwards; else the whole graph is
+functionalised by torch, which believes the schemas, so that operators like einsum are taken apart there.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from normfuse.in_place import out_of_place
+from normfuse.errors import CaptureError
+from normfuse.in_place import makes_storage, out_of_place
 
-__all__ = ["is_write", "without_writes", "writes"]
+__all__ = ["is_write", "secret_views", "without_writes", "writes"]
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +62,37 @@ def without_writes(gm: fx.GraphModule) -> bool:
     for node, twin in twins.items():
         node.target = twin
     return True
+
+
+def secret_views(gm: fx.GraphModule) -> dict[Any, Callable[..., Any]]:
+    """A decomposition for each operator of the graph whose result may share storage with an argument although its schema denies it.
+
+    Raises:
+        CaptureError: such an operator has none: it is no composite of PyTorch.
+    """
+    try:
+        values = _values(gm)
+    except Exception as e:
+        log.debug("storages are unknown: %s", e)
+        values = None
+    table: dict[Any, Callable[..., Any]] = {}
+    known = torch.export.default_decompositions()
+    for node in gm.graph.nodes:
+        target = node.target
+        if not isinstance(target, torch._ops.OpOverload) or any(r.alias_info is not None for r in target._schema.returns):
+            continue
+        composite = torch._C._dispatch_has_kernel_for_dispatch_key(target.name(), "CompositeImplicitAutograd")
+        if values is None:
+            shares = composite and not makes_storage(node)
+        else:
+            shares = any(_storages(values[node]) & _storages(values.get(n)) for n in node.all_input_nodes)
+        if shares and not composite:
+            raise CaptureError(
+                f"{target} returns a view of its input, which its schema denies, and the model writes in place: clone it"
+            )
+        if shares and target in known:  # the others are taken apart anyway
+            table[target] = known[target]
+    return table
 
 
 def _values(gm: fx.GraphModule) -> dict[fx.Node, Any]:
