@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from normfuse.capture_errors import explained, first_line
 from normfuse.declared_inputs import declared_inputs
 from normfuse.errors import CaptureError, NormfuseError, UsageError
 from normfuse.free_sizes import fixed_after_all, free_sizes, stated_minima
-from normfuse.guards import guards_of, guards_of_signature, set_guards
+from normfuse.guards import guarded_inputs, guards_of, guards_of_signature, set_guards
 from normfuse.importers import recognise
 from normfuse.model_kinds import check_kind, unwrapped, unwrapped_inside
 from normfuse.record import record
@@ -198,18 +199,12 @@ def _export(
         raise
     except Exception as e:
         raise CaptureError(explained(type(model).__name__, e, args, kwargs)) from e
-    names = _parameters(program, len(args), kwargs)
+    names = [*list(inspect.signature(model.forward).parameters)[: len(args)], *kwargs]
     asked = dict(free_sizes(dynamic_shapes, dict(zip(names, (*args, *kwargs.values()), strict=False))))
     gm = canonical_module(program, stated_minima(asked))
-    inputs = [(str(n.target), n.meta.get("val")) for n in gm.graph.find_nodes(op="placeholder")]
+    values = [n.meta.get("val") for n in gm.graph.find_nodes(op="placeholder")]
+    inputs = list(zip(guarded_inputs(gm), values, strict=False))
     return Captured(gm, args, kwargs, True, dynamic_shapes, notes + fixed_after_all(asked, inputs))
-
-
-def _parameters(program: ExportedProgram, positional: int, kwargs: Mapping[str, Any]) -> list[str]:
-    """Names of the arguments that were given, in their order."""
-    signature = program.module_call_graph[0].signature
-    names = list(getattr(signature, "forward_arg_names", None) or ())[:positional]
-    return [*names, *kwargs]
 
 
 def _told_apart(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

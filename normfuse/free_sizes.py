@@ -8,7 +8,12 @@ from typing import Any
 from torch import Tensor
 from torch.export import Dim
 
-__all__ = ["fixed_after_all", "free_sizes", "stated_minima"]
+__all__ = ["fixed_after_all", "free_sizes", "sizes_of", "stated_minima"]
+
+
+def sizes_of(value: Tensor) -> list[Any]:
+    """The sizes of a captured value; a free one that the model fixed is a number like any other."""
+    return [int(d) if isinstance(d, int) or d.node.expr.is_number else d for d in value.shape]
 
 
 def free_sizes(dynamic_shapes: Any, values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -54,7 +59,7 @@ def fixed_after_all(asked: Mapping[str, Any], inputs: Sequence[tuple[str, Any]])
         asked: what `free_sizes` found.
         inputs: name and captured value of each input.
     """
-    sizes = {f"{name}.shape[{d}]": size for name, v in inputs if isinstance(v, Tensor) for d, size in enumerate(v.shape)}
+    sizes = {f"{name}.shape[{d}]": size for name, v in inputs if isinstance(v, Tensor) for d, size in enumerate(sizes_of(v))}
     return tuple(
         f"{place} was asked to be free, and the model fixes it to {sizes[place]}: another size is refused"
         for place in asked

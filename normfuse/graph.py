@@ -108,6 +108,7 @@ class Graph:
         made.skip, made.fuel, made._fresh, made.samples = self.skip, self.fuel, self._fresh, self.samples
         return made
 
+    @torch.inference_mode(False)
     def to_module(self, name: str = "Optimized") -> fx.GraphModule:
         """A GraphModule of its own: constants cast once to their dtype, nothing shared with the original."""
         self.clean()
@@ -118,9 +119,8 @@ class Graph:
                 constant = self.constants[node.target]
                 node.target = names[node.target]
                 native = constant.native
-                _place(
-                    root, node.target, native.clone() if constant.tensor is not None else native.contiguous(), self._owner, constant
-                )
+                shared = constant.tensor is not None or native.is_inference()
+                _place(root, node.target, native.clone() if shared else native.contiguous(), self._owner, constant)
             elif node.op in ("get_attr", "call_module"):
                 _place_module(root, str(node.target), _attribute(self._owner, str(node.target)))
         self.constants = {names[k]: Constant.of(_attribute(root, names[k]), names[k]) for k in self.constants}

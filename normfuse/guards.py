@@ -2,8 +2,8 @@
 
     gm(x)   ->   UsageError: input x is float32[4, 8]; the model was captured with float32[2, 8]: ...
 
-A graph is the model at the inputs that it was captured with. `Guards` says which other calls it stands for, as Python conditions over
-the leaves of the inputs, and is a forward pre-hook of the optimized module: one compiled expression when all is well.
+A graph is the model at the inputs that it was captured with. `Guards` says which other calls it stands for, as Python conditions
+over the leaves of the inputs, and is a forward pre-hook of the optimized module: one compiled expression when all is well.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from torch._subclasses import FakeTensor
 from torch.utils import _pytree as pytree
 
 from normfuse.errors import UsageError
+from normfuse.free_sizes import sizes_of
 
-__all__ = ["Condition", "Guards", "Input", "attach_guards", "guards_of", "guards_of_signature", "set_guards"]
+__all__ = ["Condition", "Guards", "Input", "attach_guards", "guarded_inputs", "guards_of", "guards_of_signature", "set_guards"]
 
 _KEY = "normfuse_guards"
 _ANOTHER_KIND = (AttributeError, IndexError, TypeError, ValueError, ZeroDivisionError)  # of conditions about another kind of value
@@ -99,7 +100,7 @@ class Guards:
 
     def check(self, leaves: Sequence[Any]) -> None:
         """The same for the leaves of a call, one a placeholder."""
-        if torch.jit.is_tracing():  # sizes are values of the trace
+        if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]  # sizes are values of the trace
             return
         try:
             if self._holds(*leaves):
@@ -141,7 +142,7 @@ class Guards:
             return given
         leaves: list[Any] = []
         for name, value, structure in zip(self.names, given, self.structures, strict=True):
-            found, shape = pytree.tree_flatten(value)
+            found, shape = pytree.tree_flatten(_in_order(value, structure))
             if shape != structure:
                 raise UsageError(
                     f"input {name} is nested as {_nesting(shape)}; the model was captured with {_nesting(structure)}: "
@@ -167,6 +168,12 @@ class CheckedCodeGen(fx.graph._PyTreeCodeGen):
 def set_guards(gm: fx.GraphModule, guards: Guards | None) -> None:
     """Say what `gm` may be called with; modules that are made from its graph take it over."""
     gm.meta[_KEY] = guards
+
+
+def guarded_inputs(gm: fx.GraphModule) -> tuple[str, ...]:
+    """What the caller calls each placeholder of a captured graph: `x`, `batch['mask']`."""
+    guards = gm.meta.get(_KEY)
+    return () if guards is None else tuple(i.name for i in guards.inputs)
 
 
 def attach_guards(gm: fx.GraphModule) -> None:
@@ -216,6 +223,18 @@ def _text(value: Any) -> str:
 
 def _dtype(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def _in_order(value: Any, structure: Any) -> Any:
+    """Dictionaries with their keys in the order of the example; everything else as it is."""
+    if type(value) not in (dict, list, tuple) or structure.type is not type(value) or len(value) != len(structure.children()):
+        return value
+    if isinstance(value, dict):
+        keys = structure.context
+        if any(k not in value for k in keys):
+            return value
+        return {k: _in_order(value[k], s) for k, s in zip(keys, structure.children(), strict=True)}
+    return type(value)(_in_order(v, s) for v, s in zip(value, structure.children(), strict=True))
 
 
 def _nesting(spec: Any) -> str:
@@ -321,7 +340,7 @@ def _places(values: Sequence[Any]) -> dict[str, str]:
 def _sizes(values: Sequence[Any]) -> Iterator[tuple[str, Any]]:
     for i, value in enumerate(values):
         if isinstance(value, Tensor):
-            yield from ((f"v{i}.shape[{d}]", size) for d, size in enumerate(value.shape))
+            yield from ((f"v{i}.shape[{d}]", size) for d, size in enumerate(sizes_of(value)))
         elif isinstance(value, torch.SymInt):
             yield f"v{i}", value
 
@@ -332,7 +351,7 @@ def _rank(value: Any) -> int | None:
 
 def _captured(value: Any, ranges: Mapping[Any, Any] | None) -> str:
     if isinstance(value, Tensor):
-        sizes = [str(d) if isinstance(d, int) else _free(d.node.expr, ranges or {}) for d in value.shape]
+        sizes = [str(d) if isinstance(d, int) else _free(d.node.expr, ranges or {}) for d in sizes_of(value)]
         return f"{_dtype(value.dtype)}[{', '.join(sizes)}]"
     return "a free number" if isinstance(value, torch.SymInt) else _text(value)
 
@@ -358,8 +377,9 @@ def _own(
         return
     if isinstance(value, Tensor):
         yield Condition(f"v{i}.dtype is torch_{_dtype(value.dtype)}", i, "", _AGAIN)
-        if all(isinstance(d, int) for d in value.shape):
-            yield Condition(f"v{i}.shape == {tuple(int(d) for d in value.shape)}", i, "", _ENLARGE)
+        sizes = sizes_of(value)
+        if all(isinstance(d, int) for d in sizes):
+            yield Condition(f"v{i}.shape == {tuple(sizes)}", i, "", _ENLARGE)
             return
         yield Condition(f"len(v{i}.shape) == {value.ndim}", i, "", _AGAIN)
     else:

@@ -42,7 +42,7 @@ def check_kind(model: nn.Module) -> None:
         where = f"{type(module).__name__} at {path}" if path else type(module).__name__
         if isinstance(module, torch.jit.ScriptModule):
             raise UsageError(
-                f"{where} is a TorchScript module (scripted or traced), whose Python code is gone: pass the nn.Module it was made from"
+                f"{where} is a TorchScript module (scripted or traced) without Python code: pass the nn.Module it was made from"
             )
         for name, tensor in _own_tensors(module):
             _check_tensor(tensor, name, where)

@@ -17,7 +17,10 @@ from torch import fx
 __all__ = ["inline_regions"]
 
 _hop = torch.ops.higher_order
-_BODY = {_hop.wrap_with_autocast: 4, _hop.wrap_with_set_grad_enabled: 1}  # position of the body; its arguments follow
+_BODY: dict[Any, int] = {
+    _hop.wrap_with_autocast: 4,
+    _hop.wrap_with_set_grad_enabled: 1,
+}  # position of the body; its arguments follow
 
 
 def inline_regions(gm: fx.GraphModule) -> int:

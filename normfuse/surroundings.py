@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
@@ -29,6 +30,8 @@ def undisturbed() -> Iterator[None]:
             if torch.is_autocast_enabled(device):
                 stack.enter_context(torch.autocast(device, enabled=False))
         stack.enter_context(_quiet())
+        stack.enter_context(warnings.catch_warnings())
+        warnings.filterwarnings("ignore", "The tensor attributes? .* assigned during export")  # an LSTM's own bookkeeping
         yield
 
 

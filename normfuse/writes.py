@@ -99,7 +99,7 @@ def _values(gm: fx.GraphModule) -> dict[fx.Node, Any]:
     """A fake value for every node, made anew: those that an exported graph carries need not share what the real ones share."""
     found: dict[fx.Node, Any] = {}
     placeholders = gm.graph.find_nodes(op="placeholder")
-    mode = torch._guards.detect_fake_mode([n.meta["val"] for n in placeholders if isinstance(n.meta.get("val"), Tensor)])
+    mode: Any = torch._guards.detect_fake_mode([n.meta["val"] for n in placeholders if isinstance(n.meta.get("val"), Tensor)])
     if mode is None:
         raise ValueError("no input is a tensor")
 
@@ -126,6 +126,7 @@ def _same_kind(twin: Any, node: fx.Node, values: dict[fx.Node, Any]) -> bool:
     """Half plus float is float, and half in place; one element times many is many, and an error in place."""
     x = values[node.args[0]]  # type: ignore[index]
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
-    with torch._guards.detect_fake_mode([x]), torch.no_grad():
+    mode: Any = torch._guards.detect_fake_mode([x])
+    with mode, torch.no_grad():
         made = twin(*args, **kwargs)
     return isinstance(made, Tensor) and made.dtype == x.dtype and made.shape == x.shape
