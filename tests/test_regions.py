@@ -73,6 +73,7 @@ def test_regions_about_gradients_are_part_of_the_graph(grad):
     torch.testing.assert_close(fast(x), model(x), rtol=1e-4, atol=1e-5)
 
 
+@torch.no_grad()
 def test_a_region_that_switches_autocast_on_and_branches_of_cond_run_as_they_are():
     class Kept(nn.Module):
         def __init__(self):

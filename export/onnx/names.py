@@ -39,7 +39,7 @@ def name_graph(model: Any, inputs: tuple[str, ...], outputs: tuple[str, ...], ax
         node.metadata_props.clear()
         node.doc_string = None
     # in two steps: a new name may be the old name of another value
-    wanted = dict(zip(graph.inputs, inputs, strict=True)) | dict(zip(graph.outputs, outputs, strict=True)) | weights
+    wanted = weights | dict(zip(graph.inputs, inputs, strict=True)) | dict(zip(graph.outputs, outputs, strict=True))
     for node in graph:
         for i, out in enumerate(node.outputs):
             wanted.setdefault(out, f"{node.name}_output_{i}")
