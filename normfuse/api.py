@@ -18,6 +18,7 @@ from normfuse.capture import Captured, arguments, calls_of, capture, flat_inputs
 from normfuse.census import census
 from normfuse.errors import UsageError
 from normfuse.graph import Graph
+from normfuse.model_kinds import check_kind, unwrapped
 from normfuse.original import Call, Original
 from normfuse.passes import PASSES
 from normfuse.passes.quantize.ranks import everywhere, several_ranks
@@ -26,6 +27,7 @@ from normfuse.quant.spec import ShiftQuant
 from normfuse.record import Record
 from normfuse.report import PassReport, Report
 from normfuse.returned import settle
+from normfuse.surroundings import undisturbed
 
 __all__ = ["DEFAULT", "Pass", "optimize"]
 
@@ -100,6 +102,20 @@ def optimize(
     pipeline = [*_pipeline(passes), *_quantization(quantize)]
     if verify not in _VERIFY:
         raise UsageError(f"verify={verify!r}: expected one of {', '.join(map(repr, _VERIFY))}")
+    with undisturbed():
+        return _optimized(model, example_inputs, dynamic_shapes, pipeline, quantize, calibration, verify, start)
+
+
+def _optimized(
+    model: Any,
+    example_inputs: Any,
+    dynamic_shapes: Any,
+    pipeline: list[Pass],
+    quantize: Any,
+    calibration: Any,
+    verify: str,
+    start: float,
+) -> fx.GraphModule:
     given = _original(model, example_inputs) if verify != "off" else None
     captured = capture(model, example_inputs, dynamic_shapes)
     graph = Graph.of(captured.gm)
@@ -131,7 +147,10 @@ def optimize(
 
 def _original(model: Any, example_inputs: Any) -> Original | None:
     """The model as it was given, once it ran on the inputs that were given; None for what `capture` refuses anyway."""
-    if not isinstance(model, (nn.Module, ExportedProgram)):
+    if isinstance(model, nn.Module):
+        model = unwrapped(model)
+        check_kind(model)
+    elif not isinstance(model, ExportedProgram):
         return None
     try:
         original = Original(model)

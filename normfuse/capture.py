@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
-import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,18 +14,22 @@ from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
+from normfuse.canonical import canonical_module, without_guard_calls
+from normfuse.capture_errors import explained, first_line
 from normfuse.declared_inputs import declared_inputs
-from normfuse.errors import CaptureError, UsageError
+from normfuse.errors import CaptureError, NormfuseError, UsageError
+from normfuse.free_sizes import fixed_after_all, free_sizes, stated_minima
+from normfuse.guards import guarded_inputs, guards_of, guards_of_signature, set_guards
 from normfuse.importers import recognise
+from normfuse.model_kinds import check_kind, unwrapped, unwrapped_inside
 from normfuse.original import Call, without_cache
 from normfuse.record import record
-from normfuse.regions import inline_without_autocast
+from normfuse.surroundings import undisturbed
+from normfuse.writes import is_write, writes
 
 __all__ = ["Captured", "arguments", "calls_of", "capture", "flat_inputs"]
 
 log = logging.getLogger(__name__)
-
-aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
@@ -57,22 +61,30 @@ def capture(model: Any, example_inputs: Any = None, dynamic_shapes: Any = None) 
             model declares (timm, Hugging Face, torchvision), else traces it without shapes.
         dynamic_shapes: as in `torch.export.export`; None fixes all sizes to those of the example.
 
+    One thread captures at a time; `autocast` and `inference_mode` around the call are left out.
+
     Raises:
         CaptureError: the model cannot be traced; the message names the cause and what to try.
         UsageError: `model` or `example_inputs` is not of a kind that can be captured.
     """
-    given = None if example_inputs is None else arguments(example_inputs)
+    with undisturbed():
+        return _captured(model, None if example_inputs is None else arguments(example_inputs), dynamic_shapes)
+
+
+def _captured(model: Any, given: tuple[tuple[Any, ...], dict[str, Any]] | None, dynamic_shapes: Any) -> Captured:
     if isinstance(model, ExportedProgram):
         return _exported_program(model, given)
     if not isinstance(model, nn.Module):
         raise UsageError(f"expected a torch.nn.Module, a GraphModule or an ExportedProgram, got {type(model).__name__}")
+    model = unwrapped(model)
+    check_kind(model)
     if isinstance(model, fx.GraphModule) and given is None:
         known = _canonical(model)
         if known is not None:
             return known
     shadow, notes = _shadow(model)
     if given is not None:
-        return _export(shadow, *given, dynamic_shapes, notes)
+        return _export(shadow, *_told_apart(model, *given), dynamic_shapes, notes)
     declared = declared_inputs(shadow)
     if declared is None:
         return _trace(shadow, notes)
@@ -159,13 +171,14 @@ def _shadow(model: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
     own = [
         t for m in model.modules() for t in vars(m).values() if isinstance(t, Tensor)
     ]  # plain attributes, e.g. of old weight norm
-    memo: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers(), *own)}
+    memo: dict[int, Any] = {id(t): _usable(t) for t in (*model.parameters(), *model.buffers(), *own)}
     try:
         shadow = copy.deepcopy(model, memo)
     except Exception as e:
         raise CaptureError(
-            f"{type(model).__name__} cannot be copied ({_first_line(e)}); pass an ExportedProgram: torch.export.export(model, args)"
+            f"{type(model).__name__} cannot be copied ({first_line(e)}); pass an ExportedProgram: torch.export.export(model, args)"
         ) from e
+    unwrapped_inside(shadow)
     if not isinstance(shadow, fx.GraphModule):
         shadow, known = recognise(shadow)
         notes.extend(known)
@@ -175,29 +188,53 @@ def _shadow(model: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
     return shadow, tuple(notes)
 
 
+def _usable(tensor: Tensor) -> Tensor:
+    """The tensor itself; a copy of one that was made under inference mode, which can be no parameter outside of it."""
+    if not tensor.is_inference():
+        return tensor
+    copied = tensor.detach().clone()
+    return nn.Parameter(copied, requires_grad=False) if isinstance(tensor, nn.Parameter) else copied
+
+
 def _export(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any, notes: tuple[str, ...]
 ) -> Captured:
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]):
             program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
+    except NormfuseError:  # one of ours captured again, with inputs that it refuses
+        raise
     except Exception as e:
-        raise CaptureError(_why(model, e, args, kwargs)) from e
-    return Captured(_canonical_module(program), args, kwargs, True, dynamic_shapes, notes)
+        raise CaptureError(explained(type(model).__name__, e, args, kwargs)) from e
+    names = [*list(inspect.signature(model.forward).parameters)[: len(args)], *kwargs]
+    asked = dict(free_sizes(dynamic_shapes, dict(zip(names, (*args, *kwargs.values()), strict=False))))
+    gm = canonical_module(program, stated_minima(asked))
+    values = [n.meta.get("val") for n in gm.graph.find_nodes(op="placeholder")]
+    inputs = list(zip(guarded_inputs(gm), values, strict=False))
+    return Captured(gm, args, kwargs, True, dynamic_shapes, notes + fixed_after_all(asked, inputs))
 
 
-def _why(model: nn.Module, e: Exception, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-    shapes = ", ".join(_describe(v) for v in pytree.tree_leaves((args, kwargs)))
-    name = type(model).__name__
-    return f"{name} could not be captured with inputs ({shapes}): {type(e).__name__}: {_first_line(e)}"
+def _told_apart(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The inputs with storages of their own: one tensor for two inputs, or a weight as an input, would be taken for one value."""
+    seen = {_storage(t) for t in (*model.parameters(), *model.buffers())}
+
+    def own(value: Any) -> Any:
+        if not isinstance(value, Tensor) or value.layout is not torch.strided:
+            return value
+        storage = _storage(value)
+        if storage not in seen and not value.is_inference():
+            seen.add(storage)
+            return value
+        return value.detach().clone()
+
+    found: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map(own, (args, kwargs))
+    return found
 
 
-def _describe(value: Any) -> str:
-    return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-
-
-def _first_line(e: Exception) -> str:
-    return next((line.strip() for line in str(e).splitlines() if line.strip()), type(e).__name__)
+def _storage(tensor: Tensor) -> int:
+    """What two views of one storage share; empty tensors share nothing."""
+    plain = tensor.layout is torch.strided and type(tensor) in (Tensor, nn.Parameter)
+    return (tensor.untyped_storage().data_ptr() if plain else 0) or id(tensor)
 
 
 def _any_batch(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -216,18 +253,19 @@ def _trace(model: nn.Module, notes: tuple[str, ...]) -> Captured:
     from normfuse.symbolic import symbolic
 
     gm = symbolic(model)
-    write = next((n for n in gm.graph.nodes if _is_write(n) or (n.op == "call_method" and str(n.target).endswith("_"))), None)
+    write = next((n for n in gm.graph.nodes if is_write(n) or (n.op == "call_method" and str(n.target).endswith("_"))), None)
     if write is not None:
         raise CaptureError(
             f"{type(model).__name__} writes in place ({write.name}), and without shapes nobody knows who reads that; "
             "pass example_inputs"
         )
+    set_guards(gm, guards_of_signature(type(model).forward))
     return Captured(gm, has_inputs=False, kwargs={}, notes=notes)
 
 
 def _exported_program(program: ExportedProgram, given: tuple[tuple[Any, ...], dict[str, Any]] | None) -> Captured:
     args, kwargs = given or program.example_inputs or ((), {})
-    return Captured(_canonical_module(program), tuple(args), dict(kwargs), bool(args or kwargs), _program_shapes(program), ())
+    return Captured(canonical_module(program), tuple(args), dict(kwargs), bool(args or kwargs), _program_shapes(program), ())
 
 
 def _program_shapes(program: ExportedProgram) -> Any:
@@ -255,109 +293,14 @@ def _canonical(gm: fx.GraphModule) -> Captured | None:
     left = record(gm)
     if not plain and left is None:
         return None
-    graph = copy.copy(gm)
-    graph.graph = copy.deepcopy(gm.graph)
+    graph = fx.GraphModule(gm, copy.deepcopy(gm.graph))
+    graph.meta = dict(gm.meta)
     for old, new in zip(gm.graph.nodes, graph.graph.nodes, strict=True):
         new.meta = dict(old.meta)
-    _drop_guards(graph)
-    if _writes(graph):
+    without_guard_calls(graph)
+    if writes(graph):
         return None
     if left is None:
+        set_guards(graph, guards_of(graph, getattr(gm, "range_constraints", None)))
         return Captured(graph, has_inputs=False, kwargs={})
     return Captured(graph, left.args, left.kwargs, left.has_inputs, left.dynamic_shapes, ())
-
-
-# -- canonical form ----------------------------------------------------------------------------------------------------
-
-
-def _canonical_module(program: ExportedProgram) -> fx.GraphModule:
-    gm = _module(program)
-    inline_without_autocast(gm)
-    if _writes(gm) and not _writes_are_local(gm):
-        # views of one tensor may be written through another: only functionalization gets that right
-        gm = _module(program.run_decompositions({}))
-        inline_without_autocast(gm)
-        _restore_batch_norm(gm)
-    for node in list(gm.graph.nodes):
-        if node.target is aten.rms_norm.default and (len(node.args) < 4 or node.args[3] is None) and node.kwargs.get("eps") is None:
-            val = node.meta.get("val")
-            dtype = val.dtype if isinstance(val, Tensor) else torch.float32
-            args = (*node.args, *[None] * (3 - len(node.args)))[:3]
-            node.args, node.kwargs = (*args[:2], node.kwargs.get("weight", args[2]), torch.finfo(dtype).eps), {}
-    written = [str(n.args[0].target) for n in gm.graph.nodes if n.target is aten.copy_.default and n.args[0].op == "get_attr"]
-    if written:
-        raise CaptureError(
-            f"the model writes to its buffer {written[0]} in eval mode, so that it is not a constant; "
-            "make the buffer an input and an output"
-        )
-    gm.graph.lint()
-    gm.recompile()
-    return gm
-
-
-def _module(program: ExportedProgram) -> fx.GraphModule:
-    gm = program.module()
-    assert isinstance(gm, fx.GraphModule)
-    _drop_guards(gm)
-    return gm
-
-
-def _drop_guards(gm: fx.GraphModule) -> None:
-    """The guards check sizes against the example; the optimized model takes what the operators take."""
-    for node in gm.graph.find_nodes(op="call_module", target="_guards_fn"):
-        gm.graph.erase_node(node)
-
-
-def _writes(gm: fx.GraphModule) -> bool:
-    return any(_is_write(n) for n in gm.graph.nodes)
-
-
-def _is_write(node: fx.Node) -> bool:
-    target = node.target
-    return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable and target is not aten.batch_norm.default
-
-
-def _writes_are_local(gm: fx.GraphModule) -> bool:
-    """Replace f_(x) by f(x) where x is fresh (no view, no input) and nobody else reads it; False if one is left."""
-    for node in gm.graph.nodes:
-        if not _is_write(node):
-            continue
-        target: Any = node.target
-        x = node.args[0] if node.args else None
-        twin = getattr(getattr(aten, target._schema.name.split("::")[1].rstrip("_"), None), target._overloadname, None)
-        if not isinstance(x, fx.Node) or twin is None or not _fresh(x) or len(x.users) != 1:
-            return False
-        node.target = twin
-    return True
-
-
-def _fresh(x: fx.Node) -> bool:
-    """Does the node own its memory? True for operators that return no alias of an input."""
-    target = x.target
-    if x.op != "call_function" or not isinstance(target, torch._ops.OpOverload) or target._schema.is_mutable:
-        return False
-    view = any(r.alias_info is not None for r in target._schema.returns)
-    return not view and target not in (
-        aten.dropout.default,
-        aten.contiguous.default,
-        aten.reshape.default,
-        aten.flatten.using_ints,
-        aten.to.dtype,
-    )
-
-
-def _restore_batch_norm(gm: fx.GraphModule) -> None:
-    """Functionalization spells batch_norm in eval as another operator with three results; this is its canonical name."""
-    for node in list(gm.graph.nodes):
-        if node.target is not aten._native_batch_norm_legit_no_training.default:
-            continue
-        x, weight, bias, mean, var, momentum, eps = node.args
-        for user in list(node.users):
-            if user.target is operator.getitem and user.args[1] == 0:
-                with gm.graph.inserting_before(user):
-                    new = gm.graph.call_function(aten.batch_norm.default, (x, weight, bias, mean, var, False, momentum, eps, False))
-                new.meta = dict(user.meta)
-                user.replace_all_uses_with(new)
-                gm.graph.erase_node(user)
-        if not node.users:
-            gm.graph.erase_node(node)

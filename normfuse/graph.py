@@ -13,9 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from normfuse.attribute_names import attribute_names
 from normfuse.constants import Constant
 from normfuse.decode import decode, pieces
 from normfuse.errors import RewriteError
+from normfuse.optimized import OptimizedGraph
 from normfuse.report import Site
 from normfuse.views import Op, Value, affine
 
@@ -87,7 +89,7 @@ class Graph:
             tensor = _attribute(self._owner, str(node.target))
             if not isinstance(tensor, Tensor):
                 continue
-            key = (tensor.data_ptr() or id(tensor), tensor.dtype, tuple(tensor.shape), tensor.stride())
+            key = _identity(tensor)
             if key in first:
                 node.replace_all_uses_with(first[key])
                 self.fx.erase_node(node)
@@ -107,6 +109,7 @@ class Graph:
         made.skip, made.fuel, made._fresh, made.samples = self.skip, self.fuel, self._fresh, self.samples
         return made
 
+    @torch.inference_mode(False)
     def to_module(self, name: str = "Optimized") -> fx.GraphModule:
         """A GraphModule of its own: constants cast once to their dtype, nothing shared with the original."""
         self.clean()
@@ -120,15 +123,14 @@ class Graph:
                 constant = self.constants[node.target]
                 node.target = names[node.target]
                 native = constant.native
-                _place(
-                    root, node.target, native.clone() if constant.tensor is not None else native.contiguous(), self._owner, constant
-                )
+                shared = constant.tensor is not None or native.is_inference()
+                _place(root, node.target, native.clone() if shared else native.contiguous(), self._owner, constant)
             elif node.op == "get_attr":
                 _place_module(root, str(node.target), _attribute(self._owner, str(node.target)))
         self.constants = {names[k]: Constant.of(_attribute(root, names[k]), names[k]) for k in self.constants}
-        gm = fx.GraphModule(root, self.fx, name)
+        meta = {k: v for k, v in getattr(self._owner, "meta", {}).items() if k != "normfuse"}
+        gm = OptimizedGraph.of(root, self.fx, name, meta)
         gm.graph.lint()
-        gm.meta.update({k: v for k, v in getattr(self._owner, "meta", {}).items() if k != "normfuse"})
         gm.training = False
         for module in gm.modules():
             module.training = False
@@ -150,7 +152,8 @@ class Graph:
                 name = f"{base}_{number}"
             names[key] = name
             taken.add(name)
-        return names
+        readable = attribute_names(names.values())
+        return {key: readable[name] for key, name in names.items()}
 
     # -- reading -----------------------------------------------------------------------------------------------------
 
@@ -200,6 +203,11 @@ class Graph:
     def owned(self, path: str) -> Any:
         """What a `call_module` or a `get_attr` that is no tensor refers to."""
         return _attribute(self._owner, path)
+
+    @property
+    def _device(self) -> torch.device:
+        """Of the model's constants, whatever the default device is."""
+        return next((c.tensor.device for c in self.constants.values() if c.tensor is not None), torch.device("cpu"))
 
     @property
     def fake_mode(self) -> Any:
@@ -276,7 +284,7 @@ class Graph:
         mode = self.fake_mode
         if mode is not None:
             with mode:
-                node.meta["val"] = torch.empty(constant.shape, dtype=constant.dtype)
+                node.meta["val"] = torch.empty(constant.shape, dtype=constant.dtype, device=self._device)
         return node
 
     def _new_key(self, constant: Constant) -> str:
@@ -370,6 +378,14 @@ def _is_default(value: Any, argument: Any) -> bool:
         return False
     default = argument.default_value
     return type(value) is type(default) and not isinstance(value, fx.Node) and value == default
+
+
+def _identity(tensor: Tensor) -> Any:
+    """Two tensors are one constant if they are one object, or plain and the same window on one storage, read alike."""
+    if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout is not torch.strided or tensor.is_quantized:
+        return id(tensor)
+    lazy = (tensor.is_conj(), tensor.is_neg())
+    return (tensor.data_ptr() or id(tensor), tensor.device, tensor.dtype, tuple(tensor.shape), tensor.stride(), *lazy)
 
 
 def _attribute(owner: Any, path: str) -> Any:

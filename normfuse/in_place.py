@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-__all__ = ["functionalise"]
+__all__ = ["functionalise", "makes_storage", "out_of_place"]
 
 aten = torch.ops.aten
 
@@ -45,7 +45,7 @@ def functionalise(graph: fx.Graph, root: nn.Module) -> fx.Graph:
     one_dtype = _one_dtype(graph, root)
     order = {node: i for i, node in enumerate(graph.nodes)}
     for node in list(graph.nodes):
-        twin = _out_of_place(node)
+        twin = out_of_place(node)
         if twin is None or not _unseen(node, order) or not (one_dtype or _keeps_dtype(node)):
             continue
         old = node.args[0]
@@ -58,7 +58,7 @@ def functionalise(graph: fx.Graph, root: nn.Module) -> fx.Graph:
     return graph
 
 
-def _out_of_place(node: fx.Node) -> Any:
+def out_of_place(node: fx.Node) -> Any:
     """The overload of the same name without the underscore; None for a call that does not write to its first argument."""
     if not isinstance(node.target, torch._ops.OpOverload) or not node.args or not isinstance(node.args[0], fx.Node):
         return None
@@ -78,14 +78,14 @@ def _unseen(node: fx.Node, order: dict[fx.Node, int]) -> bool:
     written = node.args[0]
     assert isinstance(written, fx.Node)
     earlier = [user for user in written.users if order[user] < order[node]]
-    return _owns_storage(written) and all(_makes_storage(user) or _name(user) in _READS_ONLY for user in earlier)
+    return _owns_storage(written) and all(makes_storage(user) or _name(user) in _READS_ONLY for user in earlier)
 
 
 def _owns_storage(node: Any) -> bool:
     """Does nothing but this value refer to its storage? So it is for new storage, and for a view of it that is its only use."""
     while _name(node) in _VIEWS and isinstance(node.args[0], fx.Node) and len(node.args[0].users) == 1:
         node = node.args[0]
-    return _makes_storage(node)
+    return makes_storage(node)
 
 
 def _name(node: Any) -> str:
@@ -93,7 +93,7 @@ def _name(node: Any) -> str:
     return str(node.target._schema.name).removeprefix("aten::") if is_aten else ""
 
 
-def _makes_storage(node: Any) -> bool:
+def makes_storage(node: Any) -> bool:
     """Does the call return tensors that share nothing with its arguments?"""
     name = _name(node)
     if not name or not str(node.target._schema.name).startswith("aten::"):

@@ -1,7 +1,9 @@
-"""Regions that `torch.export` keeps apart, written back into the graph: `with torch.autocast(..., enabled=False)`.
+"""Regions that `torch.export` keeps apart, written back into the graph: autocast that is off, and gradients that are on or off.
 
-Nothing of normfuse runs under autocast, so a region that switches it off is the graph it holds. Rotary positions and linear
-attention are often written so.
+    with torch.autocast("cpu", enabled=False): ...     with torch.no_grad(): ...     @torch.no_grad() on a method
+
+Nothing of normfuse runs under autocast or asks for gradients, so such a region is the graph it holds. Rotary positions and linear
+attention are often written so. A region that switches autocast on is another computation and stays.
 """
 
 from __future__ import annotations
@@ -12,24 +14,31 @@ from typing import Any
 import torch
 from torch import fx
 
-__all__ = ["inline_without_autocast"]
+__all__ = ["inline_regions"]
+
+_hop = torch.ops.higher_order
+_BODY: dict[Any, int] = {
+    _hop.wrap_with_autocast: 4,
+    _hop.wrap_with_set_grad_enabled: 1,
+}  # position of the body; its arguments follow
 
 
-def inline_without_autocast(gm: fx.GraphModule) -> int:
+def inline_regions(gm: fx.GraphModule) -> int:
     """Write each such region into the graph around it, in place, regions inside regions too; returns how many there were."""
     count = 0
-    while (node := next((n for n in gm.graph.nodes if _is_off(gm, n)), None)) is not None:
+    while (node := next((n for n in gm.graph.nodes if _says_nothing(gm, n)), None)) is not None:
         _inline(gm, node)
         count += 1
     return count
 
 
-def _is_off(gm: fx.GraphModule, node: fx.Node) -> bool:
-    return node.target is torch.ops.higher_order.wrap_with_autocast and node.args[2] is False and _body(gm, node) is not None
+def _says_nothing(gm: fx.GraphModule, node: fx.Node) -> bool:
+    on = node.target is _hop.wrap_with_autocast and node.args[2] is not False
+    return node.target in _BODY and not on and _body(gm, node) is not None
 
 
 def _body(gm: fx.GraphModule, node: fx.Node) -> fx.GraphModule | None:
-    held = node.args[4]
+    held = node.args[_BODY[node.target]]
     found = getattr(gm, str(held.target), None) if isinstance(held, fx.Node) and held.op == "get_attr" else None
     return found if isinstance(found, fx.GraphModule) else None
 
@@ -38,7 +47,8 @@ def _inline(gm: fx.GraphModule, node: fx.Node) -> None:
     body = _body(gm, node)
     assert body is not None
     names = {str(n.target): _adopted(gm, body, str(n.target)) for n in body.graph.nodes if n.op == "get_attr"}
-    inside = dict(zip(body.graph.find_nodes(op="placeholder"), node.args[5:], strict=True))
+    first = _BODY[node.target]
+    inside = dict(zip(body.graph.find_nodes(op="placeholder"), node.args[first + 1 :], strict=True))
     results: Any = ()
     with gm.graph.inserting_before(node):
         for n in body.graph.nodes:
@@ -48,7 +58,7 @@ def _inline(gm: fx.GraphModule, node: fx.Node) -> None:
                 inside[n] = new = gm.graph.node_copy(n, lambda a: inside[a])
                 if n.op == "get_attr":
                     new.target = names[str(n.target)]
-    held = node.args[4]
+    held = node.args[first]
     for user in list(node.users):
         if user.target is operator.getitem:
             user.replace_all_uses_with(results[user.args[1]])

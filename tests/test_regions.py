@@ -38,3 +38,54 @@ def test_a_region_without_autocast_is_part_of_the_graph(deep):
     assert report.exact.max_rel < 1e-9
     assert not [n for n in fast.graph.nodes if "autocast" in str(n.target)]
     torch.testing.assert_close(fast(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+class Positions(nn.Module):
+    """Rotary positions under no_grad, as Hugging Face writes them, with a region in the region."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.norm, self.last = nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)
+        self.register_buffer("frequencies", torch.rand(8))
+        for t in (self.norm.running_mean, self.norm.running_var, self.norm.weight, self.norm.bias):
+            nn.init.uniform_(t, 0.5, 1.5)
+
+    @torch.no_grad()
+    def angles(self, x):
+        with torch.autocast(device_type="cpu", enabled=False):
+            z = x.float() * self.frequencies
+            with torch.enable_grad():
+                return z.cos() + self.frequencies
+
+    def forward(self, x):
+        return self.last(self.norm(self.linear(x)) * self.angles(x))
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_regions_about_gradients_are_part_of_the_graph(grad):
+    model, x = Positions().eval(), torch.randn(4, 8)
+    with torch.set_grad_enabled(grad):
+        program = torch.export.export(model, (x,))
+    fast = normfuse.optimize(program)
+    assert normfuse.report(fast).norms_after == {"batch_norm": 0}
+    assert normfuse.report(fast).exact.max_rel < 1e-9
+    assert not [n for n in fast.graph.nodes if "wrap_with" in str(n.target)]
+    torch.testing.assert_close(fast(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_region_that_switches_autocast_on_and_branches_of_cond_run_as_they_are():
+    class Kept(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8)), nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8))
+
+        def forward(self, x):
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                y = self.a(x)
+            return torch.cond(y.sum() > 0, lambda t: self.b(t), lambda t: t * 2, (y.float(),))
+
+    model = Kept().eval()
+    fast = normfuse.optimize(model, (torch.randn(4, 8),), verify="off")
+    for x in (torch.randn(4, 8) + 1, torch.randn(4, 8) - 1):
+        torch.testing.assert_close(fast(x), model(x))

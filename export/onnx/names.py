@@ -27,6 +27,8 @@ def name_graph(model: Any, inputs: tuple[str, ...], outputs: tuple[str, ...], ax
             value.shape = _named(value.shape, axes)
         value.metadata_props.clear()
     taken = {*inputs, *outputs}
+    # a weight may be called like an output
+    weights = {v: _unlike(v.name, taken) for v in graph.initializers.values() if v.name in taken}
     for node in graph:
         label = f"{paths[node]}/{node.op_type}"
         name, n = label, 1
@@ -37,7 +39,7 @@ def name_graph(model: Any, inputs: tuple[str, ...], outputs: tuple[str, ...], ax
         node.metadata_props.clear()
         node.doc_string = None
     # in two steps: a new name may be the old name of another value
-    wanted = dict(zip(graph.inputs, inputs, strict=True)) | dict(zip(graph.outputs, outputs, strict=True))
+    wanted = weights | dict(zip(graph.inputs, inputs, strict=True)) | dict(zip(graph.outputs, outputs, strict=True))
     for node in graph:
         for i, out in enumerate(node.outputs):
             wanted.setdefault(out, f"{node.name}_output_{i}")
@@ -50,6 +52,14 @@ def name_graph(model: Any, inputs: tuple[str, ...], outputs: tuple[str, ...], ax
         value.name = name
     graph.metadata_props.clear()
     model.metadata_props.clear()
+
+
+def _unlike(name: str, taken: set[str]) -> str:
+    n = 1
+    while f"{name}_{n}" in taken:
+        n += 1
+    taken.add(f"{name}_{n}")
+    return f"{name}_{n}"
 
 
 def _paths(graph: Any) -> dict[Any, str]:

@@ -1,0 +1,119 @@
+"""An exported program as the canonical graph: undecomposed ATen calls, nothing in place, no regions, names that can be read."""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.export import ExportedProgram
+
+from normfuse.attribute_names import attribute_names
+from normfuse.errors import CaptureError
+from normfuse.guards import guards_of, set_guards
+from normfuse.regions import inline_regions
+from normfuse.writes import secret_views, without_writes, writes
+
+__all__ = ["canonical_module", "without_guard_calls"]
+
+aten = torch.ops.aten
+
+
+def canonical_module(program: ExportedProgram, smallest: Mapping[str, int] | None = None) -> fx.GraphModule:
+    """The canonical graph of a program, which is not changed; its guards are in its meta.
+
+    Args:
+        program: from `torch.export.export`, in the training form.
+        smallest: limits of free sizes from below that the caller has stated, by `x.shape[1]`.
+
+    Raises:
+        CaptureError: the model writes to its own buffers.
+    """
+    program = _readable(program)
+    gm = program.module()
+    assert isinstance(gm, fx.GraphModule)
+    guards = guards_of(gm, program.range_constraints, getattr(program, "_guards_code", ()), smallest)
+    gm = _plain(gm)
+    if writes(gm) and not without_writes(gm):
+        # views of one tensor may be written through another: only functionalization gets that right
+        decomposed = program.run_decompositions(secret_views(gm)).module()
+        assert isinstance(decomposed, fx.GraphModule)
+        gm = _plain(decomposed)
+        _restore_batch_norm(gm)
+    _state_epsilon(gm)
+    written = [str(n.args[0].target) for n in gm.graph.nodes if n.target is aten.copy_.default and n.args[0].op == "get_attr"]
+    if written:
+        raise CaptureError(
+            f"the model writes to its buffer {written[0]} in eval mode, so that it is not a constant; "
+            "make the buffer an input and an output"
+        )
+    gm.graph.lint()
+    gm.recompile()
+    set_guards(gm, guards)
+    return gm
+
+
+def without_guard_calls(gm: fx.GraphModule) -> None:
+    """torch's own checks go, in place: they are in `Guards`, in the user's words."""
+    for node in gm.graph.find_nodes(op="call_module", target="_guards_fn"):
+        gm.graph.erase_node(node)
+
+
+def _plain(gm: fx.GraphModule) -> fx.GraphModule:
+    without_guard_calls(gm)
+    inline_regions(gm)
+    return gm
+
+
+def _readable(program: ExportedProgram) -> ExportedProgram:
+    """The program with other names for what generated code could not read, such as `graph.weight`; itself if there is nothing."""
+    signature = program.graph_signature
+    held = {*program.state_dict, *program.constants, *(s.target for s in signature.input_specs if s.target)}
+    names = attribute_names(sorted(held))
+    if all(old == new for old, new in names.items()):
+        return program
+    renamed = copy.copy(program)
+    renamed._state_dict = {names[k]: v for k, v in program.state_dict.items()}
+    renamed._constants = {names[k]: v for k, v in program.constants.items()}
+    renamed._graph_signature = copy.copy(signature)
+    renamed._graph_signature.input_specs = [replace(s, target=names.get(s.target or "", s.target)) for s in signature.input_specs]
+    renamed._graph_signature.output_specs = [replace(s, target=names.get(s.target or "", s.target)) for s in signature.output_specs]
+    return renamed
+
+
+def _state_epsilon(gm: fx.GraphModule) -> None:
+    """rms_norm without an epsilon takes that of the dtype it computes in: float64 for float64, else float32, half included."""
+    for node in gm.graph.find_nodes(op="call_function", target=aten.rms_norm.default):
+        x, shape, weight, eps = _bound(node)
+        if eps is not None:
+            continue
+        val = x.meta.get("val")
+        wide = isinstance(val, Tensor) and val.dtype is torch.float64
+        node.args, node.kwargs = (x, shape, weight, torch.finfo(torch.float64 if wide else torch.float32).eps), {}
+
+
+def _bound(node: fx.Node) -> list[Any]:
+    names = ("input", "normalized_shape", "weight", "eps")
+    given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+    return [given.get(name) for name in names]
+
+
+def _restore_batch_norm(gm: fx.GraphModule) -> None:
+    """Functionalization spells batch_norm in eval as another operator with three results; this is its canonical name."""
+    for node in list(gm.graph.nodes):
+        if node.target is not aten._native_batch_norm_legit_no_training.default:
+            continue
+        x, weight, bias, mean, var, momentum, eps = node.args
+        for user in list(node.users):
+            if user.target is operator.getitem and user.args[1] == 0:
+                with gm.graph.inserting_before(user):
+                    new = gm.graph.call_function(aten.batch_norm.default, (x, weight, bias, mean, var, False, momentum, eps, False))
+                new.meta = dict(user.meta)
+                user.replace_all_uses_with(new)
+                gm.graph.erase_node(user)
+        if not node.users:
+            gm.graph.erase_node(node)

@@ -1,0 +1,57 @@
+"""What stands around a call is kept out of it: other threads, autocast, inference mode, torch's own log of failed captures."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+
+__all__ = ["undisturbed"]
+
+_ONE_AT_A_TIME = threading.RLock()  # torch.export patches classes of the whole process
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Capture inside of this: one thread at a time, whatever mode the caller is in.
+
+    A model is captured as it is called by itself: its result is the same under `autocast`, and tensors that are made under
+    `inference_mode` could never be trained or captured again.
+    """
+    with _ONE_AT_A_TIME, ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.no_grad())
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        stack.enter_context(_quiet())
+        stack.enter_context(warnings.catch_warnings())
+        warnings.filterwarnings("ignore", "The tensor attributes? .* assigned during export")  # an LSTM's own bookkeeping
+        yield
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """torch logs what it also raises, and prints the graph as far as it came; TORCH_LOGS gets both back."""
+    if os.environ.get("TORCH_LOGS"):
+        yield
+        return
+    import torch.export._trace as tracing
+
+    names = [name for name in logging.root.manager.loggerDict if name == "torch" or name.startswith("torch.")]
+    levels = {log: log.level for log in map(logging.getLogger, dict.fromkeys(("torch", *names)))}
+    held = vars(tracing).get("print", print)
+    for log in levels:
+        log.setLevel(logging.CRITICAL)
+    vars(tracing)["print"] = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        vars(tracing)["print"] = held
+        for log, level in levels.items():
+            log.setLevel(level)
