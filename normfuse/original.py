@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
-from normfuse.errors import CaptureError, UsageError
+from normfuse.errors import CaptureError, NormfuseError, UsageError
 from normfuse.modes import NARROW, Float64, Stirred, Untouched, WritesWeights, widened
 
 __all__ = ["Call", "Original", "Run", "run", "without_cache"]
@@ -197,6 +197,8 @@ class Original:
         """
         try:
             return self.native(call)
+        except NormfuseError:  # one of ours, called with inputs that it refuses
+            raise
         except Exception as e:
             what = f"{type(e).__name__}: {_first_line(e)}"
             self._check_dtypes(call, what)

@@ -38,6 +38,7 @@ from normfuse.extras import need
 from normfuse.files import atomic, check_target, spelled
 from normfuse.record import record
 from normfuse.report import Error
+from normfuse.surroundings import undisturbed
 
 __all__ = ["to_onnx", "write_onnx"]
 
@@ -111,6 +112,7 @@ def to_onnx(
     )[0]  # fmt: skip
 
 
+@undisturbed()
 def write_onnx(
     gm: nn.Module,
     path: str | Path,
