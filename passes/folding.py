@@ -147,7 +147,7 @@ class Known:
         def one(n: fx.Node) -> Any:
             return self.numbers[n] if n in self.numbers else self.constants[n]
 
-        return fx.node.map_arg((call.args, dict(call.kwargs)), one)  # type: ignore[arg-type, return-value]
+        return fx.node.map_arg((call.args, dict(call.kwargs)), one)
 
     def _number(self, node: fx.Node) -> Any:
         """A size of a constant, or arithmetic on such sizes."""
