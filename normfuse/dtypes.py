@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-__all__ = ["ALL", "dtype_of", "floating", "possible", "propagate_dtypes"]
+__all__ = ["ALL", "default_eps", "dtype_of", "floating", "possible", "propagate_dtypes"]
 
 aten = torch.ops.aten
 
@@ -69,6 +69,11 @@ def possible(node: fx.Node) -> Dtypes:
         return frozenset({val.dtype})
     known: Dtypes | None = node.meta.get("dtypes")
     return known if known is not None else _forward(node)
+
+
+def default_eps(dtype: torch.dtype) -> float:
+    """What `rms_norm` adds with eps=None: the epsilon of the dtype that it computes in, which is float32 for the half ones."""
+    return torch.finfo(torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype).eps
 
 
 def propagate_dtypes(graph: fx.Graph, root: nn.Module) -> fx.Graph:

@@ -11,7 +11,17 @@ from collections.abc import Callable
 
 from normfuse.constants import Constant
 from normfuse.graph import Refuse
-from normfuse.passes.broadcast import axes, channelwise, is_zero, per_channel, pooled_axes, positive, same_shape, unmoved
+from normfuse.passes.broadcast import (
+    axes,
+    channelwise,
+    is_zero,
+    keeps_shape,
+    per_channel,
+    pooled_axes,
+    positive,
+    same_shape,
+    unmoved,
+)
 from normfuse.views import (
     Add,
     Addmm,
@@ -229,7 +239,7 @@ def _beside(W: Constant) -> str:
 
 
 def _fits(c: Constant, x: Value) -> bool:
-    return c.dtype.is_floating_point and x.rank is not None and c.ndim <= x.rank
+    return c.dtype.is_floating_point and keeps_shape(c, x)
 
 
 def _narrow(c: Constant, axis: int, start: int, length: int) -> Constant:
