@@ -8,7 +8,7 @@
     shrink     the smallest spec that fails in the same way
     run        many cases in worker processes
 
-The generator is our own and not Hypothesis: a case is a *program* whose later steps depend on the shapes that earlier ones give, it
-must shrink to a module that a person reads (delete this step, let its readers read what it read), and ten thousand cases must run in
-processes that may die, be resumed and be repeated from a number.
+The generator is our own and not Hypothesis: a case is a *program* whose later steps depend on the shapes of earlier ones. It must
+shrink to a module that a person reads (leave a step out, let its readers read what it read), and ten thousand cases must run in
+processes that may die, go on after an interruption, and be repeated from a number.
 """

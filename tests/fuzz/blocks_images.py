@@ -70,10 +70,8 @@ def conv_transpose2d(e: Emitter, x: Value) -> str:
     out = e.pick(4, 6, 8)
     stride = e.pick(1, 2)
     extra = e.pick(0, 1) if stride == 2 else 0
-    layer = e.module(
-        f"nn.ConvTranspose2d({x.width}, {out}, {e.pick(2, 3)}, stride={stride}, output_padding={extra}, groups={groups}, bias={e.flag()})",
-        "up",
-    )
+    options = f"stride={stride}, output_padding={extra}, groups={groups}, bias={e.flag()}"
+    layer = e.module(f"nn.ConvTranspose2d({x.width}, {out}, {e.pick(2, 3)}, {options})", "up")
     return f"{layer}({x})"
 
 

@@ -35,8 +35,8 @@ def form(expected: Any, found: Any) -> Difference | None:
         return Difference("structure", f"{type(expected).__name__} became {type(found).__name__}")
     a, was = pytree.tree_flatten(expected)
     b, now = pytree.tree_flatten(found)
-    if len(a) != len(b) or [type(v) for v in a] != [type(v) for v in b] or str(was) != str(now):
-        return Difference("structure", f"{was} became {now}")
+    if str(was) != str(now) or [type(v) for v in a] != [type(v) for v in b]:
+        return Difference("structure", f"{was} {[type(v).__name__ for v in a]} became {now} {[type(v).__name__ for v in b]}")
     for x, y in zip(a, b, strict=True):
         if not isinstance(x, Tensor):
             if x != y:

@@ -1,4 +1,4 @@
-"""A spec as Python source. Every step runs while it is written, so that the next one knows its shapes; what does not run is no model."""
+"""A spec as Python source. Every step runs while it is written, so that the next one knows its shapes; what fails is no model."""
 
 from __future__ import annotations
 
@@ -350,8 +350,9 @@ class Emitter:
     def _restore(self, before: dict[str, Tensor]) -> None:
         """Undo what a step that failed half-way wrote in place."""
         for name, data in before.items():
-            if self.values[name].data.shape == data.shape:
-                self.values[name].data.copy_(data)
+            held = self.values[name].data
+            if held.shape == data.shape and 0 not in held.stride():  # an expanded value cannot be written
+                held.copy_(data)
 
 
 def _fits(found: Block, values: list[Value]) -> bool:

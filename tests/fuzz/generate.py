@@ -19,7 +19,7 @@ class Options:
     Attributes:
         dtype: of every case; empty draws it.
         without_inputs: the share of cases that are traced without example inputs.
-        export_share, quantize_share, passes_share, dynamic_share: the shares of cases with files, integers, opt-in passes, free sizes.
+        export_share, quantize_share, passes_share, dynamic_share: of cases with files, integers, opt-in passes, free sizes.
         verify: of every case; empty draws it.
     """
 
@@ -57,7 +57,10 @@ _MIXERS = {
 }
 
 
-def generate(seed: int, options: Options = Options()) -> Spec:  # noqa: B008  (frozen)
+_PRODUCTS = {"image": "conv2d", "tokens": "linear", "sequence": "conv1d", "volume": "conv3d", "table": "linear"}
+
+
+def generate(seed: int, options: Options = Options()) -> Spec:
     """The same spec for the same seed and options."""
     rng = random.Random(seed)
     dtype = options.dtype or rng.choices(DTYPES, (6, 2, 2, 2))[0]
@@ -180,19 +183,11 @@ class _Draft:
                 z = self.step(rng.choice(_MIXERS[x.kind]), [x])
                 self.step(rng.choice(_NORMS[x.kind]), [self.step("add", [x, z])])
             case "sandwich":
-                y = self.step(
-                    {"image": "conv2d", "tokens": "linear", "sequence": "conv1d", "volume": "conv3d", "table": "linear"}[x.kind],
-                    [x],
-                )
+                y = self.step(_PRODUCTS[x.kind], [x])
                 y = y and self.step(rng.choice(_NORMS[y.kind]), [y])
-                y = y and rng.random() < 0.6 and self.grow(y) or y
+                y = (y and rng.random() < 0.6 and self.grow(y)) or y
                 if y is not None and y.kind in _MIXERS:
-                    self.step(
-                        {"image": "conv2d", "tokens": "linear", "sequence": "conv1d", "volume": "conv3d", "table": "linear"}[
-                            y.kind
-                        ],
-                        [y],
-                    )
+                    self.step(_PRODUCTS[y.kind], [y])
             case "branches":
                 y = self.step(rng.choice(_NORMS[x.kind]), [x]) or x
                 a, b = self.step(rng.choice(_MIXERS[x.kind]), [y]), self.step(rng.choice(_MIXERS[x.kind]), [y])

@@ -9,6 +9,7 @@ import tempfile
 import time
 import traceback
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,7 +23,7 @@ import normfuse
 from normfuse.errors import CaptureError, ExportError, NormfuseError
 from normfuse.export import to_onnx
 from tests.fuzz.compare import BOUNDS, aliases, decibels, deviation, form, tensors
-from tests.fuzz.emit import Invalid, Model, build, draw
+from tests.fuzz.emit import Model, build, draw
 from tests.fuzz.spec import Input, Spec
 
 __all__ = ["Failure", "Outcome", "arguments", "judge"]
@@ -49,8 +50,8 @@ class Outcome:
     """What became of a case.
 
     Attributes:
-        state: `ok`, `refused` (with a reason in `note`, and torch refuses it too, or there are no inputs), `failed`, or `invalid` (the
-            seed gives no model).
+        state: `ok`, `refused` (why is in `note`; torch refuses the model too, or there are no inputs), `failed`, or `invalid`
+            (the seed gives no model).
         failures: all of them.
         note: the reason of a refusal, or that the original's outputs jump between candidates.
         applied: rewrites.
@@ -222,7 +223,7 @@ def _values(
 ) -> None:
     a, b = tensors(expected), tensors(found)
     error = deviation(a, b)
-    bound = BOUNDS[spec.dtype if not _mixed(a) else _narrowest(spec, a)]
+    bound = max(BOUNDS[name] for name in _dtypes(spec, model, a))
     if error <= bound:
         return
     noise = _noise(spec, model, a, again, grow, error)
@@ -235,14 +236,15 @@ def _values(
     outcome.fail(f"{where}{name}{wrong}", f"error {error:.2e}, bound {bound:.1e}, the original's rounding {noise:.1e}")
 
 
-def _mixed(outputs: list[Tensor]) -> bool:
-    return any(t.is_floating_point() for t in outputs)
-
-
-def _narrowest(spec: Spec, outputs: list[Tensor]) -> str:
-    """The dtype whose rounding bounds the outputs: that of the model, or a narrower one."""
-    names = {str(t.dtype).removeprefix("torch.") for t in outputs if t.is_floating_point()} | {spec.dtype}
-    return max(names & set(BOUNDS), key=lambda n: BOUNDS[n])
+def _dtypes(spec: Spec, model: Model, outputs: list[Tensor]) -> set[str]:
+    """The dtypes that values are rounded to: the model's, those of the outputs, and those that its code asks for."""
+    body = model.source[model.source.index("def forward") :]
+    casts = {".float()": "float32", "float32": "float32", ".half()": "float16", "float16": "float16", "bfloat16": "bfloat16"}
+    names = {
+        dtype for word, dtype in casts.items() if word in body.replace("bfloat16", "bf") or (word == "bfloat16" and word in body)
+    }
+    outs = {str(t.dtype).removeprefix("torch.") for t in outputs}
+    return {spec.dtype} | names | (outs & set(BOUNDS))
 
 
 def _noise(spec: Spec, model: Model, expected: list[Tensor], again: int, grow: tuple[int, int], error: float) -> float:
@@ -339,11 +341,11 @@ def _again(spec: Spec, fast: Any, example: Any, where: str, outcome: Outcome) ->
         return
     was, now = _operators(fast), _operators(twice)
     if was != now:
-        outcome.fail(f"{where}not idempotent", f"{was} became {now}")
+        outcome.fail(f"{where}not idempotent", f"lost {dict(was - now)}, new {dict(now - was)}")
 
 
-def _operators(gm: Any) -> list[str]:
-    return sorted(str(n.target) for n in gm.graph.nodes if n.op == "call_function")
+def _operators(gm: Any) -> Counter[str]:
+    return Counter(str(n.target) for n in gm.graph.nodes if n.op == "call_function")
 
 
 def _refused(spec: Spec, original: nn.Module, e: CaptureError, outcome: Outcome) -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import faulthandler
 import json
 import multiprocessing as mp
 import os
 import signal
+import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
@@ -17,7 +17,7 @@ from typing import Any
 
 from tests.fuzz.generate import Options, generate
 
-__all__ = ["case", "done", "run", "summary"]
+__all__ = ["by_kind", "case", "done", "run", "summary"]
 
 
 def case(seed: int, options: Options) -> dict[str, Any]:
@@ -108,14 +108,15 @@ def _work(pipe: Connection, options: Options) -> None:
 
     import torch
 
-    faulthandler.disable()
+    sys.stderr = open(os.devnull, "w")  # noqa: SIM115  (torch.fx prints the code of every module that raises)
     torch.set_num_threads(1)
     logging.disable(logging.CRITICAL)  # what is taken back is in the report, and torch traces to the error stream
     while True:
         try:
-            pipe.send(case(pipe.recv(), options))
+            seed = pipe.recv()
         except EOFError:
             return
+        pipe.send(case(seed, options))
 
 
 def done(path: Path) -> list[dict[str, Any]]:
@@ -129,12 +130,18 @@ def done(path: Path) -> list[dict[str, Any]]:
     return found
 
 
-def summary(results: list[dict[str, Any]]) -> str:
-    """Counts, and the kinds of failures, the most frequent first, with seeds that show them."""
-    states, kinds = Counter(r["state"] for r in results), defaultdict[str, list[int]](list)
-    for r in results:
+def by_kind(results: list[dict[str, Any]]) -> dict[str, list[int]]:
+    """The seeds of each kind of failure, the most frequent kind first."""
+    kinds = defaultdict[str, list[int]](list)
+    for r in sorted(results, key=lambda r: r["seed"]):
         for f in r["failures"]:
             kinds[f["kind"]].append(r["seed"])
+    return dict(sorted(kinds.items(), key=lambda kv: -len(kv[1])))
+
+
+def summary(results: list[dict[str, Any]]) -> str:
+    """Counts, and the kinds of failures, the most frequent first, with seeds that show them."""
+    states = Counter(r["state"] for r in results)
     count = len(results) or 1
     seconds = sum(r["seconds"] for r in results)
     lines = [
@@ -144,8 +151,8 @@ def summary(results: list[dict[str, Any]]) -> str:
     for name, of in (("dtype", lambda r: r["dtype"]), ("inputs", lambda r: "with" if r["mode"]["with_inputs"] else "without")):
         parts = Counter(of(r) for r in results), Counter(of(r) for r in results if r["state"] == "failed")
         lines.append(f"{name}: " + ", ".join(f"{k} {parts[1][k]} of {n} failed" for k, n in sorted(parts[0].items())))
-    for kind, seeds in sorted(kinds.items(), key=lambda kv: -len(kv[1])):
-        lines.append(f"{len(seeds):5d}  {kind}  (seed {', '.join(map(str, sorted(seeds)[:4]))})")
+    for kind, seeds in by_kind(results).items():
+        lines.append(f"{len(seeds):5d}  {kind}  (seed {', '.join(map(str, seeds[:4]))})")
     refused = Counter(r["note"] for r in results if r["state"] == "refused")
     lines += [f"{n:5d}  refused: {note}" for note, n in refused.most_common(12)]
     return "\n".join(lines)

@@ -39,6 +39,13 @@ def shrink(spec: Spec, fails: Callable[[Spec], bool], seconds: float = 60.0) -> 
 
 def _simpler(spec: Spec) -> Iterator[Spec]:
     """Candidates, the boldest first."""
+    plain = Mode(with_inputs=spec.mode.with_inputs)
+    for mode in (plain, replace(spec.mode, dynamic=""), replace(spec.mode, keywords=False), replace(spec.mode, verify="off")):
+        if mode != spec.mode:
+            yield replace(spec, mode=mode)
+    for mode in (replace(spec.mode, export=""), replace(spec.mode, quantize=None), replace(spec.mode, passes=None)):
+        if mode != spec.mode:
+            yield replace(spec, mode=mode)
     names = [s.name for s in spec.steps]
     if spec.structure != "tensor":
         for name in dict.fromkeys(spec.outputs):
@@ -50,13 +57,6 @@ def _simpler(spec: Spec) -> Iterator[Spec]:
     for step in reversed(spec.steps):
         for read in step.reads:
             yield _needed(_without(spec, step, read))
-    plain = Mode(with_inputs=spec.mode.with_inputs)
-    for mode in (plain, replace(spec.mode, dynamic=""), replace(spec.mode, keywords=False), replace(spec.mode, verify="off")):
-        if mode != spec.mode:
-            yield replace(spec, mode=mode)
-    for mode in (replace(spec.mode, export=""), replace(spec.mode, quantize=None), replace(spec.mode, passes=None)):
-        if mode != spec.mode:
-            yield replace(spec, mode=mode)
     if spec.dtype != "float32":
         yield replace(spec, dtype="float32")
     for step in spec.steps:  # an input in the place of what a step reads
