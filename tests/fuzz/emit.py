@@ -162,6 +162,7 @@ class Emitter:
     def __init__(self, dtype: str, inputs: tuple[Input, ...], seed: int) -> None:
         self.dtype = dtype
         self.inputs = inputs
+        self.seed = seed
         self.values: dict[str, Value] = {}
         self.made: list[tuple[str, str, int]] = []
         self.parameters: list[str] = []

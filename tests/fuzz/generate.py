@@ -77,6 +77,7 @@ def generate(seed: int, options: Options = Options()) -> Spec:
             draft.grow(emitter.values[i.name])
     if rng.random() < 0.4:
         draft.end()
+    draft.emitter = draft.again()
     structure = rng.choices(list(STRUCTURES), (10, 3, 1, 1, 2, 1, 1, 1, 1, 1))[0]
     return Spec(seed, dtype, inputs, tuple(draft.steps), _outputs(rng, draft, structure), structure, mode)
 
@@ -132,6 +133,13 @@ class _Draft:
             return None
         self.steps.append(step)
         return value
+
+    def again(self) -> Emitter:
+        """The same steps without the tries in between, so that parameters have the names that they will have."""
+        emitter = Emitter(self.emitter.dtype, self.emitter.inputs, self.emitter.seed)
+        for step in self.steps:
+            emitter.apply(step)
+        return emitter
 
     def last(self, kind: str) -> Value | None:
         """A value that may be read, most often the newest."""
