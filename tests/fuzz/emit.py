@@ -273,6 +273,8 @@ class Emitter:
             data = self._names[step.name]
             if isinstance(data, Tensor) and data.numel() > 1 << 14:
                 raise Invalid("too large")
+            if not isinstance(data, Tensor) and found.gives != "end":
+                raise Invalid("no tensor")  # the sum of no tensors is a number
         except Invalid:
             self._restore(before)
             raise
