@@ -12,7 +12,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet install --constr
 KERNELS := $(wildcard native/*.cpp native/*.h)
 NEEDS := pyproject.toml $(CONSTRAINTS) setup.py $(KERNELS)
 .DEFAULT_GOAL := help
-.PHONY: help demo test latency bench sanitize lint format clean
+.PHONY: help demo test latency bench fuzz sanitize lint format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -29,6 +29,16 @@ latency: $(VENV)/.test  ## assert that no optimized model is slower than its ori
 
 bench: $(VENV)/.test  ## measure the tables of docs/results.md
 	@$(BIN)/python -m benchmarks
+
+# Goes on where it stopped: make fuzz FUZZ_ARGS="--first 10000 --dtype bfloat16"; docs/testing.md
+FUZZ_CASES ?= 10000
+FUZZ_ARGS ?=
+FUZZ_RESULTS ?= build/fuzz
+
+fuzz: $(VENV)/.test  ## ten thousand random models against their originals
+	@mkdir -p $(FUZZ_RESULTS)
+	@OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m tests.fuzz --cases $(FUZZ_CASES) --jobs $(WORKERS) \
+		--resume $(FUZZ_RESULTS)/results.jsonl --scripts $(FUZZ_RESULTS)/scripts $(FUZZ_ARGS)
 
 # Every function of native/normfuse.h, on every instruction set of the machine: make -j sanitize CASES=1000000
 CASES ?= 20000
