@@ -12,10 +12,12 @@ import operator
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 from torch import Tensor, fx
 
+from normfuse.messages import tells
 from normfuse.traced_types import type_of
 
 __all__ = ["TracedConstant", "TracedValue", "isinstance_answered"]
@@ -42,10 +44,15 @@ class TracedValue(fx.Proxy):
         raise fx.proxy.TraceError("a value that is looked up in a set or a dictionary is not known")
 
     def __str__(self) -> str:
-        raise fx.proxy.TraceError("a value that is turned into text is not known")
+        return self._text(sys._getframe(1))
 
     def __format__(self, spec: str) -> str:
-        return str(self)
+        return self._text(sys._getframe(1))
+
+    def _text(self, reader: FrameType) -> str:
+        if tells(reader):
+            return f"<{self.node.name}>"
+        raise fx.proxy.TraceError("a value that is turned into text is not known")
 
     def __setitem__(self, index: Any, value: Any) -> None:
         raise fx.proxy.TraceError("an assignment to items writes in place")

@@ -242,3 +242,21 @@ def test_values_may_be_called_like_parameters() -> None:
     model.pos, model.code = nn.Parameter(torch.randn(8)), nn.Parameter(torch.randn(8))
     x = torch.randn(2, 5, 8)
     torch.testing.assert_close(normfuse.optimize(model)(x), model(x))
+
+
+class Told(nn.Module):
+    """Names a size in a message, as many models do."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(4, 4)
+
+    def forward(self, x):
+        torch._assert(x.ndim == 2, f"expected two axes, got {x.ndim}")
+        assert x.shape is not None, f"{x.shape}"
+        return self.a(x)
+
+
+def test_text_of_a_value_in_a_message_decides_nothing():
+    model, x = Told().eval(), torch.randn(3, 4)
+    torch.testing.assert_close(normfuse.optimize(model)(x), model(x))
