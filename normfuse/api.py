@@ -21,6 +21,7 @@ from normfuse.graph import Graph
 from normfuse.model_kinds import check_kind, unwrapped
 from normfuse.original import Call, Original
 from normfuse.passes import PASSES
+from normfuse.passes.folding import known_values
 from normfuse.passes.quantize.ranks import everywhere, several_ranks
 from normfuse.prove import Proof, run
 from normfuse.quant.spec import ShiftQuant
@@ -121,7 +122,7 @@ def _optimized(
     graph = Graph.of(captured.gm)
     original = graph.copy()
     inputs = flat_inputs(captured.gm, captured.args, captured.kwargs or {}) if captured.has_inputs else None
-    proof = Proof(original, inputs, given, calls_of(captured.gm)) if verify != "off" and inputs is not None else None
+    proof = Proof(original, inputs, given, calls_of(captured.gm), known_values) if verify != "off" and inputs is not None else None
     graph.samples, told = _on_all_ranks(lambda: _samples(graph, captured, calibration, inputs), quantize is not None)
     silent = "" if proof is None else proof.nothing_compared
     proven = run(graph, pipeline, proof, each=verify == "each")

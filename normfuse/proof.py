@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.utils._python_dispatch import _disable_current_modes
 
 from normfuse.errors import CaptureError, RewriteError, UsageError
@@ -59,6 +59,7 @@ class Proof:
         inputs: one example value for each placeholder.
         model: the module as it was given; None holds results against the graph alone.
         as_call: the call of the module for a list of values.
+        known: what a graph computes from constants alone, by node; float64 runs take it, because roundings may decide there.
     """
 
     def __init__(
@@ -67,11 +68,13 @@ class Proof:
         inputs: Sequence[Any],
         model: Original | None = None,
         as_call: Callable[[Sequence[Any]], Call] | None = None,
+        known: Callable[[Graph], Mapping[fx.Node, Any]] | None = None,
     ) -> None:
         self.inputs = inputs
         self._graph = original
         self._model = model if as_call is not None else None
         self._as_call = as_call
+        self.known = known
         few = shorten(lambda values: self._runs(values), inputs)
         self._samples = [few, like(few, seed=0)]
         self._models: dict[bool, Original | None] = {True: self._model, False: self._model}  # by `exact`: who is the reference
@@ -295,13 +298,13 @@ class Proof:
         with Stirred(seed):
             return self._evaluated(self._graph, values, exact)
 
-    @staticmethod
-    def _evaluated(graph: Graph, values: Sequence[Any], exact: bool) -> list[Tensor]:
+    def _evaluated(self, graph: Graph, values: Sequence[Any], exact: bool) -> list[Tensor]:
         """The tensors of the output, and behind them the inputs that the graph writes to."""
         with _disable_current_modes():  # looking on is no part of the run
             before = [widened(v) if exact else v for v in values]
             own = [v.clone() if isinstance(v, Tensor) else v for v in before]
-        outputs = evaluate(graph, own, exact=exact)
+            known = self.known(graph) if exact and self.known is not None else None
+        outputs = evaluate(graph, own, exact=exact, known=known)
         with _disable_current_modes():
             written = [v for v, old in zip(own, before, strict=True) if isinstance(v, Tensor) and distance(old, v) > 0]
         return [*outputs, *written]

@@ -70,7 +70,7 @@ def run(graph: Graph, pipeline: Sequence[Any], proof: Proof | None, *, each: boo
             return Proven(stretch.graph, reports, exact, stretch.verdict.drift, proof, notes)
         graph, report = stretch.changed
         if proof is not None:
-            after = Proof(graph, proof.inputs)
+            after = Proof(graph, proof.inputs, known=proof.known)
             report = replace(report, sqnr=proof.sqnr(graph))
             proof = after
         reports.append(report)

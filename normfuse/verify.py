@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
+from normfuse.constants import Constant
 from normfuse.errors import RewriteError
 from normfuse.graph import Graph
 from normfuse.modes import Float64, widened
@@ -27,13 +28,14 @@ EXACT_BOUND = 1e-9
 """Relative error in float64 above which a rewrite is not an identity: 2⁻⁵² times 10⁶ for a deep network's conditioning."""
 
 
-def evaluate(graph: Graph, inputs: Sequence[Any], *, exact: bool) -> list[Tensor]:
+def evaluate(graph: Graph, inputs: Sequence[Any], *, exact: bool, known: Mapping[fx.Node, Any] | None = None) -> list[Tensor]:
     """Run the graph node by node; every value is freed after its last use, every constant after each use.
 
     Args:
         graph: the graph.
         inputs: one value for each placeholder.
         exact: in float64, constants included, and also where the model asks for a dtype of its own; else natively.
+        known: constants and numbers to take for what nodes compute: where a rounding decides, float64 would decide otherwise.
 
     Returns:
         The tensors of the output, in order.
@@ -50,6 +52,8 @@ def evaluate(graph: Graph, inputs: Sequence[Any], *, exact: bool) -> list[Tensor
         for node in graph.fx.nodes:
             if node.op == "output":
                 result = [v for v in pytree.tree_leaves(fx.node.map_arg(node.args[0], env.__getitem__)) if isinstance(v, Tensor)]
+            elif known is not None and node in known:
+                env[node] = _constant(known[node], exact)
             else:
                 env[node] = _value(graph, node, env, feed, exact)
             for n in node.all_input_nodes:
@@ -66,10 +70,7 @@ def _value(graph: Graph, node: fx.Node, env: dict[fx.Node, Any], feed: Any, exac
         return widened(value) if exact and isinstance(value, Tensor) else value
     if node.op == "get_attr":
         constant = graph.constants.get(str(node.target))
-        if constant is not None:
-            with _disable_current_modes():  # a constant knows its own precision
-                return constant.value if exact else constant.native
-        return graph.owned(str(node.target))
+        return graph.owned(str(node.target)) if constant is None else _constant(constant, exact)
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), env.__getitem__)
     if exact:
         args, kwargs = pytree.tree_map(lambda v: widened(v) if isinstance(v, torch.dtype) else v, (args, kwargs))
@@ -81,6 +82,13 @@ def _value(graph: Graph, node: fx.Node, env: dict[fx.Node, Any], feed: Any, exac
         layer = graph.owned(str(node.target))
         return (copy.deepcopy(layer).double() if exact else layer)(*args, **kwargs)
     return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def _constant(value: Any, exact: bool) -> Any:
+    if not isinstance(value, Constant):
+        return value
+    with _disable_current_modes():  # a constant knows its own precision
+        return value.value if exact else value.native
 
 
 def measure(expected: Sequence[Tensor], found: Sequence[Tensor], dtype: str, floors: Sequence[float] | None = None) -> Error:

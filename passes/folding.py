@@ -23,7 +23,7 @@ from normfuse.graph import Graph
 from normfuse.report import Site
 from normfuse.views import Identity, Value
 
-__all__ = ["CASTS", "CHECKS", "Known", "fold"]
+__all__ = ["CASTS", "CHECKS", "Known", "fold", "known_values"]
 
 aten = torch.ops.aten
 
@@ -66,6 +66,12 @@ def fold(graph: Graph) -> list[Site]:
     graph.clean()
     alive = set(graph)
     return [site for new, site in sites.items() if new in alive]
+
+
+def known_values(graph: Graph) -> dict[fx.Node, Any]:
+    """The constants and numbers that nodes of a graph compute from constants alone."""
+    known = Known(graph)
+    return {n: c for n, c in known.constants.items() if n.op != "get_attr"} | known.numbers
 
 
 class Known:

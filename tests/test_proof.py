@@ -433,3 +433,31 @@ def test_norms_inside_of_conditions_are_counted_where_they_stand():
     assert report.norms_before == {"batch_norm": 1, "layer_norm": 1}
     assert report.norms_after == {"batch_norm": 0, "layer_norm": 1}
     assert report.exact.max_rel <= 1e-9
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        lambda t: (t * 10).floor(),
+        lambda t: torch.where(t + 0.2 == 0.3, 2.0, 1.0),
+        lambda t: (t * 10).to(torch.long) % 3,
+        lambda t: (t / 0.1).round() / 7,
+    ],
+    ids=["floor", "equal", "cast", "round"],
+)
+@pytest.mark.parametrize("passes", [None, ["expose", "affine"]])
+def test_constants_that_a_rounding_decides_are_the_models_own(table, passes):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bn = nn.BatchNorm1d(32)
+            self.a = nn.Linear(32, 4)
+            self.register_buffer("t", torch.arange(0, 3.2, 0.1))
+
+        def forward(self, x):
+            return self.a(self.bn(x)) * 1.0 + (x * table(self.t)).sum(1, keepdim=True)
+
+    torch.manual_seed(1)
+    _, report = folded(lively(Net()), torch.randn(3, 32), passes=passes)
+    assert report.norms_after == {"batch_norm": 0}
+    assert report.exact.max_rel <= 1e-9
