@@ -1,8 +1,8 @@
-"""What a model is called with on the command line: `--shape`, `--input`, what it declares, and which sizes may vary."""
+"""What a model is called with on the command line: `--shape`, `--input`, or what it declares."""
 
 import inspect
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,12 +13,11 @@ if TYPE_CHECKING:
 
     from normfuse.sources import Options
 
-__all__ = ["dynamic_shapes", "inputs_for", "parse_shape", "read_inputs"]
+__all__ = ["inputs_for", "parse_shape", "read_inputs"]
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 _SHAPE = re.compile(r"(?:(?P<name>[A-Za-z_]\w*)=)?(?P<dims>\d+(?:x\d+)*)(?::(?P<dtype>\w+))?")
 _DTYPES = ("float32", "float16", "bfloat16", "float64", "int64", "int32", "bool")
-_AXES = ("batch", "seq", "height", "width")
 
 
 def inputs_for(model: Any, options: "Options", own: Any = None) -> Inputs | None:
@@ -156,51 +155,3 @@ def _named(model: Any, inputs: Any) -> Inputs:
         if unknown and not open_ended:
             raise UsageError(f"{type(model).__name__}.forward takes no {', '.join(unknown)}; it takes {', '.join(parameters)}")
     return (), dict(inputs)
-
-
-def dynamic_shapes(names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any], parameters: Sequence[str]) -> Any:
-    """`dynamic_shapes` of `torch.export` for the axes called `names`.
-
-    `batch` is the first axis of every input, `seq` the second of integer inputs (B, T) and of features (B, T, C),
-    `height` and `width` the last two of images (B, C, H, W).
-
-    Args:
-        names: axes that may vary.
-        args, kwargs: example inputs.
-        parameters: names of the model's positional parameters, in order.
-
-    Raises:
-        UsageError: an axis that is not known, that no input has, or whose example size is 1.
-    """
-    import torch
-
-    unknown = [n for n in names if n not in _AXES]
-    if unknown:
-        raise UsageError(f"--dynamic {unknown[0]} is not known; known: {', '.join(_AXES)}")
-    dims = {n: torch.export.Dim(n) for n in names}
-    used: set[str] = set()
-
-    def of(x: Any) -> dict[int, Any] | None:
-        if not isinstance(x, torch.Tensor):
-            return None
-        here = {axis: dims[n] for axis, n in _axes(x).items() if n in dims}
-        used.update(_axes(x)[axis] for axis in here)
-        ones = [dims[n].__name__ for axis, n in _axes(x).items() if n in dims and x.shape[axis] == 1]
-        if ones:
-            raise UsageError(f"--dynamic {ones[0]}: the example input has size 1 there; pass --{ones[0]} 2 or larger inputs")
-        return here or None
-
-    shapes = {name: of(x) for name, x in (*zip(parameters, args, strict=False), *kwargs.items())}
-    idle = [n for n in names if n not in used]
-    if idle:
-        raise UsageError(f"--dynamic {idle[0]}: no input has such an axis")
-    return shapes
-
-
-def _axes(x: "torch.Tensor") -> dict[int, str]:
-    axes = {0: "batch"} if x.ndim else {}
-    if x.ndim == 3 or (x.ndim == 2 and not x.is_floating_point()):
-        axes[1] = "seq"
-    if x.ndim == 4:
-        axes |= {2: "height", 3: "width"}
-    return axes

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from normfuse.errors import UsageError
-from normfuse.example_inputs import dynamic_shapes, inputs_for, parse_shape, read_inputs
+from normfuse.example_inputs import inputs_for, parse_shape, read_inputs
 from normfuse.sources import Options, load_source
 from tests.evil import Evil
 
@@ -125,27 +125,3 @@ def test_input_file_of_objects_is_refused() -> None:
     with pytest.raises(UsageError, match="cannot be read"):
         read_inputs(Path("objects.npy"))
     assert not Path("pwned").exists()
-
-
-def test_dynamic_axes_of_images_and_tokens() -> None:
-    image, ids = torch.zeros(2, 3, 8, 8), torch.zeros(2, 5, dtype=torch.int64)
-    shapes = dynamic_shapes(("batch", "seq", "height"), (image,), {"ids": ids, "flag": False}, ["image", "ids", "flag"])
-    assert {k: {a: d.__name__ for a, d in (v or {}).items()} for k, v in shapes.items()} == {
-        "image": {0: "batch", 2: "height"},
-        "ids": {0: "batch", 1: "seq"},
-        "flag": {},
-    }
-    assert shapes["image"][0] is shapes["ids"][0]
-
-
-@pytest.mark.parametrize(
-    ("names", "x", "message"),
-    [
-        pytest.param(("time",), torch.zeros(2, 2), "not known", id="unknown axis"),
-        pytest.param(("seq",), torch.zeros(2, 2), "no input has", id="axis that no input has"),
-        pytest.param(("batch",), torch.zeros(1, 2), "size 1", id="example of size one"),
-    ],
-)
-def test_dynamic_axes_that_cannot_be_are_errors(names: tuple[str, ...], x: torch.Tensor, message: str) -> None:
-    with pytest.raises(UsageError, match=message):
-        dynamic_shapes(names, (x,), {}, ["x"])

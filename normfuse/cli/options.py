@@ -10,18 +10,22 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from normfuse.cli.quantization import calibration_batches, parse_quantize
-from normfuse.errors import UsageError
+from normfuse.dynamic_axes import Axis, free_axes, parse_axes
+from normfuse.errors import CaptureError, ExportError, UsageError
 from normfuse.sources import Options, Source, load_source
 
 if TYPE_CHECKING:
     from torch import fx
 
+    from normfuse.dynamic_axes import Free
     from normfuse.quant.spec import ShiftQuant
 
 __all__ = ["Model", "Pipeline", "force_option", "json_option", "model_options", "output_option", "pipeline_options", "verbosity"]
 
 F = TypeVar("F", bound=Callable[..., Any])
+T = TypeVar("T")
 _SHAPE = "Input of this shape, e.g. 1x3x224x224 or input_ids=1x128:int64; repeat for several."
+_DYNAMIC = "Axes that may vary: batch, seq, height, width, or INPUT:AXIS[=NAME][..MAX], e.g. tokens:1=seq..512; repeat for several."
 _log = logging.getLogger(__name__)
 
 
@@ -31,7 +35,7 @@ class Model:
 
     source: str
     options: Options
-    dynamic: tuple[str, ...] = ()
+    dynamic: tuple[Axis, ...] = ()
 
     def load(self, *, inputs_needed: bool = False) -> Source:
         """Load it.
@@ -49,22 +53,52 @@ class Model:
             raise UsageError(f"{self.source} declares no inputs: pass --shape (e.g. --shape 1x3x224x224) or --input")
         return loaded
 
-    def dynamic_shapes(self, loaded: Source) -> Any:
-        """What may vary, as `torch.export` takes it; None for fixed shapes."""
+    def vary(self, loaded: Source, work: Callable[[Any], T]) -> T:
+        """`work(dynamic_shapes)` with what --dynamic says, as `torch.export` takes it; None for fixed shapes.
+
+        Where `work` fails, it is done once more with the ranges that torch finds in the model.
+
+        Raises:
+            UsageError: an axis does not exist, cannot vary, or not as far as it should.
+        """
+        free = self._free(loaded)
+        if free is None:
+            return work(None)
+        try:
+            return work(free.stated())
+        except (CaptureError, ExportError) as e:
+            from normfuse.found_axes import found_shapes
+
+            _log.info("finding the ranges of %s, for %s", ", ".join(a.name for a in self.dynamic), e)
+            try:
+                shapes = found_shapes(loaded.module, loaded.example_inputs, free)
+            except CaptureError:
+                raise e from None  # it is not for the sizes
+        return work(shapes)
+
+    def stated(self, loaded: Source) -> Any:
+        """What --dynamic says, whether or not the model agrees."""
+        free = self._free(loaded)
+        return None if free is None else free.stated()
+
+    def _free(self, loaded: Source) -> "Free | None":
         if not self.dynamic:
             return None
-        import inspect
-
         import torch
-
-        from normfuse.example_inputs import dynamic_shapes
 
         if isinstance(loaded.model, torch.export.ExportedProgram):
             raise UsageError("--dynamic: a .pt2 file has its dynamic shapes inside; they were chosen when it was saved")
         if not loaded.has_inputs:
             raise UsageError("--dynamic needs example inputs: pass --shape or --input")
-        parameters = list(inspect.signature(loaded.model.forward).parameters)
-        return dynamic_shapes(self.dynamic, loaded.args, loaded.kwargs, parameters)
+        return free_axes(self.dynamic, loaded.model.forward, loaded.args, loaded.kwargs, self._larger)
+
+    def _larger(self, axis: Axis, number: int) -> str:
+        """What to do about an example of size 1."""
+        if self.options.shapes or self.options.input is not None:
+            return f"state 2 or more there with {'--shape' if self.options.shapes else '--input'}"
+        if number == 0:
+            return "pass --batch 2"
+        return "pass --seq 2 or more" if axis.name == "seq" else "state a larger input with --shape"
 
 
 @dataclass(frozen=True)
@@ -75,23 +109,35 @@ class Pipeline:
     verify: str
     quantize: "ShiftQuant | None" = None
     calibration: str | None = None
+    partial: bool = False
 
     def run(self, model: Model, loaded: Source, *, dynamic_shapes: Any = None) -> "fx.GraphModule":
         """Optimize it; what may vary in its inputs is `dynamic_shapes`, or what --dynamic says."""
         from normfuse.api import optimize
 
-        shapes = model.dynamic_shapes(loaded) if dynamic_shapes is None else dynamic_shapes
         batches = None if self.calibration is None else calibration_batches(self.calibration, loaded)
         _log.info("optimizing %s", model.source)
-        return optimize(
-            loaded.model,
-            loaded.example_inputs,
-            dynamic_shapes=shapes,
-            passes=self.passes,
-            quantize=self.quantize,
-            calibration=batches,
-            verify=self.verify,
-        )
+
+        def optimized(shapes: Any, *, partial: bool = False) -> "fx.GraphModule":
+            return optimize(
+                loaded.model,
+                loaded.example_inputs,
+                dynamic_shapes=shapes,
+                passes=self.passes,
+                quantize=self.quantize,
+                calibration=batches,
+                verify=self.verify,
+                **({"partial": True} if partial else {}),
+            )
+
+        if dynamic_shapes is not None or not model.dynamic:
+            return optimized(dynamic_shapes, partial=self.partial)
+        try:
+            return model.vary(loaded, optimized)
+        except CaptureError:
+            if not self.partial:
+                raise
+        return optimized(model.stated(loaded), partial=True)
 
 
 def model_options(f: F) -> F:
@@ -102,7 +148,7 @@ def model_options(f: F) -> F:
     @click.option("--input", "input_", type=click.Path(path_type=Path), help="Inputs from a .npz, .npy, .pt or .safetensors file.")
     @click.option("--batch", type=int, help="Batch size of the inputs that the model declares itself.  [default: 1]")
     @click.option("--seq", type=int, help="Sequence length of the inputs that the model declares itself.")
-    @click.option("--dynamic", metavar="AXES", help="Axes that may vary: batch, seq, height, width, separated by commas.")
+    @click.option("--dynamic", multiple=True, metavar="AXIS[,AXIS]", help=_DYNAMIC)
     @click.option("--pretrained", is_flag=True, help="Fetch the published weights (timm, torchvision) instead of random ones.")
     @click.option("--trust", is_flag=True, help="Allow files to run code: pickles, custom code of Hugging Face folders.")
     @click.option("--seed", type=int, default=0, show_default=True, help="Of random weights and random inputs.")
@@ -113,14 +159,18 @@ def model_options(f: F) -> F:
         input_: Path | None,
         batch: int | None,
         seq: int | None,
-        dynamic: str | None,
+        dynamic: tuple[str, ...],
         pretrained: bool,
         trust: bool,
         seed: int,
         **rest: Any,
     ) -> Any:
-        axes = _names(dynamic)
-        if batch is None and "batch" in axes and not shapes and input_ is None:
+        if not -(1 << 63) <= seed < 1 << 64:
+            raise UsageError("--seed: torch's generators take 64 bits, and that number has more")
+        axes = parse_axes(dynamic)
+        if axes and Path(source).suffix == ".onnx":
+            raise UsageError("--dynamic: an .onnx file has its dynamic axes inside; they were chosen when it was exported")
+        if batch is None and any(a.name == "batch" or a.axis == 0 for a in axes) and not shapes and input_ is None:
             batch = 2  # an example of size 1 would be taken for a fixed size
         options = Options(pretrained=pretrained, trust=trust, shapes=shapes, input=input_, batch=batch, tokens=seq, seed=seed)
         return f(model=Model(source, options, axes), **rest)
