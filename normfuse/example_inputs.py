@@ -1,8 +1,10 @@
 """What a model is called with on the command line: `--shape`, `--input`, or what it declares."""
 
 import inspect
+import math
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +15,7 @@ if TYPE_CHECKING:
 
     from normfuse.sources import Options
 
-__all__ = ["inputs_for", "parse_shape", "read_inputs"]
+__all__ = ["draw", "inputs_for", "parse_shape", "read_inputs"]
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 _SHAPE = re.compile(r"(?:(?P<name>[A-Za-z_]\w*)=)?(?P<dims>\d+(?:x\d+)*)(?::(?P<dtype>\w+))?")
@@ -36,9 +38,9 @@ def inputs_for(model: Any, options: "Options", own: Any = None) -> Inputs | None
     if batch < 1 or (options.tokens is not None and options.tokens < 1):
         raise UsageError("--batch and --seq must be at least 1")
     if options.input is not None:
-        return _named(model, read_inputs(options.input))
+        return _taken(model, _named(model, read_inputs(options.input)), f"--input {options.input}")
     if options.shapes:
-        return _named(model, _drawn(model, options))
+        return _taken(model, _named(model, _drawn(model, options)), "--shape")
     if isinstance(model, torch.export.ExportedProgram):
         found = model.example_inputs
         return None if found is None else (tuple(found[0]), dict(found[1]))
@@ -67,19 +69,76 @@ def _drawn(model: Any, options: "Options") -> tuple[Any, ...] | dict[str, Any]:
     for text in options.shapes:
         name, sizes, dtype_name = parse_shape(text)
         dtype = getattr(torch, dtype_name) if dtype_name else torch.int64 if name and name.endswith("_ids") else native
-        if dtype.is_floating_point:
-            value = torch.randn(sizes, generator=generator).to(dtype)
-        elif name is not None and "mask" in name:
-            value = torch.ones(sizes, dtype=dtype)
-        else:
-            value = torch.randint(0, _vocabulary(model), sizes, generator=generator).to(dtype)
-        drawn.append((name, value))
+        drawn.append((name, draw(text, sizes, dtype, generator, below=2 if name and "mask" in name else _vocabulary(model))))
     names = [name for name, _ in drawn]
     if all(n is None for n in names):
         return tuple(value for _, value in drawn)
     if any(n is None for n in names) or len(set(names)) < len(names):
         raise UsageError("--shape: name all inputs, each once, or none of them")
     return {str(name): value for name, value in drawn}
+
+
+def draw(text: str, sizes: Sequence[int], dtype: "torch.dtype", generator: "torch.Generator", *, below: int) -> "torch.Tensor":
+    """Random values of these sizes; integers are at least 0 and less than `below`.
+
+    Raises:
+        UsageError: the memory of this machine does not hold them; `text` is what asked for it.
+    """
+    import torch
+
+    size = math.prod(sizes) * 8
+    if size > _memory():
+        raise UsageError(f"{text}: {size / (1 << 30):.3g} GiB of values do not fit into the memory of this machine")
+    if dtype.is_floating_point:
+        return torch.randn(sizes, generator=generator).to(dtype)
+    return torch.randint(0, below, tuple(sizes), generator=generator).to(dtype)
+
+
+def _memory() -> int:
+    """Bytes of this machine; plenty where the system does not tell."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):
+        return 1 << 40
+
+
+def _taken(model: Any, inputs: Inputs, text: str) -> Inputs:
+    """`inputs`, of which those of another kind or width than the weights are tried: some models convert them, most cannot.
+
+    Raises:
+        UsageError: the model does not run on them.
+    """
+    import torch
+    from torch.utils import _pytree as pytree
+
+    if not isinstance(model, torch.nn.Module):
+        return inputs
+    native = _native_dtype(model)
+    looks_up = any(isinstance(m, (torch.nn.Embedding, torch.nn.EmbeddingBag)) for m in model.modules())
+    names = list(inspect.signature(model.forward).parameters)
+    named = dict(zip(names, inputs[0], strict=False)) | inputs[1]
+    other = {
+        name: str(x.dtype).removeprefix("torch.")
+        for name, x in named.items()
+        if isinstance(x, torch.Tensor) and x.dtype != native and (x.is_floating_point() or not looks_up)
+    }
+    if not other:
+        return inputs
+    args, kwargs = pytree.tree_map(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, inputs)
+    try:
+        with torch.inference_mode(), torch.random.fork_rng(devices=()):
+            model(*args, **kwargs)
+    except Exception as e:
+        told = ", ".join(f"input {name} is {dtype}" for name, dtype in other.items())
+        width = str(native).removeprefix("torch.")
+        raise UsageError(
+            f"{text}: {told}, the model computes in {width}, and does not run on it ({_first_line(e)}); give it as {width}"
+        ) from e
+    return inputs
+
+
+def _first_line(e: Exception) -> str:
+    return (str(e).strip() or type(e).__name__).splitlines()[0]
 
 
 def _native_dtype(model: Any) -> "torch.dtype":

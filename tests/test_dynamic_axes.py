@@ -138,8 +138,7 @@ class Text(nn.Module):
 
     def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
         x = self.embed(tokens) + self.positions[:, : tokens.shape[1]]
-        x = self.norm(x) * mask[..., None]
-        return x
+        return torch.mul(self.norm(x), mask[..., None])
 
 
 class Fixed(nn.Module):

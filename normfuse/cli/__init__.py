@@ -4,6 +4,7 @@ Exit codes: 0 fine, 1 a check failed, 2 usage or any other error that normfuse r
 imported before a verb needs it, so that `--help` is instant.
 """
 
+import errno
 import logging
 import os
 import signal
@@ -19,6 +20,7 @@ from normfuse.cli.bench import bench
 from normfuse.cli.demo import demo
 from normfuse.cli.export import export
 from normfuse.cli.inspect import inspect
+from normfuse.cli.messages import concise
 from normfuse.cli.optimize import optimize
 from normfuse.cli.passes import passes
 from normfuse.cli.verify import verify
@@ -27,6 +29,8 @@ from normfuse.errors import CheckFailed, NormfuseError
 __all__ = ["cli", "main"]
 
 _log = logging.getLogger("normfuse")
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -51,6 +55,7 @@ def main(args: Sequence[str] | None = None) -> int:
     try:
         cli.main(args=None if args is None else list(args), prog_name="normfuse", standalone_mode=False)
     except click.ClickException as e:
+        e.message = concise(e.message)
         e.show()
         return 2
     except (click.Abort, KeyboardInterrupt):
@@ -61,15 +66,27 @@ def main(args: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except NormfuseError as e:
         _log.debug("where it happened", exc_info=True)
-        _say(f"{'failed' if isinstance(e, CheckFailed) else 'error'}: {e}")
+        _say(concise(f"{'failed' if isinstance(e, CheckFailed) else 'error'}: {e}"))
         return 1 if isinstance(e, CheckFailed) else 2
+    except SystemExit as e:
+        # click raises none here: a factory, a module that was imported or a loader did
+        _log.debug("where it happened", exc_info=True)
+        _say(concise(f"error: the code that was loaded ended the process: sys.exit({e.code!r}); its functions have to return"))
+        return 2
     except Exception as e:
         _log.debug("where it happened", exc_info=True)
-        _say(
-            f"error: {type(e).__name__}: {e}\nThis should not happen; please report it with the output of the same command and -vv"
-        )
+        if _no_room(e):
+            _say(concise(f"error: {e}; free some space on that disk, or set TMPDIR to a folder that can be written"))
+            return 2
+        _say(concise(f"error: {type(e).__name__}: {e}"))
+        _say("This should not happen; please report it with the output of the same command and -vv")
         return 2
     return 0
+
+
+def _no_room(e: Exception) -> bool:
+    """A full disk; Python cannot find a folder for temporary files then."""
+    return isinstance(e, OSError) and (e.errno in _NO_ROOM or "No usable temporary directory" in str(e))
 
 
 def _say(text: str) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from normfuse.cli.messages import unless_it_fails
 from normfuse.cli.quantization import calibration_batches, parse_quantize
 from normfuse.dynamic_axes import Axis, free_axes, parse_axes
 from normfuse.errors import CaptureError, ExportError, UsageError
@@ -20,7 +21,17 @@ if TYPE_CHECKING:
     from normfuse.dynamic_axes import Free
     from normfuse.quant.spec import ShiftQuant
 
-__all__ = ["Model", "Pipeline", "force_option", "json_option", "model_options", "output_option", "pipeline_options", "verbosity"]
+__all__ = [
+    "Model",
+    "Pipeline",
+    "force_option",
+    "json_option",
+    "model_options",
+    "output_option",
+    "partial_option",
+    "pipeline_options",
+    "verbosity",
+]
 
 F = TypeVar("F", bound=Callable[..., Any])
 T = TypeVar("T")
@@ -119,16 +130,17 @@ class Pipeline:
         _log.info("optimizing %s", model.source)
 
         def optimized(shapes: Any, *, partial: bool = False) -> "fx.GraphModule":
-            return optimize(
-                loaded.model,
-                loaded.example_inputs,
-                dynamic_shapes=shapes,
-                passes=self.passes,
-                quantize=self.quantize,
-                calibration=batches,
-                verify=self.verify,
-                **({"partial": True} if partial else {}),
-            )
+            with unless_it_fails():
+                return optimize(
+                    loaded.model,
+                    loaded.example_inputs,
+                    dynamic_shapes=shapes,
+                    passes=self.passes,
+                    quantize=self.quantize,
+                    calibration=batches,
+                    verify=self.verify,
+                    **({"partial": True} if partial else {}),
+                )
 
         if dynamic_shapes is not None or not model.dynamic:
             return optimized(dynamic_shapes, partial=self.partial)
@@ -178,6 +190,11 @@ def model_options(f: F) -> F:
     return wrapped  # type: ignore[return-value]
 
 
+partial_option = click.option(
+    "--partial", is_flag=True, help="Where SOURCE cannot be captured whole, optimize the parts of it that can and leave the rest."
+)
+
+
 def pipeline_options(f: F) -> F:
     """Which passes run and how they are proven, handed to the command as `pipeline`."""
 
@@ -185,6 +202,7 @@ def pipeline_options(f: F) -> F:
     @click.option(
         "--verify", type=click.Choice(("each", "end", "off")), default="end", show_default=True, help="When to prove the result."
     )
+    @partial_option
     @click.option("--quantize", metavar="WIDTHS[,...]", help="Integer layers: w4a8, w8a8,static, w4a8,groups=1,prefer=size, ...")
     @click.option("--keep", multiple=True, metavar="PATTERN", help="Layers that --quantize leaves in float; repeat for several.")
     @click.option(
@@ -194,12 +212,19 @@ def pipeline_options(f: F) -> F:
     )
     @functools.wraps(f)
     def wrapped(
-        passes: str | None, verify: str, quantize: str | None, keep: tuple[str, ...], calibration: str | None, **rest: Any
+        passes: str | None,
+        verify: str,
+        partial: bool,
+        quantize: str | None,
+        keep: tuple[str, ...],
+        calibration: str | None,
+        **rest: Any,
     ) -> Any:
         if keep and quantize is None:
             raise UsageError("--keep says what --quantize leaves in float: pass --quantize as well, e.g. --quantize w4a8")
         spec = None if quantize is None else parse_quantize(quantize, keep)
-        return f(pipeline=Pipeline(_names(passes) if passes is not None else None, verify, spec, calibration), **rest)
+        chosen = _names(passes) if passes is not None else None
+        return f(pipeline=Pipeline(chosen, verify, spec, calibration, partial), **rest)
 
     return wrapped  # type: ignore[return-value]
 
