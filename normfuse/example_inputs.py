@@ -69,13 +69,24 @@ def _drawn(model: Any, options: "Options") -> tuple[Any, ...] | dict[str, Any]:
     for text in options.shapes:
         name, sizes, dtype_name = parse_shape(text)
         dtype = getattr(torch, dtype_name) if dtype_name else torch.int64 if name and name.endswith("_ids") else native
-        drawn.append((name, draw(text, sizes, dtype, generator, below=2 if name and "mask" in name else _vocabulary(model))))
+        value = draw(f"--shape {text}", sizes, dtype, generator, below=_vocabulary(model))
+        drawn.append((name, _mask(value) if name and "mask" in name and not dtype.is_floating_point else value))
     names = [name for name, _ in drawn]
     if all(n is None for n in names):
         return tuple(value for _, value in drawn)
     if any(n is None for n in names) or len(set(names)) < len(names):
         raise UsageError("--shape: name all inputs, each once, or none of them")
     return {str(name): value for name, value in drawn}
+
+
+def _mask(like: "torch.Tensor") -> "torch.Tensor":
+    """Ones, and zeros at the end of the first sample: nothing masked would prove no masking."""
+    import torch
+
+    mask = torch.ones_like(like)
+    if mask.ndim:
+        mask[0, ..., mask.shape[-1] - mask.shape[-1] // 4 :] = 0
+    return mask
 
 
 def draw(text: str, sizes: Sequence[int], dtype: "torch.dtype", generator: "torch.Generator", *, below: int) -> "torch.Tensor":

@@ -146,7 +146,10 @@ def _torchvision(name: str, options: Options) -> tuple["nn.Module", Any]:
     if name not in known:
         raise UsageError(f"torchvision has no model {name!r}{_hint(name, known)}")
     with _building(f"torchvision:{name}", options):
-        model = models.get_model(name, weights="DEFAULT" if options.pretrained else None)
+        weights: dict[str, Any] = {"weights": "DEFAULT" if options.pretrained else None}
+        if not options.pretrained and "weights_backbone" in inspect.signature(models.get_model_builder(name)).parameters:
+            weights["weights_backbone"] = None  # detectors would fetch those of their backbone
+        model = models.get_model(name, **weights)
         crop = getattr(models.get_model_weights(name).DEFAULT.transforms, "keywords", {}).get("crop_size")
     side = crop[0] if isinstance(crop, (list, tuple)) else crop
     if ".video" in type(model).__module__ or not isinstance(side, int):
@@ -263,6 +266,9 @@ def _import(name: str, source: str) -> Any:
         return importlib.import_module(name)
     except ModuleNotFoundError as e:
         if e.name is not None and (name == e.name or name.startswith(f"{e.name}.")):
+            if name.endswith(".py"):
+                right = f"{name.removesuffix('.py').replace(os.sep, '.').strip('.')}:{source.partition(':')[2]}"
+                raise UsageError(f"{source}: {name} is a file; name the module: {right}") from e
             raise UsageError(f"{source}: there is no module {e.name!r} (looked in {os.getcwd()} too); expected {_KINDS}") from e
         raise CaptureError(f"{source}: importing {name} failed: {e}") from e
     except Exception as e:

@@ -142,12 +142,14 @@ class Pipeline:
                     **({"partial": True} if partial else {}),
                 )
 
-        if dynamic_shapes is not None or not model.dynamic:
-            return optimized(dynamic_shapes, partial=self.partial)
         try:
+            if dynamic_shapes is not None or not model.dynamic:
+                return optimized(dynamic_shapes, partial=self.partial)
             return model.vary(loaded, optimized)
-        except CaptureError:
-            if not self.partial:
+        except CaptureError as e:
+            if not self.partial and ("data-dependent" in str(e) or ".detection" in type(loaded.model).__module__):
+                raise CaptureError(f"{e}\nPass --partial to optimize the parts that can be captured") from e
+            if not self.partial or not model.dynamic:
                 raise
         return optimized(model.stated(loaded), partial=True)
 
