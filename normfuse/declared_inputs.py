@@ -133,8 +133,8 @@ def _hugging_face(model: nn.Module, config: Any, like: _Like, batch: int, tokens
         inputs["pixel_values"] = like.image(batch, *size)
     elif main == "input_values":
         inputs["input_values"] = like.image(batch, _LONGEST_AUDIO)
-    elif main == "input_features" and (size := _spectrogram(config)) is not None:
-        inputs["input_features"] = like.image(batch, *size)
+    elif main == "input_features" and (spectrogram := _spectrogram(config)) is not None:
+        inputs["input_features"] = like.image(batch, *spectrogram)
         if "decoder_input_ids" in takes:
             inputs["decoder_input_ids"] = like.ids(batch, min(tokens or _TOKENS, _positions(config)), config)
     elif main != "input_ids":

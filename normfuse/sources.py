@@ -114,7 +114,7 @@ def load_source(source: str, options: Options | None = None) -> Source:
         model, own = _LOADERS[kind](rest, options)
     elif Path(source).suffix in _REFUSED or Path(source).suffix in (".pt", ".pth", ".pt2"):
         model = _from_file(Path(source), options)
-    elif kind not in _LOADERS and kind and rest and not Path(source).exists():
+    elif kind not in _LOADERS and kind and rest and not os.path.exists(source):
         model, own = _from_factory(source, options)
     else:
         raise UsageError(f"{source!r} names no model: expected {_KINDS}")
@@ -260,15 +260,15 @@ def _from_factory(source: str, options: Options) -> tuple[Any, Any]:
 
 
 def _import(name: str, source: str) -> Any:
+    if name.endswith(".py"):
+        module = name.removesuffix(".py").replace(os.sep, ".").strip(".")
+        raise UsageError(f"{source}: {name} is a file; name the module: {module}:{source.partition(':')[2]}")
     if os.getcwd() not in sys.path and "" not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as e:
         if e.name is not None and (name == e.name or name.startswith(f"{e.name}.")):
-            if name.endswith(".py"):
-                right = f"{name.removesuffix('.py').replace(os.sep, '.').strip('.')}:{source.partition(':')[2]}"
-                raise UsageError(f"{source}: {name} is a file; name the module: {right}") from e
             raise UsageError(f"{source}: there is no module {e.name!r} (looked in {os.getcwd()} too); expected {_KINDS}") from e
         raise CaptureError(f"{source}: importing {name} failed: {e}") from e
     except Exception as e:

@@ -5,6 +5,7 @@ imported before a verb needs it, so that `--help` is instant.
 """
 
 import errno
+import io
 import logging
 import os
 import signal
@@ -55,8 +56,9 @@ def main(args: Sequence[str] | None = None) -> int:
     try:
         cli.main(args=None if args is None else list(args), prog_name="normfuse", standalone_mode=False)
     except click.ClickException as e:
-        e.message = concise(e.message)
-        e.show()
+        shown = io.StringIO()
+        e.show(shown)
+        _say(concise(shown.getvalue().rstrip()))
         return 2
     except (click.Abort, KeyboardInterrupt):
         _say("interrupted; nothing was written")
