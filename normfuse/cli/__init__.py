@@ -50,6 +50,8 @@ for command in (optimize, export, bench, verify, inspect, passes, demo):
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command line `args` (default: that of this process); the exit code."""
+    if args is None:
+        _in_utf8()
     if hasattr(signal, "SIGTERM"):
         signal.signal(signal.SIGTERM, _terminate)
     _quiet_libraries()
@@ -84,6 +86,12 @@ def main(args: Sequence[str] | None = None) -> int:
         _say("This should not happen; please report it with the output of the same command and -vv")
         return 2
     return 0
+
+
+def _in_utf8() -> None:
+    """ONNX and its runtimes read names of files as UTF-8: where the locale says otherwise, start again in Python's UTF-8 mode."""
+    if sys.getfilesystemencoding() != "utf-8" and os.name == "posix" and sys.executable:
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
 
 
 def _no_room(e: Exception) -> bool:
