@@ -99,6 +99,9 @@ TARGETS = {
 }
 
 
+_CALLED = {"trt": "tensorrt", "ort": "onnxruntime", "onnx": "portable", "standard": "portable"}  # by others
+
+
 def target_named(name: str) -> Target:
     """The target called `name`.
 
@@ -107,8 +110,8 @@ def target_named(name: str) -> Target:
     """
     if name in TARGETS:
         return TARGETS[name]
-    near = difflib.get_close_matches(str(name), TARGETS, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
+    near = difflib.get_close_matches(_CALLED.get(str(name).lower(), str(name)), TARGETS, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else "."
     raise UsageError(f"unknown target {name!r}{hint} Known targets: {', '.join(TARGETS)}")
 
 

@@ -1,12 +1,15 @@
 """Example inputs that a model declares by itself: timm, Hugging Face and torchvision say what they take.
 
-Nothing is imported, downloaded or drawn from the global random generator: attributes of the model are read, and two
-calls give the same tensors.
+Nothing is downloaded or drawn from the global random generator: attributes of the model are read, and the settings of the
+tokenizer or processor in the folder that it comes from. Two calls give the same tensors.
 """
 
 import inspect
-from collections.abc import Mapping
+import json
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +18,7 @@ from torch import Tensor, nn
 __all__ = ["declared_inputs"]
 
 _TOKENS = 16  # default sequence length: long enough for every relative position bucket that matters, cheap to run
+_DETECTED = (3, 320, 320)  # of one image; detectors resize each by themselves
 _LONGEST_AUDIO = 16_000  # samples: one second
 
 
@@ -35,6 +39,8 @@ def declared_inputs(
     if (config := getattr(model, "config", None)) is not None and hasattr(model, "main_input_name"):
         kwargs = _hugging_face(model, config, like, batch, tokens)
         return None if kwargs is None else ((), kwargs)
+    if type(model).__module__.startswith("torchvision.models.detection"):
+        return ([like.image(*_DETECTED) for _ in range(batch)],), {}
     if (size := _timm_size(model)) is not None or (size := _torchvision_size(model)) is not None:
         return (like.image(batch, *size),), {}
     return None
@@ -63,6 +69,15 @@ class _Like:
         # models that count positions from the padding would see a shorter text
         ids = torch.where(ids == pad, (ids + 1) % vocabulary, ids) if isinstance(pad, int) else ids
         return ids.view(batch, tokens).to(self.device)
+
+    def mask(self, batch: int, tokens: int) -> Tensor:
+        """Ones, and zeros at the end of every other text, the first one included: a text of full length would prove no masking."""
+        padding = torch.tensor([tokens // 4 if i % 2 == 0 else 0 for i in range(batch)])
+        return (torch.arange(tokens) < tokens - padding[:, None]).long().to(self.device)
+
+    def types(self, batch: int, tokens: int) -> Tensor:
+        """The second half of a text is its second sentence."""
+        return (torch.arange(tokens) >= tokens // 2).long().expand(batch, tokens).contiguous().to(self.device)
 
 
 def _timm_size(model: nn.Module) -> tuple[int, ...] | None:
@@ -104,6 +119,11 @@ def _hugging_face(model: nn.Module, config: Any, like: _Like, batch: int, tokens
             return None
         length = min(tokens or _TOKENS, _positions(text))
         inputs["input_ids"] = like.ids(batch, length, text)
+        given = _tokenizer_gives(model, text)
+        if "attention_mask" in given and "attention_mask" in takes:
+            inputs["attention_mask"] = like.mask(batch, length)
+        if "token_type_ids" in given and "token_type_ids" in takes:
+            inputs["token_type_ids"] = like.types(batch, length) if _sentences(text) > 1 else like.types(batch, length) * 0
         if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in takes:
             inputs["decoder_input_ids"] = like.ids(batch, length, text)
     if main == "pixel_values" or (main == "input_ids" and {"pixel_values", "return_loss"} <= takes.keys()):
@@ -113,12 +133,44 @@ def _hugging_face(model: nn.Module, config: Any, like: _Like, batch: int, tokens
         inputs["pixel_values"] = like.image(batch, *size)
     elif main == "input_values":
         inputs["input_values"] = like.image(batch, _LONGEST_AUDIO)
+    elif main == "input_features" and (spectrogram := _spectrogram(config)) is not None:
+        inputs["input_features"] = like.image(batch, *spectrogram)
+        if "decoder_input_ids" in takes:
+            inputs["decoder_input_ids"] = like.ids(batch, min(tokens or _TOKENS, _positions(config)), config)
     elif main != "input_ids":
         return _own_dummies(model)
     if "use_cache" in takes and getattr(config, "use_cache", False) and _decodes(config):
         # a cache object is no tensor: it can be neither exported nor compared
         inputs["use_cache"] = False
     return inputs
+
+
+def _tokenizer_gives(model: nn.Module, config: Any) -> Sequence[str]:
+    """Names of the inputs that the model's tokenizer returns."""
+    settings = _settings(model, "tokenizer_config.json")
+    named = settings.get("model_input_names")
+    if named is None and isinstance(tokenizer := settings.get("tokenizer_class"), str):
+        cls = getattr(sys.modules.get("transformers"), tokenizer, None)
+        named = getattr(cls, "model_input_names", None) if isinstance(cls, type) else None
+    if isinstance(named, list) and all(isinstance(n, str) for n in named):
+        return named
+    # as tokenizers of models with two sentences do; others that take types of tokens (GPT-2) are not given any
+    return ["input_ids", "attention_mask", *(["token_type_ids"] if _sentences(config) > 1 else [])]
+
+
+def _sentences(config: Any) -> int:
+    found = getattr(config, "type_vocab_size", None)
+    return found if isinstance(found, int) else 0
+
+
+def _settings(model: nn.Module, file: str) -> Mapping[str, Any]:
+    """A JSON file in the folder that the model comes from; empty where there is none."""
+    folder = getattr(model, "name_or_path", None) or getattr(getattr(model, "config", None), "_name_or_path", None)
+    try:
+        found = json.loads(Path(str(folder), file).read_text(encoding="utf-8")) if folder else {}
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, Mapping) else {}
 
 
 def _own_dummies(model: nn.Module) -> dict[str, Any] | None:
@@ -144,6 +196,12 @@ def _pixels(config: Any) -> tuple[int, int, int] | None:
         return None
     height, width = (side, side) if isinstance(side, int) else (int(side[0]), int(side[1]))
     return int(getattr(vision, "num_channels", 3)), height, width
+
+
+def _spectrogram(config: Any) -> tuple[int, int] | None:
+    """(mel bins, frames) of Whisper and its kind, whose encoder halves the frames and takes one length only."""
+    bins, positions = getattr(config, "num_mel_bins", None), getattr(config, "max_source_positions", None)
+    return (bins, 2 * positions) if isinstance(bins, int) and isinstance(positions, int) else None
 
 
 def _decodes(config: Any) -> bool:

@@ -1,6 +1,8 @@
-"""What a model is called with on the command line: `--shape`, `--input`, what it declares, and which sizes may vary."""
+"""What a model is called with on the command line: `--shape`, `--input`, or what it declares."""
 
 import inspect
+import math
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,12 +15,11 @@ if TYPE_CHECKING:
 
     from normfuse.sources import Options
 
-__all__ = ["dynamic_shapes", "inputs_for", "parse_shape", "read_inputs"]
+__all__ = ["draw", "inputs_for", "parse_shape", "read_inputs"]
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 _SHAPE = re.compile(r"(?:(?P<name>[A-Za-z_]\w*)=)?(?P<dims>\d+(?:x\d+)*)(?::(?P<dtype>\w+))?")
 _DTYPES = ("float32", "float16", "bfloat16", "float64", "int64", "int32", "bool")
-_AXES = ("batch", "seq", "height", "width")
 
 
 def inputs_for(model: Any, options: "Options", own: Any = None) -> Inputs | None:
@@ -37,9 +38,9 @@ def inputs_for(model: Any, options: "Options", own: Any = None) -> Inputs | None
     if batch < 1 or (options.tokens is not None and options.tokens < 1):
         raise UsageError("--batch and --seq must be at least 1")
     if options.input is not None:
-        return _named(model, read_inputs(options.input))
+        return _taken(model, _named(model, read_inputs(options.input)), f"--input {options.input}")
     if options.shapes:
-        return _named(model, _drawn(model, options))
+        return _taken(model, _named(model, _drawn(model, options)), "--shape")
     if isinstance(model, torch.export.ExportedProgram):
         found = model.example_inputs
         return None if found is None else (tuple(found[0]), dict(found[1]))
@@ -68,19 +69,87 @@ def _drawn(model: Any, options: "Options") -> tuple[Any, ...] | dict[str, Any]:
     for text in options.shapes:
         name, sizes, dtype_name = parse_shape(text)
         dtype = getattr(torch, dtype_name) if dtype_name else torch.int64 if name and name.endswith("_ids") else native
-        if dtype.is_floating_point:
-            value = torch.randn(sizes, generator=generator).to(dtype)
-        elif name is not None and "mask" in name:
-            value = torch.ones(sizes, dtype=dtype)
-        else:
-            value = torch.randint(0, _vocabulary(model), sizes, generator=generator).to(dtype)
-        drawn.append((name, value))
+        value = draw(f"--shape {text}", sizes, dtype, generator, below=_vocabulary(model))
+        drawn.append((name, _mask(value) if name and "mask" in name and not dtype.is_floating_point else value))
     names = [name for name, _ in drawn]
     if all(n is None for n in names):
         return tuple(value for _, value in drawn)
     if any(n is None for n in names) or len(set(names)) < len(names):
         raise UsageError("--shape: name all inputs, each once, or none of them")
     return {str(name): value for name, value in drawn}
+
+
+def _mask(like: "torch.Tensor") -> "torch.Tensor":
+    """Ones, and zeros at the end of the first sample: nothing masked would prove no masking."""
+    import torch
+
+    mask = torch.ones_like(like)
+    if mask.ndim:
+        mask[0, ..., mask.shape[-1] - mask.shape[-1] // 4 :] = 0
+    return mask
+
+
+def draw(text: str, sizes: Sequence[int], dtype: "torch.dtype", generator: "torch.Generator", *, below: int) -> "torch.Tensor":
+    """Random values of these sizes; integers are at least 0 and less than `below`.
+
+    Raises:
+        UsageError: the memory of this machine does not hold them; `text` is what asked for it.
+    """
+    import torch
+
+    size = math.prod(sizes) * 8
+    if size > _memory():
+        raise UsageError(f"{text}: {size / (1 << 30):.3g} GiB of values do not fit into the memory of this machine")
+    if dtype.is_floating_point:
+        return torch.randn(sizes, generator=generator).to(dtype)
+    return torch.randint(0, below, tuple(sizes), generator=generator).to(dtype)
+
+
+def _memory() -> int:
+    """Bytes of this machine; plenty where the system does not tell."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):
+        return 1 << 40
+
+
+def _taken(model: Any, inputs: Inputs, text: str) -> Inputs:
+    """`inputs`, of which those of another kind or width than the weights are tried: some models convert them, most cannot.
+
+    Raises:
+        UsageError: the model does not run on them.
+    """
+    import torch
+    from torch.utils import _pytree as pytree
+
+    if not isinstance(model, torch.nn.Module):
+        return inputs
+    native = _native_dtype(model)
+    looks_up = any(isinstance(m, (torch.nn.Embedding, torch.nn.EmbeddingBag)) for m in model.modules())
+    names = list(inspect.signature(model.forward).parameters)
+    named = dict(zip(names, inputs[0], strict=False)) | inputs[1]
+    other = {
+        name: str(x.dtype).removeprefix("torch.")
+        for name, x in named.items()
+        if isinstance(x, torch.Tensor) and x.dtype != native and (x.is_floating_point() or not looks_up)
+    }
+    if not other:
+        return inputs
+    args, kwargs = pytree.tree_map(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, inputs)
+    try:
+        with torch.inference_mode(), torch.random.fork_rng(devices=()):
+            model(*args, **kwargs)
+    except Exception as e:
+        told = ", ".join(f"input {name} is {dtype}" for name, dtype in other.items())
+        width = str(native).removeprefix("torch.")
+        raise UsageError(
+            f"{text}: {told}, the model computes in {width}, and does not run on it ({_first_line(e)}); give it as {width}"
+        ) from e
+    return inputs
+
+
+def _first_line(e: Exception) -> str:
+    return (str(e).strip() or type(e).__name__).splitlines()[0]
 
 
 def _native_dtype(model: Any) -> "torch.dtype":
@@ -156,51 +225,3 @@ def _named(model: Any, inputs: Any) -> Inputs:
         if unknown and not open_ended:
             raise UsageError(f"{type(model).__name__}.forward takes no {', '.join(unknown)}; it takes {', '.join(parameters)}")
     return (), dict(inputs)
-
-
-def dynamic_shapes(names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any], parameters: Sequence[str]) -> Any:
-    """`dynamic_shapes` of `torch.export` for the axes called `names`.
-
-    `batch` is the first axis of every input, `seq` the second of integer inputs (B, T) and of features (B, T, C),
-    `height` and `width` the last two of images (B, C, H, W).
-
-    Args:
-        names: axes that may vary.
-        args, kwargs: example inputs.
-        parameters: names of the model's positional parameters, in order.
-
-    Raises:
-        UsageError: an axis that is not known, that no input has, or whose example size is 1.
-    """
-    import torch
-
-    unknown = [n for n in names if n not in _AXES]
-    if unknown:
-        raise UsageError(f"--dynamic {unknown[0]} is not known; known: {', '.join(_AXES)}")
-    dims = {n: torch.export.Dim(n) for n in names}
-    used: set[str] = set()
-
-    def of(x: Any) -> dict[int, Any] | None:
-        if not isinstance(x, torch.Tensor):
-            return None
-        here = {axis: dims[n] for axis, n in _axes(x).items() if n in dims}
-        used.update(_axes(x)[axis] for axis in here)
-        ones = [dims[n].__name__ for axis, n in _axes(x).items() if n in dims and x.shape[axis] == 1]
-        if ones:
-            raise UsageError(f"--dynamic {ones[0]}: the example input has size 1 there; pass --{ones[0]} 2 or larger inputs")
-        return here or None
-
-    shapes = {name: of(x) for name, x in (*zip(parameters, args, strict=False), *kwargs.items())}
-    idle = [n for n in names if n not in used]
-    if idle:
-        raise UsageError(f"--dynamic {idle[0]}: no input has such an axis")
-    return shapes
-
-
-def _axes(x: "torch.Tensor") -> dict[int, str]:
-    axes = {0: "batch"} if x.ndim else {}
-    if x.ndim == 3 or (x.ndim == 2 and not x.is_floating_point()):
-        axes[1] = "seq"
-    if x.ndim == 4:
-        axes |= {2: "height", 3: "width"}
-    return axes

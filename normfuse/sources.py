@@ -115,7 +115,7 @@ def load_source(source: str, options: Options | None = None) -> Source:
         model, own = _LOADERS[kind](rest, options)
     elif Path(source).suffix in _REFUSED or Path(source).suffix in (".pt", ".pth", ".pt2"):
         model = _from_file(Path(source), options)
-    elif kind not in _LOADERS and kind and rest and not Path(source).exists():
+    elif kind not in _LOADERS and kind and rest and not os.path.exists(source):
         model, own = _from_factory(source, options)
     else:
         raise UsageError(f"{source!r} names no model: expected {_KINDS}")
@@ -147,7 +147,10 @@ def _torchvision(name: str, options: Options) -> tuple["nn.Module", Any]:
     if name not in known:
         raise UsageError(f"torchvision has no model {name!r}{_hint(name, known)}")
     with _building(f"torchvision:{name}", options):
-        model = models.get_model(name, weights="DEFAULT" if options.pretrained else None)
+        weights: dict[str, Any] = {"weights": "DEFAULT" if options.pretrained else None}
+        if not options.pretrained and "weights_backbone" in inspect.signature(models.get_model_builder(name)).parameters:
+            weights["weights_backbone"] = None  # detectors would fetch those of their backbone
+        model = models.get_model(name, **weights)
         crop = getattr(models.get_model_weights(name).DEFAULT.transforms, "keywords", {}).get("crop_size")
     side = crop[0] if isinstance(crop, (list, tuple)) else crop
     if ".video" in type(model).__module__ or not isinstance(side, int):
@@ -263,6 +266,9 @@ def _from_factory(source: str, options: Options) -> tuple[Any, Any]:
 
 
 def _import(name: str, source: str) -> Any:
+    if name.endswith(".py"):
+        module = name.removesuffix(".py").replace(os.sep, ".").strip(".")
+        raise UsageError(f"{source}: {name} is a file; name the module: {module}:{source.partition(':')[2]}")
     if os.getcwd() not in sys.path and "" not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:

@@ -29,6 +29,9 @@ def build():
 def bare():
     return build()[0]
 
+def convolution():
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+
 def other():
     m, x = build()
     m[4].bias.data += 1
@@ -115,6 +118,41 @@ def test_dynamic_batch_reaches_the_file(run: Run) -> None:
     session = ort.InferenceSession("fast.onnx")
     name = session.get_inputs()[0].name
     assert session.run(None, {name: torch.randn(5, 3, 8, 8).numpy()})[0].shape == (5, 10)
+
+
+def test_named_axes_with_limits_reach_the_file(run: Run) -> None:
+    ort = pytest.importorskip("onnxruntime")
+    axes = ("--dynamic", "input:0=n..64", "--dynamic", "height:5..40,input:3=w")
+    assert run("export", "models:convolution", "--shape", "2x3x16x16", *axes, "-o", "fast.onnx", "-q")[0] == 0
+    session = ort.InferenceSession("fast.onnx")
+    assert session.get_inputs()[0].shape == ["n", 3, "height", "w"]
+    assert session.run(None, {"input": torch.randn(5, 3, 9, 12).numpy()})[0].shape == (5, 4, 7, 10)
+
+
+def test_axes_are_free_in_optimize_and_verify_alike(run: Run) -> None:
+    axes = ("--shape", "2x3x16x16", "--dynamic", "height,input:3=w..40")
+    assert run("optimize", "models:convolution", *axes, "-o", "fast.pt2", "-q")[0] == 0
+    (x,) = (n for n in torch.export.load("fast.pt2").graph.nodes if n.name == "input")
+    assert [isinstance(size, int) for size in x.meta["val"].shape] == [True, True, False, False]
+    assert run("verify", "models:convolution", *axes, "-q")[0] == 0
+
+
+def test_what_a_tokenizer_gives_can_be_fed(run: Run) -> None:
+    ort = pytest.importorskip("onnxruntime")
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(
+        num_hidden_layers=1, hidden_size=16, num_attention_heads=2, intermediate_size=16, vocab_size=40, max_position_embeddings=32
+    )
+    transformers.BertModel(config).save_pretrained("bert")
+    assert run("export", "hf:bert", "--dynamic", "batch,seq", "-o", "bert.onnx", "-q")[0] == 0
+    session = ort.InferenceSession("bert.onnx")
+    shapes = {i.name: i.shape for i in session.get_inputs()}
+    assert shapes == {name: ["batch", "seq"] for name in ("input_ids", "attention_mask", "token_type_ids")}
+    encoded = {"input_ids": [[1, 5, 7, 2, 0]], "attention_mask": [[1, 1, 1, 1, 0]], "token_type_ids": [[0] * 5]}
+    feed = {name: torch.tensor(ids) for name, ids in encoded.items()}
+    expected = transformers.BertModel.from_pretrained("bert").eval()(**feed).last_hidden_state
+    got = session.run(None, {name: ids.numpy() for name, ids in feed.items()})[0]
+    torch.testing.assert_close(torch.from_numpy(got), expected.detach(), rtol=1e-4, atol=1e-4)
 
 
 def test_verify_proves_the_rewrites(run: Run) -> None:
@@ -320,6 +358,17 @@ def test_module_is_the_command() -> None:
     found = command("-m", "normfuse", "--version")
     assert found.returncode == 0
     assert found.stdout.startswith("normfuse, version ")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a POSIX locale")
+def test_names_that_are_not_ascii_in_a_locale_that_is(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    (tmp_path / "models.py").write_text(MODELS, encoding="utf-8")
+    paths = os.pathsep.join(p for p in sys.path if p)
+    locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONPATH": paths, "PYTHONDONTWRITEBYTECODE": "1"}
+    found = command("-m", "normfuse", "export", "models:build", "-o", "zwölf.onnx", cwd=tmp_path, env=os.environ | locale)
+    assert found.returncode == 0, found.stderr
+    assert {p.name for p in tmp_path.iterdir()} == {"models.py", "zwölf.onnx"}
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a limit on the size of files")

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from normfuse.errors import UsageError
-from normfuse.example_inputs import dynamic_shapes, inputs_for, parse_shape, read_inputs
+from normfuse.example_inputs import inputs_for, parse_shape, read_inputs
 from normfuse.sources import Options, load_source
 from tests.evil import Evil
 
@@ -47,8 +47,46 @@ def test_stated_shapes_make_inputs() -> None:
     found = load_source("mine:build", Options(shapes=("5x4",)))
     assert found.args[0].shape == (5, 4)
     assert found.args[0].dtype is torch.float32
-    named = load_source("mine:build", Options(shapes=("input=5x4:float64",))).kwargs
+    named = inputs_for(nn.Identity(), Options(shapes=("input=5x4:float64",)))[1]  # type: ignore[index]
     assert named["input"].dtype is torch.float64
+
+
+def test_stated_masks_hold_padding() -> None:
+    class Masked(nn.Module):
+        def forward(self, mask: torch.Tensor) -> torch.Tensor:
+            return mask
+
+    named = inputs_for(Masked(), Options(shapes=("mask=2x8:int64",)))[1]  # type: ignore[index]
+    assert named["mask"].tolist() == [[1] * 6 + [0] * 2, [1] * 8]
+
+
+class Converts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.l = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(self.l(x.float()))
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float16", "int64"])
+def test_inputs_of_another_dtype_are_told_where_the_model_does_not_take_them(dtype: str) -> None:
+    with pytest.raises(UsageError, match=f"--shape: input input is {dtype}, the model computes in float32, .*give it as float32"):
+        load_source("mine:build", Options(shapes=(f"2x4:{dtype}",)))
+    (x,), _ = inputs_for(Converts(), Options(shapes=(f"2x4:{dtype}",)))  # type: ignore[misc]
+    assert x.dtype is getattr(torch, dtype)  # never converted silently
+
+
+def test_input_file_of_another_dtype_is_told() -> None:
+    np.save("wide.npy", np.zeros((2, 4)))
+    with pytest.raises(UsageError, match=r"--input wide.npy: input input is float64, the model computes in float32"):
+        load_source("mine:build", Options(input=Path("wide.npy")))
+
+
+def test_inputs_that_no_memory_holds_are_an_error() -> None:
+    for sizes in ("99999999999x99999999999", "1000000x1000000"):
+        with pytest.raises(UsageError, match=f"--shape {sizes}: .* GiB of values do not fit"):
+            load_source("mine:build", Options(shapes=(sizes,)))
 
 
 def test_stated_ids_are_known_to_the_embedding() -> None:
@@ -125,27 +163,3 @@ def test_input_file_of_objects_is_refused() -> None:
     with pytest.raises(UsageError, match="cannot be read"):
         read_inputs(Path("objects.npy"))
     assert not Path("pwned").exists()
-
-
-def test_dynamic_axes_of_images_and_tokens() -> None:
-    image, ids = torch.zeros(2, 3, 8, 8), torch.zeros(2, 5, dtype=torch.int64)
-    shapes = dynamic_shapes(("batch", "seq", "height"), (image,), {"ids": ids, "flag": False}, ["image", "ids", "flag"])
-    assert {k: {a: d.__name__ for a, d in (v or {}).items()} for k, v in shapes.items()} == {
-        "image": {0: "batch", 2: "height"},
-        "ids": {0: "batch", 1: "seq"},
-        "flag": {},
-    }
-    assert shapes["image"][0] is shapes["ids"][0]
-
-
-@pytest.mark.parametrize(
-    ("names", "x", "message"),
-    [
-        pytest.param(("time",), torch.zeros(2, 2), "not known", id="unknown axis"),
-        pytest.param(("seq",), torch.zeros(2, 2), "no input has", id="axis that no input has"),
-        pytest.param(("batch",), torch.zeros(1, 2), "size 1", id="example of size one"),
-    ],
-)
-def test_dynamic_axes_that_cannot_be_are_errors(names: tuple[str, ...], x: torch.Tensor, message: str) -> None:
-    with pytest.raises(UsageError, match=message):
-        dynamic_shapes(names, (x,), {}, ["x"])

@@ -4,6 +4,8 @@ Exit codes: 0 fine, 1 a check failed, 2 usage or any other error that normfuse r
 imported before a verb needs it, so that `--help` is instant.
 """
 
+import errno
+import io
 import logging
 import os
 import signal
@@ -19,6 +21,7 @@ from normfuse.cli.bench import bench
 from normfuse.cli.demo import demo
 from normfuse.cli.export import export
 from normfuse.cli.inspect import inspect
+from normfuse.cli.messages import concise
 from normfuse.cli.optimize import optimize
 from normfuse.cli.passes import passes
 from normfuse.cli.verify import verify
@@ -27,6 +30,8 @@ from normfuse.errors import CheckFailed, NormfuseError
 __all__ = ["cli", "main"]
 
 _log = logging.getLogger("normfuse")
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -45,13 +50,17 @@ for command in (optimize, export, bench, verify, inspect, passes, demo):
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command line `args` (default: that of this process); the exit code."""
+    if args is None:
+        _in_utf8()
     if hasattr(signal, "SIGTERM"):
         signal.signal(signal.SIGTERM, _terminate)
     _quiet_libraries()
     try:
         cli.main(args=None if args is None else list(args), prog_name="normfuse", standalone_mode=False)
     except click.ClickException as e:
-        e.show()
+        shown = io.StringIO()
+        e.show(shown)
+        _say(concise(shown.getvalue().rstrip()))
         return 2
     except (click.Abort, KeyboardInterrupt):
         _say("interrupted; nothing was written")
@@ -61,15 +70,33 @@ def main(args: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except NormfuseError as e:
         _log.debug("where it happened", exc_info=True)
-        _say(f"{'failed' if isinstance(e, CheckFailed) else 'error'}: {e}")
+        _say(concise(f"{'failed' if isinstance(e, CheckFailed) else 'error'}: {e}"))
         return 1 if isinstance(e, CheckFailed) else 2
+    except SystemExit as e:
+        # click raises none here: a factory, a module that was imported or a loader did
+        _log.debug("where it happened", exc_info=True)
+        _say(concise(f"error: the code that was loaded ended the process: sys.exit({e.code!r}); its functions have to return"))
+        return 2
     except Exception as e:
         _log.debug("where it happened", exc_info=True)
-        _say(
-            f"error: {type(e).__name__}: {e}\nThis should not happen; please report it with the output of the same command and -vv"
-        )
+        if _no_room(e):
+            _say(concise(f"error: {e}; free some space on that disk, or set TMPDIR to a folder that can be written"))
+            return 2
+        _say(concise(f"error: {type(e).__name__}: {e}"))
+        _say("This should not happen; please report it with the output of the same command and -vv")
         return 2
     return 0
+
+
+def _in_utf8() -> None:
+    """ONNX and its runtimes read names of files as UTF-8: where the locale says otherwise, start again in Python's UTF-8 mode."""
+    if sys.getfilesystemencoding() != "utf-8" and os.name == "posix" and sys.executable:
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
+
+
+def _no_room(e: Exception) -> bool:
+    """A full disk; Python cannot find a folder for temporary files then."""
+    return isinstance(e, OSError) and (e.errno in _NO_ROOM or "No usable temporary directory" in str(e))
 
 
 def _say(text: str) -> None:

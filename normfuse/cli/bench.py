@@ -228,7 +228,8 @@ class Workshop:
     def _original_onnx(self, opset: int | None = None) -> Path:
         path = self._folder / f"original{opset or ''}.onnx"
         if not path.exists():
-            export_original(self._load(), path, dynamic_shapes=self._model.dynamic_shapes(self._load()), opset=opset)
+            original = self._load()
+            self._model.vary(original, lambda shapes: export_original(original, path, dynamic_shapes=shapes, opset=opset))
         return path
 
     def _optimized_onnx(self) -> Path:

@@ -11,7 +11,7 @@ import click
 
 from normfuse.cli.export import ENGINE_SUFFIXES
 from normfuse.cli.onnx_files import is_onnx
-from normfuse.cli.options import Model, Pipeline, json_option, model_options, verbosity
+from normfuse.cli.options import Model, Pipeline, json_option, model_options, partial_option, verbosity
 
 if TYPE_CHECKING:
     from normfuse.report import Report, Site
@@ -22,9 +22,10 @@ __all__ = ["inspect"]
 @click.command(short_help="Dry run: what would happen to each norm, and why not.")
 @model_options
 @click.option("--passes", metavar="NAMES", help="Run these passes only, separated by commas; see `normfuse passes`.")
+@partial_option
 @json_option
 @verbosity
-def inspect(model: Model, passes: str | None, as_json: bool, quiet: bool) -> None:
+def inspect(model: Model, passes: str | None, partial: bool, as_json: bool, quiet: bool) -> None:
     """Dry run: which norms SOURCE has, what would happen to each, and why not. Writes nothing.
 
     For an .onnx file: its ops and norms. For a TensorRT engine: its signature, its fused layers, and whether it is whole.
@@ -40,7 +41,7 @@ def inspect(model: Model, passes: str | None, as_json: bool, quiet: bool) -> Non
 
     from normfuse.record import report
 
-    found = report(Pipeline(names, "off").run(model, loaded))
+    found = report(Pipeline(names, "off", partial=partial).run(model, loaded))
     if as_json:
         click.echo(json.dumps({"schema": 1, "source": model.source, **_plan(found)}, indent=2))
         return

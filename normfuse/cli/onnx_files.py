@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from normfuse.errors import UsageError
-from normfuse.example_inputs import parse_shape, read_inputs
+from normfuse.example_inputs import draw, parse_shape, read_inputs
 from normfuse.sources import Options
 
 if TYPE_CHECKING:
@@ -44,12 +44,8 @@ def file_inputs(path: Path, options: Options) -> "dict[str, torch.Tensor]":
         kind = _TYPES.get(wants.type.removeprefix("tensor(").removesuffix(")"))
         if kind is None:
             raise UsageError(f"{path}: input {wants.name} is a {wants.type}; pass its values with --input")
-        dtype = getattr(torch, kind)
-        if dtype.is_floating_point:
-            values = torch.randn(sizes, generator=generator)
-        else:  # a file does not say how many ids it knows, but it knows two
-            values = torch.randint(0, 2, sizes, generator=generator)
-        inputs[wants.name] = values.to(dtype)
+        # a file does not say how many ids it knows, but it knows two
+        inputs[wants.name] = draw(f"--shape {wants.name}", sizes, getattr(torch, kind), generator, below=2)
     return inputs
 
 

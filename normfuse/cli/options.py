@@ -9,19 +9,34 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from normfuse.cli.messages import unless_it_fails
 from normfuse.cli.quantization import calibration_batches, parse_quantize
-from normfuse.errors import UsageError
+from normfuse.dynamic_axes import Axis, free_axes, parse_axes
+from normfuse.errors import CaptureError, ExportError, UsageError
 from normfuse.sources import Options, Source, load_source
 
 if TYPE_CHECKING:
     from torch import fx
 
+    from normfuse.dynamic_axes import Free
     from normfuse.quant.spec import ShiftQuant
 
-__all__ = ["Model", "Pipeline", "force_option", "json_option", "model_options", "output_option", "pipeline_options", "verbosity"]
+__all__ = [
+    "Model",
+    "Pipeline",
+    "force_option",
+    "json_option",
+    "model_options",
+    "output_option",
+    "partial_option",
+    "pipeline_options",
+    "verbosity",
+]
 
 F = TypeVar("F", bound=Callable[..., Any])
+T = TypeVar("T")
 _SHAPE = "Input of this shape, e.g. 1x3x224x224 or input_ids=1x128:int64; repeat for several."
+_DYNAMIC = "Axes that may vary: batch, seq, height, width, or INPUT:AXIS[=NAME][..MAX], e.g. tokens:1=seq..512; repeat for several."
 _log = logging.getLogger(__name__)
 
 
@@ -31,7 +46,7 @@ class Model:
 
     source: str
     options: Options
-    dynamic: tuple[str, ...] = ()
+    dynamic: tuple[Axis, ...] = ()
 
     def load(self, *, inputs_needed: bool = False) -> Source:
         """Load it.
@@ -49,22 +64,52 @@ class Model:
             raise UsageError(f"{self.source} declares no inputs: pass --shape (e.g. --shape 1x3x224x224) or --input")
         return loaded
 
-    def dynamic_shapes(self, loaded: Source) -> Any:
-        """What may vary, as `torch.export` takes it; None for fixed shapes."""
+    def vary(self, loaded: Source, work: Callable[[Any], T]) -> T:
+        """`work(dynamic_shapes)` with what --dynamic says, as `torch.export` takes it; None for fixed shapes.
+
+        Where `work` fails, it is done once more with the ranges that torch finds in the model.
+
+        Raises:
+            UsageError: an axis does not exist, cannot vary, or not as far as it should.
+        """
+        free = self._free(loaded)
+        if free is None:
+            return work(None)
+        try:
+            return work(free.stated())
+        except (CaptureError, ExportError) as e:
+            from normfuse.found_axes import found_shapes
+
+            _log.info("finding the ranges of %s, for %s", ", ".join(a.name for a in self.dynamic), e)
+            try:
+                shapes = found_shapes(loaded.module, loaded.example_inputs, free)
+            except CaptureError:
+                raise e from None  # it is not for the sizes
+        return work(shapes)
+
+    def stated(self, loaded: Source) -> Any:
+        """What --dynamic says, whether or not the model agrees."""
+        free = self._free(loaded)
+        return None if free is None else free.stated()
+
+    def _free(self, loaded: Source) -> "Free | None":
         if not self.dynamic:
             return None
-        import inspect
-
         import torch
-
-        from normfuse.example_inputs import dynamic_shapes
 
         if isinstance(loaded.model, torch.export.ExportedProgram):
             raise UsageError("--dynamic: a .pt2 file has its dynamic shapes inside; they were chosen when it was saved")
         if not loaded.has_inputs:
             raise UsageError("--dynamic needs example inputs: pass --shape or --input")
-        parameters = list(inspect.signature(loaded.model.forward).parameters)
-        return dynamic_shapes(self.dynamic, loaded.args, loaded.kwargs, parameters)
+        return free_axes(self.dynamic, loaded.model.forward, loaded.args, loaded.kwargs, self._larger)
+
+    def _larger(self, axis: Axis, number: int) -> str:
+        """What to do about an example of size 1."""
+        if self.options.shapes or self.options.input is not None:
+            return f"state 2 or more there with {'--shape' if self.options.shapes else '--input'}"
+        if number == 0:
+            return "pass --batch 2"
+        return "pass --seq 2 or more" if axis.name == "seq" else "state a larger input with --shape"
 
 
 @dataclass(frozen=True)
@@ -75,23 +120,38 @@ class Pipeline:
     verify: str
     quantize: "ShiftQuant | None" = None
     calibration: str | None = None
+    partial: bool = False
 
     def run(self, model: Model, loaded: Source, *, dynamic_shapes: Any = None) -> "fx.GraphModule":
         """Optimize it; what may vary in its inputs is `dynamic_shapes`, or what --dynamic says."""
         from normfuse.api import optimize
 
-        shapes = model.dynamic_shapes(loaded) if dynamic_shapes is None else dynamic_shapes
         batches = None if self.calibration is None else calibration_batches(self.calibration, loaded)
         _log.info("optimizing %s", model.source)
-        return optimize(
-            loaded.model,
-            loaded.example_inputs,
-            dynamic_shapes=shapes,
-            passes=self.passes,
-            quantize=self.quantize,
-            calibration=batches,
-            verify=self.verify,
-        )
+
+        def optimized(shapes: Any, *, partial: bool = False) -> "fx.GraphModule":
+            with unless_it_fails():
+                return optimize(
+                    loaded.model,
+                    loaded.example_inputs,
+                    dynamic_shapes=shapes,
+                    passes=self.passes,
+                    quantize=self.quantize,
+                    calibration=batches,
+                    verify=self.verify,
+                    **({"partial": True} if partial else {}),
+                )
+
+        try:
+            if dynamic_shapes is not None or not model.dynamic:
+                return optimized(dynamic_shapes, partial=self.partial)
+            return model.vary(loaded, optimized)
+        except CaptureError as e:
+            if not self.partial and ("data-dependent" in str(e) or ".detection" in type(loaded.model).__module__):
+                raise CaptureError(f"{e}\nPass --partial to optimize the parts that can be captured") from e
+            if not self.partial or not model.dynamic:
+                raise
+        return optimized(model.stated(loaded), partial=True)
 
 
 def model_options(f: F) -> F:
@@ -102,7 +162,7 @@ def model_options(f: F) -> F:
     @click.option("--input", "input_", type=click.Path(path_type=Path), help="Inputs from a .npz, .npy, .pt or .safetensors file.")
     @click.option("--batch", type=int, help="Batch size of the inputs that the model declares itself.  [default: 1]")
     @click.option("--seq", type=int, help="Sequence length of the inputs that the model declares itself.")
-    @click.option("--dynamic", metavar="AXES", help="Axes that may vary: batch, seq, height, width, separated by commas.")
+    @click.option("--dynamic", multiple=True, metavar="AXIS[,AXIS]", help=_DYNAMIC)
     @click.option("--pretrained", is_flag=True, help="Fetch the published weights (timm, torchvision) instead of random ones.")
     @click.option("--trust", is_flag=True, help="Allow files to run code: pickles, custom code of Hugging Face folders.")
     @click.option("--seed", type=int, default=0, show_default=True, help="Of random weights and random inputs.")
@@ -113,19 +173,28 @@ def model_options(f: F) -> F:
         input_: Path | None,
         batch: int | None,
         seq: int | None,
-        dynamic: str | None,
+        dynamic: tuple[str, ...],
         pretrained: bool,
         trust: bool,
         seed: int,
         **rest: Any,
     ) -> Any:
-        axes = _names(dynamic)
-        if batch is None and "batch" in axes and not shapes and input_ is None:
+        if not -(1 << 63) <= seed < 1 << 64:
+            raise UsageError("--seed: torch's generators take 64 bits, and that number has more")
+        axes = parse_axes(dynamic)
+        if axes and Path(source).suffix == ".onnx":
+            raise UsageError("--dynamic: an .onnx file has its dynamic axes inside; they were chosen when it was exported")
+        if batch is None and any(a.name == "batch" or a.axis == 0 for a in axes) and not shapes and input_ is None:
             batch = 2  # an example of size 1 would be taken for a fixed size
         options = Options(pretrained=pretrained, trust=trust, shapes=shapes, input=input_, batch=batch, tokens=seq, seed=seed)
         return f(model=Model(source, options, axes), **rest)
 
     return wrapped  # type: ignore[return-value]
+
+
+partial_option = click.option(
+    "--partial", is_flag=True, help="Where SOURCE cannot be captured whole, optimize the parts of it that can and leave the rest."
+)
 
 
 def pipeline_options(f: F) -> F:
@@ -135,6 +204,7 @@ def pipeline_options(f: F) -> F:
     @click.option(
         "--verify", type=click.Choice(("each", "end", "off")), default="end", show_default=True, help="When to prove the result."
     )
+    @partial_option
     @click.option("--quantize", metavar="WIDTHS[,...]", help="Integer layers: w4a8, w8a8,static, w4a8,groups=1,prefer=size, ...")
     @click.option("--keep", multiple=True, metavar="PATTERN", help="Layers that --quantize leaves in float; repeat for several.")
     @click.option(
@@ -144,12 +214,19 @@ def pipeline_options(f: F) -> F:
     )
     @functools.wraps(f)
     def wrapped(
-        passes: str | None, verify: str, quantize: str | None, keep: tuple[str, ...], calibration: str | None, **rest: Any
+        passes: str | None,
+        verify: str,
+        partial: bool,
+        quantize: str | None,
+        keep: tuple[str, ...],
+        calibration: str | None,
+        **rest: Any,
     ) -> Any:
         if keep and quantize is None:
             raise UsageError("--keep says what --quantize leaves in float: pass --quantize as well, e.g. --quantize w4a8")
         spec = None if quantize is None else parse_quantize(quantize, keep)
-        return f(pipeline=Pipeline(_names(passes) if passes is not None else None, verify, spec, calibration), **rest)
+        chosen = _names(passes) if passes is not None else None
+        return f(pipeline=Pipeline(chosen, verify, spec, calibration, partial), **rest)
 
     return wrapped  # type: ignore[return-value]
 

@@ -22,7 +22,7 @@ __all__ = ["fitted"]
 def fitted(model: Model, loaded: Source, profiles: Mapping[str, Profile]) -> tuple[Source, Any]:
     """`loaded` with example inputs inside `profiles`, and `dynamic_shapes` for the axes that vary in them.
 
-    With --dynamic the user says which axes vary, and a .pt2 file knows it; both stay as they are.
+    With --dynamic the user says which axes vary, and a .pt2 file knows it: then `loaded` stays as it is, and None.
 
     Raises:
         UsageError: the number of axes does not fit an input.
@@ -30,7 +30,7 @@ def fitted(model: Model, loaded: Source, profiles: Mapping[str, Profile]) -> tup
     import torch
 
     if not profiles or model.dynamic or isinstance(loaded.model, torch.export.ExportedProgram):
-        return loaded, model.dynamic_shapes(loaded)
+        return loaded, None
     names = list(inspect.signature(loaded.model.forward).parameters)
     inputs = dict(zip(names, loaded.args, strict=False)) | loaded.kwargs
     spec: dict[str, dict[int, Any] | None] = {}

@@ -6,11 +6,11 @@ import importlib
 import os
 import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from normfuse.errors import UsageError
+from normfuse.errors import NormfuseError, UsageError
 from normfuse.sources import Source
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def parse_quantize(text: str, keep: tuple[str, ...] = ()) -> "ShiftQuant":
         elif part in _words():
             values[_words()[part]] = part
         else:
-            raise UsageError(f"--quantize {text}: {part!r} is not understood{_near(part, [*_words(), *_fields()])}; {_EXAMPLE}")
+            raise UsageError(f"--quantize {text}: {part!r} is not understood{_meant(part)}; {_EXAMPLE}")
     try:
         return ShiftQuant(**values)
     except UsageError as e:
@@ -72,7 +72,23 @@ def calibration_batches(text: str, loaded: Source) -> Iterable[Any]:
     found = _called(text)
     if isinstance(found, Mapping) or not isinstance(found, Iterable):
         raise UsageError(f"--calibration {text}: the factory returned a {type(found).__name__}; expected an iterable of batches")
-    return found
+    return _Loader(text, found)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Loader:
+    """The user's batches; what goes wrong in there is told as theirs."""
+
+    text: str
+    batches: Iterable[Any]
+
+    def __iter__(self) -> Iterator[Any]:
+        i = 0
+        try:
+            for i, batch in enumerate(self.batches, 1):  # noqa: B007 (counts for the message)
+                yield batch
+        except Exception as e:
+            raise UsageError(f"--calibration {self.text}: batch {i} could not be loaded: {type(e).__name__}: {e}") from e
 
 
 # -- specification -------------------------------------------------------------------------------------------------------
@@ -112,6 +128,14 @@ def _value(text: str, name: str, value: str) -> Any:
         raise UsageError(f"--quantize {text}: {name}={value}: expected a number") from e
 
 
+def _meant(part: str) -> str:
+    """int8 and its like are what others call it."""
+    bits = re.fullmatch(r"u?int(\d)|(?:q|i)(\d)", part.lower())
+    if bits is not None:
+        return f"; did you mean w{bits[1] or bits[2]}a8 (weights of {bits[1] or bits[2]} bits, activations of 8)?"
+    return _near(part, [*_words(), *_fields()])
+
+
 def _near(word: str, known: list[str]) -> str:
     near = difflib.get_close_matches(word, known, 1)
     return f"; did you mean {near[0]!r}?" if near else ""
@@ -125,13 +149,27 @@ def _called(text: str) -> Any:
     try:
         factory: Any = importlib.import_module(name)
     except ImportError as e:
-        raise UsageError(f"--calibration {text}: {e}; expected a file or package.module:factory") from e
+        raise UsageError(f"--calibration {text}: {e}; expected a file or package.module:factory{_module_of(text)}") from e
+    except Exception as e:
+        raise UsageError(f"--calibration {text}: importing {name} failed: {type(e).__name__}: {e}") from e
     for part in attribute.split("."):
         if not hasattr(factory, part):
             known = [n for n in vars(factory) if not n.startswith("_")] if hasattr(factory, "__dict__") else []
             raise UsageError(f"--calibration {text}: {name} has no {attribute!r}{_near(part, known)}")
         factory = getattr(factory, part)
-    return factory() if callable(factory) and not isinstance(factory, Iterable) else factory
+    if not callable(factory) or isinstance(factory, Iterable):
+        return factory
+    try:
+        return factory()
+    except NormfuseError:
+        raise
+    except Exception as e:
+        raise UsageError(f"--calibration {text}: the factory failed: {type(e).__name__}: {e}") from e
+
+
+def _module_of(text: str) -> str:
+    name, _, attribute = text.partition(":")
+    return f"; name the module: {name.removesuffix('.py')}:{attribute}" if name.endswith(".py") else ""
 
 
 # -- data ----------------------------------------------------------------------------------------------------------------
@@ -157,6 +195,9 @@ def _from_file(path: Path, loaded: Source) -> list[Any]:
         raise UsageError(
             f"--calibration {path}: it holds {', '.join(map(str, given))}; the model takes {len(tensors)} inputs: {names}"
         )
+    flat = [str(k) for k, t in given.items() if not t.ndim]
+    if flat:
+        raise UsageError(f"--calibration {path}: {', '.join(flat)} is a single number; its leading axis should count samples")
     size = _batch_size(path, given, tensors)
     samples = min(len(t) for t in given.values())
     if samples < size:
@@ -173,7 +214,7 @@ def _batch_size(path: Path, given: dict[Any, "Tensor"], example: dict[Any, "Tens
     sizes = {v.shape[0] for v in example.values() if v.ndim}
     if len(sizes) != 1:
         raise UsageError(f"--calibration {path}: the inputs of the model have no batch axis in common; use package.module:factory")
-    if len({len(t) if t.ndim else 0 for t in given.values()}) != 1:
+    if len({len(t) for t in given.values()}) != 1:
         raise UsageError(f"--calibration {path}: its arrays have different numbers of samples along their leading axis")
     for k, t in given.items():
         if t.dtype.is_floating_point != example[k].dtype.is_floating_point:

@@ -32,7 +32,7 @@ _DRIFT = {"float64": 1e-9, "float32": 1e-4, "bfloat16": 1e-1, "float16": 2e-2}
 def verify(model: Model, other: str | None, pipeline: Pipeline, tolerance: float | None, as_json: bool, quiet: bool) -> None:
     """Optimize SOURCE and prove the result; with OTHER (.onnx, .pt2, or an engine on a GPU) compare that file with SOURCE.
 
-    Exit code 1 when the error is above its bound or a rewrite had to be taken back.
+    Exit code 1 when the error is above its bound, a rewrite had to be taken back, or nothing could be compared.
     """
     if other is not None:
         _compare(model, other, tolerance, as_json, quiet)
@@ -61,6 +61,8 @@ def _failures(found: "Report", tolerance: float | None) -> list[str]:
     failures = [f"{site.path}: {site.rule} was taken back: {site.note}" for site in found.undone]
     if found.exact is None or found.drift is None:
         return [*failures, "; ".join(found.notes) or "the result was not verified"]
+    if nothing := getattr(found, "nothing_compared", ""):
+        failures.append(f"nothing could be compared: {nothing}")
     if not found.exact.max_rel <= EXACT_BOUND:
         failures.append(f"the error in float64 is {found.exact.max_rel:.1e}, above {EXACT_BOUND:.0e}")
     if not found.drift.max_rel <= _bound(found.drift, tolerance):
