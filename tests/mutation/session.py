@@ -45,7 +45,17 @@ class Session:
 
     def run(self, tests: Sequence[Path]) -> None:
         """Collect the tests and disable one guard after the other."""
-        options = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-W", "ignore::pytest.PytestAssertRewriteWarning", "-m", "not latency and not slow"]
+        options = [
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "-p",
+            "no:xdist",
+            "-W",
+            "ignore::pytest.PytestAssertRewriteWarning",
+            "-m",
+            "not latency and not slow",
+        ]
         with _silent():
             pytest.main([*options, *map(str, tests)], plugins=[self])
 
