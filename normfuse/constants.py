@@ -4,10 +4,14 @@ A rewrite computes new weights from old ones. Holding those in float64 for a who
 holding them in the model's own dtype would round at every step. So a constant is an *expression* over the tensors of
 the original model: small ones (gains, biases) are evaluated at once, large ones (weights) when somebody asks, in
 float64, and the result is cast a single time, when the final module is built.
+
+Where a rounding decides (a floor, a comparison, a cast to integers), float64 would decide otherwise than the model. So a
+constant that the model computes also knows how: `eager` repeats its steps in its own dtypes, bit for bit.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,7 +24,7 @@ _EAGER = 1 << 16  # values; a 512 KiB vector in float64 is not worth being lazy 
 
 
 class Constant:
-    """A tensor known at compile time: float64 inside (integers and booleans as they are), `dtype` outside.
+    """A tensor known at compile time: float64 or complex128 inside (integers and booleans as they are), `dtype` outside.
 
     Arithmetic, indexing and the methods below give new constants; nothing is written in place.
 
@@ -31,12 +35,19 @@ class Constant:
         tensor: the original tensor if this is one, None for an expression.
     """
 
-    __slots__ = ("_compute", "dtype", "name", "shape", "tensor")
+    __slots__ = ("_compute", "_eager", "dtype", "name", "shape", "tensor")
 
     def __init__(
-        self, compute: Callable[[], Tensor], shape: torch.Size, dtype: torch.dtype, name: str, tensor: Tensor | None = None
+        self,
+        compute: Callable[[], Tensor],
+        shape: torch.Size,
+        dtype: torch.dtype,
+        name: str,
+        tensor: Tensor | None = None,
+        eager: Callable[[], Tensor] | None = None,
     ) -> None:
         self._compute = compute
+        self._eager = eager
         self.shape = shape
         self.dtype = dtype
         self.name = name
@@ -47,6 +58,12 @@ class Constant:
         """An original tensor; it is referred to, not copied."""
         tensor = tensor.detach()
         return cls(lambda: _exact(tensor), tensor.shape, tensor.dtype, name, tensor)
+
+    @classmethod
+    def decided(cls, eager: Callable[[], Tensor], shape: torch.Size, dtype: torch.dtype, name: str) -> Constant:
+        """What the model computes in its own dtypes, where another precision would decide otherwise."""
+        eager = _kept(eager, shape)
+        return cls(lambda: _exact(eager()), shape, dtype, name, eager=eager)
 
     @classmethod
     def apply(cls, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Constant:
@@ -61,11 +78,10 @@ class Constant:
         size = max((c.numel for c in operands), default=0)
         if size <= _EAGER:
             value = compute()
-            dtype = first.dtype if first is not None and first.dtype.is_floating_point else value.dtype
-            return cls(lambda: value, value.shape, dtype if value.is_floating_point() else value.dtype, first.name if first else "")
+            return cls(lambda: value, value.shape, _stored(value, first), first.name if first else "")
         meta, kmeta = torch.utils._pytree.tree_map(lambda v: v.meta if isinstance(v, Constant) else _meta(v), (args, kwargs))
         result: Tensor = function(*meta, **kmeta)
-        dtype = first.dtype if first is not None and result.is_floating_point() else result.dtype
+        dtype = _stored(result, first)
         if result.numel() <= _EAGER:  # a bias computed from a weight: worth keeping, the weight is not
             value = compute()
             return cls(lambda: value, result.shape, dtype, first.name if first else "")
@@ -73,7 +89,7 @@ class Constant:
 
     @property
     def value(self) -> Tensor:
-        """The exact value: float64, or the integer or boolean tensor itself."""
+        """The exact value: float64, complex128, or the integer or boolean tensor itself."""
         return self._compute()
 
     @property
@@ -82,10 +98,14 @@ class Constant:
         return self.tensor if self.tensor is not None else self.value.to(self.dtype)
 
     @property
+    def eager(self) -> Tensor:
+        """What the model computes, step by step in its own dtypes; `native` for an original and for what a rewrite has made."""
+        return self.native if self._eager is None else self._eager()
+
+    @property
     def meta(self) -> Tensor:
         """Shape and dtype of `value`, without data."""
-        dtype = torch.float64 if self.dtype.is_floating_point else self.dtype
-        return torch.empty(self.shape, dtype=dtype, device="meta")
+        return torch.empty(self.shape, dtype=_wide(self.dtype), device="meta")
 
     @property
     def numel(self) -> int:
@@ -101,7 +121,15 @@ class Constant:
 
     def named(self, name: str) -> Constant:
         """The same values under another name."""
-        return Constant(self._compute, self.shape, self.dtype, name, self.tensor)
+        return Constant(self._compute, self.shape, self.dtype, name, self.tensor, self._eager)
+
+    def computed(self, eager: Callable[[], Tensor]) -> Constant:
+        """The same values, beside what the model computes for them in its own dtypes."""
+        return Constant(self._compute, self.shape, self.dtype, self.name, self.tensor, _kept(eager, self.shape))
+
+    def rounded(self) -> Constant:
+        """What the model has after its own roundings: an operator of a wider dtype sees them."""
+        return self if self._eager is None else Constant.decided(self._eager, self.shape, self.dtype, self.name)
 
     def __mul__(self, other: Constant | Tensor | float) -> Constant:
         return Constant.apply(torch.mul, self, other)
@@ -157,7 +185,28 @@ class Constant:
 
 
 def _exact(value: Tensor) -> Tensor:
-    return value.double() if value.is_floating_point() else value
+    return value.to(_wide(value.dtype))
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    if dtype.is_complex:
+        return torch.complex128
+    return torch.float64 if dtype.is_floating_point else dtype
+
+
+def _stored(result: Tensor, first: Constant | None) -> torch.dtype:
+    """The dtype for a result: that of the first operand, made complex or real as the result is."""
+    like = None if first is None else first.dtype
+    if like is None or not (like.is_floating_point or like.is_complex):
+        return result.dtype
+    if result.is_complex():
+        return like.to_complex()
+    return like.to_real() if result.is_floating_point() else result.dtype
+
+
+def _kept(compute: Callable[[], Tensor], shape: torch.Size) -> Callable[[], Tensor]:
+    """Computed once where it is small."""
+    return functools.cache(compute) if shape.numel() <= _EAGER else compute
 
 
 def _meta(value: Any) -> Any:

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import fx
 
+from normfuse.aliases import copy_is_needed
 from normfuse.constants import Constant
 from normfuse.decode import pieces
 from normfuse.graph import Graph, Refuse
@@ -17,7 +18,7 @@ from normfuse.passes import into_consumer, into_producer
 from normfuse.passes.broadcast import collapse, is_one, is_zero
 from normfuse.report import PassReport, Site
 from normfuse.views import Affine as AffineOp
-from normfuse.views import BatchNorm, Embedding, GroupNorm, InstanceNorm, LayerNorm, Linear, Mul, Op, RmsNorm, Value
+from normfuse.views import BatchNorm, Embedding, GroupNorm, Identity, InstanceNorm, LayerNorm, Linear, Mul, Op, RmsNorm, Value
 
 __all__ = ["Affine", "Plan", "commit", "downward"]
 
@@ -73,7 +74,7 @@ def _composed(graph: Graph, node: fx.Node) -> fx.Node | None:
         node, op = new, graph.view(new, 2)
         assert isinstance(op, AffineOp)
     if is_one(op.s) and is_zero(op.t) and op.x.node is not None:
-        node.replace_all_uses_with(op.x.node)
+        graph.replace(node, Identity(op.x) if copy_is_needed(node) else op.x)
         return None
     return node
 

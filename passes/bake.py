@@ -12,7 +12,7 @@ from time import perf_counter
 from torch import fx
 
 from normfuse.graph import Graph, Refuse
-from normfuse.passes.folding import CHECKS, Folding
+from normfuse.passes.folding import fold
 from normfuse.passes.parallel import parallel_convs
 from normfuse.report import PassReport, Site
 
@@ -28,8 +28,7 @@ class Bake:
 
     def __call__(self, graph: Graph) -> PassReport:
         start = perf_counter()
-        applied = _constants(graph)
-        graph.clean()
+        applied = fold(graph)
         refused: list[Site] = []
         for node in graph:
             if node.op != "call_function" or not node.users:
@@ -44,19 +43,3 @@ class Bake:
                 graph.replace(node, merged.value)
                 graph.clean()  # so that a value lost its readers in the branches
         return PassReport(self.name, tuple(applied), tuple(refused), seconds=perf_counter() - start)
-
-
-def _constants(graph: Graph) -> list[Site]:
-    """One site for every constant that is left, none for the steps that led to it."""
-    folding = Folding(graph)
-    found: dict[fx.Node, Site] = {}
-    for node in graph:
-        if node.target in CHECKS and all(graph.constant(n) is not None for n in node.all_input_nodes):
-            graph.fx.erase_node(node)
-            continue
-        new = folding(node)
-        if new is not None:
-            found.setdefault(new, graph.site(Folding.rule, node))
-    graph.clean()
-    alive = set(graph)
-    return [site for new, site in found.items() if new in alive]

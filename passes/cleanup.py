@@ -1,4 +1,7 @@
-"""What computes nothing goes: dropout, copies, casts and reshapes to what is there, arithmetic on constants."""
+"""What computes nothing goes: dropout, copies, casts and reshapes to what is there, arithmetic on constants.
+
+A copy stays where an output would share memory with an input, a weight or another output without it.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,9 @@ from time import perf_counter
 import torch
 from torch import Tensor, fx
 
+from normfuse.aliases import copy_is_needed
 from normfuse.graph import Graph
-from normfuse.passes.folding import CASTS, CHECKS, Folding
+from normfuse.passes.folding import CASTS, CHECKS, fold
 from normfuse.report import PassReport, Site
 from normfuse.views import Cat, Identity, Movement, Op, Pad, Reshape, Value
 
@@ -56,18 +60,14 @@ class Cleanup:
 
     def __call__(self, graph: Graph) -> PassReport:
         start = perf_counter()
-        applied: list[Site] = []
-        folding = Folding(graph)
         for node in graph:
-            if node.op != "call_function":
-                continue
             if node.target in CHECKS:
                 graph.fx.erase_node(node)
+        applied = fold(graph)
+        for node in graph:
+            if node.op != "call_function" or copy_is_needed(node):
                 continue
-            site = _cast_to_itself(graph, node)
-            if site is None and folding(node) is not None:
-                site = graph.site(Folding.rule, node)
-            site = site or self._simplified(graph, node)
+            site = _cast_to_itself(graph, node) or self._simplified(graph, node)
             if site is not None:
                 applied.append(site)
         graph.clean()

@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 
+from normfuse.aliases import copy_is_needed
 from normfuse.constants import Constant
 from normfuse.graph import Graph
 from normfuse.passes.broadcast import axes, collapse, is_one, is_zero, per_channel
 from normfuse.report import PassReport
-from normfuse.views import Add, Affine, BatchNorm, GroupNorm, LayerNorm, Mul, Op, RmsNorm, Value
+from normfuse.views import Add, Affine, BatchNorm, GroupNorm, Identity, LayerNorm, Mul, Op, RmsNorm, Value
 
 __all__ = ["Realise"]
 
@@ -59,6 +60,8 @@ def into_arithmetic(op: Op) -> Value | None:
     """s x + t  as a product, a sum, or both"""
     match op:
         case Affine(x, s, t):
+            if is_one(s) and is_zero(t):
+                return Identity(x) if op.node is not None and copy_is_needed(op.node) else x
             scaled = x if is_one(s) else Mul(x, _operand(s))
             return scaled if is_zero(t) else Add(scaled, _operand(t))
         case _:

@@ -163,8 +163,6 @@ class Constants(nn.Module):
                 return x.mean() + (self.v.repeat(41)[:, None] * self.v.repeat(41))
             case "random":
                 return x + torch.bernoulli(torch.sigmoid(self.v))
-            case "bits":
-                return x + self.v.view(torch.int32).remainder(7)
             case "integers":
                 return x + (self.i * 2).to(torch.float32) * self.v.to(torch.int32)
         raise AssertionError
@@ -172,13 +170,13 @@ class Constants(nn.Module):
 
 @pytest.mark.parametrize(
     ("how", "left"),
-    [("outer", aten.mul.Tensor), ("random", aten.bernoulli.default), ("bits", aten.view.dtype)],
+    [("outer", aten.mul.Tensor), ("random", aten.bernoulli.default)],
 )
-def test_large_tables_random_numbers_and_bits_stay(how, left):
+def test_large_tables_and_random_numbers_stay(how, left):
     torch.manual_seed(0)
     model = Constants(how).eval()
     x = torch.randn(40)
-    fast = normfuse.optimize(model, (x,), passes=[BAKE], verify="off")  # float64 has other bits and draws
+    fast = normfuse.optimize(model, (x,), passes=[BAKE], verify="off")  # float64 has other draws
     assert left in {n.target for n in calls(fast)}
     torch.manual_seed(1)
     found = fast(x)
