@@ -19,7 +19,23 @@ from normfuse.graph import Graph, Refuse
 from normfuse.passes.broadcast import PASS_INPUTS, UNKNOWN, axes, is_zero
 from normfuse.passes.streams import Place, centered, centered_writer, named, operands
 from normfuse.report import PassReport, Site
-from normfuse.views import Add, Affine, Cat, Identity, LayerNorm, Mean, Movement, Op, Permute, Reshape, RmsNorm, Sub, Value
+from normfuse.views import (
+    Add,
+    Affine,
+    Cat,
+    Conv,
+    ConvTranspose,
+    Identity,
+    LayerNorm,
+    Mean,
+    Movement,
+    Op,
+    Permute,
+    Reshape,
+    RmsNorm,
+    Sub,
+    Value,
+)  # fmt: skip
 
 __all__ = ["MeanFree", "Stream", "streams_of"]
 
@@ -61,6 +77,11 @@ class Stream:
     values: list[fx.Node] = field(default_factory=list)
     explicit: dict[fx.Node, str] = field(default_factory=dict)
     axis: dict[fx.Node, int] = field(default_factory=dict)
+    carried: dict[fx.Node, list[fx.Node]] = field(default_factory=dict)
+
+    def centers(self, reader: fx.Node, value: fx.Node) -> bool:
+        """Does the reader take the value without its mean?"""
+        return reader in self.norms or value in self.carried.get(reader, ())
 
 
 class MeanFree:
@@ -200,6 +221,8 @@ def _connected(graph: Graph, found: Streams, reads: list[tuple[fx.Node, fx.Node]
         stream.values.append(node)
         stream.axis[node] = found.axis[node]
         stream.explicit.update(streams[node].explicit)
+        if node not in stream.explicit:
+            stream.carried[node] = [operand for operand, _ in found.edges.get(node, ())]
     for norm, value in reads:
         merged[root(value)].norms.append(norm)
     for stream in merged.values():
@@ -224,6 +247,10 @@ def _explicit(graph: Graph, found: Streams, node: fx.Node) -> str | None:
     if isinstance(op, (Reshape, Cat)):
         return f"{named(graph, node)} joins features that have means of their own"
     writer = centered_writer(graph, op, found.axis[node])
+    if writer is None and isinstance(op, (Conv, ConvTranspose)) and op.groups > 1:
+        return (
+            f"{named(graph, node)} has {op.groups} groups: no weight of it sees all features, so that none could remove their mean"
+        )
     if writer is None:
         return f"{named(graph, node)} has no weights that could be centered"
     shared = [c for c in vars(op).values() if isinstance(c, Constant) and graph.shared(c)]
@@ -287,13 +314,12 @@ def _note(graph: Graph, stream: Stream) -> str:
 
 
 def _center(graph: Graph, stream: Stream) -> None:
-    inside = {*stream.values, *stream.norms}
     for node in stream.values:
         axis = stream.axis[node]
         if node in stream.explicit:
-            _subtract_mean(graph, node, axis, inside)
+            _subtract_mean(graph, node, axis, stream)
         elif (constant := graph.constant(node)) is not None:
-            _read_centered(graph, node, centered(constant, constant.ndim + axis), inside)
+            _read_centered(graph, node, centered(constant, constant.ndim + axis), stream)
         else:
             op = graph.view(node, 2)
             value = _centered_affine(op, axis) if isinstance(op, Affine) else centered_writer(graph, op, axis)
@@ -311,7 +337,7 @@ def _centered_affine(op: Affine, axis: int) -> Op:
     return Affine(op.x, op.s, centered(op.t, op.t.ndim + axis) if axis in axes(op.t) else op.t * 0.0)
 
 
-def _subtract_mean(graph: Graph, node: fx.Node, axis: int, inside: set[fx.Node]) -> None:
+def _subtract_mean(graph: Graph, node: fx.Node, axis: int, stream: Stream) -> None:
     """P x = x − mean(x), for those readers that belong to the stream."""
     users = list(node.users)
     x = Value(node=node)
@@ -320,21 +346,21 @@ def _subtract_mean(graph: Graph, node: fx.Node, axis: int, inside: set[fx.Node])
         before = before.next
     new = graph.emit(Sub(x, Mean(x, [axis], True)), before, node)
     for user in users:
-        _redirect(graph, user, node, new, inside)
+        _redirect(graph, user, node, new, stream)
 
 
-def _redirect(graph: Graph, user: fx.Node, old: fx.Node, new: fx.Node, inside: set[fx.Node]) -> None:
-    if user in inside:
+def _redirect(graph: Graph, user: fx.Node, old: fx.Node, new: fx.Node, stream: Stream) -> None:
+    if stream.centers(user, old):
         user.replace_input_with(old, new)
     elif pieces(user):
-        taken = [piece for piece in user.users if piece in inside]
+        taken = [piece for piece in user.users if stream.centers(piece, old)]
         if taken:
             split = graph.call(user.target, (new, *user.args[1:]), user, user, dict(user.kwargs))
             for piece in taken:
                 piece.replace_input_with(user, split)
 
 
-def _read_centered(graph: Graph, node: fx.Node, value: Constant, inside: set[fx.Node]) -> None:
+def _read_centered(graph: Graph, node: fx.Node, value: Constant, stream: Stream) -> None:
     for user in list(node.users):
-        if user in inside:
+        if stream.centers(user, node):
             user.replace_input_with(node, graph.emit_constant(value, user))
