@@ -17,6 +17,7 @@ from normfuse.decode import decode, pieces
 from normfuse.errors import RewriteError
 from normfuse.report import Site
 from normfuse.views import Op, Value, affine
+from normfuse.wording import operator_name
 
 __all__ = ["Graph", "Refuse", "path_of"]
 
@@ -329,11 +330,7 @@ def path_of(node: fx.Node) -> str:
     path = re.sub(r"@\d+", "", path)
     if path:
         return str(path)
-    name = (
-        str(node.target).removeprefix("aten.").split(".")[0]
-        if node.op == "call_function" and node.target is not affine
-        else node.name
-    )
+    name = operator_name(node) if node.op == "call_function" and node.target is not affine else node.name
     if node.op in ("placeholder", "output"):
         return node.name
     lines = re.findall(r'File "([^"]+)", line (\d+)', str(node.meta.get("stack_trace") or ""))

@@ -66,8 +66,8 @@ aten = torch.ops.aten
 
 
 def affine(x: Tensor, s: Tensor, t: Tensor) -> Tensor:
-    """y = s x + t, with s and t broadcast to x: the form that every static normalization takes between passes."""
-    return x * s + t
+    """y = s x + t in the dtype of x, with s and t broadcast to x: the form that every static normalization takes between passes."""
+    return (x * s + t).to(x.dtype)
 
 
 @dataclass(frozen=True, eq=False)
@@ -237,7 +237,7 @@ class LayerNorm(Op):
 
 @dataclass(frozen=True, eq=False)
 class RmsNorm(Op):
-    """γ x / √(mean x² + ε) over the trailing axes `normalized`; ε = None means the machine epsilon of the dtype."""
+    """γ x / √(mean x² + ε) over the trailing axes `normalized`; ε = None means what `default_eps` says of the dtype."""
 
     targets = (aten.rms_norm.default,)
     x: Value

@@ -16,9 +16,11 @@ from normfuse.decode import pieces
 from normfuse.graph import Graph, Refuse
 from normfuse.passes import into_consumer, into_producer
 from normfuse.passes.broadcast import collapse, is_one, is_zero
+from normfuse.passes.known import infer, inherit
 from normfuse.report import PassReport, Site
 from normfuse.views import Affine as AffineOp
 from normfuse.views import BatchNorm, Embedding, GroupNorm, Identity, InstanceNorm, LayerNorm, Linear, Mul, Op, RmsNorm, Value
+from normfuse.wording import operator_name
 
 __all__ = ["Affine", "Plan", "commit", "downward"]
 
@@ -40,6 +42,7 @@ class Affine:
         start = perf_counter()
         applied: list[Site] = []
         while True:  # what landed may have been in the way of another
+            infer(graph)
             landed, refused = _sweep(graph)
             applied += landed
             graph.clean()
@@ -68,7 +71,9 @@ def _composed(graph: Graph, node: fx.Node) -> fx.Node | None:
     inner = op.x
     if isinstance(inner, AffineOp) and inner.node is not None and len(inner.node.users) == 1:
         origin = _weightiest(inner.node, node)
-        new = graph.emit(AffineOp(inner.x, inner.s * op.s, op.t + inner.t * op.s), node, origin)
+        s = inner.s * op.s
+        new = graph.emit(AffineOp(inner.x, s, (op.t + inner.t * op.s).cast(s.dtype)), node, origin)
+        inherit(new, node)
         new.meta["origin"], new.meta["composed"] = origin.meta.get("origin"), True
         node.replace_all_uses_with(new)
         node, op = new, graph.view(new, 2)
@@ -282,9 +287,7 @@ def _first(rules: Sequence[Any], op: Op, node: fx.Node) -> Op:
 
 
 def _name(node: fx.Node) -> str:
-    if node.op == "placeholder":
-        return f"the input {node.name}"
-    return str(node.target).removeprefix("aten.").split(".")[0] if node.op == "call_function" else node.op
+    return f"the input {node.name}" if node.op == "placeholder" else operator_name(node)
 
 
 def _operands(op: Op) -> list[tuple[str, Any]]:

@@ -9,8 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from time import perf_counter
 
-from torch import fx
-
 from normfuse.graph import Graph, Refuse
 from normfuse.passes.folding import fold
 from normfuse.passes.parallel import parallel_convs

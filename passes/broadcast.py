@@ -14,6 +14,7 @@ from torch import Tensor, fx
 
 from normfuse.constants import Constant
 from normfuse.graph import Refuse
+from normfuse.passes.sizes import size_along
 from normfuse.views import Movement, Op, Permute, Reshape, Value
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "image_axes",
     "is_one",
     "is_zero",
+    "keeps_shape",
     "moved",
     "padded_axes",
     "per_channel",
@@ -65,6 +67,22 @@ def image_axes(op: Value) -> list[int]:
     return list(range(2 - op.rank, 0))
 
 
+def keeps_shape(c: Constant, x: Value) -> bool:
+    """Does c broadcast to x without adding an axis or enlarging one?
+
+    Raises:
+        Refuse: the sizes of x are not known.
+    """
+    if x.rank is None and c.ndim and all(size_along(x, a) is None for a in range(-c.ndim - 3, 1 - c.ndim)):
+        raise Refuse(UNKNOWN, remedy=PASS_INPUTS)
+    if x.rank is not None and c.ndim > x.rank:
+        return False
+    sizes = {a: size_along(x, a) for a in axes(c)}
+    if None in sizes.values():
+        raise Refuse(UNKNOWN, remedy=PASS_INPUTS)
+    return all(str(n) == str(c.shape[a]) for a, n in sizes.items())
+
+
 def is_zero(c: Constant) -> bool:
     return not bool(c.value.any())
 
@@ -101,6 +119,8 @@ def per_channel(c: Constant, axis: int, size: int) -> Constant:
     """The vector of `size` values that `c` holds along `axis` (counted from the end), if it varies along no other."""
     if axes(c) - {axis}:
         raise Refuse("the affine varies along more than the channel axis")
+    if c.numel not in (1, size):
+        raise Refuse(f"the affine varies over {c.numel} values where the operator has {size}")
     return c.reshape(-1) if c.numel == size else c.reshape(1).expand(size)
 
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, fx
 
 from normfuse.constants import Constant
+from normfuse.dtypes import default_eps
 from normfuse.errors import UsageError
 from normfuse.graph import Graph, Refuse
 from normfuse.passes.residual import Residual, gain, residual, resized
@@ -283,7 +284,7 @@ class _Rewrite:
         assert isinstance(op, RmsNorm)
         x: Any = op.x.node
         dtype: torch.dtype = x.meta["val"].dtype
-        eps = torch.finfo(dtype).eps if op.eps is None else op.eps
+        eps = default_eps(dtype) if op.eps is None else op.eps
 
         def call(target: Any, *args: Any) -> fx.Node:
             return self.graph.call(target, args, node, node)

@@ -7,14 +7,18 @@ from time import perf_counter
 import torch
 
 from normfuse.constants import Constant
+from normfuse.dtypes import dtype_of, is_floating, may_be_floating
 from normfuse.graph import Graph, Refuse
-from normfuse.passes.broadcast import PASS_INPUTS, UNKNOWN, axes, channelwise
+from normfuse.passes.broadcast import PASS_INPUTS, UNKNOWN, axes, channelwise, keeps_shape
+from normfuse.passes.known import infer, inherit
 from normfuse.report import PassReport, Site
 from normfuse.views import Add, Affine, BatchNorm, Div, GroupNorm, InstanceNorm, LayerNorm, Mul, Op, RmsNorm, Sub, Value
 
 __all__ = ["Expose"]
 
 Number = Constant | float
+
+_HUGE = 1e30  # what a mask adds
 
 
 def batch_norm_is_affine(op: Op) -> Value | None:
@@ -35,25 +39,25 @@ def batch_norm_is_affine(op: Op) -> Value | None:
     s = (var + eps).rsqrt()
     s = s if gamma is None else gamma * s
     t = -(s * mean) if beta is None else beta - s * mean
-    return Affine(x, channelwise(s, 1, x.rank), channelwise(t, 1, x.rank))
+    return Affine(x, channelwise(s, 1, x.rank), channelwise(t.cast(s.dtype), 1, x.rank))
 
 
 def norm_is_core_and_affine(op: Op) -> Value | None:
     """γ N(x) + β  with N the normalization itself, for LayerNorm, RMSNorm (β = 0) and GroupNorm"""
     match op:
         case LayerNorm(x, shape, Constant() as gamma, beta, eps):
-            return Affine(LayerNorm(x, shape, None, None, eps), gamma, _like(gamma, 0.0) if beta is None else beta)
+            return Affine(LayerNorm(x, shape, None, None, eps), gamma, _number(0.0, gamma.dtype) if beta is None else beta)
         case LayerNorm(x, shape, None, Constant() as beta, eps):
-            return Affine(LayerNorm(x, shape, None, None, eps), _like(beta, 1.0), beta)
+            return Affine(LayerNorm(x, shape, None, None, eps), _number(1.0, beta.dtype), beta)
         case RmsNorm(x, shape, Constant() as gamma, eps):
-            return Affine(RmsNorm(x, shape, None, eps), gamma, _like(gamma, 0.0))
+            return Affine(RmsNorm(x, shape, None, eps), gamma, _number(0.0, gamma.dtype))
         case GroupNorm(x, groups, gamma, beta, eps) if gamma is not None or beta is not None:
             if x.rank is None:
                 raise Refuse(UNKNOWN, remedy=PASS_INPUTS)
             some = gamma if gamma is not None else beta
             assert some is not None
-            s = _like(some, 1.0) if gamma is None else gamma
-            t = _like(some, 0.0) if beta is None else beta
+            s = _number(1.0, some.dtype) if gamma is None else gamma
+            t = _number(0.0, some.dtype) if beta is None else beta
             return Affine(GroupNorm(x, groups, None, None, eps), channelwise(s, 1, x.rank), channelwise(t, 1, x.rank))
         case _:
             return None
@@ -67,7 +71,9 @@ def constant_arithmetic_is_affine(op: Op) -> Value | None:
     x, c, s, t = parts
     if not _vector(c, x, op):
         return None
-    return Affine(x, s if isinstance(s, Constant) else _like(c, s), t if isinstance(t, Constant) else _like(c, t))
+    dtype = dtype_of(x) or (c.dtype if isinstance(c, Constant) else torch.get_default_dtype())
+    s, t = (v.cast(dtype) if isinstance(v, Constant) else _number(v, dtype) for v in (s, t))
+    return Affine(x, s, t)
 
 
 def _parts(op: Op) -> tuple[Value, Number, Number, Number] | None:
@@ -90,26 +96,27 @@ def _parts(op: Op) -> tuple[Value, Number, Number, Number] | None:
 
 
 def _vector(c: Number, x: Value, op: Op) -> bool:
-    """Is c a finite scalar or vector that broadcasts to x without enlarging it? Anything else is a table or a mask."""
-    if not isinstance(c, Constant):
-        return not isinstance(c, bool) and abs(c) < 1e30 and _floating(x)
-    if len(axes(c)) > 1 or not c.dtype.is_floating_point or not _floating(x):
+    """Is c a finite scalar or vector, so that the result has shape and dtype of x? Anything else is a table or a mask.
+
+    Raises:
+        Refuse: the shape or the dtype of x is not known; an integer would be promoted.
+    """
+    if not may_be_floating(x) or (isinstance(c, bool) if not isinstance(c, Constant) else not c.dtype.is_floating_point):
         return False
-    if x.rank is None:
-        return c.numel == 1 or c.ndim == 1
-    return c.ndim <= x.rank and op.shape is not None and x.shape is not None and len(op.shape) == x.rank and all(
-        c.shape[a] == x.shape[a] for a in axes(c)
-    )  # fmt: skip
+    if isinstance(c, Constant):
+        if len(axes(c)) > 1 or not keeps_shape(c, x):
+            return False
+        if dtype_of(x) is not None and dtype_of(x) != (dtype_of(op) or c.dtype):
+            return False
+    elif abs(c) >= _HUGE:
+        return False
+    if not is_floating(x):
+        raise Refuse("dtype unknown: integers would be promoted", remedy=PASS_INPUTS)
+    return True
 
 
-def _floating(x: Value) -> bool:
-    val = None if x.node is None else x.node.meta.get("val")
-    return val is None or val.dtype.is_floating_point
-
-
-def _like(c: Number, value: float) -> Constant:
-    """A single number, to be stored in the dtype of c."""
-    dtype = c.dtype if isinstance(c, Constant) else torch.get_default_dtype()
+def _number(value: float, dtype: torch.dtype) -> Constant:
+    """A single number, to be stored in `dtype`."""
     return Constant.of(torch.tensor([value], dtype=torch.float64)).cast(dtype)
 
 
@@ -125,6 +132,7 @@ class Expose:
     def __call__(self, graph: Graph) -> PassReport:
         start = perf_counter()
         refused: list[Site] = []
+        infer(graph)
         for node in graph:
             op = graph.view(node, 2)
             if not isinstance(op, Op):
@@ -138,7 +146,9 @@ class Expose:
                 if value is None:
                     continue
                 if graph.permit(rule.__name__, graph.path(node)):
-                    graph.replace(node, value).meta["origin"] = op
+                    new = graph.replace(node, value)
+                    new.meta["origin"] = op
+                    inherit(new, node)
                 break
         graph.clean()
         return PassReport(self.name, refused=tuple(refused), seconds=perf_counter() - start)

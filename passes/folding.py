@@ -59,24 +59,13 @@ def fold(graph: Graph) -> list[Site]:
         if node.target in CHECKS and all(n in known.constants for n in node.all_input_nodes):
             graph.fx.erase_node(node)
     sites: dict[fx.Node, Site] = {}
-    stays: set[fx.Node] = set()
-    for node in reversed(list(graph.fx.nodes)):
-        if not known.is_read(node, stays):
-            continue
-        site = graph.site(RULE, node)
-        returned = is_returned(node)
-        if known.bytes_of(node) > max(_GROWTH, known.bytes_beneath(node)) or (returned and known.shares(node)):
-            stays.add(node)
-        elif graph.permit(RULE, graph.path(node)):
-            value: Value | Constant = known.constants[node]
-            if returned:
-                value = Identity(Value(node=graph.emit(value, node)))
-            sites.setdefault(graph.replace(node, value), site)
-        else:
-            stays.add(node)
+    for node in known.affordable():
+        if graph.permit(RULE, graph.path(node)):
+            site, value = graph.site(RULE, node), graph.emit(known.constants[node], node)
+            sites.setdefault(graph.replace(node, Identity(Value(node=value)) if is_returned(node) else Value(node=value)), site)
     graph.clean()
     alive = set(graph)
-    return [site for new, site in sites.items() if new in alive][::-1]
+    return [site for new, site in sites.items() if new in alive]
 
 
 class Known:
@@ -117,15 +106,23 @@ class Known:
 
     def write_numbers(self) -> None:
         """Put each number into whatever reads it."""
-        for node, value in self.numbers.items():
+        for node in self.numbers:
             for user in list(node.users):
-                user.args, user.kwargs = fx.node.map_arg((user.args, dict(user.kwargs)), lambda n: value if n is node else n)
+                user.args, user.kwargs = fx.node.map_arg((user.args, dict(user.kwargs)), lambda n: self.numbers.get(n, n))
 
-    def is_read(self, node: fx.Node, stays: set[fx.Node]) -> bool:
-        """Is it a computed constant that an operator needs which is none itself, or which `stays` one?"""
-        if node not in self.constants or node.op == "get_attr":
-            return False
-        return any(self._needed(user, stays) for user in node.users)
+    def affordable(self) -> list[fx.Node]:
+        """The computed constants to store, in execution order: those that something else reads, or what stays computed."""
+        stays: set[fx.Node] = set()
+        found: list[fx.Node] = []
+        for node in reversed(self.constants):
+            if node.op == "get_attr" or not any(self._needed(user, stays) for user in node.users):
+                continue
+            large = self._bytes(node) > max(_GROWTH, sum(self._bytes(n) for n in self._beneath[node]))
+            if large or (is_returned(node) and self._shares(node)):
+                stays.add(node)
+            else:
+                found.append(node)
+        return found[::-1]
 
     def _needed(self, user: fx.Node, stays: set[fx.Node]) -> bool:
         if user in self.constants or user in self.numbers:
@@ -133,15 +130,11 @@ class Known:
         pieces = [u for u in user.users if u.target is operator.getitem]
         return not pieces or len(pieces) < len(user.users) or any(self._needed(u, stays) for u in pieces)
 
-    def bytes_of(self, node: fx.Node) -> int:
+    def _bytes(self, node: fx.Node) -> int:
         c = self.constants[node]
         return c.numel * c.dtype.itemsize
 
-    def bytes_beneath(self, node: fx.Node) -> int:
-        """Of the original tensors that it is computed from."""
-        return sum(self.bytes_of(n) for n in self._beneath[node])
-
-    def shares(self, node: fx.Node) -> bool:
+    def _shares(self, node: fx.Node) -> bool:
         """Is it a view or a copy of a constant, whose memory an output has to share, or not to share, as it does?"""
         return may_share(node) or isinstance(self._graph.view(node, 1), Identity)
 

@@ -18,6 +18,7 @@ from normfuse.passes.broadcast import (
     fitted,
     image_axes,
     is_zero,
+    keeps_shape,
     padded_axes,
     per_channel,
     pooled_axes,
@@ -271,7 +272,7 @@ def _beside(W: Constant) -> str:
 
 
 def _fits(c: Constant, x: Value) -> bool:
-    return c.dtype.is_floating_point and x.rank is not None and c.ndim <= x.rank
+    return c.dtype.is_floating_point and keeps_shape(c, x)
 
 
 def _narrow(c: Constant, axis: int, start: int, length: int) -> Constant:

@@ -10,10 +10,12 @@ import torch
 
 from normfuse.aliases import copy_is_needed
 from normfuse.constants import Constant
+from normfuse.dtypes import dtype_of
 from normfuse.graph import Graph
 from normfuse.passes.broadcast import axes, collapse, is_one, is_zero, per_channel
+from normfuse.passes.known import infer
 from normfuse.report import PassReport
-from normfuse.views import Add, Affine, BatchNorm, GroupNorm, Identity, LayerNorm, Mul, Op, RmsNorm, Value
+from normfuse.views import Add, Affine, BatchNorm, GroupNorm, Identity, InstanceNorm, LayerNorm, Mul, Op, RmsNorm, Value
 
 __all__ = ["Realise"]
 
@@ -24,22 +26,27 @@ def into_norm(op: Op) -> Value | None:
         case Affine(LayerNorm(x, shape, None, None, eps) as norm, s, t) if norm.sole_use and _feature(s, t):
             n = shape[-1]
             gamma = None if is_one(s) and is_zero(t) else _whole(s, n)
-            return LayerNorm(x, shape, gamma, None if is_zero(t) else _whole(t, n), eps) if len(shape) == 1 else None
+            beta = None if is_zero(t) else _whole(t, n).cast(s.dtype)
+            return LayerNorm(x, shape, gamma, beta, eps) if len(shape) == 1 else None
         case Affine(RmsNorm(x, shape, None, eps) as norm, s, t) if norm.sole_use and _feature(s, t) and len(shape) == 1:
             scaled = RmsNorm(x, shape, None if is_one(s) else _whole(s, shape[-1]), eps)
-            return scaled if is_zero(t) else Add(scaled, _whole(t, shape[-1]))
+            return scaled if is_zero(t) else Add(scaled, _stored(_whole(t, shape[-1]), op))
         case Affine(GroupNorm(x, groups, None, None, eps) as norm, s, t) if norm.sole_use and x.rank and axes(s, t) <= {1 - x.rank}:
             n = max(s.numel, t.numel)
-            return GroupNorm(x, groups, per_channel(s, 1 - x.rank, n), per_channel(t, 1 - x.rank, n), eps)
+            return GroupNorm(x, groups, per_channel(s, 1 - x.rank, n), per_channel(t, 1 - x.rank, n).cast(s.dtype), eps)
         case _:
             return None
 
 
 def into_batch_norm(op: Op) -> Value | None:
-    """s x + t  =  BatchNorm(x; γ = s, β = t, μ = 0, σ² = 1, ε = 0) over axis 1 of a value with further axes: one operator"""
+    """s x + t  =  BatchNorm(x; γ = s, β = t, μ = 0, σ² = 1, ε = 0) over axis 1 of a value with further axes: one operator
+
+    Where a norm was; a model that multiplies and adds goes on doing so, and no norm appears where there was none.
+    """
     match op:
         case Affine(x, s, t) if (
-            x.rank is not None
+            _was_norm(op)
+            and x.rank is not None
             and x.rank > 2
             and axes(s) == {1 - x.rank}
             and not is_one(s)
@@ -51,7 +58,8 @@ def into_batch_norm(op: Op) -> Value | None:
                 Constant.of(torch.full((c,), v, dtype=torch.float64)).cast(s.dtype).named(f"{of}{n}")
                 for n, v in (("running_mean", 0.0), ("running_var", 1.0))
             )
-            return BatchNorm(x, per_channel(s, 1 - x.rank, c), per_channel(t, 1 - x.rank, c), zero, one, False, 0.0, 0.0, False)
+            gamma, beta = per_channel(s, 1 - x.rank, c), per_channel(t, 1 - x.rank, c).cast(s.dtype)
+            return BatchNorm(x, gamma, beta, zero, one, False, 0.0, 0.0, False)
         case _:
             return None
 
@@ -62,8 +70,8 @@ def into_arithmetic(op: Op) -> Value | None:
         case Affine(x, s, t):
             if is_one(s) and is_zero(t):
                 return Identity(x) if op.node is not None and copy_is_needed(op.node) else x
-            scaled = x if is_one(s) else Mul(x, _operand(s))
-            return scaled if is_zero(t) else Add(scaled, _operand(t))
+            scaled = x if is_one(s) else Mul(x, _operand(s, op))
+            return scaled if is_zero(t) else Add(scaled, _operand(t, op))
         case _:
             return None
 
@@ -76,6 +84,7 @@ class Realise:
 
     def __call__(self, graph: Graph) -> PassReport:
         start = perf_counter()
+        infer(graph)
         for node in graph:
             op = graph.view(node, 2)
             if not isinstance(op, Affine):
@@ -116,5 +125,15 @@ def _whole(c: Constant, size: int) -> Constant:
     return per_channel(c, -1, size)
 
 
-def _operand(c: Constant) -> Constant | float:
-    return float(c.value.reshape(-1)[0]) if not axes(c) else collapse(c)
+def _operand(c: Constant, op: Affine) -> Constant | float:
+    return float(c.value.reshape(-1)[0]) if not axes(c) else _stored(collapse(c), op)
+
+
+def _stored(c: Constant, op: Affine) -> Constant:
+    """The constant in the dtype of the value, which it must not promote."""
+    return c.cast(dtype_of(op.x) or c.dtype)
+
+
+def _was_norm(op: Op) -> bool:
+    origin = None if op.node is None else op.node.meta.get("origin")
+    return isinstance(origin, (BatchNorm, InstanceNorm, LayerNorm, RmsNorm, GroupNorm))

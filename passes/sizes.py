@@ -1,4 +1,4 @@
-"""How many features a value has, also where a graph has no shapes: weights know it."""
+"""How many features or channels a value has, also where a graph has no shapes: weights know it."""
 
 from __future__ import annotations
 
@@ -14,9 +14,15 @@ from normfuse.views import (
     Add,
     Addmm,
     Affine,
+    BatchNorm,
+    Conv,
+    ConvTranspose,
+    Div,
     Embedding,
+    GroupNorm,
     Identity,
     LayerNorm,
+    LeakyRelu,
     Linear,
     MatMul,
     Mul,
@@ -30,13 +36,61 @@ from normfuse.views import (
     shape_of,
 )  # fmt: skip
 
-__all__ = ["feature_size"]
+__all__ = ["feature_size", "infer_sizes", "size_along"]
 
 aten = torch.ops.aten
 
 _NAMED = {aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.unflatten.int}
 
 _FAR = 64  # operators to look back through: the residual stream of a deep network ends at an embedding
+
+
+def infer_sizes(graph: Graph) -> None:
+    """Fill in `node.meta["sizes"]`: the sizes that weights fix, by axis counted from the end."""
+    for node in graph:
+        if "val" in node.meta:
+            continue
+        constant = graph.constant(node)
+        if constant is not None:
+            node.meta["sizes"] = {i - constant.ndim: n for i, n in enumerate(constant.shape)}
+        elif node.op == "call_function":
+            node.meta["sizes"] = _fixed(graph.view(node, 1))
+
+
+def size_along(value: Value, axis: int) -> Any:
+    """The size of an axis counted from the end (a symbol where it varies); 1 beyond the first axis, None if it is unknown."""
+    if value.shape is not None:
+        return value.shape[axis] if -axis <= len(value.shape) else 1
+    return None if value.node is None else value.node.meta.get("sizes", {}).get(axis)
+
+
+def _fixed(op: Value) -> dict[int, int]:
+    match op:
+        case Linear(W=W):
+            return {-1: W.shape[0]}
+        case Addmm(W=W) | MatMul(y=Constant() as W) | Embedding(W=W):
+            return {-1: W.shape[-1]}
+        case Conv(W=W):
+            return {1 - W.ndim: W.shape[0]}
+        case ConvTranspose(W=W, groups=groups):
+            return {1 - W.ndim: W.shape[1] * groups}
+        case LayerNorm(normalized=shape) | RmsNorm(normalized=shape):
+            return {i - len(shape): n for i, n in enumerate(shape)} | _held(op.x)
+        case BatchNorm(x, mean=Constant() as c) | GroupNorm(x, gamma=Constant() as c) if x.rank is not None:
+            return _held(x) | {1 - x.rank: c.numel}
+        case Add(x, y) | Sub(x, y) | Mul(x, y) | Div(x, y):
+            # broadcasting: a size above one is the size of the result
+            return {a: n for v in (x, y) for a, n in _held(v).items() if n > 1}
+        case Affine(x) | Identity(x) | Neg(x) | Relu(x) | LeakyRelu(x):
+            return _held(x)
+        case _:
+            return {}
+
+
+def _held(value: object) -> dict[int, int]:
+    if isinstance(value, Constant):
+        return {i - value.ndim: n for i, n in enumerate(value.shape)}
+    return value.node.meta.get("sizes", {}) if isinstance(value, Value) and value.node is not None else {}
 
 
 def feature_size(graph: Graph, node: fx.Node, far: int = _FAR) -> int | None:

@@ -43,6 +43,7 @@ from normfuse.views import (
     Value,
     affine,
 )  # fmt: skip
+from normfuse.wording import operator_name
 
 __all__ = ["centered_writer", "named", "operands", "width", "writes"]
 
@@ -62,7 +63,7 @@ def named(graph: Graph, node: fx.Node) -> str:
 def _kind(node: fx.Node) -> str:
     if node.op in ("placeholder", "output"):
         return "input" if node.op == "placeholder" else "output"
-    return "the gain of a norm" if node.target is affine else str(node.target).removeprefix("aten.").split(".")[0]
+    return "the gain of a norm" if node.target is affine else operator_name(node)
 
 
 def width(node: fx.Node, axis: int) -> int | None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from normfuse.constants import Constant
+from normfuse.dtypes import default_eps
 from normfuse.graph import Graph, Refuse
 from normfuse.passes.affine import Plan, commit, downward
 from normfuse.passes.broadcast import PASS_INPUTS, UNKNOWN
@@ -201,7 +202,7 @@ def _moves_rows(graph: Graph, reader: fx.Node, node: fx.Node) -> bool:
 def _scale(graph: Graph, x: fx.Node, op: RmsNorm, before: fx.Node, like: fx.Node) -> fx.Node:
     """ρ = 1 / √(mean x² + ε), one number a token"""
     val = x.meta["val"]
-    eps = torch.finfo(val.dtype).eps if op.eps is None else op.eps
+    eps = default_eps(val.dtype) if op.eps is None else op.eps
     wide = graph.call(aten.to.dtype, (x, torch.float32), before, like) if val.dtype == torch.bfloat16 else x
     square = graph.call(aten.mul.Tensor, (wide, wide), before, like)
     mean = graph.call(aten.mean.dim, (square, [-1], True), before, like)
