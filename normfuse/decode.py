@@ -42,6 +42,8 @@ PERMUTES = {
     aten.movedim.int,
     aten.swapaxes.default,
     aten.swapdims.default,
+    aten.mT.default,
+    aten.numpy_T.default,
 }
 EXPANSIONS = {aten.expand.default, aten.expand_as.default}
 MOVEMENTS = EXPANSIONS | {

@@ -208,7 +208,7 @@ def through_cat(op: Op) -> Value | None:
     match op:
         case Cat(xs, dim) if op.shape is not None:
             axis = dim % len(op.shape) - len(op.shape)
-            parts = [(x.s, x.t) if isinstance(x, Affine) and x.node is None else None for x in xs]
+            parts = [(x.s, x.t) if isinstance(x, Affine) and _pending(x) else None for x in xs]
             if all(p is not None for p in parts) and all(axis not in axes(*p) for p in parts if p):
                 first = parts[0]
                 assert first is not None
@@ -246,9 +246,7 @@ def through_product(op: Op) -> Value | None:
         ):
             if not is_zero(t):
                 raise Refuse("a shift does not commute with a product", blocker=op.node)
-            if op.shape is None or x.shape is None or any(str(op.shape[a]) != str(x.shape[a]) for a in axes(s)):
-                return None
-            return Affine(Value(), s, t)
+            return Affine(Value(), s, t)  # s varies only where x does, and so does the product
         case _:
             return None
 
@@ -262,7 +260,7 @@ def through_attention_values(op: Op) -> Value | None:
             if mask is not None and not is_zero(t):
                 raise Refuse("a mask may leave a row of attention empty, which then does not sum to one", blocker=op.node)
             return Affine(Value(), s, t)
-        case MatMul(p, Affine(v, s, t, node=None)) if -2 not in axes(s, t) and not (isinstance(p, Value) and _pending(p)):
+        case MatMul(p, Affine(v, s, t, node=None)) if -2 not in axes(s, t) and not _pending(p):
             if not is_zero(t) and not (isinstance(p, Softmax) and p.dim in (-1, (v.rank or 0) - 1)):
                 raise Refuse("a shift passes a product only if the rows of the other factor sum to one", blocker=op.node)
             return Affine(Value(), s, t)
@@ -318,8 +316,8 @@ def _grouped(c: Constant, W: Constant, groups: int) -> Constant:
 
 def _drop(c: Constant, rank: int, lost: set[int], keepdim: bool) -> Constant:
     """An affine on x, on the mean of x over the axes `lost`."""
-    if keepdim or not axes(c):
-        return c if keepdim else c.reshape(1)
+    if keepdim:
+        return c
     full = c.reshape(*[1] * (rank - c.ndim), *c.shape)
     return full.reshape(*[n for i, n in enumerate(full.shape) if i - rank not in lost])
 
@@ -337,10 +335,11 @@ def _on(op: Op, x: Value) -> Permute | Reshape | Movement:
 
 
 def _raw(x: Any) -> Any:
-    return x.x if isinstance(x, Affine) and x.node is None else x
+    return x.x if _pending(x) else x
 
 
-def _pending(x: Value) -> bool:
+def _pending(x: Any) -> bool:
+    """Is it an affine that is on its way, not one that stands in the graph?"""
     return isinstance(x, Affine) and x.node is None
 
 

@@ -165,10 +165,8 @@ def through_pool(op: Op) -> Value | None:
             pooled = size
         case Affine(Resize(x) as p, s, t):
             pooled = image_axes(p)
-        case Affine(Mean(x, dim, True, None) as p, s, t):
-            if x.rank is None or axes(s, t) & {d % x.rank - x.rank for d in dim}:
-                return None
-            return Mean(Affine(x, s, t), dim, True)
+        case Affine(Mean(x, dim, True, None), s, t):
+            return Mean(Affine(x, s, t), dim, True)  # s and t cannot vary along an axis of size 1
         case _:
             return None
     return None if axes(s, t) & pooled_axes(pooled) else dataclasses.replace(p, x=Affine(x, s, t), node=None)

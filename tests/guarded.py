@@ -30,11 +30,15 @@ class Function(nn.Module):
         return self.function(self, *inputs)
 
 
-def unproven(model: nn.Module, *inputs: Any, **options: Any) -> tuple[Any, Report]:
-    """`optimize` with `verify="off"`, which takes no mistake back; the result must be the same function all the same."""
+def unproven(model: nn.Module, *inputs: Any, given: bool = True, **options: Any) -> tuple[Any, Report]:
+    """`optimize` with `verify="off"`, which takes no mistake back; the result must be the same function all the same.
+
+    With `given=False` it is traced without the inputs, so that no shape is known.
+    """
     model = randomise_norms(model).eval().double()
     inputs = tuple(x.double() if x.is_floating_point() else x for x in inputs)
-    fast = normfuse.optimize(model, inputs, verify="off", **options)
+    fast = normfuse.optimize(model, inputs if given else None, verify="off", **options)
+    assert not normfuse.report(fast).undone  # not even a pass that failed
     with torch.no_grad():
         expected, found = model(*inputs), fast(*inputs)
     for a, b in zip(torch.utils._pytree.tree_leaves(expected), torch.utils._pytree.tree_leaves(found), strict=True):
