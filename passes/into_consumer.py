@@ -241,7 +241,7 @@ def through_sum(op: Op) -> Value | None:
 def through_product(op: Op) -> Value | None:
     """(s x) y  =  s (x y)"""
     match op:
-        case Mul(Affine(x, s, t, node=None), Value() as y) | Mul(Value() as y, Affine(x, s, t, node=None)) if not isinstance(
+        case Mul(Affine(_, s, t, node=None), Value() as y) | Mul(Value() as y, Affine(_, s, t, node=None)) if not isinstance(
             y, Affine
         ):
             if not is_zero(t):

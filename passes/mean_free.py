@@ -154,6 +154,8 @@ def _trace(graph: Graph, starts: list[Place]) -> Streams:
         if places is not None:
             found.edges[node] = places
             work += places
+    for node in [n for n, places in found.edges.items() if any(found.axis[v] != axis for v, axis in places)]:
+        del found.edges[node]  # it would need an operand without its mean along another axis
     return found
 
 
@@ -260,17 +262,27 @@ def _explicit(graph: Graph, found: Streams, node: fx.Node) -> str | None:
 
 
 def _gather_roots(graph: Graph, found: Streams, stream: Stream) -> None:
-    """Center a sum once, not each of its terms: P x + P y = P (x + y)."""
+    """Center a sum once, not each of its terms: P x + P y = P (x + y), also where a term is moved first: P M x = M P x."""
     read = {v for n in stream.norms for v in n.all_input_nodes}
+    carriers: dict[fx.Node, list[fx.Node]] = {}
+    for node, taken in stream.carried.items():
+        for n in dict.fromkeys(taken):
+            carriers.setdefault(n, []).append(node)
     for node in stream.values:
         terms = [n for n, _ in found.edges.get(node, ())]
-        heavy = [n for n in terms if n in stream.explicit and n not in read and n not in found.sees_mean and len(n.users) == 1]
-        if node not in stream.explicit and len(heavy) > 1 and all(n in heavy or graph.constant(n) is not None for n in terms):
+        heavy = [n for n in terms if n in stream.explicit and n not in read and carriers[n] == [node]]
+        moved = len(terms) == 1 and isinstance(graph.view(node, 1), (Identity, Permute, Reshape))
+        if (
+            node not in stream.explicit
+            and len(heavy) > (not moved)
+            and all(n in heavy or graph.constant(n) is not None for n in terms)
+        ):
             why = stream.explicit[heavy[0]]
-            for n in heavy:
+            for n in dict.fromkeys(heavy):
                 del stream.explicit[n]
             stream.explicit[node] = why
-            stream.values = [v for v in stream.values if v not in terms]
+            del stream.carried[node]
+            stream.values = [v for v in stream.values if v not in heavy]
 
 
 # -- decision and rewrite ----------------------------------------------------------------------------------------------

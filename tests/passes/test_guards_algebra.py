@@ -13,8 +13,10 @@ G, T = torch.tensor([1.5, -0.5, 2.0, -1.25]), torch.tensor([0.5, -1.0, 2.0, 0.25
 TOKENS = torch.tensor([1.5, -0.5, 2.0, -1.25, 0.75])[:, None]
 PARTS = {
     **{name: nn.Linear(4, 4) for name in "abcdef"},
-    "one": nn.Linear(4, 1), "eight": nn.Linear(8, 2), "conv": nn.Conv1d(5, 5, 1), "g": G, "t": T, "n": TOKENS, "cube": torch.randn(4, 4, 4),
-    "other": torch.tensor([3.0, 1.0, -2.0, 0.5]), "empty": torch.tensor([[True] * 5] * 4 + [[False] * 5]),
+    "one": nn.Linear(4, 1), "eight": nn.Linear(8, 2), "conv": nn.Conv1d(5, 5, 1), "g": G, "t": T, "n": TOKENS,
+    "cube": torch.randn(4, 4, 4),
+    "other": torch.tensor([3.0, 1.0, -2.0, 0.5]),
+    "empty": torch.tensor([[True] * 5] * 4 + [[False] * 5]),
 }  # fmt: skip
 
 
