@@ -4,27 +4,24 @@ from __future__ import annotations
 
 from pathlib import Path
 
-__all__ = ["SOURCES", "nearest"]
-
-ROOT = Path(__file__).parents[2]
-
-# tests of the algebra: every affine of a rule is tried through `affine`, with the operators above and below it
-_ALGEBRA = ("passes/test_affine.py", "passes/test_affine_copies.py", "passes/test_guards_algebra.py")
+__all__ = ["_STREAMS = ("passes/test_guards_streams.py", "passes/test_mean_free_writers.py", "passes/test_mean_free.py")
 
 SOURCES: dict[str, tuple[str, ...]] = {
     "passes/affine.py": _ALGEBRA,
     "passes/broadcast.py": _ALGEBRA,
-    "passes/cleanup.py": ("passes/test_cleanup*.py", "passes/test_guards_cleanup.py"),
+    "passes/cleanup.py": ("passes/test_cleanup*.py", "passes/test_slices.py"),
     "passes/expose.py": _ALGEBRA,
     "passes/into_consumer.py": _ALGEBRA,
     "passes/into_producer.py": _ALGEBRA,
-    "passes/key_bias.py": ("passes/test_key_bias.py", "passes/test_guards_key_bias.py"),
-    "passes/mean_free.py": ("passes/test_mean_free.py", "passes/test_guards_mean_free.py"),
-    "passes/moments.py": ("passes/test_recognise.py", "passes/test_guards_moments.py"),
-    "passes/parallel.py": ("passes/test_bake.py", "passes/test_guards_parallel.py"),
-    "passes/select.py": ("passes/test_select.py", "passes/test_guards_select.py"),
-    "passes/streams.py": ("passes/test_mean_free.py", "passes/test_guards_streams.py", "passes/test_guards_mean_free.py"),
-    "normfuse/capture.py": ("test_api.py", "test_capture*.py", "test_guards_capture.py"),
+    "passes/key_bias.py": ("passes/test_guards_key_bias.py", "passes/test_key_bias.py"),
+    "passes/mean_free.py": _STREAMS,
+    "passes/moments.py": ("passes/test_guards_moments.py", "passes/test_recognise.py"),
+    "passes/once.py": ("passes/test_slices.py",),
+    "passes/parallel.py": ("passes/test_guards_parallel.py", "passes/test_parallel_signs.py", "passes/test_bake.py"),
+    "passes/select.py": ("passes/test_guards_select.py", "passes/test_select.py"),
+    "passes/slices.py": ("passes/test_slices.py",),
+    "passes/streams.py": _STREAMS,
+    "normfuse/capture.py": ("test_capture*.py", "test_api.py"),
     "normfuse/pt2.py": ("test_pt2*.py", "test_hostile*.py"),
 }
 
