@@ -28,7 +28,6 @@ from normfuse.passes.broadcast import (
     per_channel,
     pooled_axes,
     positive,
-    same_shape,
     taken_alike,
 )
 from normfuse.passes.into_producer import _bias
@@ -226,7 +225,7 @@ def through_cat(op: Op) -> Value | None:
 def through_sum(op: Op) -> Value | None:
     """(x + t) ± y  =  (x ± y) + t,   y − (x + t)  =  (y − x) − t;   (s x + t₁) ± (s y + t₂)  =  s (x ± y) + (t₁ ± t₂)"""
     match op:
-        case Add(Value() as x, Value() as y) | Sub(Value() as x, Value() as y) if same_shape(_raw(x), _raw(y)):
+        case Add(Value() as x, Value() as y) | Sub(Value() as x, Value() as y):  # also where one is broadcast to the other
             carried = [v.s for v in (x, y) if isinstance(v, Affine) and _pending(v)]
             if not carried:
                 return None

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-__all__ = ["_STREAMS = ("passes/test_guards_streams.py", "passes/test_mean_free_writers.py", "passes/test_mean_free.py")
+__all__ = ["ROOT", "SOURCES", "nearest"]
+
+ROOT = Path(__file__).parents[2]
+
+# an affine is tried through `affine`, with the operators above and below it
+_ALGEBRA = ("passes/test_affine.py", "passes/test_affine_copies.py", "passes/test_guards_algebra.py")
+_STREAMS = ("passes/test_guards_streams.py", "passes/test_mean_free_writers.py", "passes/test_mean_free.py")
 
 SOURCES: dict[str, tuple[str, ...]] = {
     "passes/affine.py": _ALGEBRA,
@@ -27,10 +33,6 @@ SOURCES: dict[str, tuple[str, ...]] = {
 
 
 def nearest(source: str) -> list[Path]:
-    """The test files of a source, as they are there now.
-
-    Raises:
-        KeyError: nobody has said which they are.
-    """
-    patterns = SOURCES[source] if source in SOURCES else (f"passes/test_{Path(source).stem}*.py",)
-    return [path for pattern in dict.fromkeys(patterns) for path in sorted((ROOT / "tests").glob(pattern))]
+    """The test files of a source, as they are there now: those of its name where nobody has said which they are."""
+    patterns = SOURCES.get(source, (f"passes/test_{Path(source).stem}*.py",))
+    return [path for pattern in patterns for path in sorted((ROOT / "tests").glob(pattern))]
