@@ -62,9 +62,10 @@ def slice_of_concatenation(graph: Graph, node: fx.Node) -> fx.Node | None:
 
 def _size(operand: fx.Node, whole: Cat, axis: int) -> Any:
     """The size of an operand along the axis; None where it is not one of the rank and dtype of the whole."""
-    val, of = operand.meta.get("val"), whole.node.meta["val"] if whole.node is not None else None
-    alike = isinstance(val, Tensor) and of is not None and val.ndim == of.ndim and val.dtype == of.dtype
-    return val.shape[axis] if alike else None
+    val, of = operand.meta.get("val"), None if whole.node is None else whole.node.meta.get("val")
+    if not isinstance(val, Tensor) or not isinstance(of, Tensor) or val.ndim != of.ndim or val.dtype != of.dtype:
+        return None
+    return val.shape[axis]
 
 
 def _operand(operands: list[tuple[fx.Node, Any]], taken: _Places) -> tuple[fx.Node, Any, int] | None:

@@ -16,7 +16,7 @@ def rule(x, y=None):
             raise ValueError("zero")
         case int() if x > 9:
             return None
-        case complex(real=1.0):
+        case float(real=1.0):
             return "one"
     found = [n for n in range(x) if n % 2]
     return found if found else None
@@ -51,7 +51,7 @@ def test_each_kind_is_found():
         ("x < 0 and y is None", "condition", -1, None),
         ("0", "case", 0, None),
         ("x > 9", "case", 10, [1, 3, 5, 7, 9]),
-        ("1.0", "literal", 2j, "one"),
+        ("1.0", "literal", 2.5, "one"),
         ("n % 2", "filter", 3, [0, 1, 2]),
         ("found", "condition", 1, []),
     ],
