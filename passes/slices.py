@@ -23,6 +23,11 @@ RULE = "slice_of_concatenation"
 
 aten = torch.ops.aten
 
+# where each operator has its axis, behind the value
+_DIMS = {
+    **dict.fromkeys((aten.slice.Tensor, aten.narrow.default, aten.select.int, aten.unbind.int), 0),
+    **dict.fromkeys((aten.split.Tensor, aten.split_with_sizes.default, aten.split.sizes, aten.chunk.default), 1),
+}
 _END = 2**62  # a slice to the end, as torch writes it
 
 
@@ -84,10 +89,10 @@ def _operand(operands: list[tuple[fx.Node, Any]], taken: _Places) -> tuple[fx.No
 
 def _places(op: Movement, shape: tuple[Any, ...], axis: int) -> _Places | None:
     """The places that an operator takes of that axis, if they are literals and it takes nothing else."""
+    if op.target not in _DIMS:
+        return None
     whole, rest = shape[axis], dict(enumerate(op.rest)) | dict(op.kwargs)
-    dims = {aten.slice.Tensor: 0, aten.narrow.default: 0, aten.select.int: 0, aten.unbind.int: 0}
-    dim = rest.get("dim", rest.get(dims.get(op.target, 1), 0))
-    if dim % len(shape) != axis:
+    if rest.get("dim", rest.get(_DIMS[op.target], 0)) % len(shape) != axis:
         return None
     match op.target, op.piece:
         case aten.slice.Tensor, _:
