@@ -17,7 +17,7 @@ from torch import fx
 from normfuse.constants import Constant
 from normfuse.views import VIEWS, Affine, Identity, Movement, Op, Pad, Permute, Reshape, Resize, Take, Value, affine
 
-__all__ = ["decode", "pieces"]
+__all__ = ["decode", "objection", "pieces"]
 
 aten = torch.ops.aten
 
@@ -200,7 +200,28 @@ def _dims(node: fx.Node, rank: int | None) -> tuple[int, ...] | None:
     return tuple(size - 2 for size in moved.shape)
 
 
+def objection(node: fx.Node, operand: Any) -> str:
+    """Why an operator that has a view is not understood here, as a clause; empty where there is nothing to say."""
+    view = VIEWS.get(node.target)
+    bound = _bind(node) if view is not None and node.target is not affine else None
+    if view is None or bound is None:
+        return ""
+    for (name, kind), arg in zip(_FIELDS[view], bound, strict=False):
+        if "Constant" in kind and "Value" not in kind and isinstance(operand(arg), Value):
+            return f"its {_WORDS.get(name, name)} is computed"
+    op = _filled(view, node, bound, operand)
+    return "" if op is None else op.unusual
+
+
+_WORDS = {"W": "weight", "b": "bias", "gamma": "weight", "beta": "bias", "mean": "running mean", "var": "running variance"}
+
+
 def _fill(view: type[Op], node: fx.Node, bound: list[Any], operand: Any) -> Op | None:
+    op = _filled(view, node, bound, operand)
+    return None if op is None or op.unusual else op
+
+
+def _filled(view: type[Op], node: fx.Node, bound: list[Any], operand: Any) -> Op | None:
     fields = _FIELDS[view]
     values: dict[str, Any] = {}
     for (name, kind), arg in zip(fields, bound, strict=False):

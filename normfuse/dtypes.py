@@ -140,7 +140,7 @@ def _result(graph: Graph, node: fx.Node, op: Value) -> tuple[torch.dtype | None,
         case Add(x, y) | Sub(x, y) | Mul(x, y) | Div(x, y):
             return _arithmetic(x, y, divides=isinstance(op, Div))
         case Op() if isinstance(op, _KEEP):
-            dtype, floating = _fact(op.x)  # type: ignore[attr-defined]
+            dtype, floating = _fact(op.x)
             given = op.dtype if isinstance(op, (Mean, Softmax)) else None
             return (dtype if given is None else given), floating or isinstance(op, _FLOATING)
     name = str(node.target._schema.name).removeprefix("aten::") if isinstance(node.target, torch._ops.OpOverload) else ""
@@ -176,7 +176,7 @@ def _demands(node: fx.Node, op: Value) -> list[tuple[fx.Node, torch.dtype | None
             found = [(x, *_fact(y)), (y, *_fact(x))]
         case Op() if isinstance(op, _KEEP) and not (isinstance(op, (Mean, Softmax)) and op.dtype is not None):
             dtype, floating = _fact(Value(node=node))
-            found = [(op.x, dtype, floating or isinstance(op, _FLOATING))]  # type: ignore[attr-defined]
+            found = [(op.x, dtype, floating or isinstance(op, _FLOATING))]
         case _ if isinstance(node.target, torch._ops.OpOverload) and node.args and isinstance(node.args[0], fx.Node):
             if str(node.target._schema.name).removeprefix("aten::") in _ACTIVATIONS:
                 found = [(Value(node=node.args[0]), *_fact(Value(node=node)))]

@@ -112,28 +112,41 @@ class Op(Value):
     def operator(self) -> Any:
         return self.target if self.target is not None else self.targets[0]
 
+    @property
+    def unusual(self) -> str:
+        """What is unlike the view's description, so that no rule may look into it; empty if nothing is."""
+        return ""
+
 
 # -- layers with weights ---------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
 class Linear(Op):
-    """y = W x + b over the last axis; W (out, in)."""
+    """y = W x + b over the last axis; W (out, in), b (out,)."""
 
     targets = (aten.linear.default,)
     x: Value
     W: Constant
     b: Constant | None = None
 
+    @property
+    def unusual(self) -> str:
+        return "its weight is a vector" if self.W.ndim != 2 else _no_vector(self.b, self.W.shape[0])
+
 
 @dataclass(frozen=True, eq=False)
 class Addmm(Op):
-    """y = x W + b for a matrix x; W (in, out): the layout of Hugging Face's Conv1D."""
+    """y = x W + b for a matrix x; W (in, out), b (out,): the layout of Hugging Face's Conv1D."""
 
     targets = (aten.addmm.default,)
     b: Constant
     x: Value
     W: Constant
+
+    @property
+    def unusual(self) -> str:
+        return _no_vector(self.b, self.W.shape[1])
 
 
 @dataclass(frozen=True, eq=False)
@@ -349,9 +362,20 @@ class Reciprocal(Op):
 
 @dataclass(frozen=True, eq=False)
 class MatMul(Op):
+    """x y over the last axis of x and the last but one of y; y a matrix or more, and x too unless y is a matrix of weights."""
+
     targets = (aten.matmul.default, aten.bmm.default, aten.mm.default)
     x: Value | Constant
     y: Value | Constant
+
+    @property
+    def unusual(self) -> str:
+        x, y = (v.ndim if isinstance(v, Constant) else v.rank for v in (self.x, self.y))
+        if self.operator is not aten.matmul.default or (isinstance(self.y, Constant) and y == 2):
+            return ""
+        if x is None or y is None:
+            return "the shapes of its operands are unknown"
+        return "it multiplies by a vector" if min(x, y) < 2 else ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -523,6 +547,10 @@ class Pad(Op):
     x: Value
     pad: Any
     value: float = 0.0
+
+
+def _no_vector(b: Constant | None, size: int) -> str:
+    return "" if b is None or b.shape == (size,) else f"its bias has the shape {tuple(b.shape)}"
 
 
 def _sequence(value: Any) -> Sequence[Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from heapq import heappop, heappush
 from time import perf_counter
 from typing import Any
@@ -12,11 +12,12 @@ from torch import fx
 
 from normfuse.aliases import copy_is_needed
 from normfuse.constants import Constant
-from normfuse.decode import pieces
+from normfuse.decode import objection, pieces
 from normfuse.graph import Graph, Refuse
 from normfuse.passes import into_consumer, into_producer
-from normfuse.passes.broadcast import collapse, is_one, is_zero
+from normfuse.passes.broadcast import PASS_INPUTS, collapse, is_one, is_zero
 from normfuse.passes.known import infer, inherit
+from normfuse.passes.precision import in_range, is_in_range
 from normfuse.report import PassReport, Site
 from normfuse.views import Affine as AffineOp
 from normfuse.views import BatchNorm, Embedding, GroupNorm, Identity, InstanceNorm, LayerNorm, Linear, Mul, Op, RmsNorm, Value
@@ -72,7 +73,10 @@ def _composed(graph: Graph, node: fx.Node) -> fx.Node | None:
     if isinstance(inner, AffineOp) and inner.node is not None and len(inner.node.users) == 1:
         origin = _weightiest(inner.node, node)
         s = inner.s * op.s
-        new = graph.emit(AffineOp(inner.x, s, (op.t + inner.t * op.s).cast(s.dtype)), node, origin)
+        both = AffineOp(inner.x, s, (op.t + inner.t * op.s).cast(s.dtype))
+        if not is_in_range(op, both):
+            return node
+        new = graph.emit(both, node, origin)
         inherit(new, node)
         new.meta["origin"], new.meta["composed"] = origin.meta.get("origin"), True
         node.replace_all_uses_with(new)
@@ -197,7 +201,7 @@ def _upward(graph: Graph, x: Value, s: Constant, t: Constant) -> Plan:
         if node in plan:
             raise Refuse("the same value is used twice", blocker=node)
         view = graph.view(node, 3)
-        new = _first(into_producer.RULES, AffineOp(view, s, t), node)
+        new = _first(into_producer.RULES, AffineOp(view, s, t), node, graph.operand)
         nested = _nested(new)
         if pieces_of(node) is not None and len(nested) == 1:
             _own(graph, node)
@@ -205,6 +209,7 @@ def _upward(graph: Graph, x: Value, s: Constant, t: Constant) -> Plan:
         bare = _bare(new)
         if not nested or (isinstance(view, Op) and _changed(bare, view)):
             _affordable(graph, view, bare)
+            in_range(view, bare)
             plan[node] = bare
     return plan
 
@@ -253,9 +258,9 @@ def downward(graph: Graph, start: fx.Node, s: Constant, t: Constant, *, untie: b
         if node.op == "output":
             raise Refuse("the value is an output of the model", blocker=node)
         view = graph.decode(node, operand)
-        new = _first(into_consumer.RULES, view, node) if isinstance(view, Op) else None
+        new = _first(into_consumer.RULES, view, node, operand) if isinstance(view, Op) else None
         if new is None:
-            raise Refuse(f"{_name(node)} does not take an affine", blocker=node)
+            raise _untaken(node, operand)
         if isinstance(new, AffineOp):
             # the operator itself stays and reads the bare value, unless the rule built another one
             if isinstance(new.x, Op) and isinstance(view, Op) and _changed(new.x, view):
@@ -266,6 +271,7 @@ def downward(graph: Graph, start: fx.Node, s: Constant, t: Constant, *, untie: b
         assert isinstance(new, Op)
         if not untie:
             _affordable(graph, view, new)
+        in_range(view, new)
         plan[node] = new
     return plan
 
@@ -273,7 +279,7 @@ def downward(graph: Graph, start: fx.Node, s: Constant, t: Constant, *, untie: b
 # -- both --------------------------------------------------------------------------------------------------------------
 
 
-def _first(rules: Sequence[Any], op: Op, node: fx.Node) -> Op:
+def _first(rules: Sequence[Any], op: Op, node: fx.Node, operand: Callable[[Any], Any]) -> Op:
     for rule in rules:
         try:
             value = rule(op)
@@ -283,11 +289,14 @@ def _first(rules: Sequence[Any], op: Op, node: fx.Node) -> Op:
         if value is not None:
             assert isinstance(value, Op)
             return value
-    raise Refuse(f"{_name(node)} does not take an affine", blocker=node)
+    raise _untaken(node, operand)
 
 
-def _name(node: fx.Node) -> str:
-    return f"the input {node.name}" if node.op == "placeholder" else operator_name(node)
+def _untaken(node: fx.Node, operand: Callable[[Any], Any]) -> Refuse:
+    name = f"the input {node.name}" if node.op == "placeholder" else operator_name(node)
+    why = objection(node, operand) if node.op == "call_function" else ""
+    remedy = PASS_INPUTS if "unknown" in why else ""
+    return Refuse(f"{name} does not take an affine{': ' if why else ''}{why}", blocker=node, remedy=remedy)
 
 
 def _operands(op: Op) -> list[tuple[str, Any]]:

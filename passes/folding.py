@@ -61,7 +61,7 @@ def fold(graph: Graph) -> list[Site]:
     sites: dict[fx.Node, Site] = {}
     for node in known.affordable():
         if graph.permit(RULE, graph.path(node)):
-            site, value = graph.site(RULE, node), graph.emit(known.constants[node], node)
+            site, value = graph.site(RULE, node), graph.emit(known.stored(node), node)
             sites.setdefault(graph.replace(node, Identity(Value(node=value)) if is_returned(node) else Value(node=value)), site)
     graph.clean()
     alive = set(graph)
@@ -124,6 +124,12 @@ class Known:
                 found.append(node)
         return found[::-1]
 
+    def stored(self, node: fx.Node) -> Constant:
+        """The constant to store; a large one in half precision is looked at only now, for what has left its range."""
+        c = self.constants[node]
+        large = c.numel > _CHECKED and c.dtype == torch.float16
+        return c.rounded() if large and not bool(c.eager.isfinite().all()) else c
+
     def _needed(self, user: fx.Node, stays: set[fx.Node]) -> bool:
         if user in self.constants or user in self.numbers:
             return user in stays
@@ -147,7 +153,7 @@ class Known:
         def one(n: fx.Node) -> Any:
             return self.numbers[n] if n in self.numbers else self.constants[n]
 
-        return fx.node.map_arg((call.args, dict(call.kwargs)), one)  # type: ignore[arg-type, return-value]
+        return fx.node.map_arg((call.args, dict(call.kwargs)), one)
 
     def _number(self, node: fx.Node) -> Any:
         """A size of a constant, or arithmetic on such sizes."""
@@ -258,7 +264,7 @@ def _runs(value: Constant) -> bool:
 
 def _in_range(value: Constant, eager: Any) -> bool:
     """Is everything finite that the model computes? What has left the range of a dtype on the way is part of the function."""
-    return (value.numel > _CHECKED and value.dtype != torch.float16) or bool(eager().isfinite().all())
+    return value.numel > _CHECKED or bool(eager().isfinite().all())
 
 
 def _inexact(dtype: torch.dtype) -> bool:

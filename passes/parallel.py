@@ -19,6 +19,7 @@ from normfuse.constants import Constant
 from normfuse.graph import Graph, Refuse
 from normfuse.passes.broadcast import is_zero, per_channel
 from normfuse.passes.into_producer import into_conv, into_linear
+from normfuse.passes.precision import in_range
 from normfuse.views import Add, Affine, Conv, Linear, Sub, Value
 
 __all__ = ["Merged", "parallel_convs"]
@@ -88,6 +89,7 @@ def parallel_convs(graph: Graph, node: fx.Node) -> Merged | None:
             if chosen is None:
                 continue
             whole: Value = _one(graph, chosen)
+            in_range(graph.view(lead[0], 1), whole)
         except Refuse as e:
             refusal = refusal or e
             continue

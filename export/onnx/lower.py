@@ -55,6 +55,7 @@ def translated(program: Program, opset: int, *, contrib: bool = False) -> Any:
                 out.optimize()
     except Exception as e:
         raise ExportError(f"torch cannot translate the model to ONNX opset {opset}: {_cause(e)}") from e
+    _keep_constants(out.model.graph)
     mark_attention(out.model)
     return out.model
 
@@ -98,6 +99,19 @@ def finished(
         common.OutputFixPass()(model)
         name_graph(model, program.inputs, program.outputs, program.axes)
     return model, sites
+
+
+def _keep_constants(graph: Any) -> None:
+    """Put into the graph what its nodes read: the optimizer names new constants after a value, twice if it is read twice."""
+    for node in graph:
+        for v in node.inputs:
+            if v is None or v.const_value is None or v.producer() is not None or graph.initializers.get(v.name) is v:
+                continue
+            base, count = v.name or "constant", 1
+            while v.name in graph.initializers or v.name is None:
+                v.name, count = f"{base}_{count}", count + 1
+            v.const_value.name = v.name
+            graph.register_initializer(v)
 
 
 def _drop_reshapes_to_same(model: Any) -> None:

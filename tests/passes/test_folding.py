@@ -270,3 +270,18 @@ def test_copies_inside_of_a_model_still_go():
 
     fast = normfuse.optimize(Inside().eval(), (torch.randn(2, 4),), passes=[Cleanup()])
     assert [n.target for n in fast.graph.nodes if n.op == "call_function"] == [aten.linear.default] * 2
+
+
+def test_large_halves_that_leave_their_range_stay_out_of_it():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.full((300, 300), 300.0).half())
+
+        def forward(self, x):
+            return F.linear(x, self.w * self.w / 1000.0)
+
+    model, x = Scaled().eval(), torch.ones(2, 300).half()
+    fast = normfuse.optimize(model, (x,), verify="off")
+    assert torch.equal(fast(x), model(x))
+    assert len(list(fast.graph.nodes)) == 4
