@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from normfuse.constants import Constant
-from normfuse.views import VIEWS, Affine, Identity, Movement, Op, Permute, Reshape, Value, affine
+from normfuse.views import VIEWS, Affine, Identity, Movement, Op, Pad, Permute, Reshape, Resize, Take, Value, affine
 
 __all__ = ["decode", "objection", "pieces"]
 
@@ -34,7 +34,17 @@ RESHAPES = {
     aten.view_as.default,
     aten.reshape_as.default,
 }
-PERMUTES = {aten.permute.default, aten.transpose.int, aten.t.default, aten.movedim.intlist, aten.movedim.int, aten.swapaxes.default}
+PERMUTES = {
+    aten.permute.default,
+    aten.transpose.int,
+    aten.t.default,
+    aten.movedim.intlist,
+    aten.movedim.int,
+    aten.swapaxes.default,
+    aten.swapdims.default,
+    aten.mT.default,
+    aten.numpy_T.default,
+}
 EXPANSIONS = {aten.expand.default, aten.expand_as.default}
 MOVEMENTS = EXPANSIONS | {
     aten.slice.Tensor,
@@ -42,7 +52,10 @@ MOVEMENTS = EXPANSIONS | {
     aten.narrow.default,
     aten.roll.default,
     aten.repeat.default,
+    aten.repeat_interleave.self_int,
+    aten.tile.default,
     aten.flip.default,
+    aten.rot90.default,
     aten.pixel_shuffle.default,
     aten.pixel_unshuffle.default,
     aten.channel_shuffle.default,
@@ -55,7 +68,15 @@ SPLITS = {
     aten.chunk.default,
     aten.unbind.int,
     aten.tensor_split.sections,
+    aten.tensor_split.indices,
 }
+RESIZES = {
+    aten.upsample_nearest1d.vec, aten.upsample_nearest2d.vec, aten.upsample_nearest3d.vec,
+    aten._upsample_nearest_exact1d.vec, aten._upsample_nearest_exact2d.vec, aten._upsample_nearest_exact3d.vec,
+    aten.upsample_linear1d.vec, aten.upsample_bilinear2d.vec, aten.upsample_trilinear3d.vec, aten.upsample_bicubic2d.vec,
+    aten._upsample_bilinear2d_aa.vec, aten._upsample_bicubic2d_aa.vec,
+}  # fmt: skip
+TAKES = {aten.index_select.default, aten.index.Tensor, aten.gather.default, aten.take_along_dim.default}
 
 
 def pieces(node: fx.Node) -> bool:
@@ -110,6 +131,10 @@ def decode(node: fx.Node, operand: Any) -> Op | None:
         return None
     if target in RESHAPES or target in PERMUTES or target in MOVEMENTS:
         return _movement(node, operand)
+    if target is aten.pad.default or target is aten.im2col.default or target in RESIZES:
+        return _around(node, operand)
+    if target in TAKES:
+        return _take(node, operand(node.args[0]))
     view = VIEWS.get(target)
     bound = _bind(node) if view is not None or target is aten.dropout.default else None
     if bound is None:
@@ -135,6 +160,36 @@ def _movement(node: fx.Node, operand: Any) -> Op | None:
     ):
         return None  # an offset that is only known at run time
     return Movement(x, node.args[1:], tuple(node.kwargs.items()), None, node=node, target=node.target)
+
+
+def _around(node: fx.Node, operand: Any) -> Op | None:
+    """Operators of which it depends on the arguments, or on nothing but the axis, whether they only copy values."""
+    x, bound = operand(node.args[0]), _bind(node)
+    if not isinstance(x, Value) or bound is None:
+        return None
+    if node.target in RESIZES:
+        return Resize(x, node.args[1:], node=node, target=node.target)
+    if node.target is aten.pad.default and bound[2] == "constant":
+        return Pad(x, bound[1], 0.0 if bound[3] is None else bound[3], node=node)
+    if len(node.all_input_nodes) > 1 or (node.target is aten.im2col.default and any(bound[3])):
+        return None  # a size that is only known at run time; zeros at the border
+    return Movement(x, node.args[1:], tuple(node.kwargs.items()), None, node=node, target=node.target)
+
+
+def _take(node: fx.Node, x: Any) -> Take | None:
+    if not isinstance(x, Value) or x.rank is None or len(node.args) < 2:
+        return None
+    if node.target is not aten.index.Tensor:
+        dim = node.args[2] if node.target is aten.take_along_dim.default and len(node.args) > 2 else node.args[1]
+        return Take(x, frozenset({dim % x.rank - x.rank}), node=node, target=node.target) if isinstance(dim, int) else None
+    indices: Any = node.args[1]
+    vals = [i.meta.get("val") for i in indices if i is not None]
+    if any(not isinstance(v, torch.Tensor) or v.dtype in (torch.bool, torch.uint8) for v in vals):
+        return None  # a mask takes as many axes as it has
+    places = [i - x.rank for i, index in enumerate(indices) if index is not None]
+    # several indices, or one of several axes, move the axes in front of them
+    mixed = places if len(places) == 1 and vals[0].ndim == 1 else range(-x.rank, places[-1] + 1)
+    return Take(x, frozenset(mixed), node=node, target=node.target)
 
 
 def _dims(node: fx.Node, rank: int | None) -> tuple[int, ...] | None:

@@ -47,6 +47,7 @@ __all__ = [
     "Reciprocal",
     "Relu",
     "Reshape",
+    "Resize",
     "RmsNorm",
     "Rsqrt",
     "Sdpa",
@@ -55,6 +56,7 @@ __all__ = [
     "Square",
     "Sub",
     "Sum",
+    "Take",
     "Value",
     "affine",
     "shape_of",
@@ -452,6 +454,14 @@ class GlobalAvgPool(Op):
 
 
 @dataclass(frozen=True, eq=False)
+class Resize(Op):
+    """Interpolation of any kind over the axes behind the channels: outputs are means of inputs, whose weights sum to one."""
+
+    x: Value
+    rest: tuple[Any, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
 class Mean(Op):
     targets = (aten.mean.dim,)
     x: Value
@@ -508,6 +518,18 @@ class Movement(Op):
     rest: tuple[Any, ...] = ()
     kwargs: tuple[tuple[str, Any], ...] = ()
     piece: int | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Take(Op):
+    """Rows of x at places that are known at run time (an index, a gather): axes that are not `mixed` stay as they are.
+
+    Attributes:
+        mixed: axes of x, counted from the end, from which elements are taken.
+    """
+
+    x: Value
+    mixed: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True, eq=False)

@@ -21,14 +21,19 @@ __all__ = [
     "axes",
     "channelwise",
     "collapse",
+    "fitted",
+    "image_axes",
     "is_one",
     "is_zero",
     "keeps_shape",
     "moved",
+    "padded_axes",
     "per_channel",
     "pooled_axes",
     "positive",
     "replayed",
+    "same_shape",
+    "taken_alike",
     "unmoved",
 ]
 
@@ -44,6 +49,22 @@ def axes(*constants: Constant) -> set[int]:
 def pooled_axes(size: Any) -> set[int]:
     """The trailing axes that a pooling operator with this kernel or output size reduces."""
     return set(range(-(len(size) if isinstance(size, (list, tuple)) else 1), 0))
+
+
+def padded_axes(pad: Any) -> set[int]:
+    """The axes that a padding, two numbers an axis from the last one on, makes longer."""
+    return {-1 - i for i in range(len(pad) // 2) if pad[2 * i] or pad[2 * i + 1]}
+
+
+def image_axes(op: Value) -> list[int]:
+    """The axes behind the channels, which interpolation mixes.
+
+    Raises:
+        Refuse: the rank is unknown.
+    """
+    if op.rank is None:
+        raise Refuse(UNKNOWN, remedy=PASS_INPUTS)
+    return list(range(2 - op.rank, 0))
 
 
 def keeps_shape(c: Constant, x: Value) -> bool:
@@ -82,6 +103,11 @@ def collapse(c: Constant) -> Constant:
         if value.shape[i] > 1 and (value.stride(i) == 0 or bool((value == first).all())):
             value = first
     return Constant.of(value.clone(), c.name).cast(c.dtype)
+
+
+def fitted(c: Constant, rank: int) -> Constant:
+    """The same values for a value of another rank, where `c` varies along axes only that both have."""
+    return c if c.ndim <= rank else c.reshape(*c.shape[c.ndim - rank :])
 
 
 def channelwise(c: Constant, axis: int, rank: int) -> Constant:
@@ -132,11 +158,11 @@ def unmoved(op: Movement | Permute | Reshape, c: Constant, rest: float) -> Const
         laid = c.value.expand([hint(d) for d in result])
         back = laid.permute(_inverse(op.dims)) if isinstance(op, Permute) else laid.reshape(sizes)
         return _static(collapse(Constant.of(back, c.name).cast(c.dtype)), shape)
-    index = replayed(op, torch.arange(torch.Size(sizes).numel()).reshape(sizes))
-    if index.unique().numel() != index.numel():
-        raise Refuse("elements are repeated")
+    index = replayed(op, torch.arange(torch.Size(sizes).numel(), dtype=torch.float64).reshape(sizes)).long()
     full = torch.full((torch.Size(sizes).numel(),), rest, dtype=torch.float64)
-    full[index.reshape(-1)] = c.value.expand(index.shape).reshape(-1)
+    full[index] = c.value.expand(index.shape)
+    if not torch.equal(full[index], c.value.expand(index.shape)):
+        raise Refuse("elements are repeated, with another affine each time")
     return _static(collapse(Constant.of(full.reshape(sizes), c.name).cast(c.dtype)), shape)
 
 
@@ -177,3 +203,11 @@ def _static(c: Constant, shape: tuple[Any, ...]) -> Constant:
 def same_shape(a: Value, b: Value) -> bool:
     """Have both values one shape, symbol for symbol?"""
     return a.shape is not None and b.shape is not None and [str(d) for d in a.shape] == [str(d) for d in b.shape]
+
+
+def taken_alike(op: Value, x: Value, varies: set[int], mixed: frozenset[int]) -> bool:
+    """Does every element that is taken from x keep its place along the axes `varies`?"""
+    shape, source = op.shape, x.shape
+    if shape is None or source is None or varies & mixed:
+        return False
+    return all(-a <= len(shape) and str(shape[a]) == str(source[a]) for a in varies)

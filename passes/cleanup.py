@@ -13,6 +13,8 @@ from torch import Tensor, fx
 from normfuse.aliases import copy_is_needed
 from normfuse.graph import Graph
 from normfuse.passes.folding import CASTS, CHECKS, fold
+from normfuse.passes.once import norms_once
+from normfuse.passes.slices import slice_of_concatenation
 from normfuse.report import PassReport, Site
 from normfuse.views import Cat, Identity, Movement, Op, Pad, Reshape, Value
 
@@ -71,6 +73,8 @@ class Cleanup:
             if site is not None:
                 applied.append(site)
         graph.clean()
+        applied += norms_once(graph)
+        graph.clean()
         return PassReport(self.name, tuple(applied), seconds=perf_counter() - start)
 
     def _simplified(self, graph: Graph, node: fx.Node) -> Site | None:
@@ -79,6 +83,10 @@ class Cleanup:
         if node.target is aten.pad.default and not any(node.args[1]) and isinstance(node.args[0], fx.Node):  # type: ignore[arg-type]
             node.replace_all_uses_with(node.args[0])
             return graph.site("movement_to_the_same_place", node)
+        part = slice_of_concatenation(graph, node)
+        if part is not None:
+            node.replace_all_uses_with(part)
+            return graph.site(slice_of_concatenation.__name__, node)
         op = graph.view(node, 2)
         if not isinstance(op, Op):
             return None

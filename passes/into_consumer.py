@@ -7,6 +7,7 @@ rule returns. A returned `Affine` has to land further down; all readers take it,
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -18,13 +19,16 @@ from normfuse.passes.broadcast import (
     axes,
     channelwise,
     collapse,
+    fitted,
+    image_axes,
     is_one,
     is_zero,
     moved,
+    padded_axes,
     per_channel,
     pooled_axes,
     positive,
-    same_shape,
+    taken_alike,
 )
 from normfuse.passes.into_producer import _bias
 from normfuse.views import (
@@ -49,8 +53,11 @@ from normfuse.views import (
     Permute,
     Relu,
     Reshape,
+    Resize,
     Sdpa,
     Softmax,
+    Sub,
+    Take,
     Value,
 )  # fmt: skip
 
@@ -133,7 +140,7 @@ def through_relu(op: Op) -> Value | None:
 
 
 def through_pool(op: Op) -> Value | None:
-    """pool(s x + t)  =  s pool(x) + t: means for any s, maxima for s > 0, where s and t do not vary along what is pooled"""
+    """pool(s x + t)  =  s pool(x) + t: means and resizing for any s, maxima for s > 0, where nothing varies along what is pooled"""
     match op:
         case MaxPool(Affine(x, s, t), kernel):
             if not positive(s):
@@ -145,6 +152,8 @@ def through_pool(op: Op) -> Value | None:
             pooled = kernel
         case GlobalAvgPool(Affine(x, s, t), size):
             pooled = size
+        case Resize(Affine(_, s, t)):
+            pooled = image_axes(op)
         case Mean(Affine(x, s, t), dim, keepdim, None):
             rank = op.x.x.rank  # type: ignore[attr-defined]
             if rank is None:
@@ -169,18 +178,26 @@ def through_movement(op: Op) -> Value | None:
             return None
 
 
-def through_zero_pad(op: Op) -> Value | None:
-    """pad₀(s x)  =  s pad₀(x);   pad₀(s x + t)  =  s pad₋ₜ⧸ₛ(x) + t   where t/s is one number"""
+def through_take(op: Op) -> Value | None:
+    """(s x + t)[i]  =  s x[i] + t   for places i along axes on which nothing varies"""
     match op:
-        case Pad(Affine(x, s, t), pad, 0) if not axes(s, t) & {
-            -1 - i for i in range(len(pad) // 2) if pad[2 * i] or pad[2 * i + 1]
-        }:
-            if is_zero(t):
+        case Take(Affine(x, s, t), mixed) if op.rank is not None and taken_alike(op, x, axes(s, t), mixed):
+            return Affine(Value(), fitted(s, op.rank), fitted(t, op.rank))
+        case _:
+            return None
+
+
+def through_pad(op: Op) -> Value | None:
+    """pad_v(s x + t)  =  s pad_w(x) + t,   w = (v − t) / s   where that is one number;   pad₀(s x) = s pad₀(x)"""
+    match op:
+        case Pad(Affine(x, s, t), pad, v) if not axes(s, t) & padded_axes(pad):
+            if v == 0 and is_zero(t):
                 return Affine(Value(), s, t)
-            ratio = collapse(-(t / s)) if bool(s.value.all()) else None
-            if ratio is None or axes(ratio):
-                raise Refuse("a shift does not commute with zero padding", blocker=op.node, remedy="pad before the normalization")
-            return Affine(Pad(x, pad, float(ratio.value.reshape(-1)[0])), s, t)
+            w = collapse((t * -1.0 + v) / s) if bool(s.value.all()) else None
+            if w is None or axes(w):
+                border = "zero padding" if v == 0 else f"padding with {v}"
+                raise Refuse(f"a shift does not commute with {border}", blocker=op.node, remedy="pad before the normalization")
+            return Affine(Pad(x, pad, float(w.value.reshape(-1)[0])), s, t)
         case _:
             return None
 
@@ -190,7 +207,7 @@ def through_cat(op: Op) -> Value | None:
     match op:
         case Cat(xs, dim) if op.shape is not None:
             axis = dim % len(op.shape) - len(op.shape)
-            parts = [(x.s, x.t) if isinstance(x, Affine) and x.node is None else None for x in xs]
+            parts = [(x.s, x.t) if isinstance(x, Affine) and _pending(x) else None for x in xs]
             if all(p is not None for p in parts) and all(axis not in axes(*p) for p in parts if p):
                 first = parts[0]
                 assert first is not None
@@ -206,14 +223,16 @@ def through_cat(op: Op) -> Value | None:
 
 
 def through_sum(op: Op) -> Value | None:
-    """(x + t) + y  =  (x + y) + t;   (s x + t₁) + (s y + t₂)  =  s (x + y) + (t₁ + t₂)"""
+    """(x + t) ± y  =  (x ± y) + t,   y − (x + t)  =  (y − x) − t;   (s x + t₁) ± (s y + t₂)  =  s (x ± y) + (t₁ ± t₂)"""
     match op:
-        case Add(Affine(x, s, t, node=None), Affine(y, s2, t2, node=None)) if same_shape(x, y) and _same(s, s2):
-            return Affine(Value(), s, t + t2)
-        case Add(Affine(x, s, t, node=None), Value() as y) | Add(Value() as y, Affine(x, s, t, node=None)) if same_shape(x, y):
-            if not is_one(s):
+        case Add(Value() as x, Value() as y) | Sub(Value() as x, Value() as y):  # also where one is broadcast to the other
+            carried = [v.s for v in (x, y) if isinstance(v, Affine) and _pending(v)]
+            if not carried:
+                return None
+            s = carried[0]
+            if not (_same(s, carried[1]) if len(carried) == 2 else is_one(s)):
                 raise Refuse("added to a value that does not carry the same scale", blocker=op.node)
-            return Affine(Value(), s, t)
+            return Affine(Value(), s, _total(x, y, minus=isinstance(op, Sub)))
         case _:
             return None
 
@@ -221,14 +240,12 @@ def through_sum(op: Op) -> Value | None:
 def through_product(op: Op) -> Value | None:
     """(s x) y  =  s (x y)"""
     match op:
-        case Mul(Affine(x, s, t, node=None), Value() as y) | Mul(Value() as y, Affine(x, s, t, node=None)) if not isinstance(
+        case Mul(Affine(_, s, t, node=None), Value() as y) | Mul(Value() as y, Affine(_, s, t, node=None)) if not isinstance(
             y, Affine
         ):
             if not is_zero(t):
                 raise Refuse("a shift does not commute with a product", blocker=op.node)
-            if op.shape is None or x.shape is None or any(str(op.shape[a]) != str(x.shape[a]) for a in axes(s)):
-                return None
-            return Affine(Value(), s, t)
+            return Affine(Value(), s, t)  # s varies only where x does, and so does the product
         case _:
             return None
 
@@ -242,7 +259,7 @@ def through_attention_values(op: Op) -> Value | None:
             if mask is not None and not is_zero(t):
                 raise Refuse("a mask may leave a row of attention empty, which then does not sum to one", blocker=op.node)
             return Affine(Value(), s, t)
-        case MatMul(p, Affine(v, s, t, node=None)) if -2 not in axes(s, t) and not (isinstance(p, Value) and _pending(p)):
+        case MatMul(p, Affine(v, s, t, node=None)) if -2 not in axes(s, t) and not _pending(p):
             if not is_zero(t) and not (isinstance(p, Softmax) and p.dim in (-1, (v.rank or 0) - 1)):
                 raise Refuse("a shift passes a product only if the rows of the other factor sum to one", blocker=op.node)
             return Affine(Value(), s, t)
@@ -259,12 +276,23 @@ RULES: tuple[Callable[[Op], Value | None], ...] = (
     through_relu,
     through_pool,
     through_movement,
-    through_zero_pad,
+    through_take,
+    through_pad,
     through_cat,
     through_sum,
     through_product,
     through_attention_values,
 )
+
+
+def _total(x: Value, y: Value, *, minus: bool) -> Constant:
+    """The shift of x ± y, of which one has a shift of its own at least."""
+    a, b = (v.t if isinstance(v, Affine) and _pending(v) else None for v in (x, y))
+    if b is not None and minus:
+        b = b * -1.0
+    total = a if b is None else b if a is None else a + b
+    assert total is not None
+    return total
 
 
 def _scaled(W: Constant, s: Constant) -> Constant:
@@ -287,8 +315,8 @@ def _grouped(c: Constant, W: Constant, groups: int) -> Constant:
 
 def _drop(c: Constant, rank: int, lost: set[int], keepdim: bool) -> Constant:
     """An affine on x, on the mean of x over the axes `lost`."""
-    if keepdim or not axes(c):
-        return c if keepdim else c.reshape(1)
+    if keepdim:
+        return c
     full = c.reshape(*[1] * (rank - c.ndim), *c.shape)
     return full.reshape(*[n for i, n in enumerate(full.shape) if i - rank not in lost])
 
@@ -305,11 +333,12 @@ def _on(op: Op, x: Value) -> Permute | Reshape | Movement:
     raise TypeError(op)
 
 
-def _raw(x: Value | Constant) -> Value | Constant:
-    return x.x if isinstance(x, Affine) and x.node is None else x
+def _raw(x: Any) -> Any:
+    return x.x if _pending(x) else x
 
 
-def _pending(x: Value) -> bool:
+def _pending(x: Any) -> bool:
+    """Is it an affine that is on its way, not one that stands in the graph?"""
     return isinstance(x, Affine) and x.node is None
 
 

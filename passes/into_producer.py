@@ -14,12 +14,17 @@ from normfuse.graph import Refuse
 from normfuse.passes.broadcast import (
     axes,
     channelwise,
+    collapse,
+    fitted,
+    image_axes,
     is_zero,
     keeps_shape,
+    padded_axes,
     per_channel,
     pooled_axes,
     positive,
     same_shape,
+    taken_alike,
     unmoved,
 )
 from normfuse.views import (
@@ -40,16 +45,19 @@ from normfuse.views import (
     Mean,
     Movement,
     Op,
+    Pad,
     Permute,
     Relu,
     Reshape,
+    Resize,
     Sdpa,
     Softmax,
     Sub,
+    Take,
     Value,
 )  # fmt: skip
 
-__all__ = ["RULES"]
+__all__ = ["RULES", "into_conv", "into_linear"]
 
 
 def into_linear(op: Op) -> Value | None:
@@ -143,7 +151,7 @@ def through_relu(op: Op) -> Value | None:
 
 
 def through_pool(op: Op) -> Value | None:
-    """s pool(x) + t  =  pool(s x + t): means for any s, maxima for s > 0, where s and t do not vary along what is pooled"""
+    """s pool(x) + t  =  pool(s x + t): means and resizing for any s, maxima for s > 0, where nothing varies along what is pooled"""
     match op:
         case Affine(MaxPool(x, kernel) as p, s, t):
             if not positive(s):
@@ -155,10 +163,10 @@ def through_pool(op: Op) -> Value | None:
             pooled = kernel
         case Affine(GlobalAvgPool(x, size) as p, s, t):
             pooled = size
-        case Affine(Mean(x, dim, True, None) as p, s, t):
-            if x.rank is None or axes(s, t) & {d % x.rank - x.rank for d in dim}:
-                return None
-            return Mean(Affine(x, s, t), dim, True)
+        case Affine(Resize(x) as p, s, t):
+            pooled = image_axes(p)
+        case Affine(Mean(x, dim, True, None), s, t):
+            return Mean(Affine(x, s, t), dim, True)  # s and t cannot vary along an axis of size 1
         case _:
             return None
     return None if axes(s, t) & pooled_axes(pooled) else dataclasses.replace(p, x=Affine(x, s, t), node=None)
@@ -175,6 +183,27 @@ def through_movement(op: Op) -> Value | None:
             return Reshape(Affine(x, unmoved(m, s, 1.0), unmoved(m, t, 0.0)), rest, target=m.target)
         case Affine(Movement(Value() as x, rest, kwargs, piece) as m, s, t):
             return Movement(Affine(x, unmoved(m, s, 1.0), unmoved(m, t, 0.0)), rest, kwargs, piece, target=m.target)
+        case _:
+            return None
+
+
+def through_take(op: Op) -> Value | None:
+    """s x[i] + t  =  (s x + t)[i]   for places i along axes on which nothing varies"""
+    match op:
+        case Affine(Take(x, mixed) as p, s, t) if x.rank is not None and taken_alike(p, x, axes(s, t), mixed):
+            return dataclasses.replace(p, x=Affine(x, fitted(s, x.rank), fitted(t, x.rank)), node=None)
+        case _:
+            return None
+
+
+def through_pad(op: Op) -> Value | None:
+    """s pad_v(x) + t  =  pad_w(s x + t),   w = s v + t   where that is one number"""
+    match op:
+        case Affine(Pad(x, pad, v) as p, s, t) if not axes(s, t) & padded_axes(pad):
+            w = collapse(t if v == 0 else s * v + t)
+            if axes(w) or bool(w.value.isnan()):
+                raise Refuse("the border would take another number in every channel", blocker=p.node)
+            return Pad(Affine(x, s, t), pad, float(w.value.reshape(-1)[0]))
         case _:
             return None
 
@@ -222,6 +251,8 @@ RULES: tuple[Callable[[Op], Value | None], ...] = (
     through_relu,
     through_pool,
     through_movement,
+    through_take,
+    through_pad,
     through_cat,
     through_attention_values,
 )

@@ -19,7 +19,23 @@ from normfuse.graph import Graph, Refuse
 from normfuse.passes.broadcast import PASS_INPUTS, UNKNOWN, axes, is_zero
 from normfuse.passes.streams import Place, centered, centered_writer, named, operands
 from normfuse.report import PassReport, Site
-from normfuse.views import Add, Affine, Cat, Identity, LayerNorm, Mean, Movement, Op, Permute, Reshape, RmsNorm, Sub, Value
+from normfuse.views import (
+    Add,
+    Affine,
+    Cat,
+    Conv,
+    ConvTranspose,
+    Identity,
+    LayerNorm,
+    Mean,
+    Movement,
+    Op,
+    Permute,
+    Reshape,
+    RmsNorm,
+    Sub,
+    Value,
+)  # fmt: skip
 
 __all__ = ["MeanFree", "Stream", "streams_of"]
 
@@ -61,6 +77,11 @@ class Stream:
     values: list[fx.Node] = field(default_factory=list)
     explicit: dict[fx.Node, str] = field(default_factory=dict)
     axis: dict[fx.Node, int] = field(default_factory=dict)
+    carried: dict[fx.Node, list[fx.Node]] = field(default_factory=dict)
+
+    def centers(self, reader: fx.Node, value: fx.Node) -> bool:
+        """Does the reader take the value without its mean?"""
+        return reader in self.norms or value in self.carried.get(reader, ())
 
 
 class MeanFree:
@@ -133,6 +154,8 @@ def _trace(graph: Graph, starts: list[Place]) -> Streams:
         if places is not None:
             found.edges[node] = places
             work += places
+    for node in [n for n, places in found.edges.items() if any(found.axis[v] != axis for v, axis in places)]:
+        del found.edges[node]  # it would need an operand without its mean along another axis
     return found
 
 
@@ -200,6 +223,8 @@ def _connected(graph: Graph, found: Streams, reads: list[tuple[fx.Node, fx.Node]
         stream.values.append(node)
         stream.axis[node] = found.axis[node]
         stream.explicit.update(streams[node].explicit)
+        if node not in stream.explicit:
+            stream.carried[node] = [operand for operand, _ in found.edges.get(node, ())]
     for norm, value in reads:
         merged[root(value)].norms.append(norm)
     for stream in merged.values():
@@ -224,6 +249,10 @@ def _explicit(graph: Graph, found: Streams, node: fx.Node) -> str | None:
     if isinstance(op, (Reshape, Cat)):
         return f"{named(graph, node)} joins features that have means of their own"
     writer = centered_writer(graph, op, found.axis[node])
+    if writer is None and isinstance(op, (Conv, ConvTranspose)) and op.groups > 1:
+        return (
+            f"{named(graph, node)} has {op.groups} groups: no weight of it sees all features, so that none could remove their mean"
+        )
     if writer is None:
         return f"{named(graph, node)} has no weights that could be centered"
     shared = [c for c in vars(op).values() if isinstance(c, Constant) and graph.shared(c)]
@@ -233,17 +262,27 @@ def _explicit(graph: Graph, found: Streams, node: fx.Node) -> str | None:
 
 
 def _gather_roots(graph: Graph, found: Streams, stream: Stream) -> None:
-    """Center a sum once, not each of its terms: P x + P y = P (x + y)."""
+    """Center a sum once, not each of its terms: P x + P y = P (x + y), also where a term is moved first: P M x = M P x."""
     read = {v for n in stream.norms for v in n.all_input_nodes}
+    carriers: dict[fx.Node, list[fx.Node]] = {}
+    for node, taken in stream.carried.items():
+        for n in dict.fromkeys(taken):
+            carriers.setdefault(n, []).append(node)
     for node in stream.values:
         terms = [n for n, _ in found.edges.get(node, ())]
-        heavy = [n for n in terms if n in stream.explicit and n not in read and n not in found.sees_mean and len(n.users) == 1]
-        if node not in stream.explicit and len(heavy) > 1 and all(n in heavy or graph.constant(n) is not None for n in terms):
+        heavy = [n for n in terms if n in stream.explicit and n not in read and carriers[n] == [node]]
+        moved = len(terms) == 1 and isinstance(graph.view(node, 1), (Identity, Permute, Reshape))
+        if (
+            node not in stream.explicit
+            and len(heavy) > (not moved)
+            and all(n in heavy or graph.constant(n) is not None for n in terms)
+        ):
             why = stream.explicit[heavy[0]]
-            for n in heavy:
+            for n in dict.fromkeys(heavy):
                 del stream.explicit[n]
             stream.explicit[node] = why
-            stream.values = [v for v in stream.values if v not in terms]
+            del stream.carried[node]
+            stream.values = [v for v in stream.values if v not in heavy]
 
 
 # -- decision and rewrite ----------------------------------------------------------------------------------------------
@@ -287,13 +326,12 @@ def _note(graph: Graph, stream: Stream) -> str:
 
 
 def _center(graph: Graph, stream: Stream) -> None:
-    inside = {*stream.values, *stream.norms}
     for node in stream.values:
         axis = stream.axis[node]
         if node in stream.explicit:
-            _subtract_mean(graph, node, axis, inside)
+            _subtract_mean(graph, node, axis, stream)
         elif (constant := graph.constant(node)) is not None:
-            _read_centered(graph, node, centered(constant, constant.ndim + axis), inside)
+            _read_centered(graph, node, centered(constant, constant.ndim + axis), stream)
         else:
             op = graph.view(node, 2)
             value = _centered_affine(op, axis) if isinstance(op, Affine) else centered_writer(graph, op, axis)
@@ -311,7 +349,7 @@ def _centered_affine(op: Affine, axis: int) -> Op:
     return Affine(op.x, op.s, centered(op.t, op.t.ndim + axis) if axis in axes(op.t) else op.t * 0.0)
 
 
-def _subtract_mean(graph: Graph, node: fx.Node, axis: int, inside: set[fx.Node]) -> None:
+def _subtract_mean(graph: Graph, node: fx.Node, axis: int, stream: Stream) -> None:
     """P x = x − mean(x), for those readers that belong to the stream."""
     users = list(node.users)
     x = Value(node=node)
@@ -320,21 +358,21 @@ def _subtract_mean(graph: Graph, node: fx.Node, axis: int, inside: set[fx.Node])
         before = before.next
     new = graph.emit(Sub(x, Mean(x, [axis], True)), before, node)
     for user in users:
-        _redirect(graph, user, node, new, inside)
+        _redirect(graph, user, node, new, stream)
 
 
-def _redirect(graph: Graph, user: fx.Node, old: fx.Node, new: fx.Node, inside: set[fx.Node]) -> None:
-    if user in inside:
+def _redirect(graph: Graph, user: fx.Node, old: fx.Node, new: fx.Node, stream: Stream) -> None:
+    if stream.centers(user, old):
         user.replace_input_with(old, new)
     elif pieces(user):
-        taken = [piece for piece in user.users if piece in inside]
+        taken = [piece for piece in user.users if stream.centers(piece, old)]
         if taken:
             split = graph.call(user.target, (new, *user.args[1:]), user, user, dict(user.kwargs))
             for piece in taken:
                 piece.replace_input_with(user, split)
 
 
-def _read_centered(graph: Graph, node: fx.Node, value: Constant, inside: set[fx.Node]) -> None:
+def _read_centered(graph: Graph, node: fx.Node, value: Constant, stream: Stream) -> None:
     for user in list(node.users):
-        if user in inside:
+        if stream.centers(user, node):
             user.replace_input_with(node, graph.emit_constant(value, user))

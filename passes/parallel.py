@@ -1,6 +1,6 @@
-"""Branches that read one value and are added: their kernels add up to one.
+"""Branches that read one value and are added or subtracted: their kernels add up to one.
 
-    W₁ ∗ x + b₁ + W₂ ∗ x + b₂ + (s x + t)  =  (W₁ + W₂ + s δ) ∗ x + (b₁ + b₂ + t)
+    W₁ ∗ x + b₁ − (W₂ ∗ x + b₂) + (s x + t)  =  (W₁ − W₂ + s δ) ∗ x + (b₁ − b₂ + t)
 
 δ is the unit kernel; a smaller kernel gets zeros around it. Source: Ding et al., RepVGG, arXiv 2101.03697, section 3.3.
 """
@@ -18,14 +18,17 @@ from torch import Tensor, fx
 from normfuse.constants import Constant
 from normfuse.graph import Graph, Refuse
 from normfuse.passes.broadcast import is_zero, per_channel
+from normfuse.passes.into_producer import into_conv, into_linear
 from normfuse.passes.precision import in_range
-from normfuse.views import Add, Affine, Conv, Linear, Value
+from normfuse.views import Add, Affine, Conv, Linear, Sub, Value
 
 __all__ = ["Merged", "parallel_convs"]
 
 aten = torch.ops.aten
 
 _CONVS = {3: aten.conv1d.default, 4: aten.conv2d.default, 5: aten.conv3d.default}
+Term = tuple[fx.Node, int]  # a value and its sign in a sum
+
 _UNTIE = 1 << 16  # bytes: a weight that others read too is not stored once more above this
 
 
@@ -39,6 +42,7 @@ class Branch:
         W: its weight; None for s x + t.
         b: its bias, or the shift t.
         s: the scale of s x + t; None for x itself, and where there is a weight.
+        sign: −1 for a term that is subtracted; W, b and s are those of the term itself.
     """
 
     node: fx.Node
@@ -51,6 +55,7 @@ class Branch:
     padding: tuple[int, ...]
     dilation: tuple[int, ...]
     groups: int
+    sign: int = 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,7 +74,7 @@ class Merged:
 
 
 def parallel_convs(graph: Graph, node: fx.Node) -> Merged | None:
-    """W₁ ∗ x + W₂ ∗ x + s x + t  =  (W₁ + W₂ + s δ) ∗ x + t, and the same for linear operators: equal strides and groups,
+    """W₁ ∗ x ± W₂ ∗ x ± (s x + t)  =  (W₁ ± W₂ ± s δ) ∗ x ± t, and the same for linear operators: equal strides and groups,
     kernels with one centre, and no more taps than before"""
     if not _outermost(graph, node):
         return None
@@ -84,16 +89,17 @@ def parallel_convs(graph: Graph, node: fx.Node) -> Merged | None:
             if chosen is None:
                 continue
             whole: Value = _one(graph, chosen)
-            in_range(graph.view(lead, 1), whole)
+            in_range(graph.view(lead[0], 1), whole)
         except Refuse as e:
             refusal = refusal or e
             continue
-        taken = [b.node for b in chosen]
+        taken = [(b.node, b.sign) for b in chosen]
         for term in terms:
             if term in taken:
                 taken.remove(term)
             else:
-                whole = Add(Value(node=term), whole)
+                value, sign = Value(node=term[0]), term[1]
+                whole = Add(value, whole) if sign > 0 else Sub(whole, value)
         return Merged(whole, len(chosen), "parallel_linears" if not first.size else "parallel_convs")
     if refusal is not None:
         raise refusal
@@ -108,48 +114,63 @@ def _outermost(graph: Graph, node: fx.Node) -> bool:
 
 def _sum(graph: Graph, node: fx.Node) -> bool:
     match graph.view(node, 1):
-        case Add(Value(), Value()):
+        case Add(Value(), Value()) | Sub(Value(), Value()):
             return True
         case _:
             return False
 
 
-def _terms(graph: Graph, node: fx.Node) -> list[fx.Node]:
-    """The values that a tree of additions adds up; an inner sum that somebody else reads is one of them."""
-    found: list[fx.Node] = []
-    work = [node]
+def _terms(graph: Graph, node: fx.Node) -> list[Term]:
+    """The values that a tree of sums and differences adds up; an inner one that somebody else reads is one of them."""
+    found: list[Term] = []
+    work = [(node, 1)]
     while work:
-        n = work.pop()
+        n, sign = work.pop()
         if n is node or (len(n.users) == 1 and _sum(graph, n)):
-            work += [a for a in (n.args[1], n.args[0]) if isinstance(a, fx.Node)]
+            second = -sign if isinstance(graph.view(n, 1), Sub) else sign
+            work += [(a, s) for a, s in ((n.args[1], second), (n.args[0], sign)) if isinstance(a, fx.Node)]
         else:
-            found.append(n)
+            found.append((n, sign))
     return found
 
 
 # -- branches ----------------------------------------------------------------------------------------------------------
 
 
-def _weighted(graph: Graph, node: fx.Node) -> Branch | None:
-    match graph.view(node, 1):
+def _weighted(graph: Graph, term: Term) -> Branch | None:
+    node, sign = term
+    match _with_its_gain(graph, node):
         case Linear(Value(node=fx.Node() as x), W, b):
-            return Branch(node, x, W, b, None, (), (), (), (), 1)
+            return Branch(node, x, W, b, None, (), (), (), (), 1, sign)
         case Conv(Value(node=fx.Node() as x), W, b, stride, padding, dilation, groups):
             n = W.ndim - 2
             size, spread = tuple(W.shape[2:]), _times(dilation, n)
             around = _padding(padding, size, spread)
-            return None if around is None else Branch(node, x, W, b, None, size, _times(stride, n), around, spread, groups)
+            return None if around is None else Branch(node, x, W, b, None, size, _times(stride, n), around, spread, groups, sign)
         case _:
             return None
 
 
-def _unit(graph: Graph, node: fx.Node, lead: Branch) -> Branch | None:
+def _with_its_gain(graph: Graph, node: fx.Node) -> Value:
+    """s (W ∗ x + b) + t as one operator, where the branches under a gain have just become one that nobody else reads."""
+    match graph.view(node, 2):
+        case Affine(Linear() | Conv() as inner) as op if inner.sole_use and not graph.shared(inner.W):
+            try:
+                return into_linear(op) or into_conv(op) or op
+            except Refuse:
+                return op
+        case _:
+            return graph.view(node, 1)
+
+
+def _unit(graph: Graph, term: Term, lead: Branch) -> Branch | None:
     """x, or s x + t with s and t per channel, as a kernel of one tap."""
+    node, sign = term
     assert lead.W is not None
     n, channels = len(lead.size), lead.W.shape[0]
     if channels != lead.W.shape[1] * lead.groups:
         return None
-    ones = ((1,) * n, (1,) * n, (0,) * n, (1,) * n, lead.groups)
+    ones = ((1,) * n, (1,) * n, (0,) * n, (1,) * n, lead.groups, sign)
     if node is lead.x:
         return Branch(node, node, None, None, None, *ones)
     match graph.view(node, 1):
@@ -178,10 +199,10 @@ def _times(value: Any, n: int) -> tuple[int, ...]:
 # -- which of them add up ----------------------------------------------------------------------------------------------
 
 
-def _fitting(graph: Graph, lead: Branch, terms: list[fx.Node]) -> list[Branch] | None:
+def _fitting(graph: Graph, lead: Branch, terms: list[Term]) -> list[Branch] | None:
     """The branches that become one operator with `lead`, the largest kernel first; None if there are none."""
     rest = list(terms)
-    rest.remove(lead.node)
+    rest.remove((lead.node, lead.sign))
     weighted = [
         b for b in (_weighted(graph, n) for n in rest) if b is not None and b.x is lead.x and bool(b.size) == bool(lead.size)
     ]
@@ -261,11 +282,11 @@ def _one(graph: Graph, branches: list[Branch]) -> Value:
     lead, size = branches[0], _largest(branches)
     W = lead.W
     assert W is not None
-    weights = [b.W for b in branches if b.W is not None]
-    scales = [1.0 if b.s is None else b.s for b in branches if b.W is None]
+    weights = [_signed(b.W, b.sign) for b in branches if b.W is not None]
+    scales = [float(b.sign) if b.s is None else _signed(b.s, b.sign) for b in branches if b.W is None]
     whole = Constant.apply(_sum_of_kernels, weights, scales, size, lead.groups)
     bias: Constant | None = None
-    for b in (branch.b for branch in branches):
+    for b in (None if branch.b is None else _signed(branch.b, branch.sign) for branch in branches):
         bias = b if bias is None else bias + b if b is not None else bias
     if bias is not None and all(b.b is None for b in branches if b.W is not None):
         bias = bias.cast(W.dtype).named(f"{W.name.removesuffix('weight')}bias" if W.name.endswith("weight") else f"{W.name}_bias")
@@ -275,6 +296,10 @@ def _one(graph: Graph, branches: list[Branch]) -> Value:
     widest = [max(branches, key=lambda b: b.size[i]) for i in range(len(size))]
     padding, dilation = [b.padding[i] for i, b in enumerate(widest)], [b.dilation[i] for i, b in enumerate(widest)]
     return Conv(x, whole, bias, list(lead.stride), padding, dilation, lead.groups, target=_CONVS[W.ndim])
+
+
+def _signed(c: Constant, sign: int) -> Constant:
+    return c if sign > 0 else -c
 
 
 def _sum_of_kernels(weights: list[Tensor], scales: list[Tensor | float], size: tuple[int, ...], groups: int) -> Tensor:

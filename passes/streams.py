@@ -37,7 +37,9 @@ from normfuse.views import (
     Pad,
     Permute,
     Reshape,
+    Resize,
     Sub,
+    Take,
     Value,
     affine,
 )  # fmt: skip
@@ -104,6 +106,10 @@ def operands(graph: Graph, node: fx.Node, axis: int) -> list[Place] | None:
             source = _axis_before_mean(x.rank, [n % x.rank for n in dim], keepdim, axis)
             found = [(x, source)] if source is not None else []
         case AvgPool(x, kernel) | GlobalAvgPool(x, kernel) if -axis > (len(kernel) if isinstance(kernel, (list, tuple)) else 1):
+            found = [(x, axis)]
+        case Resize(x) if x.rank is not None and -axis > x.rank - 2:
+            found = [(x, axis)]
+        case Take(x, mixed) if axis not in mixed:
             found = [(x, axis)]
         case MatMul(Value() as y, Value() as x) if axis == -1 and x.node is not y.node:
             found = [(x, axis)]

@@ -1,0 +1,37 @@
+"""A norm that is computed twice is computed once.
+
+γ₁ N(x) and γ₂ N(x), with both gains folded away, are N(x) and N(x)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import fx
+
+from normfuse.aliases import is_returned
+from normfuse.graph import Graph
+from normfuse.report import Site
+from normfuse.views import GroupNorm, LayerNorm, RmsNorm
+
+__all__ = ["norms_once"]
+
+RULE = "norm_of_one_value"
+
+
+def norms_once(graph: Graph) -> list[Site]:
+    """Two norms of one value with the same constants are one; the sites of those that went.
+
+    Results of the model stay two: writing to one must not change the other.
+    """
+    first: dict[Any, fx.Node] = {}
+    applied = []
+    for node in graph:
+        if not isinstance(graph.view(node, 1), (LayerNorm, RmsNorm, GroupNorm)) or is_returned(node):
+            continue
+        key = (node.target, *map(repr, node.args), *map(repr, sorted(node.kwargs.items())))
+        earlier = first.setdefault(key, node)
+        if earlier is not node and graph.permit(RULE, graph.path(node)):
+            applied.append(graph.site(RULE, node, note=f"it is {graph.path(earlier)}"))
+            node.replace_all_uses_with(earlier)
+    return applied

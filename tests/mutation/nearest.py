@@ -1,0 +1,38 @@
+"""Which test files are near a source file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+__all__ = ["ROOT", "SOURCES", "nearest"]
+
+ROOT = Path(__file__).parents[2]
+
+# an affine is tried through `affine`, with the operators above and below it
+_ALGEBRA = ("passes/test_affine.py", "passes/test_affine_copies.py", "passes/test_guards_algebra.py")
+_STREAMS = ("passes/test_guards_streams.py", "passes/test_mean_free_writers.py", "passes/test_mean_free.py")
+
+SOURCES: dict[str, tuple[str, ...]] = {
+    "passes/affine.py": _ALGEBRA,
+    "passes/broadcast.py": _ALGEBRA,
+    "passes/cleanup.py": ("passes/test_cleanup*.py", "passes/test_slices.py"),
+    "passes/expose.py": _ALGEBRA,
+    "passes/into_consumer.py": _ALGEBRA,
+    "passes/into_producer.py": _ALGEBRA,
+    "passes/key_bias.py": ("passes/test_guards_key_bias.py", "passes/test_key_bias.py"),
+    "passes/mean_free.py": _STREAMS,
+    "passes/moments.py": ("passes/test_guards_moments.py", "passes/test_recognise.py"),
+    "passes/once.py": ("passes/test_slices.py",),
+    "passes/parallel.py": ("passes/test_guards_parallel.py", "passes/test_parallel_signs.py", "passes/test_bake.py"),
+    "passes/select.py": ("passes/test_guards_select.py", "passes/test_select.py"),
+    "passes/slices.py": ("passes/test_slices.py",),
+    "passes/streams.py": _STREAMS,
+    "normfuse/capture.py": ("test_capture*.py", "test_api.py"),
+    "normfuse/pt2.py": ("test_pt2*.py", "test_hostile*.py"),
+}
+
+
+def nearest(source: str) -> list[Path]:
+    """The test files of a source, as they are there now: those of its name where nobody has said which they are."""
+    patterns = SOURCES.get(source, (f"passes/test_{Path(source).stem}*.py",))
+    return [path for pattern in patterns for path in sorted((ROOT / "tests").glob(pattern))]
