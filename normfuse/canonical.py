@@ -13,8 +13,10 @@ from torch import Tensor, fx
 from torch.export import ExportedProgram
 
 from normfuse.attribute_names import attribute_names
+from normfuse.dtypes import default_eps
 from normfuse.errors import CaptureError
 from normfuse.guards import guards_of, set_guards
+from normfuse.observers import without_idle_observers
 from normfuse.regions import inline_regions
 from normfuse.writes import secret_views, without_writes, writes
 
@@ -38,6 +40,7 @@ def canonical_module(program: ExportedProgram, smallest: Mapping[str, int] | Non
     assert isinstance(gm, fx.GraphModule)
     guards = guards_of(gm, program.range_constraints, getattr(program, "_guards_code", ()), smallest)
     gm = _plain(gm)
+    without_idle_observers(gm)
     if writes(gm) and not without_writes(gm):
         # views of one tensor may be written through another: only functionalization gets that right
         decomposed = program.run_decompositions(secret_views(gm)).module()
@@ -86,14 +89,13 @@ def _readable(program: ExportedProgram) -> ExportedProgram:
 
 
 def _state_epsilon(gm: fx.GraphModule) -> None:
-    """rms_norm without an epsilon takes that of the dtype it computes in: float64 for float64, else float32, half included."""
+    """rms_norm without an epsilon takes that of the dtype it computes in."""
     for node in gm.graph.find_nodes(op="call_function", target=aten.rms_norm.default):
         x, shape, weight, eps = _bound(node)
         if eps is not None:
             continue
         val = x.meta.get("val")
-        wide = isinstance(val, Tensor) and val.dtype is torch.float64
-        node.args, node.kwargs = (x, shape, weight, torch.finfo(torch.float64 if wide else torch.float32).eps), {}
+        node.args, node.kwargs = (x, shape, weight, default_eps(val.dtype if isinstance(val, Tensor) else torch.float32)), {}
 
 
 def _bound(node: fx.Node) -> list[Any]:

@@ -275,3 +275,16 @@ def test_a_failed_capture_says_what_to_state_instead(model, example, dynamic, wo
     assert message.count("\n") < 6
     assert len(message) < 600
     assert not capfd.readouterr().err
+
+
+def test_quantization_aware_layers_with_observers_off_are_captured_and_round_alike():
+    import torch.ao.nn.intrinsic.qat as qat
+    import torch.ao.quantization as ao
+
+    model = nn.Sequential(qat.ConvBnReLU2d(3, 4, 3, qconfig=ao.get_default_qat_qconfig("fbgemm")))
+    for _ in range(3):
+        model.train()(torch.randn(4, 3, 8, 8))
+    model.eval().apply(ao.disable_observer)
+    x = torch.randn(2, 3, 8, 8)
+    fast = normfuse.optimize(model, (x,))
+    torch.testing.assert_close(fast(x), model(x), rtol=1e-4, atol=1e-5)
