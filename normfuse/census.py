@@ -23,7 +23,7 @@ from normfuse.views import (
     RmsNorm,
 )  # fmt: skip
 
-__all__ = ["census", "regions"]
+__all__ = ["NORMS", "census", "regions"]
 
 _KINDS: dict[type[Op], str] = {
     BatchNorm: "batch_norm",
@@ -32,6 +32,9 @@ _KINDS: dict[type[Op], str] = {
     RmsNorm: "rms_norm",
     GroupNorm: "group_norm",
 }
+NORMS = tuple(_KINDS)
+"""Views of PyTorch's own normalizations."""
+
 _MOVES = (Identity, Movement, Permute, Reshape)
 _WORDS = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
 _LAYER = re.compile(r"normfuse\.nn\.\w+\.(\w*Norm\w*|Dynamic\w+)")

@@ -9,6 +9,7 @@ import torch
 from normfuse.constants import Constant
 from normfuse.graph import Graph, Refuse
 from normfuse.passes.broadcast import PASS_INPUTS, UNKNOWN, axes, channelwise, keeps_shape
+from normfuse.passes.enclosed import enclosed
 from normfuse.passes.known import dtype_of, infer, inherit, is_floating, may_be_floating
 from normfuse.report import PassReport, Site
 from normfuse.views import Add, Affine, BatchNorm, Div, GroupNorm, InstanceNorm, LayerNorm, Mul, Op, RmsNorm, Sub, Value
@@ -150,4 +151,5 @@ class Expose:
                     inherit(new, node)
                 break
         graph.clean()
+        refused += enclosed(graph)
         return PassReport(self.name, refused=tuple(refused), seconds=perf_counter() - start)

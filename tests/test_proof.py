@@ -432,6 +432,9 @@ def test_norms_inside_of_conditions_are_counted_where_they_stand():
     report = normfuse.report(normfuse.optimize(model, (x,)))
     assert report.norms_before == {"batch_norm": 1, "layer_norm": 1}
     assert report.norms_after == {"batch_norm": 0, "layer_norm": 1}
+    assert [(s.rule, s.note) for s in report.refused] == [
+        ("enclosed", "stands in a branch of torch.cond, into which no rewrite looks")
+    ]
     assert report.exact.max_rel <= 1e-9
 
 
