@@ -1,18 +1,23 @@
-"""Regions that `torch.export` keeps apart, written back into the graph: autocast that is off, and gradients that are on or off.
+"""Regions that `torch.export` keeps apart, written back into the graph: autocast, and gradients that are on or off.
 
     with torch.autocast("cpu", enabled=False): ...     with torch.no_grad(): ...     @torch.no_grad() on a method
 
 Nothing of normfuse runs under autocast or asks for gradients, so such a region is the graph it holds. Rotary positions and linear
-attention are often written so. A region that switches autocast on is another computation and stays.
+attention are often written so. A region that switches autocast on is the graph it holds with the casts that autocast makes
+(`normfuse.autocasts`); it stays where these cannot be told.
 """
 
 from __future__ import annotations
 
+import copy
 import operator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import fx
+
+from normfuse.autocasts import state_casts
 
 __all__ = ["inline_regions"]
 
@@ -26,15 +31,31 @@ _BODY: dict[Any, int] = {
 def inline_regions(gm: fx.GraphModule) -> int:
     """Write each such region into the graph around it, in place, regions inside regions too; returns how many there were."""
     count = 0
-    while (node := next((n for n in gm.graph.nodes if _says_nothing(gm, n)), None)) is not None:
-        _inline(gm, node)
+    while (found := next(_plain(gm, tuple(_BODY)), None)) is not None:
+        _inline(gm, *found)
         count += 1
     return count
 
 
-def _says_nothing(gm: fx.GraphModule, node: fx.Node) -> bool:
-    on = node.target is _hop.wrap_with_autocast and node.args[2] is not False
-    return node.target in _BODY and not on and _body(gm, node) is not None
+def _plain(gm: fx.GraphModule, kinds: tuple[Any, ...]) -> Iterator[tuple[fx.Node, fx.GraphModule]]:
+    """Regions of these kinds, each with a graph that means the same without it."""
+    for node in gm.graph.nodes:
+        body = _body(gm, node) if node.target in kinds else None
+        if body is None:
+            continue
+        if node.target is not _hop.wrap_with_autocast or node.args[2] is False:
+            yield node, body
+        elif (stated := _with_casts(body, node.args[0], node.args[1])) is not None:
+            yield node, stated
+
+
+def _with_casts(body: fx.GraphModule, device: str, dtype: torch.dtype | None) -> fx.GraphModule | None:
+    stated = fx.GraphModule(body, copy.deepcopy(body.graph))
+    for old, new in zip(body.graph.nodes, stated.graph.nodes, strict=True):
+        new.meta = dict(old.meta)
+    while (found := next(_plain(stated, (_hop.wrap_with_set_grad_enabled,)), None)) is not None:
+        _inline(stated, *found)  # what is in it is under autocast too
+    return stated if state_casts(stated, device, dtype) else None
 
 
 def _body(gm: fx.GraphModule, node: fx.Node) -> fx.GraphModule | None:
@@ -43,9 +64,7 @@ def _body(gm: fx.GraphModule, node: fx.Node) -> fx.GraphModule | None:
     return found if isinstance(found, fx.GraphModule) else None
 
 
-def _inline(gm: fx.GraphModule, node: fx.Node) -> None:
-    body = _body(gm, node)
-    assert body is not None
+def _inline(gm: fx.GraphModule, node: fx.Node, body: fx.GraphModule) -> None:
     names = {str(n.target): _adopted(gm, body, str(n.target)) for n in body.graph.nodes if n.op == "get_attr"}
     first = _BODY[node.target]
     inside = dict(zip(body.graph.find_nodes(op="placeholder"), node.args[first + 1 :], strict=True))

@@ -72,10 +72,6 @@ def _value(graph: Graph, node: fx.Node, env: dict[fx.Node, Any], feed: Any, exac
         constant = graph.constants.get(str(node.target))
         return graph.owned(str(node.target)) if constant is None else _constant(constant, exact)
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), env.__getitem__)
-    if exact:
-        args, kwargs = pytree.tree_map(lambda v: widened(v) if isinstance(v, torch.dtype) else v, (args, kwargs))
-        if node.target is torch.ops.aten._assert_tensor_metadata.default:
-            return None
     if node.op == "call_method":
         return getattr(args[0], str(node.target))(*args[1:], **kwargs)
     if node.op == "call_module":
