@@ -160,8 +160,8 @@ def _optimized(model: nn.Module, given: Any, row: Row) -> nn.Module | None:
     return fast  # type: ignore[no-any-return]
 
 
-def _optimize(model: nn.Module, given: Any, *, partial: bool) -> nn.Module:
-    return normfuse.optimize(model, given, partial=True) if partial else normfuse.optimize(model, given)  # type: ignore[call-arg]
+def _optimize(model: nn.Module, given: Any, *, partial: bool, verify: str = "end") -> nn.Module:
+    return normfuse.optimize(model, given, verify=verify, **({"partial": True} if partial else {}))  # type: ignore[arg-type]
 
 
 def _without_cache(model: nn.Module) -> nn.Module:
@@ -186,7 +186,7 @@ def _in_float64(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
         if not _wanted(truth):
             row.no_double = "the model computes in a dtype of its own"
             return
-        fast = normfuse.optimize(twin, wide[0] or wide[1], verify="off")
+        fast = _optimize(twin, wide[0] or wide[1], partial=row.status == "parts", verify="off")
         row.double.append(_error(truth, _outputs(fast, *wide)))
     except Exception as e:
         row.no_double = _first_line(e)

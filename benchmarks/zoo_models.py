@@ -121,8 +121,10 @@ def _timm_family(name: str) -> tuple[str, str]:
 def _torchvision(name: str) -> nn.Module:
     models = importlib.import_module("torchvision.models")
     takes = inspect.signature(models.get_model_builder(name)).parameters
-    backbone = {"weights_backbone": None} if "weights_backbone" in takes else {}
-    return models.get_model(name, weights=None, **backbone)  # type: ignore[no-any-return]
+    options: dict[str, Any] = {"weights_backbone": None} if "weights_backbone" in takes else {}
+    if ".detection" in models.get_model_builder(name).__module__ and not name.startswith("ssd"):
+        options |= {"min_size": 192, "max_size": 256}  # of 800 and 1333: norms do not depend on it
+    return models.get_model(name, weights=None, **options)  # type: ignore[no-any-return]
 
 
 def _torchvision_family(name: str) -> tuple[str, str]:
