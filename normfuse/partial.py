@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Any
 
@@ -36,7 +38,12 @@ log = logging.getLogger(__name__)
 Optimize = Callable[..., fx.GraphModule]
 """`normfuse.optimize` with its options; it takes a program, its inputs and `calibration`."""
 
+_CHOOSES = (
+    "the outputs choose between candidates that are nearly equal: those of the original move as far when its submodules round "
+    "otherwise; the parts were compared one by one"
+)
 _LONGEST = 200  # characters of a reason
+_SHAKEN = 4  # times that the original runs with noise
 _ROOM = 16  # calls of one submodule, of different sizes, that its part is compared on
 _NORMS = {
     "BatchNorm": "batch_norm",
@@ -154,13 +161,23 @@ def _explain(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         raise CaptureError(f"{type(model).__name__} does not run on example_inputs: {type(e).__name__}: {_first_line(e)}") from e
 
 
+@dataclass(frozen=True)
+class _Done:
+    """A part, its report, and its largest relative deviation from the submodule in the model's own dtype."""
+
+    module: OptimizedPart
+    report: Report
+    drift: float
+
+
 class _Work:
     """The search for parts.
 
     Attributes:
-        parts: module in the copy -> its part, its call and the report of `optimize`.
+        parts: what was made of a module of the copy.
         left: path and reason of submodules that stay as they are.
-        undone: paths of parts that were taken back because the whole model did not agree.
+        undone: parts that were taken back because the whole model did not run with them or was another function.
+        chooses: the outputs of the original move far when its submodules round otherwise, so that they cannot be compared.
     """
 
     def __init__(
@@ -173,9 +190,10 @@ class _Work:
     ) -> None:
         self.model, self.calls, self.runs, self.batches, self.optimize = model, calls, runs, batches, optimize
         self.paths = {m: path for path, m in reversed(list(model.named_modules()))}
-        self.parts: dict[nn.Module, tuple[OptimizedPart, Report]] = {}
+        self.parts: dict[nn.Module, _Done] = {}
         self.left: dict[nn.Module, str] = {}
         self.undone: list[nn.Module] = []
+        self.chooses = False
         self.places = [
             (parent, name, child) for parent in model.modules() for name, child in parent._modules.items() if child is not None
         ]
@@ -234,17 +252,18 @@ class _Work:
             self.left[module] = "nothing to rewrite"
             return None
         others = [example, *samples, *probes(program, example, signature.linked(calls))]
-        reason = _disagreement(called, graph, others, found.report)
-        if reason is None:
-            self.parts[module] = (OptimizedPart(self.paths[module], graph, signature), found.report)
-        return reason
+        worst = _compared(called, graph, others, found.report)
+        if isinstance(worst, str):
+            return worst
+        self.parts[module] = _Done(OptimizedPart(self.paths[module], graph, signature), found.report, worst)
+        return None
 
     # -- the whole model -----------------------------------------------------------------------------------------------
 
     def put(self, parts: Sequence[nn.Module]) -> None:
         """These parts in their places, the submodules themselves in all others."""
         for parent, name, child in self.places:
-            setattr(parent, name, self.parts[child][0] if child in parts else child)
+            setattr(parent, name, self.parts[child].module if child in parts else child)
 
     def settle(self, verify: bool) -> Error | None:
         """Put the parts in place; take back those with which the whole model does not run or is another function."""
@@ -256,7 +275,9 @@ class _Work:
         if error is not None and (_agree(error, expected) or self._lossy() or not verify):
             return error if verify else None
         if error is not None and self._chooses(run, expected):
-            return error
+            self.put(kept)
+            self.chooses = True
+            return None
         kept = []
         for module in self.parts:  # one that breaks the model alone is found in a pass
             error = self._error([*kept, module], run, expected)
@@ -276,22 +297,28 @@ class _Work:
             return None
 
     def _lossy(self) -> bool:
-        return any(p.sqnr is not None for _, report in self.parts.values() for p in report.passes)
+        return any(p.sqnr is not None for part in self.parts.values() for p in part.report.passes)
 
     def _chooses(self, run: Any, expected: list[Tensor]) -> bool:
-        """Do the outputs of the original move as far when its inputs move by one rounding (top-k, NMS)?"""
+        """Do the outputs of the original move as far when its submodules round as their parts do (top-k, NMS)?"""
         self.put([])
-        generator = torch.Generator().manual_seed(0)
+        return any(not _agree(_difference(expected, self._shaken(run, seed)), expected) for seed in range(_SHAKEN))
 
-        def moved(x: Tensor) -> Tensor:
-            if not x.is_floating_point():
+    def _shaken(self, run: Any, seed: int) -> list[Tensor]:
+        """Outputs of the original with noise on what the submodules return that have parts, as large as the part's deviation."""
+        generator = torch.Generator().manual_seed(seed)
+
+        def moved(x: Tensor, by: float) -> Tensor:
+            if not x.is_floating_point() or not x.numel():
                 return x
-            noise = torch.randn(x.shape, generator=generator).to(x)
-            return x * (1 + torch.finfo(x.dtype).eps * noise)
+            return x + by * float(x.abs().max()) * torch.randn(x.shape, generator=generator).to(x)
 
-        found = _difference(expected, _tensors(self.model, *pytree.tree_map_only(Tensor, moved, run)))
-        self.put(list(self.parts))
-        return not _agree(found, expected)
+        with ExitStack() as stack:
+            for module, part in self.parts.items():
+                by = max(part.drift, torch.finfo(torch.float32).eps)
+                hook = functools.partial(lambda by, *call: pytree.tree_map_only(Tensor, lambda x: moved(x, by), call[-1]), by)
+                stack.callback(module.register_forward_hook(hook).remove)
+            return _tensors(self.model, *run)
 
 
 def _hindrance(module: nn.Module, calls: list[Call], of: dict[nn.Module, list[Call]]) -> str | None:
@@ -328,9 +355,13 @@ def _first_line(e: BaseException) -> str:
     return next((line.strip() for line in str(e).splitlines() if line.strip()), "")
 
 
-def _disagreement(called: nn.Module, graph: nn.Module, inputs: Sequence[Any], report: Report) -> str | None:
-    """Where the part is not what the submodule is; sizes that the submodule itself does not take are passed over."""
+def _compared(called: nn.Module, graph: nn.Module, inputs: Sequence[Any], report: Report) -> float | str:
+    """The largest relative deviation of the part from the submodule, or where it is another function.
+
+    Sizes that the submodule itself does not take are passed over.
+    """
     lossy = any(p.sqnr is not None for p in report.passes)
+    worst = 0.0
     for tensors in inputs:
         try:
             expected = _tensors(called, tensors, {})
@@ -341,15 +372,12 @@ def _disagreement(called: nn.Module, graph: nn.Module, inputs: Sequence[Any], re
         try:
             found = _tensors(graph, tensors, {})
         except Exception as e:
-            return (
-                f"its part would not take inputs of sizes {sizes}: {type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}"[
-                    :200
-                ]
-            )
+            return f"its part would not take inputs of sizes {sizes}: {type(e).__name__}: {_first_line(e)}"[:_LONGEST]
         error = _difference(expected, found)
-        if not (_agree(error, expected) or (lossy and error.max_abs < float("inf"))):
+        if not (_agree(error, expected) or (lossy and math.isfinite(error.max_abs))):
             return f"its part is another function at sizes {sizes} (relative error {error.max_rel:.1e})"
-    return None
+        worst = max(worst, error.max_rel)
+    return worst
 
 
 def _tensors(module: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Tensor]:
@@ -379,17 +407,15 @@ def _agree(error: Error, expected: list[Tensor]) -> bool:
 def _report(model: nn.Module, work: _Work, whole: Error | None, notes: tuple[str, ...], seconds: float) -> Report:
     """Totals over the parts, their sites under the paths of the whole model, and what stays as it is."""
     kept = {m: found for m, found in work.parts.items() if m not in work.undone}
-    parts = [Part(work.paths[m], type(m).__name__, _under(report, work.paths[m])) for m, (_, report) in kept.items()]
+    parts = [Part(work.paths[m], type(m).__name__, _under(part.report, work.paths[m])) for m, part in kept.items()]
     undone = "the whole model does not run with its part, or is another function"
     left = [Part(work.paths[m], type(m).__name__, None, reason) for m, reason in work.left.items()]
     left += [Part(work.paths[m], type(m).__name__, None, undone) for m in work.undone]
     reports = [p.report for p in parts if p.report is not None]
     staying = _norm_modules(model)
     said = dict.fromkeys(note for r in reports for note in r.notes)
-    if whole is not None and whole.max_rel > 1e-2 and not work.undone:
-        said[
-            "the outputs choose between candidates that are nearly equal; the original moves as far when its inputs are rounded"
-        ] = None
+    if work.chooses:
+        said[_CHOOSES] = None
     return Report(
         passes=_summed([r.passes for r in reports]),
         exact=_worst([r.exact for r in reports]),
