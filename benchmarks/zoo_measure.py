@@ -48,7 +48,7 @@ class Row:
         double: that of the model in float64, optimized without a proof; None where it has no such form.
         noise: relative error of the original in its own dtype against itself in float64.
         again: rewrites that a second `optimize` applies.
-        nodes: of the captured graph.
+        nodes: of the graphs; `parts`: number of submodules that were optimized.
         seconds: of `optimize`; `proving`: of it, comparing.
         exported: None where not tried, "" where it went well, else the first line of the error.
     """
@@ -140,10 +140,6 @@ def _optimized(model: nn.Module, given: Any, row: Row) -> nn.Module | None:
                 break
             except NormfuseError as e:
                 row.status, row.message = "refused", row.message or _first_line(e)
-            except TypeError as e:
-                if "partial" not in str(e):
-                    row.status, row.message = "raised", _first_line(e)
-                break
             except Exception as e:
                 row.status, row.message = "raised", _first_line(e)
                 break
@@ -155,7 +151,9 @@ def _optimized(model: nn.Module, given: Any, row: Row) -> nn.Module | None:
     row.exact = None if found.exact is None else found.exact.max_rel
     row.drift = None if found.drift is None else found.drift.max_rel
     row.refused, row.undone, row.notes = _counted(found.refused), _counted(found.undone), list(found.notes)
-    row.parts = len(getattr(found, "parts", ()))
+    row.parts = sum(part.report is not None for part in found.parts)
+    if row.status == "parts" and not row.parts:
+        row.status = "refused"
     row.nodes = sum(len(m.graph.nodes) for m in fast.modules() if isinstance(m, fx.GraphModule))
     return fast  # type: ignore[no-any-return]
 

@@ -159,9 +159,10 @@ def survey(model: nn.Module, runs: Sequence[Run]) -> tuple[dict[nn.Module, list[
             if _ran(model, run):
                 ran.append(i)
                 for module, more in done.items():
-                    known = calls.setdefault(module, [])
-                    known += [c for c in more if c not in known]
-    return calls, ran
+                    known = calls.setdefault(module, {})
+                    for call in more:
+                        known.setdefault(call.key, call)
+    return {module: list(known.values()) for module, known in calls.items()}, ran
 
 
 def _why_not(signature: Signature, tensors: list[tuple[Tensor, int]]) -> str | None:
