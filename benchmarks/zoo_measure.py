@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import normfuse
 from benchmarks.zoo_models import Subject
@@ -182,17 +183,31 @@ def _in_float64(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
     try:
         twin = copy.deepcopy(model).double()
         wide = pytree.tree_map_only(Tensor, _wide, (args, kwargs))
-        truth = _outputs(twin, *wide)
+        with _Widened():
+            truth = _outputs(twin, *wide)
         row.noise = None if row.status == "parts" else _error(truth, expected)
         if not _wanted(truth):
             row.no_double = "the model computes in a dtype of its own"
             return
         fast = _optimize(twin, wide[0] or wide[1], partial=row.status == "parts", verify="off")
-        row.double.append(_between(twin, fast, *wide, truth))
+        with _Widened():
+            row.double.append(_between(twin, fast, *wide, truth))
     except Exception as e:
         row.no_double = _first_line(e)
     finally:
         torch.set_default_dtype(before)
+
+
+class _Widened(TorchDispatchMode):
+    """Casts to float32 that a model asks for by name go to float64."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        args, kwargs = pytree.tree_map_only(torch.dtype, _wide_dtype, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+def _wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype.is_floating_point else dtype
 
 
 def _between(model: nn.Module, fast: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], expected: list[Tensor]) -> float:
