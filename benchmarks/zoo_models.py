@@ -76,7 +76,7 @@ def subject(name: str) -> Subject:
 
 
 def sizes(library: str) -> dict[str, int]:
-    """Parameters of every model of timm or torchvision, each built on the device `meta`; some build nowhere else and have 0."""
+    """Parameters of every model of timm or torchvision, each built on the device `meta` where it can be."""
     return {name: _on_meta(library, name) for name in _known(library)}
 
 
@@ -100,7 +100,7 @@ def _on_meta(library: str, name: str) -> int:
         with torch.device("meta"):
             model = _BUILDERS[library](name)
     except Exception:  # values are read while it is built
-        return 0
+        model = _BUILDERS[library](name)
     return sum(p.numel() for p in model.parameters())
 
 
