@@ -20,6 +20,7 @@ from normfuse.errors import UsageError
 from normfuse.graph import Graph
 from normfuse.model_kinds import check_kind, unwrapped
 from normfuse.original import Call, Original
+from normfuse.partial import whole_or_parts
 from normfuse.passes import PASSES
 from normfuse.passes.folding import known_values
 from normfuse.passes.quantize.ranks import everywhere, several_ranks
@@ -73,6 +74,7 @@ def optimize(
     quantize: Any = None,
     calibration: Any = None,
     verify: str = "end",
+    partial: bool = False,
 ) -> fx.GraphModule:
     """A new module that computes the same function without what normalization costs at inference.
 
@@ -91,6 +93,8 @@ def optimize(
             `torch.distributed` every rank gives its own batches, and all ranks quantize alike.
         verify: "end" compares the final graph with the original in float64 and in the model's own dtype, and takes
             back every rewrite that is not exact; "each" does so after each pass; "off" compares nothing.
+        partial: True optimizes a model that cannot be captured whole by parts: it returns a copy of the model (an `nn.Module`)
+            in which submodules that can be captured are optimized and the rest stays as it is; the report has a part for each.
 
     Returns:
         An `fx.GraphModule` with the call signature of the model. `normfuse.report` says what was done to it.
@@ -99,6 +103,9 @@ def optimize(
         CaptureError: the model could not be traced.
         UsageError: an argument is wrong.
     """
+    if partial:
+        options = {"passes": passes, "quantize": quantize, "verify": verify}
+        return whole_or_parts(optimize, model, example_inputs, dynamic_shapes, calibration, options)  # type: ignore[no-any-return]
     start = perf_counter()
     pipeline = [*_pipeline(passes), *_quantization(quantize)]
     if verify not in _VERIFY:

@@ -27,7 +27,7 @@ from normfuse.record import record
 from normfuse.surroundings import undisturbed
 from normfuse.writes import is_write, writes
 
-__all__ = ["Captured", "arguments", "calls_of", "capture", "flat_inputs"]
+__all__ = ["Captured", "arguments", "calls_of", "capture", "flat_inputs", "shadow_of"]
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +82,7 @@ def _captured(model: Any, given: tuple[tuple[Any, ...], dict[str, Any]] | None, 
         known = _canonical(model)
         if known is not None:
             return known
-    shadow, notes = _shadow(model)
+    shadow, notes = shadow_of(model)
     if given is not None:
         return _export(shadow, *_told_apart(model, *given), dynamic_shapes, notes)
     declared = declared_inputs(shadow)
@@ -162,7 +162,7 @@ def arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     raise UsageError(f"example_inputs: expected a tuple of inputs or a dictionary of keyword inputs, got {type(example).__name__}")
 
 
-def _shadow(model: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
+def shadow_of(model: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
     """A copy of the modules in eval mode that shares every tensor with the original."""
     notes: list[str] = []
     if any(m.training for m in model.modules()) and not isinstance(model, fx.GraphModule):

@@ -129,7 +129,7 @@ class Graph:
             elif node.op == "get_attr":
                 _place_module(root, str(node.target), _attribute(self._owner, str(node.target)))
         self.constants = {names[k]: Constant.of(_attribute(root, names[k]), names[k]) for k in self.constants}
-        meta = {k: v for k, v in getattr(self._owner, "meta", {}).items() if k != "normfuse"}
+        meta = {k: v for k, v in getattr(self._owner, "meta", {}).items() if k != "normfuse_record"}
         gm = OptimizedGraph.of(root, self.fx, name, meta)
         gm.graph.lint()
         gm.training = False

@@ -1,16 +1,18 @@
 """What `optimize` leaves on the module that it returns."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
-from torch import fx
+from torch import fx, nn
 
 from normfuse.errors import UsageError
 from normfuse.report import Report
 
 __all__ = ["Record", "record", "report"]
 
-_KEY = "normfuse"
+_KEY = "normfuse_record"
+
+Module = TypeVar("Module", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -31,18 +33,23 @@ class Record:
     dynamic_shapes: Any = None
     report: Report = field(default_factory=Report)
 
-    def attach(self, gm: fx.GraphModule) -> fx.GraphModule:
-        gm.meta[_KEY] = self
+    def attach(self, gm: Module) -> Module:
+        _notes(gm)[_KEY] = self
         return gm
 
 
 def record(gm: Any) -> Record | None:
     """The record on a module that `normfuse.optimize` returned; None for any other module."""
-    found = getattr(gm, "meta", {}).get(_KEY)
+    found = _notes(gm).get(_KEY) if isinstance(gm, nn.Module) else None
     return found if isinstance(found, Record) else None
 
 
-def report(gm: fx.GraphModule) -> Report:
+def _notes(gm: nn.Module) -> dict[str, Any]:
+    """Where a graph keeps what is known about it; a module of another class has no such place, and any name may be its own."""
+    return gm.meta if isinstance(gm, fx.GraphModule) else vars(gm)
+
+
+def report(gm: nn.Module) -> Report:
     """What `normfuse.optimize` did to make `gm`: sites applied and refused, errors, times.
 
     Raises:

@@ -10,7 +10,7 @@ from typing import Any
 
 from normfuse.errors import UsageError
 
-__all__ = ["Error", "LayerQuantization", "PassReport", "Report", "Site"]
+__all__ = ["Error", "LayerQuantization", "Part", "PassReport", "Report", "Site"]
 
 _WIDTH = 80
 
@@ -123,8 +123,28 @@ class PassReport:
 
 
 @dataclass(frozen=True)
+class Part:
+    """A submodule of a model that was optimized by parts.
+
+    Attributes:
+        path: module path of the submodule.
+        kind: name of its class.
+        report: what was done to it, with the paths of the whole model; None if it stays as it is.
+        left: why it stays as it is; empty for an optimized one.
+    """
+
+    path: str
+    kind: str
+    report: Report | None = None
+    left: str = ""
+
+
+@dataclass(frozen=True)
 class Report:
     """What `optimize` did; `str(report)` is a table of at most 80 columns.
+
+    With `partial=True`, where the model could not be captured whole, it sums over the parts: `exact` is the worst of theirs,
+    `drift` that of the whole model, and norms of PyTorch's classes that stay outside of parts count among the norms.
 
     Attributes:
         passes: one entry a pass, in order.
@@ -137,6 +157,7 @@ class Report:
         notes: what else the user should know (training mode, dropped outputs, not verified and why).
         seconds: wall time of `optimize`, verification included.
         nothing_compared: why the comparison with the original tells nothing (all outputs are zero, say); empty when it does.
+        parts: submodules that were optimized on their own and those that stay as they are; empty where the model is one graph.
     """
 
     passes: tuple[PassReport, ...] = ()
@@ -151,6 +172,7 @@ class Report:
     notes: tuple[str, ...] = ()
     seconds: float = 0.0
     nothing_compared: str = ""
+    parts: tuple[Part, ...] = ()
 
     @property
     def applied(self) -> tuple[Site, ...]:
@@ -191,9 +213,7 @@ class Report:
             data = json.loads(text)
             if data.pop("schema") != 1:
                 raise ValueError("unknown schema")
-            passes = tuple(_pass_report(p) for p in data.pop("passes"))
-            exact, drift = _error(data.pop("exact")), _error(data.pop("drift"))
-            return cls(passes, exact, drift, notes=tuple(data.pop("notes")), **data)
+            return _report(data)
         except (AttributeError, KeyError, TypeError, ValueError) as e:
             raise UsageError(f"this is not the JSON of a normfuse report: {e}") from e
 
@@ -207,6 +227,18 @@ class Report:
         from normfuse.report_text import table
 
         return table(self, width=_WIDTH)
+
+
+def _report(data: dict[str, Any]) -> Report:
+    passes = tuple(_pass_report(p) for p in data.pop("passes"))
+    exact, drift = _error(data.pop("exact")), _error(data.pop("drift"))
+    parts = tuple(_part(p) for p in data.pop("parts", ()))
+    return Report(passes, exact, drift, notes=tuple(data.pop("notes")), parts=parts, **data)
+
+
+def _part(data: dict[str, Any]) -> Part:
+    report = data.pop("report")
+    return Part(report=None if report is None else _report(report), **data)
 
 
 def _error(data: dict[str, Any] | None) -> Error | None:

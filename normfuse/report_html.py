@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator
 from html import escape
 
 from normfuse import __version__
-from normfuse.report import Error, LayerQuantization, PassReport, Report, Site
+from normfuse.report import Error, LayerQuantization, Part, PassReport, Report, Site
 from normfuse.report_text import (
     LAYER_HEAD,
     change,
@@ -12,7 +12,9 @@ from normfuse.report_text import (
     duration,
     exactness,
     layer_cells,
+    left_by_reason,
     magnitude,
+    part_in_short,
     quantized_in_short,
     reasons,
     size,
@@ -66,6 +68,7 @@ def page(report: Report) -> str:
             f"<div class=cards>{''.join(_cards(report))}</div>",
             f"<h2>Passes</h2>{_passes(report)}",
             f"<h2>Normalizations</h2>{_norms(report)}",
+            _parts(report.parts),
             _layers(report.quantization),
             _groups("Undone: failed verification, taken back", report.undone, "bad"),
             _groups("Refused, and why", report.refused, "warn"),
@@ -205,6 +208,17 @@ def _applied(sites: Iterable[Site]) -> str:
         summary = f"<summary><code class=rule>{escape(rule)}</code> <span class=soft>{len(members)} ×</span></summary>"
         blocks.append(f"<details>{summary}<ul>{places}</ul></details>")
     return f"<h2>Applied</h2><div class=reason>{''.join(blocks)}</div>"
+
+
+def _parts(parts: Iterable[Part]) -> str:
+    done = [
+        f"<li><code>{escape(p.path)}</code> <span class=soft>{escape(p.kind)}: {escape(part_in_short(p.report))}</span></li>"
+        for p in parts
+        if p.report is not None
+    ]
+    left = [f"<li>{escape(reason)}: {_codes(paths)}</li>" for reason, paths in left_by_reason(parts)]
+    blocks = (("Optimized parts", done), ("Left as they are, and why", left))
+    return "".join(f"<h2>{title}</h2><ul>{''.join(items)}</ul>" for title, items in blocks if items)
 
 
 def _notes(notes: Iterable[str]) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from normfuse.errors import UsageError
-from normfuse.report import Error, LayerQuantization, PassReport, Report, Site
+from normfuse.report import Error, LayerQuantization, Part, PassReport, Report, Site
 
 __all__ = [
     "LAYER_HEAD",
@@ -19,7 +19,9 @@ __all__ = [
     "exactness",
     "layer_cells",
     "layer_table",
+    "left_by_reason",
     "magnitude",
+    "part_in_short",
     "quantized_in_short",
     "reasons",
     "size",
@@ -150,6 +152,8 @@ def table(report: Report, width: int = 80) -> str:
     if width < _NARROWEST:
         raise UsageError(f"a report needs at least {_NARROWEST} columns, not {width}")
     lines = [*_passes(report, width), "", *_facts(report, width)]
+    if report.parts:
+        lines += ["", *_parts(report.parts, width)]
     if report.quantization:
         lines += ["", *layer_table(report.quantization, width)]
     for title, sites in (("undone: failed verification, taken back", report.undone), ("refused", report.refused)):
@@ -206,6 +210,33 @@ def _facts(report: Report, width: int) -> Iterator[str]:
     }
     for name, text in facts.items():
         yield from _wrap(f"{name:<12}{text}", width, 0, hang=12 if width >= 40 else 2)
+
+
+def _parts(parts: Iterable[Part], width: int) -> Iterator[str]:
+    """One line an optimized part; what stays as it is by reason."""
+    for part in parts:
+        if part.report is not None:
+            yield from _wrap(f"part {part.path} ({part.kind}): {part_in_short(part.report)}", width, 0, hang=5)
+    for reason, paths in left_by_reason(parts):
+        yield from _wrap(f"left as it is: {reason}", width, 0, hang=5)
+        yield from _wrap("at " + ", ".join(compact(paths)), width, 5, hang=3)
+
+
+def part_in_short(report: Report) -> str:
+    """`62 applied, 0 refused, batch_norm 49 -> 0, exact 3.1e-16, 1.25 s`"""
+    kinds = sorted({*report.norms_before, *report.norms_after})
+    norms = [f"{k} {report.norms_before.get(k, 0)} -> {report.norms_after.get(k, 0)}" for k in kinds]
+    counts = [f"{len(report.applied)} applied", f"{len(report.refused)} refused"]
+    return ", ".join([*counts, *norms, f"exact {magnitude(report.exact)}", duration(report.seconds)])
+
+
+def left_by_reason(parts: Iterable[Part]) -> list[tuple[str, list[str]]]:
+    """Paths of the submodules that stay as they are, by reason, most frequent first."""
+    found: dict[str, list[str]] = {}
+    for part in parts:
+        if part.report is None:
+            found.setdefault(part.left, []).append(part.path)
+    return sorted(found.items(), key=lambda item: -len(item[1]))
 
 
 def layer_table(layers: Iterable[LayerQuantization], width: int) -> Iterator[str]:
