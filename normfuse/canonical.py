@@ -17,7 +17,7 @@ from normfuse.dtypes import default_eps
 from normfuse.errors import CaptureError
 from normfuse.guards import guards_of, set_guards
 from normfuse.observers import without_idle_observers
-from normfuse.regions import inline_regions
+from normfuse.regions import inline_regions, name_operands
 from normfuse.writes import secret_views, without_writes, writes
 
 __all__ = ["canonical_module", "without_guard_calls"]
@@ -69,6 +69,7 @@ def without_guard_calls(gm: fx.GraphModule) -> None:
 def _plain(gm: fx.GraphModule) -> fx.GraphModule:
     without_guard_calls(gm)
     inline_regions(gm)
+    name_operands(gm)
     return gm
 
 

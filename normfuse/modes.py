@@ -118,7 +118,7 @@ class Stirred(TorchDispatchMode):
 
     def __init__(self, seed: int, unit: float | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._generator = torch.Generator().manual_seed(seed)
+        self._generator = torch.Generator("cpu").manual_seed(seed)
         self._unit = unit
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
@@ -140,7 +140,8 @@ class Stirred(TorchDispatchMode):
             unit = self._unit or torch.finfo(value.dtype).eps
         except TypeError:  # no arithmetic in that dtype
             return value
-        move = 2 * torch.rand(value.shape, generator=self._generator, dtype=torch.float32).to(value.device, value.dtype) - 1
+        drawn = torch.rand(value.shape, generator=self._generator, dtype=torch.float32, device="cpu")
+        move = 2 * drawn.to(value.device, value.dtype) - 1
         return torch.where(value.isfinite(), value + unit * move * (1 if bounded else value), value)
 
 

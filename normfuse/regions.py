@@ -19,7 +19,7 @@ from torch import fx
 
 from normfuse.autocasts import state_casts
 
-__all__ = ["inline_regions"]
+__all__ = ["inline_regions", "name_operands"]
 
 _hop = torch.ops.higher_order
 _BODY: dict[Any, int] = {
@@ -35,6 +35,22 @@ def inline_regions(gm: fx.GraphModule) -> int:
         _inline(gm, *found)
         count += 1
     return count
+
+
+def name_operands(gm: fx.GraphModule) -> None:
+    """Call the operands of regions that stay `value_0`, …, in place: torch names them after operators that may be gone by then."""
+    for held in gm.graph.find_nodes(op="get_attr"):
+        body = getattr(gm, str(held.target), None)
+        if not isinstance(body, fx.GraphModule):
+            continue
+        named = fx.GraphModule(body, copy.deepcopy(body.graph))
+        for old, new in zip(body.graph.nodes, named.graph.nodes, strict=True):
+            new.meta = dict(old.meta)
+        for i, node in enumerate(named.graph.find_nodes(op="placeholder")):
+            node.target = node.name = f"value_{i}"
+        named.recompile()
+        name_operands(named)
+        setattr(gm, str(held.target), named)
 
 
 def _plain(gm: fx.GraphModule, kinds: tuple[Any, ...]) -> Iterator[tuple[fx.Node, fx.GraphModule]]:

@@ -165,7 +165,7 @@ def decibels(pairs: Iterable[tuple[Sequence[Tensor], Sequence[Tensor]]]) -> floa
 
 def like(inputs: Sequence[Any], seed: int) -> list[Any]:
     """Random inputs of the same shapes and dtypes: normal with the example's mean and spread, integers from its own values."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
 
     def one(value: Any) -> Any:
         if not isinstance(value, Tensor) or value.numel() == 0:
@@ -173,12 +173,12 @@ def like(inputs: Sequence[Any], seed: int) -> list[Any]:
         if value.is_complex():
             return torch.complex(one(value.real), one(value.imag))
         if value.is_floating_point():
-            x = torch.randn(value.shape, generator=generator, dtype=torch.float32).to(value.device)
+            x = torch.randn(value.shape, generator=generator, dtype=torch.float32, device="cpu").to(value.device)
             finite = value[value.isfinite()].double()
             spread = float(finite.std()) if finite.numel() > 1 else 1.0
             centre = float(finite.mean()) if finite.numel() else 0.0
             return (x * (spread or 1.0) + centre).to(value.dtype)
-        order = torch.randperm(value.numel(), generator=generator).to(value.device)
+        order = torch.randperm(value.numel(), generator=generator, device="cpu").to(value.device)
         return value.reshape(-1)[order].reshape(value.shape)
 
     return [one(v) for v in inputs]

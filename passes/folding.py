@@ -296,6 +296,6 @@ def _identified(value: Any) -> Any:
 
 
 def _as_weight(name: str) -> str:
-    """`conv.parametrizations.weight.original0`, `conv.weight_v`: what is evaluated is `conv.weight`."""
+    """`conv.parametrizations.weight.original0`, `conv.weight_v`, `conv.bias_mask`: what is evaluated is the weight or the bias."""
     name = re.sub(r"\bparametrizations\.(\w+)\..*$", r"\1", name)
-    return re.sub(r"\bweight_(g|v|orig)$", "weight", name)
+    return re.sub(r"\b(weight|bias)_(g|v|orig|mask)$", r"\1", name)

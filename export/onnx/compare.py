@@ -176,8 +176,8 @@ def _like(example: Tensor, shape: Sequence[int]) -> Tensor:
         return example.new_zeros(tuple(shape))
     if example.is_floating_point():
         spread = float(example.float().std()) if example.numel() > 1 else 1.0
-        return (torch.randn(tuple(shape)) * (spread or 1.0) + float(example.float().mean())).to(example.dtype)
-    index = torch.randint(0, example.numel(), tuple(shape))
+        return (torch.randn(tuple(shape), device="cpu") * (spread or 1.0) + float(example.float().mean())).to(example.dtype)
+    index = torch.randint(0, example.numel(), tuple(shape), device="cpu")
     return example.detach().cpu().reshape(-1)[index]
 
 
