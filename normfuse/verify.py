@@ -185,12 +185,13 @@ def like(inputs: Sequence[Any], seed: int) -> list[Any]:
 
 
 def shorten(run: Callable[[Sequence[Any]], Any], inputs: Sequence[Any], most: int = 1 << 22) -> list[Any]:
-    """Inputs cut to two rows of the batch when they hold more than `most` values and the graph takes such a slice."""
+    """Inputs cut to two rows of the batch (one of two) when they hold more than `most` values and the graph takes such a slice."""
     tensors = [v for v in inputs if isinstance(v, Tensor)]
     rows = {v.shape[0] for v in tensors if v.ndim}
-    if sum(v.numel() for v in tensors) <= most or len(rows) != 1 or next(iter(rows)) <= 2:
+    if sum(v.numel() for v in tensors) <= most or len(rows) != 1 or next(iter(rows)) == 1:
         return list(inputs)
-    few = [v[:2] if isinstance(v, Tensor) and v.ndim else v for v in inputs]
+    kept = 2 if next(iter(rows)) > 2 else 1
+    few = [v[:kept] if isinstance(v, Tensor) and v.ndim else v for v in inputs]
     try:
         run(few)
     except Exception as e:  # a size is fixed in the graph: any operator may object
