@@ -25,6 +25,7 @@ from normfuse.model_kinds import check_kind, unwrapped, unwrapped_inside
 from normfuse.original import Call, without_cache
 from normfuse.record import record
 from normfuse.surroundings import undisturbed
+from normfuse.trees import children
 from normfuse.writes import is_write, writes
 
 __all__ = ["Captured", "arguments", "calls_of", "capture", "flat_inputs", "shadow_of"]
@@ -108,7 +109,7 @@ def flat_inputs(gm: fx.GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, 
     if spec is None:
         return _by_name(gm, names, args, kwargs)
     try:
-        _, keyword = spec.children()
+        _, keyword = children(spec)
         ordered = {k: kwargs[k] for k in keyword.context} if keyword.context else dict(kwargs)
         leaves, got = pytree.tree_flatten((tuple(args), ordered))
     except KeyError as e:

@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 
 from normfuse.errors import UsageError
 from normfuse.free_sizes import sizes_of
+from normfuse.trees import children
 
 __all__ = ["Condition", "Guards", "Input", "attach_guards", "guarded_inputs", "guards_of", "guards_of_signature", "set_guards"]
 
@@ -227,14 +228,14 @@ def _dtype(dtype: torch.dtype) -> str:
 
 def _in_order(value: Any, structure: Any) -> Any:
     """Dictionaries with their keys in the order of the example; everything else as it is."""
-    if type(value) not in (dict, list, tuple) or structure.type is not type(value) or len(value) != len(structure.children()):
+    if type(value) not in (dict, list, tuple) or structure.type is not type(value) or len(value) != len(children(structure)):
         return value
     if isinstance(value, dict):
         keys = structure.context
         if any(k not in value for k in keys):
             return value
-        return {k: _in_order(value[k], s) for k, s in zip(keys, structure.children(), strict=True)}
-    return type(value)(_in_order(v, s) for v, s in zip(value, structure.children(), strict=True))
+        return {k: _in_order(value[k], s) for k, s in zip(keys, children(structure), strict=True)}
+    return type(value)(_in_order(v, s) for v, s in zip(value, children(structure), strict=True))
 
 
 def _nesting(spec: Any) -> str:
@@ -301,8 +302,8 @@ def _signature(gm: fx.GraphModule, count: int) -> tuple[tuple[str, ...], tuple[A
     if info is None or info.in_spec is None:
         names = [str(n.target) for n in gm.graph.find_nodes(op="placeholder")]
         return tuple(names), (pytree.tree_structure(0),) * count, names
-    positional, keyword = info.in_spec.children()
-    structures = (*positional.children(), *keyword.children())
+    positional, keyword = children(info.in_spec)
+    structures = (*children(positional), *children(keyword))
     names = [str(a) for a in info.orig_args]
     labels = [f"{name}{path}" for name, s in zip(names, structures, strict=True) for path in _paths(s)]
     return tuple(names), structures, labels

@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
 from normfuse.errors import CaptureError, NormfuseError, UsageError
-from normfuse.modes import NARROW, Float64, Stirred, Untouched, WritesWeights, widened
+from normfuse.modes import NARROW, Float64, Stirred, Untouched, widened
 
 __all__ = ["Call", "Original", "Run", "run", "without_cache"]
 
@@ -161,8 +161,10 @@ class Original:
         try:
             with Untouched(self._module.parameters()):
                 return self._run(self._module, call.copied())
-        except WritesWeights:
-            self._module = copy.deepcopy(self._module)  # embeddings with max_norm renormalize their table as they read it
+        except Exception as e:
+            # embeddings with max_norm renormalize their table as they read it; older releases cannot run torch.cond under a mode
+            log.debug("on weights of its own: %s", e)
+            self._module = copy.deepcopy(self._module)
             return self._run(self._module, call.copied())
 
     def stirred(self, call: Call, seed: int, *, exact: bool) -> Run:

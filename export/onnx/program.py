@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 from normfuse.errors import ExportError, UsageError
 from normfuse.export.onnx.dims import axis_names, exportable
 from normfuse.record import record
+from normfuse.trees import children
 
 __all__ = ["Program", "program"]
 
@@ -175,7 +176,7 @@ def _user_inputs(exported: torch.export.ExportedProgram) -> list[Any]:
 
 def _flat_inputs(exported: torch.export.ExportedProgram, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
     # keyword inputs come in the order of the program, which need not be the order of the call
-    names = exported.call_spec.in_spec.child(1).context if exported.call_spec.in_spec is not None else list(kwargs)
+    names = children(exported.call_spec.in_spec)[1].context if exported.call_spec.in_spec is not None else list(kwargs)
     return pytree.tree_leaves((args, {name: kwargs[name] for name in names}))
 
 
