@@ -45,6 +45,12 @@ aten = torch.ops.aten
 
 _NAMED = {aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.unflatten.int}
 
+# the result has the shape of the first operand
+_ALIKE = {
+    *("hardswish", "log_sigmoid", "prelu", "softmax", "log_softmax", "cumsum", "cumprod", "tril", "triu", "roll", "flip"),
+    *("dropout", "feature_dropout", "alpha_dropout"),
+}
+
 _FAR = 64  # operators to look back through: the residual stream of a deep network ends at an embedding
 
 
@@ -57,7 +63,7 @@ def infer_sizes(graph: Graph) -> None:
         if constant is not None:
             found = {i - constant.ndim: n for i, n in enumerate(constant.shape)}
         elif node.op == "call_function":
-            found = _broadcast(node) or _fixed(graph.view(node, 1))
+            found = _like_operands(node) or _fixed(graph.view(node, 1))
         node.meta["sizes"] = node.meta.get("takes", {}) | found
 
 
@@ -68,9 +74,14 @@ def size_along(value: Value, axis: int) -> Any:
     return None if value.node is None else value.node.meta.get("sizes", {}).get(axis)
 
 
-def _broadcast(node: fx.Node) -> dict[int, int]:
+def _like_operands(node: fx.Node) -> dict[int, int]:
     """Of a function of elements: a size above one is the size of the result, and every size if there is one operand only."""
-    if not isinstance(node.target, torch._ops.OpOverload) or torch.Tag.pointwise not in node.target.tags:
+    target, first = node.target, node.args[0] if node.args else None
+    if not isinstance(target, torch._ops.OpOverload):
+        return {}
+    if target._schema.name.removeprefix("aten::") in _ALIKE and isinstance(first, fx.Node):
+        return dict(first.meta.get("sizes", {}))
+    if torch.Tag.pointwise not in target.tags:
         return {}
     held = [x.meta.get("sizes", {}) for x in node.all_input_nodes if x.meta.get("kind") not in ("number", "size", "dtype")]
     return {a: n for sizes in held for a, n in sizes.items() if n > 1 or len(held) == 1}
