@@ -46,6 +46,7 @@ _UPSAMPLES = {
 WRITES = {getattr(operator, f"i{name}") for name in ("add", "sub", "mul", "truediv", "pow", "floordiv", "mod", "and", "or", "xor")}
 _DUNDERS = {f"__{op.__name__.strip('_')}__": op for op in (*_OPERATORS, operator.getitem)}
 _MODE_RANKS = {"linear": 3, "bilinear": 4, "bicubic": 4, "trilinear": 5}
+_FACTS = ("rank", "dtypes", "takes")  # of a value; what it is computed from on the way has its own
 _PROPERTIES = {"T": "numpy_T", "mT": "mT", "H": "matrix_H", "mH": "mH"}
 
 
@@ -95,7 +96,7 @@ class Lowering:
         assert self.node is not None
         with self.graph.inserting_before(self.node):
             new = self.graph.create_node("call_function", overload, args, kwargs, name=_node_name(overload))
-        new.meta = dict(self.node.meta)
+        new.meta = {k: v for k, v in self.node.meta.items() if k not in _FACTS}
         self.kinds[new] = self.kind_of_item(*args) if overload is operator.getitem else overload_kind(overload)
         self.gather_part(new)
         return new
@@ -128,6 +129,7 @@ class Lowering:
             self.kinds[node] = self.kinds.get(node) or self.kind_of_rest(node)
             self.gather_part(node)
         else:
+            new.meta = {k: node.meta[k] for k in _FACTS if k in node.meta} | new.meta
             node.replace_all_uses_with(new)
             self.graph.erase_node(node)
 

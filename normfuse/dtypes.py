@@ -16,13 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-__all__ = ["ALL", "default_eps", "dtype_of", "floating", "possible", "propagate_dtypes"]
+__all__ = ["ALL", "FLOATS", "default_eps", "dtype_of", "floating", "possible", "propagate_dtypes"]
 
 aten = torch.ops.aten
 
 _INTEGERS = frozenset({torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64})
-_FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
-ALL = _INTEGERS | _FLOATS | {torch.complex32, torch.complex64, torch.complex128}
+FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
+"""Real and floating."""
+ALL = _INTEGERS | FLOATS | {torch.complex32, torch.complex64, torch.complex128}
 """What a value may be of which nothing is known."""
 
 Dtypes = frozenset[torch.dtype]
@@ -31,8 +32,8 @@ _Trial = tuple[Any, tuple[torch.dtype, ...]]  # what a call returned for these d
 _CONVOLUTIONS = {f"conv{t}{n}d" for t in ("", "_transpose") for n in (1, 2, 3)}
 # all tensors, and the result, have one dtype
 _EQUAL = _CONVOLUTIONS | {"linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "scaled_dot_product_attention", "bilinear"}
-# the first tensor is floating, and the result is like it
-_NORMS = {"batch_norm", "layer_norm", "group_norm", "instance_norm"}
+# what the first tensor may be; the result is like it
+_NORMS = dict.fromkeys(("batch_norm", "layer_norm", "group_norm", "instance_norm"), FLOATS) | {"rms_norm": ALL - _INTEGERS}
 # the result is like the first tensor, whatever the sizes
 _SAME = {
     *("dropout", "feature_dropout", "alpha_dropout", "clone", "roll", "flip", "repeat", "repeat_interleave", "tile", "pad"),
@@ -53,7 +54,7 @@ _tried: dict[Any, list[_Trial]] = {}
 def floating(node: fx.Node) -> bool | None:
     """Is the value a tensor of real floating-point numbers? None where that is open until there are inputs."""
     found = possible(node)
-    return True if found <= _FLOATS else False if not found & _FLOATS else None
+    return True if found <= FLOATS else False if not found & FLOATS else None
 
 
 def dtype_of(node: fx.Node) -> torch.dtype | None:
@@ -77,12 +78,15 @@ def default_eps(dtype: torch.dtype) -> float:
 
 
 def propagate_dtypes(graph: fx.Graph, root: nn.Module) -> fx.Graph:
-    """Fill in `meta["dtypes"]` for every node that may be a tensor, forward and backward until nothing changes."""
+    """Fill in `meta["dtypes"]` for every node that may be a tensor, forward and backward until nothing changes.
+
+    What stands there already, because a layer says what it takes, is kept.
+    """
     for node in graph.nodes:
         value: Any = root if node.op == "get_attr" else None
         for name in str(node.target).split(".") if value is not None else ():
             value = getattr(value, name, None)
-        node.meta["dtypes"] = frozenset({value.dtype}) if isinstance(value, Tensor) else ALL
+        node.meta["dtypes"] = frozenset({value.dtype}) if isinstance(value, Tensor) else node.meta.get("dtypes", ALL)
     changed = True
     while changed:
         forward = [_narrow(node, _forward(node)) for node in graph.nodes if node.op != "get_attr"]
@@ -117,7 +121,7 @@ def _forward(node: fx.Node) -> Dtypes:
     if name == "embedding":
         return possible(tensors[0])
     if name in _NORMS:
-        return possible(tensors[0]) & _FLOATS or _FLOATS
+        return possible(tensors[0]) & _NORMS[name] or _NORMS[name]
     if _is_same(node, name):
         return possible(tensors[0]) if tensors else ALL
     return _results(node, node.target)
@@ -169,7 +173,7 @@ def _backward(node: fx.Node) -> Iterator[tuple[fx.Node, Dtypes]]:
     if name in _EQUAL:
         yield from ((x, _common(tensors[:3]) & out) for x in tensors[:3])
     elif name in _NORMS:
-        yield tensors[0], _FLOATS & out
+        yield tensors[0], _NORMS[name] & out
     elif _stated(node) is None and name != "embedding":
         if _is_same(node, name):
             if name not in _PARTS:

@@ -15,7 +15,7 @@ aten = torch.ops.aten
 def without_idle_observers(gm: fx.GraphModule) -> None:
     """Where a buffer says that an observer is off, only the fake quantization is left of it, or nothing; in place."""
     for node in gm.graph.find_nodes(op="call_function", target=aten.fused_moving_avg_obs_fake_quant.default):
-        names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
+        names = [a.name for a in aten.fused_moving_avg_obs_fake_quant.default._schema.arguments]
         given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
         if _flag(gm, given["observer_on"]) is not False:
             continue

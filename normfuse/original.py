@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
 from normfuse.errors import CaptureError, NormfuseError, UsageError
+from normfuse.importers import eval_mode
 from normfuse.modes import NARROW, Float64, Stirred, Untouched, widened
 
 __all__ = ["Call", "Original", "Run", "run", "without_cache"]
@@ -261,7 +262,7 @@ def _copied(model: Any) -> nn.Module:
     own = [t for m in model.modules() for t in vars(m).values() if isinstance(t, Tensor)]
     copied: nn.Module = copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *own)})
     if not isinstance(copied, fx.GraphModule):
-        copied.eval()
+        eval_mode(copied)
     without_cache(copied)
     return copied
 

@@ -29,5 +29,5 @@ def enclosed(graph: Graph) -> Iterator[Site]:
 
 
 def _site(user: fx.Node, body: Graph, node: fx.Node) -> Site:
-    where = _REGIONS.get(user.target, "a region of its own")
+    where = next((text for region, text in _REGIONS.items() if user.target is region), "a region of its own")
     return Site("enclosed", body.path(node), f"stands in {where}, into which no rewrite looks", remedy="take the norm out of it")

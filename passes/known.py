@@ -24,7 +24,7 @@ def infer(graph: Graph) -> None:
 
 def inherit(new: fx.Node, old: fx.Node) -> None:
     """A node that takes the place of another has its dtype and sizes."""
-    new.meta |= {k: old.meta[k] for k in ("dtypes", "sizes") if k in old.meta and k not in new.meta}
+    new.meta |= {k: old.meta[k] for k in ("dtypes", "sizes", "takes") if k in old.meta and k not in new.meta}
 
 
 def dtype_of(value: Value) -> torch.dtype | None:

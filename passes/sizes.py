@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -14,20 +15,22 @@ from normfuse.views import (
     Add,
     Addmm,
     Affine,
+    AvgPool,
     BatchNorm,
     Conv,
     ConvTranspose,
-    Div,
     Embedding,
+    GlobalAvgPool,
     GroupNorm,
     Identity,
     LayerNorm,
-    LeakyRelu,
     Linear,
     MatMul,
+    MaxPool,
     Mul,
     Neg,
     Op,
+    Permute,
     Relu,
     Reshape,
     RmsNorm,
@@ -42,19 +45,26 @@ aten = torch.ops.aten
 
 _NAMED = {aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.unflatten.int}
 
+# the result has the shape of the first operand
+_ALIKE = {
+    *("hardswish", "log_sigmoid", "prelu", "softmax", "log_softmax", "cumsum", "cumprod", "tril", "triu", "roll", "flip"),
+    *("dropout", "feature_dropout", "alpha_dropout"),
+}
+
 _FAR = 64  # operators to look back through: the residual stream of a deep network ends at an embedding
 
 
 def infer_sizes(graph: Graph) -> None:
-    """Fill in `node.meta["sizes"]`: the sizes that weights fix, by axis counted from the end."""
+    """Fill in `node.meta["sizes"]`: the sizes that weights fix, or layers that say what they take, by axis counted from the end."""
     for node in graph:
         if "val" in node.meta:
             continue
-        constant = graph.constant(node)
+        constant, found = graph.constant(node), {}
         if constant is not None:
-            node.meta["sizes"] = {i - constant.ndim: n for i, n in enumerate(constant.shape)}
+            found = {i - constant.ndim: n for i, n in enumerate(constant.shape)}
         elif node.op == "call_function":
-            node.meta["sizes"] = _fixed(graph.view(node, 1))
+            found = _like_operands(node) or _fixed(graph.view(node, 1))
+        node.meta["sizes"] = node.meta.get("takes", {}) | found
 
 
 def size_along(value: Value, axis: int) -> Any:
@@ -62,6 +72,19 @@ def size_along(value: Value, axis: int) -> Any:
     if value.shape is not None:
         return value.shape[axis] if -axis <= len(value.shape) else 1
     return None if value.node is None else value.node.meta.get("sizes", {}).get(axis)
+
+
+def _like_operands(node: fx.Node) -> dict[int, int]:
+    """Of a function of elements: a size above one is the size of the result, and every size if there is one operand only."""
+    target, first = node.target, node.args[0] if node.args else None
+    if not isinstance(target, torch._ops.OpOverload):
+        return {}
+    if target._schema.name.removeprefix("aten::") in _ALIKE and isinstance(first, fx.Node):
+        return dict(first.meta.get("sizes", {}))
+    if torch.Tag.pointwise not in target.tags:
+        return {}
+    held = [x.meta.get("sizes", {}) for x in node.all_input_nodes if x.meta.get("kind") not in ("number", "size", "dtype")]
+    return {a: n for sizes in held for a, n in sizes.items() if n > 1 or len(held) == 1}
 
 
 def _fixed(op: Value) -> dict[int, int]:
@@ -78,13 +101,46 @@ def _fixed(op: Value) -> dict[int, int]:
             return {i - len(shape): n for i, n in enumerate(shape)} | _held(op.x)
         case BatchNorm(x, mean=Constant() as c) | GroupNorm(x, gamma=Constant() as c) if x.rank is not None:
             return _held(x) | {1 - x.rank: c.numel}
-        case Add(x, y) | Sub(x, y) | Mul(x, y) | Div(x, y):
-            # broadcasting: a size above one is the size of the result
-            return {a: n for v in (x, y) for a, n in _held(v).items() if n > 1}
-        case Affine(x) | Identity(x) | Neg(x) | Relu(x) | LeakyRelu(x):
+        case Affine(x) | Identity(x):
             return _held(x)
+        case MaxPool(x) | AvgPool(x) | GlobalAvgPool(x):
+            return {a: n for a, n in _held(x).items() if a < -_pooled(op)}
+        case Permute(x, dims):
+            return {i - len(dims): n for i, d in enumerate(dims) if (n := _held(x).get(d - len(dims))) is not None}
+        case Reshape(Value() as x):
+            return _reshaped(op, _held(x), x.rank)
+        case _:
+            cast = op.node is not None and is_cast(op.node)
+            return dict(op.node.args[0].meta.get("sizes", {})) if cast else {}  # type: ignore[union-attr]
+
+
+def _reshaped(op: Reshape, held: dict[int, int], rank: int | None) -> dict[int, int]:
+    """Axes that are named, split up or joined; those in front of them move along."""
+    match op.target, op.rest:
+        case ((aten.view.default | aten.reshape.default | aten._unsafe_view.default), (list() | tuple() as shape,)):
+            return {i - len(shape): n for i, n in enumerate(shape) if isinstance(n, int) and n > 0}
+        case aten.unflatten.int, (int() as dim, list() | tuple() as parts) if (at := _behind(dim, rank)) is not None:
+            more = len(parts) - 1
+            made = {at - more + i: n for i, n in enumerate(parts) if isinstance(n, int) and n > 0}
+            return made | {a if a > at else a - more: n for a, n in held.items() if a != at}
+        case aten.flatten.using_ints, (int() as start, *rest):
+            first, last = _behind(start, rank), _behind(rest[0] if rest else -1, rank)
+            if first is None or last is None:
+                return {}
+            joined = [held.get(a) for a in range(first, last + 1)]
+            kept = {a if a > last else a + last - first: n for a, n in held.items() if not first <= a <= last}
+            return kept if None in joined else kept | {last: math.prod(n for n in joined if n is not None)}
         case _:
             return {}
+
+
+def _behind(axis: int, rank: int | None) -> int | None:
+    """The axis counted from the end, if that can be told."""
+    return axis if axis < 0 else axis - rank if rank else None
+
+
+def _pooled(op: Op) -> int:
+    return int(op.operator._schema.name[-2])  # max_pool2d
 
 
 def _held(value: object) -> dict[int, int]:

@@ -40,3 +40,22 @@ def test_what_meets_weights_has_their_dtype_and_an_input_that_meets_numbers_has_
     assert not is_floating(found["image"])
     assert dtype_of(found["embedding"]) == torch.float32
     assert dtype_of(found["tokens"]) is None
+
+
+def test_an_rms_norm_takes_no_integers_and_gives_the_dtype_of_its_input():
+    class Norms(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.fc = nn.RMSNorm(4), nn.Linear(4, 4)
+
+        def forward(self, x, y):
+            return self.fc(self.norm(x) * 0.5), F.rms_norm(y, (4,))
+
+    graph = Graph.of(capture(Norms().eval(), None, None).gm)
+    infer(graph)
+    found = {n.name: Value(node=n) for n in graph}
+    assert dtype_of(found["x"]) == dtype_of(found["rms_norm"]) == dtype_of(found["mul"]) == torch.float32
+    assert dtype_of(found["y"]) is None
+    assert may_be_floating(found["y"])
+    assert torch.int64 not in found["y"].node.meta["dtypes"]
+    assert torch.complex64 in found["y"].node.meta["dtypes"]

@@ -1,5 +1,5 @@
 """Layers of the papers' official repositories, recognised in a model and replaced by ours before it is traced."""
 
-from normfuse.importers.walk import recognise
+from normfuse.importers.walk import eval_mode, recognise
 
-__all__ = ["recognise"]
+__all__ = ["eval_mode", "recognise"]

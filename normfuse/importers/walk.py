@@ -13,7 +13,7 @@ from normfuse.importers.catalogue import FAMILIES
 from normfuse.importers.family import Family, Unrecognised
 from normfuse.importers.probe import Probe, random_on
 
-__all__ = ["recognise"]
+__all__ = ["eval_mode", "recognise"]
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +67,23 @@ def recognise(model: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
     for note in notes:
         log.info("%s", note)
     return found.get(id(model), model), tuple(notes)
+
+
+def eval_mode(model: nn.Module) -> nn.Module:
+    """The model in eval mode, in place, but for official layers that take batch statistics in it: their parts keep their modes."""
+    modes = {m: m.training for layer in model.modules() if _is_live(layer) for m in layer.modules()}
+    model.eval()
+    for module, training in modes.items():
+        module.training = training
+    return model
+
+
+def _is_live(module: nn.Module) -> bool:
+    family = _BY_NAME.get(type(module).__name__)
+    try:
+        return family is not None and family.live(module) and _replacement(family, module) is not None
+    except Exception:  # it has the name only, and any attribute of any kind
+        return False
 
 
 def _replacement(family: Family, module: nn.Module) -> nn.Module | None:

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from normfuse.errors import UsageError
-from normfuse.nn._dtypes import narrowed, sizes_known, widened
+from normfuse.nn._dtypes import narrowed, widened
+from normfuse.nn._inputs import takes
 
 __all__ = ["CRMSNorm"]
 
@@ -55,11 +56,7 @@ class CRMSNorm(nn.Module):
             nn.init.ones_(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        if sizes_known(x) and x.shape[-1] != self.width:
-            raise UsageError(
-                f"CRMSNorm({self.width}): the last axis of the input has {x.shape[-1]} features; "
-                f"expected {self.width}, the width of the stream without its dropped coordinate"
-            )
+        takes(self, x, (self.width,))  # the width of the stream without its dropped coordinate
         wide = widened(x)
         total = wide.sum(-1, keepdim=True)
         square = wide.square().sum(-1, keepdim=True) + total.square()

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from normfuse.errors import UsageError
 from normfuse.nn._dtypes import narrowed
+from normfuse.nn._inputs import takes
 
 __all__ = ["DynamicErf", "DynamicTanh"]
 
@@ -52,6 +53,9 @@ class _Dynamic(nn.Module):
             nn.init.ones_(self.weight)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
+
+    def _takes(self, x: Tensor) -> None:
+        takes(self, x, self.normalized_shape, behind=0 if self.channels_last else 2)
 
     def _affine(self, y: Tensor, x: Tensor) -> Tensor:
         """γ y + β in the dtype of the input x."""
@@ -105,6 +109,7 @@ class DynamicTanh(_Dynamic):
         self.reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
+        self._takes(x)
         return self._affine(torch.tanh(self.alpha * x), x)
 
 
@@ -149,6 +154,7 @@ class DynamicErf(_Dynamic):
         nn.init.constant_(self.shift, self.shift_init)
 
     def forward(self, x: Tensor) -> Tensor:
+        self._takes(x)
         return self._affine(torch.erf(self.alpha * x + self.shift), x)
 
     def extra_repr(self) -> str:

@@ -13,7 +13,8 @@ from torch.autograd.function import once_differentiable
 
 from normfuse.errors import UsageError
 from normfuse.nn._channel_affine import channel_affine
-from normfuse.nn._dtypes import narrowed, sizes_known, widened
+from normfuse.nn._dtypes import narrowed, widened
+from normfuse.nn._inputs import takes
 from normfuse.nn._moments import several_ranks, should_update
 
 __all__ = ["L1BatchNorm", "L1LayerNorm", "from_norm_matters"]
@@ -74,8 +75,7 @@ class L1LayerNorm(nn.Module):
         _reset_affine(self.weight, self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        if sizes_known(x) and tuple(x.shape[-len(self.normalized_shape) :]) != self.normalized_shape:
-            raise UsageError(f"L1LayerNorm({self.normalized_shape}): the input has shape {tuple(x.shape)}, which ends otherwise")
+        takes(self, x, self.normalized_shape)
         dims = tuple(range(-len(self.normalized_shape), 0))
         if self.training:
             y: Tensor = _L1Normalize.apply(x, self.weight, self.bias, dims, self.scale_const, self.eps, None)[0]

@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from normfuse.errors import UsageError
 from normfuse.nn._dtypes import narrowed
+from normfuse.nn._inputs import takes
 from normfuse.nn._statistics import Joint, RunningStatistics, mean_over_ranks, mean_square, statistics_dtype
 
 __all__ = ["PowerNorm"]
@@ -107,11 +108,13 @@ class PowerNorm(RunningStatistics[_Step]):
             pad_mask: (B, T), or (N,) for (N, C), bool, True for padding, which is left out of mean(u²). Only read in training.
 
         Raises:
-            UsageError: in training, `x` or `pad_mask` has another shape, or there is no row on any rank.
+            UsageError: `x` is of integers or has another number of channels; in training, `pad_mask` has another shape, or there is
+                no row on any rank.
         """
         if self.training:
             out: Tensor = self._train(x, pad_mask)
             return out
+        takes(self, x, (self.num_features,))
         s = self.weight / torch.sqrt(self.running_phi.flatten() + self.eps)
         return narrowed(self.grouped(x) * s + self.bias, x)
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from normfuse.errors import UsageError
 from normfuse.nn._dtypes import widened
+from normfuse.nn._inputs import takes
 from normfuse.nn._integers import Draws, integer, stochastic, width
 from normfuse.nn.l1 import GAUSSIAN, L1LayerNorm
 
@@ -71,10 +71,7 @@ class QuantizedL1LayerNorm(L1LayerNorm):
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # the number of a draw is a state
     def _integers(self, x: Tensor) -> Tensor:
-        if tuple(x.shape[x.ndim - len(self.normalized_shape) :]) != self.normalized_shape:
-            raise UsageError(
-                f"QuantizedL1LayerNorm({self.normalized_shape}): the input has shape {tuple(x.shape)}, which ends otherwise"
-            )
+        takes(self, x, self.normalized_shape)
         rows = x.reshape(-1, math.prod(self.normalized_shape))
         weight, bias = (None if p is None else p.flatten() for p in (self.weight, self.bias))
         settings = (self.bits, self.gradient_bits, self.shift_groups, self.scale_const, self.eps)

@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from normfuse.errors import UsageError
 from normfuse.nn._dtypes import narrowed
+from normfuse.nn._inputs import takes
 from normfuse.nn._statistics import Joint, RunningStatistics, mean_over_ranks, mean_square, statistics_dtype
 
 __all__ = ["UnifiedNorm"]
@@ -119,11 +120,13 @@ class UnifiedNorm(RunningStatistics[_Step]):
             pad_mask: (B, N) or (N,) bool, True for padding, which is left out of mean(x²). Only read in training.
 
         Raises:
-            UsageError: in training, `x` or `pad_mask` has another shape, or there is no row on any rank.
+            UsageError: `x` is of integers or has another number of channels; in training, `pad_mask` has another shape, or there is
+                no row on any rank.
         """
         if self.training:
             out: Tensor = self._train(x, pad_mask)
             return out
+        takes(self, x, (self.channels,))
         s = self.weight / torch.sqrt(self.running_var + self.eps)
         return narrowed(x * s + self.bias, x)
 
