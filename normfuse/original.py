@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
+from normfuse.canonical import readable
 from normfuse.errors import CaptureError, NormfuseError, UsageError
 from normfuse.modes import NARROW, Float64, Stirred, Untouched, WritesWeights, widened
 
@@ -240,7 +241,7 @@ class _Epsilon(TorchFunctionMode):
 
 def _copied(model: Any) -> nn.Module:
     if isinstance(model, ExportedProgram):
-        model = model.module()
+        model = readable(model).module()
     own = [t for m in model.modules() for t in vars(m).values() if isinstance(t, Tensor)]
     copied: nn.Module = copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *own)})
     if not isinstance(copied, fx.GraphModule):
