@@ -20,7 +20,7 @@ from normfuse.observers import without_idle_observers
 from normfuse.regions import inline_regions, name_operands
 from normfuse.writes import secret_views, without_writes, writes
 
-__all__ = ["canonical_module", "without_guard_calls"]
+__all__ = ["canonical_module", "readable", "without_guard_calls"]
 
 aten = torch.ops.aten
 
@@ -35,7 +35,7 @@ def canonical_module(program: ExportedProgram, smallest: Mapping[str, int] | Non
     Raises:
         CaptureError: the model writes to its own buffers.
     """
-    program = _readable(program)
+    program = readable(program)
     gm = program.module()
     assert isinstance(gm, fx.GraphModule)
     guards = guards_of(gm, program.range_constraints, getattr(program, "_guards_code", ()), smallest)
@@ -73,7 +73,7 @@ def _plain(gm: fx.GraphModule) -> fx.GraphModule:
     return gm
 
 
-def _readable(program: ExportedProgram) -> ExportedProgram:
+def readable(program: ExportedProgram) -> ExportedProgram:
     """The program with other names for what generated code could not read, such as `graph.weight`; itself if there is nothing."""
     signature = program.graph_signature
     held = {*program.state_dict, *program.constants, *(s.target for s in signature.input_specs if s.target)}

@@ -22,13 +22,13 @@ from normfuse.free_sizes import fixed_after_all, free_sizes, stated_minima
 from normfuse.guards import guarded_inputs, guards_of, guards_of_signature, set_guards
 from normfuse.importers import recognise
 from normfuse.model_kinds import check_kind, unwrapped, unwrapped_inside
-from normfuse.original import Call, without_cache
+from normfuse.original import Call, loses_cache, without_cache
 from normfuse.record import record
 from normfuse.surroundings import undisturbed
 from normfuse.trees import children
 from normfuse.writes import is_write, writes
 
-__all__ = ["Captured", "arguments", "calls_of", "capture", "flat_inputs", "shadow_of"]
+__all__ = ["Captured", "arguments", "cache_notes", "calls_of", "capture", "flat_inputs", "shadow_of"]
 
 log = logging.getLogger(__name__)
 
@@ -83,13 +83,15 @@ def _captured(model: Any, given: tuple[tuple[Any, ...], dict[str, Any]] | None, 
         known = _canonical(model)
         if known is not None:
             return known
-    shadow, notes = shadow_of(model)
+    shadow, notes, caching = shadow_of(model)
     if given is not None:
-        return _export(shadow, *_told_apart(model, *given), dynamic_shapes, notes)
+        own = _told_apart(model, *given)
+        return _export(shadow, *own, dynamic_shapes, notes + cache_notes(shadow, caching, *own))
     declared = declared_inputs(shadow)
     if declared is None:
         return _trace(shadow, notes)
     declared[1].pop("use_cache", None)  # said by the shadow's configuration; an input would become part of the signature
+    notes += cache_notes(shadow, caching, *declared)
     try:
         return _export(shadow, *declared, dynamic_shapes or _any_batch(*declared), notes)
     except CaptureError as e:
@@ -163,8 +165,8 @@ def arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     raise UsageError(f"example_inputs: expected a tuple of inputs or a dictionary of keyword inputs, got {type(example).__name__}")
 
 
-def shadow_of(model: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
-    """A copy of the modules in eval mode that shares every tensor with the original."""
+def shadow_of(model: nn.Module) -> tuple[nn.Module, tuple[str, ...], list[Any]]:
+    """A copy of the modules in eval mode that shares every tensor with the original; notes, and what `without_cache` changed."""
     notes: list[str] = []
     if any(m.training for m in model.modules()) and not isinstance(model, fx.GraphModule):
         notes.append("the model was in training mode; it was optimized as in eval()")
@@ -184,9 +186,13 @@ def shadow_of(model: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
         shadow, known = recognise(shadow)
         notes.extend(known)
         shadow.eval()
-    if without_cache(shadow):
-        notes.append("use_cache was switched off: the optimized model returns no past_key_values")
-    return shadow, tuple(notes)
+    return shadow, tuple(notes), without_cache(shadow)
+
+
+def cache_notes(shadow: nn.Module, caching: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, ...]:
+    """What to tell of caches that were switched off: nothing where this call returns none anyway."""
+    lost = loses_cache(shadow, caching, Call(args, kwargs))
+    return ("use_cache was switched off: the optimized model returns no past_key_values",) if lost else ()
 
 
 def _usable(tensor: Tensor) -> Tensor:

@@ -11,7 +11,10 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-__all__ = ["explained", "first_line"]
+__all__ = ["IN_PARTS", "decides_by_values", "explained", "first_line"]
+
+IN_PARTS = "; it was optimized by parts, and what stands between them stays Python, which no file holds: use the module in Python"
+"""What is to be said behind the reason where a result of `optimize(partial=True)` is to become a file."""
 
 _LONGEST = 300  # characters of torch's own words
 _INSTALLED = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
@@ -38,12 +41,17 @@ def _cause(error: Exception) -> str:
     if fixed:
         sizes = ", ".join(f"{_size(where)} is always {n}" for where, n in fixed)
         return f"{sizes} in this model: leave it out of dynamic_shapes, or write Dim.AUTO there"
-    if type(error).__name__ == "GuardOnDataDependentSymNode":
+    if decides_by_values(error):
         return (
             "it decides by the values of a tensor (if, while, int(...), a size that is computed), which no graph can: "
             "write it with torch.where or torch.cond"
         )
     return f"{type(error).__name__}: {first_line(error)}"
+
+
+def decides_by_values(error: BaseException | None) -> bool:
+    """Did torch come to an `if` on a tensor, an `int(...)` of one, or another size that it could only compute?"""
+    return type(error).__name__ == "GuardOnDataDependentSymNode" or "data-dependent" in str(error)
 
 
 def _suggestions(text: str) -> str:

@@ -22,6 +22,7 @@ from torch.export import Dim
 from normfuse.capture import capture, flat_inputs
 from normfuse.dynamic_axes import Axis, Free, input_names
 from normfuse.errors import UsageError
+from normfuse.surroundings import undisturbed
 
 __all__ = ["found_shapes"]
 
@@ -46,7 +47,7 @@ def found_shapes(model: nn.Module, example_inputs: Any, free: Free) -> dict[str,
     def hint(_input: str, _number: int, axis: Axis) -> Any:
         return Dim.AUTO(min=axis.min, max=axis.max)
 
-    with _specializations() as fixed:
+    with undisturbed(), _specializations() as fixed:
         captured = capture(model, example_inputs, free.shapes(hint))
     names = input_names(free.inputs)
     placeholders = captured.gm.graph.find_nodes(op="placeholder")

@@ -17,11 +17,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
+from normfuse.canonical import readable
 from normfuse.errors import CaptureError, NormfuseError, UsageError
 from normfuse.importers import eval_mode
 from normfuse.modes import NARROW, Float64, Stirred, Untouched, widened
 
-__all__ = ["Call", "Original", "Run", "run", "without_cache"]
+__all__ = ["Call", "Original", "Run", "loses_cache", "run", "without_cache"]
 
 log = logging.getLogger(__name__)
 
@@ -258,7 +259,7 @@ class _Epsilon(TorchFunctionMode):
 
 def _copied(model: Any) -> nn.Module:
     if isinstance(model, ExportedProgram):
-        model = model.module()
+        model = readable(model).module()
     own = [t for m in model.modules() for t in vars(m).values() if isinstance(t, Tensor)]
     copied: nn.Module = copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *own)})
     if not isinstance(copied, fx.GraphModule):
@@ -267,13 +268,43 @@ def _copied(model: Any) -> nn.Module:
     return copied
 
 
-def without_cache(model: nn.Module) -> bool:
-    """Switch off the caches of Hugging Face models, in place: a cache object is no output of a graph. Was there one?"""
+def without_cache(model: nn.Module) -> list[Any]:
+    """Switch off the caches of Hugging Face models, in place: a cache object is no output of a graph. The settings that changed."""
     configs: list[Any] = [getattr(m, "config", None) for m in model.modules()]
     caching = [c for c in configs if getattr(c, "use_cache", False) is True]
     for config in caching:
         config.use_cache = False
-    return bool(caching)
+    return caching
+
+
+def loses_cache(model: nn.Module, caching: Sequence[Any], call: Call) -> bool:
+    """Does a call of the model return more where its caches are on? Encoders have the setting too, and nothing to keep.
+
+    Args:
+        model: with its caches off.
+        caching: what `without_cache` changed.
+        call: the example inputs.
+    """
+    if not caching:
+        return False
+
+    def structure() -> pytree.TreeSpec:
+        own = call.copied()
+        return pytree.tree_structure(model(*own.args, **own.kwargs))
+
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            without = structure()
+            for config in caching:
+                config.use_cache = True
+            return structure() != without
+        except Exception as e:  # capture tells why it does not run
+            log.debug("the model does not run: %s", e)
+            return False
+        finally:
+            for config in caching:
+                config.use_cache = False
 
 
 def _named(module: nn.Module, call: Call) -> list[tuple[str, Any]]:

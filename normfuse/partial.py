@@ -23,7 +23,7 @@ from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
 from normfuse.calls import Call, Signature, calls_of, survey
-from normfuse.capture import arguments, shadow_of
+from normfuse.capture import arguments, cache_notes, shadow_of
 from normfuse.declared_inputs import declared_inputs
 from normfuse.errors import CaptureError, NormfuseError, UsageError
 from normfuse.record import Record, record
@@ -127,7 +127,8 @@ def whole_or_parts(
 def _parts(model: nn.Module, example_inputs: Any, optimize: Optimize, batches: Any, *, verify: bool) -> nn.Module:
     start = perf_counter()
     args, kwargs = _inputs(model, example_inputs)
-    copy, notes = shadow_of(model)
+    copy, notes, caching = shadow_of(model)
+    notes += cache_notes(copy, caching, args, kwargs)
     runs = [(args, kwargs), *variations(args, kwargs)]
     calls, ran = survey(copy, runs)
     if 0 not in ran:
@@ -428,6 +429,7 @@ def _report(model: nn.Module, work: _Work, whole: Error | None, notes: tuple[str
         bytes_after=sum(r.bytes_after for r in reports),
         notes=(f"captured by parts: {len(parts)} were optimized, {len(left)} submodules stay as they are", *notes, *said),
         seconds=seconds,
+        nothing_compared=next((r.nothing_compared for r in reports), "") if all(r.nothing_compared for r in reports) else "",
         parts=(*parts, *sorted(left, key=lambda p: p.path)),
     )
 

@@ -24,7 +24,7 @@ from normfuse.graph import Graph
 from normfuse.modes import Stirred, widened
 from normfuse.original import Call, Original, Run
 from normfuse.report import Error
-from normfuse.verify import EXACT_BOUND, decibels, distance, evaluate, is_float, like, magnitude, measure, shorten
+from normfuse.verify import EXACT_BOUND, decibels, distance, evaluate, is_float, like, magnitude, measure, nothing_in, shorten
 
 __all__ = ["Proof", "Verdict", "moves"]
 
@@ -150,14 +150,7 @@ class Proof:
     @property
     def nothing_compared(self) -> str:
         """Why the comparison tells nothing; empty when it does."""
-        runs = self._outputs(self.has_float64)
-        if not runs[0]:
-            return "the model returns no tensor"
-        silent = [_silence([outputs[i] for outputs in runs]) for i in range(len(runs[0]))]
-        if not all(silent):
-            return ""
-        which = "the output is" if len(silent) == 1 else "all outputs are"
-        return f"nothing was compared: {which} {' or '.join(dict.fromkeys(silent))}"
+        return nothing_in(self._outputs(self.has_float64))
 
     # -- comparing -----------------------------------------------------------------------------------------------------
 
@@ -361,23 +354,6 @@ def _reason(error: Error, bound: float, *, exact: bool) -> str:
     if math.isinf(error.max_rel):
         return f"the values do not fit into {error.dtype}: some are no longer finite, or no longer NaN"
     return f"it moves the outputs by {error.max_rel:.1e} in {error.dtype}, more than the roundings of such a model ({bound:.1e})"
-
-
-def _silence(runs: Sequence[Tensor]) -> str:
-    """Why an output tells nothing of the model: `NaN`, `zero`, `constant`; empty when it does."""
-    first = runs[0]
-    if first.numel() == 0:
-        return "empty"
-    if is_float(first) and not bool(first.isfinite().any()):
-        return "NaN or infinite"
-    if not bool(first.ne(0).any()):
-        return "zero"
-    flat = first.reshape(-1)
-    if first.numel() > 1 and bool((flat == flat[0]).all()):
-        return "constant"
-    if len(runs) > 1 and first.shape == runs[1].shape and bool(torch.equal(first, runs[1])):
-        return "constant"
-    return ""
 
 
 def _first_line(e: Exception) -> str:

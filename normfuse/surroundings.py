@@ -37,21 +37,28 @@ def undisturbed() -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """torch logs what it also raises, and prints the graph as far as it came; TORCH_LOGS gets both back."""
-    if os.environ.get("TORCH_LOGS"):
-        yield
-        return
+    """torch logs what it also raises, and prints the graph as far as it came; TORCH_LOGS gets both back.
+
+    Inside of another one it does nothing: who listens to one of these loggers in between goes on hearing it.
+    """
     import torch.export._trace as tracing
 
+    if os.environ.get("TORCH_LOGS") or vars(tracing).get("print") is _nothing:
+        yield
+        return
     names = [name for name in logging.root.manager.loggerDict if name == "torch" or name.startswith("torch.")]
     levels = {log: log.level for log in map(logging.getLogger, dict.fromkeys(("torch", *names)))}
     held = vars(tracing).get("print", print)
     for log in levels:
         log.setLevel(logging.CRITICAL)
-    vars(tracing)["print"] = lambda *_, **__: None
+    vars(tracing)["print"] = _nothing
     try:
         yield
     finally:
         vars(tracing)["print"] = held
         for log, level in levels.items():
             log.setLevel(level)
+
+
+def _nothing(*_args: object, **_kwargs: object) -> None:
+    """Prints nothing."""

@@ -20,7 +20,7 @@ from normfuse.graph import Graph
 from normfuse.modes import Float64, widened
 from normfuse.report import Error
 
-__all__ = ["EXACT_BOUND", "decibels", "distance", "evaluate", "is_float", "like", "magnitude", "measure", "shorten"]
+__all__ = ["EXACT_BOUND", "decibels", "distance", "evaluate", "is_float", "like", "magnitude", "measure", "nothing_in", "shorten"]
 
 log = logging.getLogger(__name__)
 
@@ -161,6 +161,38 @@ def decibels(pairs: Iterable[tuple[Sequence[Tensor], Sequence[Tensor]]]) -> floa
     if noise == 0.0:
         return math.inf
     return 10 * math.log10(signal / noise) if signal > 0 else -math.inf
+
+
+def nothing_in(runs: Sequence[Sequence[Tensor]]) -> str:
+    """Why a comparison with these outputs tells nothing: `nothing was compared: all outputs are zero`; empty when it does.
+
+    Args:
+        runs: the outputs of one call or of several, with other inputs.
+    """
+    if not runs[0]:
+        return "nothing was compared: the model returns no tensor"
+    silent = [_silence([outputs[i] for outputs in runs]) for i in range(len(runs[0]))]
+    if not all(silent):
+        return ""
+    which = "the output is" if len(silent) == 1 else "all outputs are"
+    return f"nothing was compared: {which} {' or '.join(dict.fromkeys(silent))}"
+
+
+def _silence(runs: Sequence[Tensor]) -> str:
+    """Why an output tells nothing of the model: `NaN`, `zero`, `constant`; empty when it does."""
+    first = runs[0]
+    if first.numel() == 0:
+        return "empty"
+    if is_float(first) and not bool(first.isfinite().any()):
+        return "NaN or infinite"
+    if not bool(first.ne(0).any()):
+        return "zero"
+    flat = first.reshape(-1)
+    if first.numel() > 1 and bool((flat == flat[0]).all()):
+        return "constant"
+    if len(runs) > 1 and first.shape == runs[1].shape and bool(torch.equal(first, runs[1])):
+        return "constant"
+    return ""
 
 
 def like(inputs: Sequence[Any], seed: int) -> list[Any]:

@@ -161,8 +161,25 @@ def test_a_hugging_face_model_declares_its_inputs_and_keeps_its_signature():
     assert report.exact.max_rel <= 1e-9
     assert any("past_key_values" in note for note in report.notes)
     assert model.config.use_cache
-    ids = torch.randint(0, 50, (3, 9))
-    torch.testing.assert_close(fast(input_ids=ids).logits, model(input_ids=ids).logits, rtol=1e-4, atol=1e-5)
+    ids, mask = torch.randint(0, 50, (3, 9)), torch.ones(3, 9, dtype=torch.int64)
+    mask[1, 6:] = 0
+    given = {"input_ids": ids, "attention_mask": mask}
+    torch.testing.assert_close(fast(**given).logits, model(**given).logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("asked", [True, False], ids=["asked", "not asked"])
+@pytest.mark.parametrize("kind", ["decoder", "encoder"])
+def test_a_lost_cache_is_told_where_the_call_returned_one(kind, asked):
+    transformers = pytest.importorskip("transformers")
+    if kind == "decoder":
+        model = transformers.GPT2Model(transformers.GPT2Config(n_layer=1, n_embd=16, n_head=2, vocab_size=50, n_positions=16))
+    else:
+        sizes = {"num_hidden_layers": 1, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 16, "vocab_size": 40}
+        model = transformers.BertModel(transformers.BertConfig(**sizes, use_cache=True))
+    example = {"input_ids": torch.randint(0, 40, (2, 7))} | ({} if asked or kind == "encoder" else {"use_cache": False})
+    report = normfuse.report(normfuse.optimize(model.eval(), example, passes=["cleanup"]))
+    assert any("past_key_values" in note for note in report.notes) == (kind == "decoder" and asked)
+    assert model.config.use_cache
 
 
 def test_a_timm_model_declares_its_inputs_for_any_batch():

@@ -1,6 +1,7 @@
 """Command lines as they should not be: the right exit code, one short error that says the way out, no traceback, nothing left."""
 
 import io
+import json
 import pickle
 import shlex
 import sys
@@ -10,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from normfuse.report import Report
 from tests.cli_runner import Run, runner
 from tests.evil import Evil
 
@@ -64,6 +64,49 @@ class Long(nn.Module):
 
 def long():
     return Long(), (torch.randn(2),)
+
+def silent():
+    model, x = mlp()
+    nn.init.zeros_(model[2].weight), nn.init.zeros_(model[2].bias)
+    return model, x
+
+def constant():
+    model, x = silent()
+    nn.init.ones_(model[2].bias)
+    return model, x
+
+def not_finite():
+    model, x = mlp()
+    nn.init.constant_(model[2].bias, float("nan"))
+    return model, x
+
+class Bits(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = mlp()[0]
+
+    def forward(self, x):
+        return self.layers(x).view(torch.int32).view(torch.float32)
+
+def bits():
+    return Bits(), (torch.randn(2, 8),)
+
+class Detector(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.backbone = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU())
+        self.head = nn.Sequential(nn.Conv2d(4, 5, 1), nn.BatchNorm2d(5))
+
+    def forward(self, images):
+        boxes = self.head(self.backbone(images)).flatten(2).transpose(1, 2)
+        return [b[b[:, 0] > 0.5] if b[:, 0].max() > 0.5 else b[:1] for b in boxes]
+
+def detector():
+    model = Detector()
+    for m in model.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            m.running_mean.normal_(), m.running_var.uniform_(0.5, 2)
+    return model, (torch.randn(2, 3, 8, 8),)
 
 def raises():
     raise ValueError("inside the factory")
@@ -124,7 +167,7 @@ CASES = [
     (f"export models:mlp {TO} --shape axb", "--shape 'axb'"),
     (f"export models:mlp {TO} --shape 99999999999x99999999999", "do not fit into the memory"),
     (f"export models:mlp {TO} --shape 999999x999999", "do not fit into the memory"),
-    (f"export models:mlp {TO} --shape 2x9", "could not be captured"),
+    (f"export models:mlp {TO} --shape 2x9", "does not run on the example inputs (float32[2, 9])"),
     (f"export models:mlp {TO} --shape 2x8:float13", "unknown dtype"),
     (f"export models:mlp {TO} --shape 2x8:int64", "input input is int64, the model computes in float32"),
     (f"export models:mlp {TO} --input wide.npz", "input input is float64, the model computes in float32"),
@@ -164,7 +207,7 @@ CASES = [
     ("bench models:fixed --dynamic seq --against onnxruntime", "the model fixes axis 1 of x at 5"),
     # capture
     (f"export models:broken {TO}", "nothing"),
-    (f"export models:long {TO}", "could not be captured"),
+    (f"export models:long {TO}", "Long does not run on the example inputs"),
     (f"export models:branch {TO}", "--partial"),
     # passes, targets
     (f"export models:mlp {TO} --target trt", "did you mean 'tensorrt'?"),
@@ -179,7 +222,7 @@ CASES = [
     (f"export models:mlp {TO} --quantize w99a99", "w99a99"),
     # calibration
     (f"{Q} --calibration scalar.npz", "a single number"),
-    (f"{Q} --calibration wide.npz --shape 2x9", "could not"),
+    (f"{Q} --calibration wide.npz --shape 2x9", "does not run"),
     (f"{Q} --calibration strings.npz", "cannot be read"),
     (f"{Q} --calibration no.npz", "does not exist"),
     (f"{Q} --calibration nonsense", "expected a file"),
@@ -281,11 +324,42 @@ def test_partial_comes_after_the_sizes_were_tried(run: Run, monkeypatch: pytest.
     assert asked == [False, True]
 
 
-def test_verify_fails_where_nothing_was_compared(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Report, "nothing_compared", "all outputs are zero", raising=False)
-    code, _, err = run("verify", "models:mlp", "-q")
+@pytest.mark.parametrize("factory", ["silent", "constant", "not_finite"])
+def test_verify_fails_where_nothing_was_compared(run: Run, factory: str) -> None:
+    code, out, err = run("verify", f"models:{factory}", "--json")
     assert code == 1
-    assert "nothing could be compared: all outputs are zero" in err
+    assert not json.loads(out)["holds"]
+    assert err.startswith("failed: nothing was compared: the output is ")
+    assert run("optimize", f"models:{factory}", "-o", "x.pt2", "-q")[0] == 0
+    code, out, err = run("verify", f"models:{factory}", "x.pt2", "--json")
+    assert code == 1
+    assert not json.loads(out)["holds"]
+    assert err.startswith("failed: nothing was compared: the output is ")
+
+
+def test_verify_holds_without_a_float64_form_and_says_so(run: Run) -> None:
+    code, out, _ = run("verify", "models:bits")
+    assert code == 0
+    assert "not proven in float64" in out
+    assert run("verify", "models:bits", "--tolerance", "0", "-q")[0] == 1
+
+
+def test_parts_of_a_detector(run: Run) -> None:
+    code, _, err = run("inspect", "models:detector")
+    assert code == 2
+    assert "--partial" in err
+    code, out, _ = run("inspect", "models:detector", "--partial", "--json")
+    assert code == 0
+    assert (json.loads(out)["norms_before"], json.loads(out)["norms_after"]) == ({"batch_norm": 2}, {"batch_norm": 0})
+    code, out, _ = run("verify", "models:detector", "--partial", "--json")
+    assert code == 0
+    assert json.loads(out)["report"]["exact"]["max_rel"] <= 1e-9
+    for verb, name in (("optimize", "x.pt2"), ("export", "x.onnx")):
+        code, out, err = run(verb, "models:detector", "--partial", "-o", name)
+        assert (code, out) == (2, "")
+        assert "use the module in Python" in err
+        assert len(err.splitlines()) == 1
+        assert not Path(name).exists()
 
 
 def test_what_libraries_print_is_kept_for_a_run_that_ends_well() -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from normfuse.capture_errors import IN_PARTS
 from normfuse.errors import ExportError, UsageError
 from normfuse.export.onnx.dims import axis_names, exportable
 from normfuse.record import record
@@ -138,7 +139,9 @@ def _captured(
         hint = (
             " (a module captured with fixed shapes stays fixed: pass dynamic_shapes to normfuse.optimize)" if dynamic_shapes else ""
         )
-        raise ExportError(f"torch.export cannot capture the module on these inputs{hint}: {_first_lines(e)}") from e
+        found = record(module)
+        parts = IN_PARTS if found is not None and found.report.parts else ""
+        raise ExportError(f"torch.export cannot capture the module on these inputs{hint}: {_first_lines(e)}{parts}") from e
 
 
 def _outputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[Any, Any]]:

@@ -84,7 +84,7 @@ class Model:
             try:
                 shapes = found_shapes(loaded.module, loaded.example_inputs, free)
             except CaptureError:
-                raise e from None  # it is not for the sizes
+                raise e from e.__cause__  # it is not for the sizes
         return work(shapes)
 
     def stated(self, loaded: Source) -> Any:
@@ -125,6 +125,7 @@ class Pipeline:
     def run(self, model: Model, loaded: Source, *, dynamic_shapes: Any = None) -> "fx.GraphModule":
         """Optimize it; what may vary in its inputs is `dynamic_shapes`, or what --dynamic says."""
         from normfuse.api import optimize
+        from normfuse.capture_errors import decides_by_values
 
         batches = None if self.calibration is None else calibration_batches(self.calibration, loaded)
         _log.info("optimizing %s", model.source)
@@ -139,7 +140,7 @@ class Pipeline:
                     quantize=self.quantize,
                     calibration=batches,
                     verify=self.verify,
-                    **({"partial": True} if partial else {}),
+                    partial=partial,
                 )
 
         try:
@@ -147,7 +148,7 @@ class Pipeline:
                 return optimized(dynamic_shapes, partial=self.partial)
             return model.vary(loaded, optimized)
         except CaptureError as e:
-            if not self.partial and ("data-dependent" in str(e) or ".detection" in type(loaded.model).__module__):
+            if not self.partial and (decides_by_values(e.__cause__) or ".detection" in type(loaded.model).__module__):
                 raise CaptureError(f"{e}\nPass --partial to optimize the parts that can be captured") from e
             if not self.partial or not model.dynamic:
                 raise

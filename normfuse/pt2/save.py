@@ -26,13 +26,18 @@ def save_program(gm: "fx.GraphModule", path: str | Path, *, force: bool = False)
     """
     import torch
 
+    from normfuse.capture_errors import IN_PARTS, explained
+    from normfuse.surroundings import undisturbed
+
     found = record(gm)
     if found is None or not found.has_inputs:
         raise ExportError("a .pt2 file holds a program for given shapes: pass example inputs to optimize")
     try:
-        program = torch.export.export(gm, found.args, found.kwargs, dynamic_shapes=found.dynamic_shapes)
+        with undisturbed():
+            program = torch.export.export(gm, found.args, found.kwargs, dynamic_shapes=found.dynamic_shapes)
     except Exception as e:
-        raise ExportError(f"the optimized module could not be captured for {path}: {e}") from e
+        why = explained(type(gm).__name__, e, found.args, found.kwargs)
+        raise ExportError(f"{path} cannot be written: {why}{IN_PARTS if found.report.parts else ''}") from e
     with atomic(path, force=force) as partial, _Forgiving(partial) as file:
         torch.export.save(program, cast("IO[bytes]", file), extra_files={REPORT: found.report.to_json()})
 
