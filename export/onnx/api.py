@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import operator
+import re
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -303,7 +304,7 @@ def _proven(
         # by path: the checker then follows external data; shape inference needs the model in one message
         onnx.checker.check_model(spelled(file), full_check=file.stat().st_size < MAX_PROTO)
     except Exception as e:
-        raise ExportError(f"the exported model is not valid ONNX: {' '.join(str(e).split())[:500]}") from e
+        raise _invalid(e) from e
     if not verify:
         return None, ("not run: verify=False",)
     config = {} if target.contrib or layers is None else AS_WRITTEN
@@ -342,6 +343,15 @@ def _proven(
         which = "of what is in no plugin " if rounds else ""
         notes = (*notes, f"activations {which}stay floats: {sqnr:.0f} dB against the module, which rounds them")
     return (error, sqnr), notes
+
+
+def _invalid(e: Exception) -> ExportError:
+    """What the checker says; most of the time that operators of an older opset do not take a dtype."""
+    said = " ".join(str(e).split())[:500]
+    dtype = re.search(r"unsupported type: tensor\((\w+)\)", said)
+    if dtype is None:
+        return ExportError(f"the exported model is not valid ONNX: {said}")
+    return ExportError(f"an operator of this ONNX opset does not take {dtype[1]} ({said}); export with opset=23, or in float32")
 
 
 def _without_kernels(found: Program, e: ExportError) -> str | None:

@@ -381,7 +381,7 @@ def _exported(spec: Spec, model: Model, fast: nn.Module, outcome: Outcome) -> No
         try:
             to_onnx(fast, path, target=spec.mode.export, measure_seconds=0.1, threads=1, progress=False)
         except ExportError as e:
-            if not re.search(r"has no (bfloat16|float64) kernels", str(e)):
+            if not re.search(r"has no (bfloat16|float64) kernels|does not take bfloat16", str(e)):
                 outcome.fail(f"export: {_said(e)}", str(e))
             elif not outcome.failures:
                 outcome.state, outcome.note = "refused", _said(e)
