@@ -29,15 +29,15 @@ class Bake:
         applied = fold(graph)
         refused: list[Site] = []
         for node in graph:
-            if node.op != "call_function" or not node.users:
-                continue
-            try:
-                merged = parallel_convs(graph, node)
-            except Refuse as refusal:
-                refused.append(graph.site("parallel_convs", node, refusal))
-                continue
-            if merged is not None and graph.permit(merged.rule, graph.path(node)):
+            while node.op == "call_function" and node.users:  # what one operator could not take may be one of its own
+                try:
+                    merged = parallel_convs(graph, node)
+                except Refuse as refusal:
+                    refused.append(graph.site("parallel_convs", node, refusal))
+                    break
+                if merged is None or not graph.permit(merged.rule, graph.path(node)):
+                    break
                 applied.append(graph.site(merged.rule, node, note=f"{merged.count} branches are one"))
-                graph.replace(node, merged.value)
+                node = graph.replace(node, merged.value)
                 graph.clean()  # so that a value lost its readers in the branches
         return PassReport(self.name, tuple(applied), tuple(refused), seconds=perf_counter() - start)

@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import operator
+import re
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -303,7 +304,7 @@ def _proven(
         # by path: the checker then follows external data; shape inference needs the model in one message
         onnx.checker.check_model(spelled(file), full_check=file.stat().st_size < MAX_PROTO)
     except Exception as e:
-        raise ExportError(f"the exported model is not valid ONNX: {' '.join(str(e).split())[:500]}") from e
+        raise _invalid(e) from e
     if not verify:
         return None, ("not run: verify=False",)
     config = {} if target.contrib or layers is None else AS_WRITTEN
@@ -316,14 +317,14 @@ def _proven(
         elif layers == "native":
             notes = (f"run without normfuse's kernels: {native.why_not()}",)
     except ExportError as e:
-        if torch.bfloat16 not in _tensor_dtypes(found):
+        lacking = _without_kernels(found, e)
+        if lacking is None:
             raise
-        if target.name == "onnxruntime":
-            raise ExportError(
-                f"ONNX Runtime has no bfloat16 kernels on the CPU for this model ({e}); export it in float32 or float16, "
-                "or pass verify=False to write it for another device"
-            ) from e
-        return None, ("not run: ONNX Runtime has no bfloat16 kernels on the CPU for this model",)
+        has_none = f"ONNX Runtime has no {lacking} kernels on the CPU for this model"
+        if target.name == "onnxruntime" or lacking == "float64":
+            other = "float32" if lacking == "float64" else "float32 or float16"
+            raise ExportError(f"{has_none} ({e}); export it in {other}, or pass verify=False to write it for another device") from e
+        return None, (f"not run: {has_none}",)
     meant = weights_alone(found, kept) if layers == "weight_only" else found
     proofs = [compare(meant, opened, quantized=rounds, half=half, bound=bound) for opened in sessions]
     error, (_, sqnr, wanted) = functools.reduce(operator.or_, (p[0] for p in proofs)), min(proofs, key=lambda p: p[1] - p[2])
@@ -342,6 +343,23 @@ def _proven(
         which = "of what is in no plugin " if rounds else ""
         notes = (*notes, f"activations {which}stay floats: {sqnr:.0f} dB against the module, which rounds them")
     return (error, sqnr), notes
+
+
+def _invalid(e: Exception) -> ExportError:
+    """What the checker says; most of the time that operators of an older opset do not take a dtype."""
+    said = " ".join(str(e).split())[:500]
+    dtype = re.search(r"unsupported type: tensor\((\w+)\)", said)
+    if dtype is None:
+        return ExportError(f"the exported model is not valid ONNX: {said}")
+    return ExportError(f"an operator of this ONNX opset does not take {dtype[1]} ({said}); export with opset=23, or in float32")
+
+
+def _without_kernels(found: Program, e: ExportError) -> str | None:
+    """The dtype of the model for which the runtime lacks kernels, where it says so; of bfloat16 it lacks nearly all."""
+    dtypes = _tensor_dtypes(found)
+    if torch.bfloat16 in dtypes:
+        return "bfloat16"
+    return "float64" if torch.float64 in dtypes and "NOT_IMPLEMENTED" in str(e) else None
 
 
 def _tensor_dtypes(found: Program) -> set[torch.dtype]:

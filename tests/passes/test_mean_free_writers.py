@@ -32,12 +32,18 @@ class Stream(nn.Module):
                 a, b = torch.tanh(x).chunk(2, 1)
                 x = a + self.direct(b)
                 x = x + b
+            case "twice":
+                x = torch.tanh(x)
+                x = x + x
+            case "twice, moved":
+                x = torch.tanh(x).mT
+                x = (x + x).mT
         for block in self.blocks:
             x = x + block(x)
         return self.head(self.norm(x))
 
 
-@pytest.mark.parametrize("start", ["a nonlinearity", "a norm", "a token", "pieces"])
+@pytest.mark.parametrize("start", ["a nonlinearity", "a norm", "a token", "pieces", "twice", "twice, moved"])
 def test_a_writer_sees_the_mean_of_what_it_reads(start):
     _, report = unproven(Stream(start), torch.randn(2, 4, 6))
     assert report.norms_after["layer_norm"] == (1 if start == "a norm" else 0)

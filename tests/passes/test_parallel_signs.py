@@ -65,3 +65,11 @@ def test_another_reader_of_a_subtracted_branch():
 def test_a_second_run_finds_nothing():
     fast, _ = unproven(Function(lambda m, x: x + m.g * (m.a(x) + m.b(x) - m.n(x)), **convs()), torch.randn(2, 4, 6, 6))
     assert not normfuse.report(normfuse.optimize(fast)).applied
+
+
+def test_branches_of_two_kinds_are_two_convolutions():
+    branches = {"c": nn.Conv2d(4, 4, 3, padding=1), "d": nn.Conv2d(4, 4, 1)}
+    model = Function(lambda m, x: m.a(x) + m.c(x) - (m.d(x) - m.b(x)), **convs(), **branches)
+    fast, _ = unproven(model, torch.randn(2, 4, 6, 6), passes=["bake"])
+    assert len(convolutions(fast)) == 2
+    assert not normfuse.report(normfuse.optimize(fast)).applied
