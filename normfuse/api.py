@@ -139,7 +139,7 @@ def _optimized(
     notes = (*captured.notes, *_changes(pipeline, reports), *told, *proven.notes, *([silent] if silent else []))
     if given is not None and captured.has_inputs:
         call = Call(captured.args, captured.kwargs or {})
-        notes += settle(gm, call, given.native(call))
+        notes += settle(gm, call, given.first(call))
     if quantize is not None and not graph.samples:
         notes += ("not calibrated: quantized from the weights alone; pass example inputs or calibration=",)
     if verify != "off" and inputs is None:

@@ -140,8 +140,10 @@ class Original:
     """
 
     def __init__(self, model: Any) -> None:
-        self._module = _copied(model)
+        self._still = _copied(model)  # never run: models keep tables that they have computed, in the dtype of that run
+        self._module = _copied(self._still)
         self._wide: nn.Module | None = None
+        self._insists = False  # does it compare the dtype of its weights with that of its input?
         self._last: tuple[list[Any], Run] | None = None  # of `native`: the example inputs are asked for more than once
 
     def native(self, call: Call, *, again: bool = False) -> Run:
@@ -161,12 +163,12 @@ class Original:
 
     def _native(self, call: Call) -> Run:
         try:
-            with Untouched(self._module.parameters()):
+            with Untouched([*self._module.parameters(), *_attributes(self._module)]):
                 return self._run(self._module, call.copied())
         except Exception as e:
             # embeddings with max_norm renormalize their table as they read it; older releases cannot run torch.cond under a mode
             log.debug("on weights of its own: %s", e)
-            self._module = copy.deepcopy(self._module)
+            self._module = _with_own_weights(self._still)
             return self._run(self._module, call.copied())
 
     def stirred(self, call: Call, seed: int, *, exact: bool) -> Run:
@@ -174,7 +176,7 @@ class Original:
         if exact:
             return self._exact(call, Stirred(seed))
         with Stirred(seed):
-            return self._run(self._module, call.copied())
+            return self._run(_copied(self._still), call.copied())
 
     def exact(self, call: Call) -> Run:
         """The model in float64.
@@ -185,15 +187,18 @@ class Original:
         return self._exact(call)
 
     def _exact(self, call: Call, *around: Any) -> Run:
-        wide = call.copied().mapped(widened)
-        if self._wide is None:
-            try:
-                return self._in_float64(self._module, wide, around)
-            except Exception as e:  # some layers compare the dtype of their weights with that of their input
-                log.debug("float64 with the weights as they are: %s", e)
-                self._wide = copy.deepcopy(self._module).double()
-                wide = call.copied().mapped(widened)
-        return self._in_float64(self._wide, wide, around)
+        if self._wide is None or around:
+            self._wide = _copied(self._still)
+            if self._insists:
+                self._wide = _with_own_weights(self._wide).double()
+        try:
+            return self._in_float64(self._wide, call.copied().mapped(widened), around)
+        except Exception as e:
+            if self._insists:
+                raise
+            log.debug("float64 with the weights as they are: %s", e)
+        self._insists, self._wide = True, None
+        return self._exact(call, *around)
 
     def _in_float64(self, module: nn.Module, call: Call, around: Sequence[Any]) -> Run:
         with ExitStack() as stack:
@@ -260,12 +265,22 @@ class _Epsilon(TorchFunctionMode):
 def _copied(model: Any) -> nn.Module:
     if isinstance(model, ExportedProgram):
         model = readable(model).module()
-    own = [t for m in model.modules() for t in vars(m).values() if isinstance(t, Tensor)]
-    copied: nn.Module = copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *own)})
+    copied: nn.Module = copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *_attributes(model))})
     if not isinstance(copied, fx.GraphModule):
         eval_mode(copied)
     without_cache(copied)
     return copied
+
+
+def _with_own_weights(model: nn.Module) -> nn.Module:
+    """A copy that shares nothing; attributes that are computed from parameters, which cannot be copied otherwise, are cloned."""
+    copied: nn.Module = copy.deepcopy(model, {id(t): t.detach().clone() for t in _attributes(model)})
+    return copied
+
+
+def _attributes(model: nn.Module) -> list[Tensor]:
+    """Tensors that are plain attributes of modules, as those of old weight norm."""
+    return [t for m in model.modules() for t in vars(m).values() if isinstance(t, Tensor)]
 
 
 def without_cache(model: nn.Module) -> list[Any]:

@@ -464,3 +464,24 @@ def test_constants_that_a_rounding_decides_are_the_models_own(table, passes):
     _, report = folded(lively(Net()), torch.randn(3, 32), passes=passes)
     assert report.norms_after == {"batch_norm": 0}
     assert report.exact.max_rel <= 1e-9
+
+
+class Remembering(nn.Module):
+    """Keeps a table that it has computed, as attention biases are kept; it would be float64 after a run in float64."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.n, self.table = nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Parameter(torch.randn(8, 4))
+        self.kept = {}
+
+    def forward(self, x):
+        if "bias" not in self.kept:
+            self.kept["bias"] = self.table[:4] * 2
+        return self.n(self.a(x)) @ self.kept["bias"]
+
+
+def test_what_a_model_keeps_of_one_run_does_not_reach_another():
+    model = lively(Remembering())
+    _, report = folded(model, torch.randn(3, 4))
+    assert report.norms_after == {"batch_norm": 0}
+    assert report.exact.max_rel <= 1e-9
