@@ -192,7 +192,8 @@ def command(
     if page:
         from benchmarks.zoo_page import text
 
-        PAGE.write_text(text(read(out), None if before is None else read(before)), encoding="utf-8")
+        planned = sum(len(list(subjects(lib))) for lib in LIBRARIES)
+        PAGE.write_text(text(read(out), None if before is None else read(before), planned), encoding="utf-8")
         _console.print(f"wrote {PAGE}")
         return
     found = _in_turn([[s for s in subjects(lib) if s.size <= most] for lib in libraries or LIBRARIES])

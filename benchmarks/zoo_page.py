@@ -26,15 +26,16 @@ trained, one process a model. Made by `python -m benchmarks.zoo` and `python -m 
 *whole*: one graph; *parts*: `partial=True`, submodule by submodule. *wrong* compares the result with the model as it was given, on
 its example and on other random inputs, and once more in float64 with nothing proven and nothing taken back. *idempotent*: a second
 `optimize` finds nothing to do. A model of transformers is its base model at tiny sizes; types whose tiny model does not run by
-itself are not counted.""".splitlines()
+itself are not counted. Times include whatever else the machine did meanwhile.""".splitlines()
 
 
-def text(lines: Sequence[dict[str, Any]], before: Sequence[dict[str, Any]] | None = None) -> str:
+def text(lines: Sequence[dict[str, Any]], before: Sequence[dict[str, Any]] | None = None, planned: int | None = None) -> str:
     """The page.
 
     Args:
         lines: rows as `benchmarks.zoo` writes them.
         before: rows of an earlier version, for the table of reasons.
+        planned: how many models the zoo has; the page says how many of them were run.
     """
     rows = [_row(line) for line in lines]
     usable = [r for r in rows if r.status != "unusable"]
@@ -44,6 +45,7 @@ def text(lines: Sequence[dict[str, Any]], before: Sequence[dict[str, Any]] | Non
         "",
         *_HEAD,
         "",
+        *([] if planned is None or planned <= len(rows) else [f"**Run so far: {len(rows)} of {planned} models.**", ""]),
         *_summary(usable, len(rows) - len(usable)),
         "",
         "## Bars",
