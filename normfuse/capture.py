@@ -15,8 +15,9 @@ from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
 from normfuse.canonical import canonical_module, without_guard_calls
-from normfuse.capture_errors import explained, first_line
+from normfuse.capture_errors import explained
 from normfuse.declared_inputs import declared_inputs
+from normfuse.described import first_line
 from normfuse.errors import CaptureError, NormfuseError, UsageError
 from normfuse.free_sizes import fixed_after_all, free_sizes, stated_minima
 from normfuse.guards import guarded_inputs, guards_of, guards_of_signature, set_guards

@@ -8,10 +8,11 @@ from pathlib import Path, PurePath
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils import _pytree as pytree
 
-__all__ = ["IN_PARTS", "decides_by_values", "explained", "first_line"]
+from normfuse.described import described, first_line
+
+__all__ = ["IN_PARTS", "decides_by_values", "explained"]
 
 IN_PARTS = "; it was optimized by parts, and what stands between them stays Python, which no file holds: use the module in Python"
 """What is to be said behind the reason where a result of `optimize(partial=True)` is to become a file."""
@@ -28,7 +29,7 @@ def explained(name: str, error: Exception, args: tuple[Any, ...], kwargs: dict[s
         error: what torch.export raised.
         args, kwargs: example inputs.
     """
-    shapes = ", ".join(_described(v) for v in pytree.tree_leaves((args, kwargs)))
+    shapes = ", ".join(described(v) for v in pytree.tree_leaves((args, kwargs)))
     return f"{name} could not be captured with inputs ({shapes}): {_cause(error)}{_place(error)}"
 
 
@@ -74,13 +75,3 @@ def _place(error: BaseException) -> str:
         f for f in frames if f"{PurePath('torch')}" not in PurePath(f.filename).parts and f.name in ("forward", "__call__")
     ] or []
     return f" ({PurePath(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
-
-
-def _described(value: Any) -> str:
-    return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-
-
-def first_line(error: Exception) -> str:
-    """The first line of a message that says something, cut to a readable length."""
-    text = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"

@@ -20,6 +20,7 @@ from torch import Tensor, fx
 from torch._subclasses import FakeTensor
 from torch.utils import _pytree as pytree
 
+from normfuse.described import dtype_name
 from normfuse.errors import UsageError
 from normfuse.free_sizes import sizes_of
 from normfuse.trees import children
@@ -217,13 +218,9 @@ def _message(wanted: Input, value: Any, condition: Condition) -> str:
 
 def _text(value: Any) -> str:
     if isinstance(value, Tensor):
-        return f"{_dtype(value.dtype)}{[int(d) if isinstance(d, int) else str(d) for d in value.shape]}".replace("'", "")
+        return f"{dtype_name(value.dtype)}{[int(d) if isinstance(d, int) else str(d) for d in value.shape]}".replace("'", "")
     text = repr(value) if isinstance(value, (bool, int, float, str, type(None))) else type(value).__name__
     return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def _dtype(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _in_order(value: Any, structure: Any) -> Any:
@@ -353,7 +350,7 @@ def _rank(value: Any) -> int | None:
 def _captured(value: Any, ranges: Mapping[Any, Any] | None) -> str:
     if isinstance(value, Tensor):
         sizes = [str(d) if isinstance(d, int) else _free(d.node.expr, ranges or {}) for d in sizes_of(value)]
-        return f"{_dtype(value.dtype)}[{', '.join(sizes)}]"
+        return f"{dtype_name(value.dtype)}[{', '.join(sizes)}]"
     return "a free number" if isinstance(value, torch.SymInt) else _text(value)
 
 
@@ -377,7 +374,7 @@ def _own(
         yield _constant(i, value)
         return
     if isinstance(value, Tensor):
-        yield Condition(f"v{i}.dtype is torch_{_dtype(value.dtype)}", i, "", _AGAIN)
+        yield Condition(f"v{i}.dtype is torch_{dtype_name(value.dtype)}", i, "", _AGAIN)
         sizes = sizes_of(value)
         if all(isinstance(d, int) for d in sizes):
             yield Condition(f"v{i}.shape == {tuple(sizes)}", i, "", _ENLARGE)

@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
 from normfuse.canonical import readable
+from normfuse.described import described, dtype_name, first_line
 from normfuse.errors import CaptureError, NormfuseError, UsageError
 from normfuse.importers import eval_mode
 from normfuse.modes import NARROW, Float64, Stirred, Untouched, widened
@@ -224,9 +225,9 @@ class Original:
         except NormfuseError:  # one of ours, called with inputs that it refuses
             raise
         except Exception as e:
-            what = f"{type(e).__name__}: {_first_line(e)}"
+            what = f"{type(e).__name__}: {first_line(e)}"
             self._check_dtypes(call, what)
-            shapes = ", ".join(_described(v) for v in call.leaves)
+            shapes = ", ".join(described(v) for v in call.leaves)
             raise CaptureError(f"{type(self._module).__name__} does not run on the example inputs ({shapes}): {what}") from e
 
     def _check_dtypes(self, call: Call, what: str) -> None:
@@ -234,9 +235,10 @@ class Original:
         own = next((p.dtype for p in self._module.parameters() if p.is_floating_point()), torch.get_default_dtype())
         for name, value in _named(self._module, call):
             if isinstance(value, Tensor) and value.dtype != own and self._runs(call, value, own):
-                dtype = _short(own)
+                dtype = dtype_name(own)
                 raise UsageError(
-                    f"input {name} is {_short(value.dtype)}, the model computes in {dtype} ({what}); pass {name}.to(torch.{dtype})"
+                    f"input {name} is {dtype_name(value.dtype)}, the model computes in {dtype} ({what}); "
+                    f"pass {name}.to(torch.{dtype})"
                 )
 
     def _runs(self, call: Call, value: Tensor, dtype: torch.dtype) -> bool:
@@ -331,15 +333,3 @@ def _named(module: nn.Module, call: Call) -> list[tuple[str, Any]]:
         names = []
     names += [str(i) for i in range(len(names), len(call.args))]
     return [*zip(names, call.args, strict=False), *call.kwargs.items()]
-
-
-def _described(value: Any) -> str:
-    return f"{_short(value.dtype)}{list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-
-
-def _first_line(e: Exception) -> str:
-    return next((line.strip() for line in str(e).splitlines() if line.strip()), "")[:300]
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -25,6 +25,7 @@ from torch.utils import _pytree as pytree
 from normfuse.calls import Call, Signature, calls_of, survey
 from normfuse.capture import arguments, cache_notes, shadow_of
 from normfuse.declared_inputs import declared_inputs
+from normfuse.described import first_line
 from normfuse.errors import CaptureError, NormfuseError, UsageError
 from normfuse.record import Record, record
 from normfuse.report import Error, Part, PassReport, Report, Site
@@ -159,7 +160,7 @@ def _explain(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         with torch.no_grad():
             model(*args, **kwargs)
     except Exception as e:
-        raise CaptureError(f"{type(model).__name__} does not run on example_inputs: {type(e).__name__}: {_first_line(e)}") from e
+        raise CaptureError(f"{type(model).__name__} does not run on example_inputs: {type(e).__name__}: {first_line(e)}") from e
 
 
 @dataclass(frozen=True)
@@ -349,11 +350,7 @@ def _exported(called: nn.Module, example: tuple[Tensor, ...], free: Sequence[tup
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             return torch.export.export(called, example, dynamic_shapes=shapes, strict=False)
     except Exception as e:  # a submodule may hold anything, and its children come next
-        raise CaptureError(f"it cannot be captured: {type(e).__name__}: {_first_line(e)}"[:_LONGEST]) from e
-
-
-def _first_line(e: BaseException) -> str:
-    return next((line.strip() for line in str(e).splitlines() if line.strip()), "")
+        raise CaptureError(f"it cannot be captured: {type(e).__name__}: {first_line(e)}"[:_LONGEST]) from e
 
 
 def _compared(called: nn.Module, graph: nn.Module, inputs: Sequence[Any], report: Report) -> float | str:
@@ -373,7 +370,7 @@ def _compared(called: nn.Module, graph: nn.Module, inputs: Sequence[Any], report
         try:
             found = _tensors(graph, tensors, {})
         except Exception as e:
-            return f"its part would not take inputs of sizes {sizes}: {type(e).__name__}: {_first_line(e)}"[:_LONGEST]
+            return f"its part would not take inputs of sizes {sizes}: {type(e).__name__}: {first_line(e)}"[:_LONGEST]
         error = _difference(expected, found)
         if not (_agree(error, expected) or (lossy and math.isfinite(error.max_abs))):
             return f"its part is another function at sizes {sizes} (relative error {error.max_rel:.1e})"

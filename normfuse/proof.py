@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils._python_dispatch import _disable_current_modes
 
+from normfuse.described import dtype_name, first_line
 from normfuse.errors import CaptureError, RewriteError, UsageError
 from normfuse.graph import Graph
 from normfuse.modes import Stirred, widened
@@ -132,7 +133,7 @@ class Proof:
             except Exception as e:
                 log.info("no run in float64: %s", e)
                 if self._models[True] is None:
-                    self._without_float64 = _first_line(e)
+                    self._without_float64 = first_line(e)
                 self._models[True] = None
         return not self._without_float64
 
@@ -164,7 +165,7 @@ class Proof:
             fault = "" if exact else _other_dtypes(expected[0], found[0])
         except Exception as e:  # a wrong rewrite may fail in any operator
             log.debug("the rewritten graph does not run: %s", e)
-            error, fault = Error(math.inf, math.inf, dtype), f"it does not run: {_first_line(e)}"
+            error, fault = Error(math.inf, math.inf, dtype), f"it does not run: {first_line(e)}"
             found = []
         bound = EXACT_BOUND if exact else self._bound(expected[0])
         if error.max_rel <= bound and not fault:
@@ -216,7 +217,7 @@ class Proof:
             fault = "" if exact else _other_dtypes(expected[0], found[0])
             error = self._error(expected, found, "", self._moves(bound, exact=exact))
         except Exception as e:
-            fault, error = f"it does not run: {_first_line(e)}", Error(math.inf, math.inf, "")
+            fault, error = f"it does not run: {first_line(e)}", Error(math.inf, math.inf, "")
         if error.max_rel <= bound and not fault:
             self._vouched[exact] = True
             return True
@@ -338,13 +339,13 @@ def moves(outputs: Sequence[Tensor], stirred: Callable[[int], Sequence[Tensor]])
 
 def _native(outputs: Sequence[Tensor]) -> str:
     dtype = next((t.dtype for t in outputs if is_float(t)), torch.get_default_dtype())
-    return str(dtype).removeprefix("torch.")
+    return dtype_name(dtype)
 
 
 def _other_dtypes(expected: Sequence[Tensor], found: Sequence[Tensor]) -> str:
     for i, (a, b) in enumerate(zip(expected, found, strict=True)):
         if a.dtype != b.dtype:
-            return f"output {i} became {_short(b.dtype)}, it was {_short(a.dtype)}"
+            return f"output {i} became {dtype_name(b.dtype)}, it was {dtype_name(a.dtype)}"
     return ""
 
 
@@ -354,11 +355,3 @@ def _reason(error: Error, bound: float, *, exact: bool) -> str:
     if math.isinf(error.max_rel):
         return f"the values do not fit into {error.dtype}: some are no longer finite, or no longer NaN"
     return f"it moves the outputs by {error.max_rel:.1e} in {error.dtype}, more than the roundings of such a model ({bound:.1e})"
-
-
-def _first_line(e: Exception) -> str:
-    return next((line.strip() for line in str(e).splitlines() if line.strip()), type(e).__name__)[:300]
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

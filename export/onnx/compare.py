@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from normfuse.described import dtype_name
 from normfuse.errors import ExportError
 from normfuse.export.onnx.program import Program
 from normfuse.export.onnx.runtime import run
@@ -147,7 +148,7 @@ def deviation(
         scale = max(scale, floor)
         worst = worst | Error(gap, 0.0 if math.isinf(floor) or gap == 0 else gap / scale if scale else gap, worst.dtype)
     coarsest = max(dtypes, key=lambda d: TOLERANCE.get(d, 0.0), default=torch.float32)
-    return Error(worst.max_abs, worst.max_rel, _short(coarsest))
+    return Error(worst.max_abs, worst.max_rel, dtype_name(coarsest))
 
 
 def _floors(program: Program, flat: Sequence[Any], expected: Sequence[Tensor], bound: float, *, half: bool) -> list[float]:
@@ -220,8 +221,4 @@ def _next(size: Any, now: int, ranges: Any) -> dict[Any, int]:
 
 
 def _kind(value: Tensor) -> str:
-    return f"{_short(value.dtype)}{list(value.shape)}"
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+    return f"{dtype_name(value.dtype)}{list(value.shape)}"

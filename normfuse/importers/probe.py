@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from normfuse.described import first_line
 from normfuse.importers.family import Call, Random, Unrecognised
 
 __all__ = ["Probe", "random_on"]
@@ -34,7 +35,7 @@ class Probe:
         try:
             copied = _exact(module)
         except Exception as e:  # whatever the module's own __deepcopy__ raises
-            raise Unrecognised(f"cannot be copied ({_first_line(e)})") from e
+            raise Unrecognised(f"cannot be copied ({first_line(e)})") from e
         if not live:
             copied.train(False)  # not eval(), which some classes override: as a child of a model it is not called
         self._calls = calls
@@ -43,7 +44,7 @@ class Probe:
             try:
                 self._answers.append(_run(copied, call))
             except Exception as e:  # code of the user's
-                raise Unrecognised(f"fails on {_shapes(call)}: {type(e).__name__}: {_first_line(e)}") from e
+                raise Unrecognised(f"fails on {_shapes(call)}: {type(e).__name__}: {first_line(e)}") from e
 
     def difference(self, replacement: nn.Module) -> str | None:
         """Why the replacement is not the same function of these inputs, as the rest of a sentence "it …"; None if it is."""
@@ -52,7 +53,7 @@ class Probe:
             try:
                 found = _run(ours, call)
             except Exception as e:  # an input that our layer refuses and theirs does not
-                return f"takes {_shapes(call)}, which {type(replacement).__name__} does not: {_first_line(e)}"
+                return f"takes {_shapes(call)}, which {type(replacement).__name__} does not: {first_line(e)}"
             reason = _deviation(expected, found)
             if reason is not None:
                 return reason
@@ -125,7 +126,3 @@ def _relative(a: Tensor, b: Tensor) -> float:
 def _shapes(call: Call) -> str:
     tensors = [v for v in pytree.tree_leaves((call.args, call.kwargs)) if isinstance(v, Tensor)]
     return " and ".join(str(tuple(t.shape)) for t in tensors)
-
-
-def _first_line(e: Exception) -> str:
-    return next((line.strip() for line in str(e).splitlines() if line.strip()), type(e).__name__)
