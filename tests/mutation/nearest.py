@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[2]
 _ALGEBRA = ("passes/test_affine.py", "passes/test_affine_copies.py", "passes/test_guards_algebra.py")
 _STREAMS = ("passes/test_guards_streams.py", "passes/test_mean_free_writers.py", "passes/test_mean_free.py")
 
+_FILES = ("hostile/test_programs.py", "test_pt2.py")
 SOURCES: dict[str, tuple[str, ...]] = {
     "passes/affine.py": _ALGEBRA,
     "passes/broadcast.py": _ALGEBRA,
@@ -28,7 +29,9 @@ SOURCES: dict[str, tuple[str, ...]] = {
     "passes/slices.py": ("passes/test_slices.py",),
     "passes/streams.py": _STREAMS,
     "normfuse/capture.py": ("test_capture*.py", "test_api.py"),
-    "normfuse/pt2.py": ("test_pt2*.py", "test_hostile*.py"),
+    "normfuse/guards.py": ("test_guards.py",),
+    "normfuse/writes.py": ("test_writes.py",),
+    **{f"normfuse/pt2/{name}.py": _FILES for name in ("archive", "expressions", "operators", "payloads", "schema", "trees")},
 }
 
 
