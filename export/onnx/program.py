@@ -153,6 +153,9 @@ def _outputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
         raise UsageError(f"the module does not run on the example inputs: {_first_lines(e)}") from e
 
 
+_EXTREMES = (torch.ops.aten.amin.default, torch.ops.aten.amax.default)  # over all axes: the exporter wants them named
+
+
 def _flat(gm: fx.GraphModule, keep: Sequence[int]) -> fx.GraphModule:
     """A copy of `gm` that returns the leaves `keep` of its output as a tuple; it shares the parameters."""
     graph = copy.deepcopy(gm.graph)
@@ -169,6 +172,10 @@ def _flat(gm: fx.GraphModule, keep: Sequence[int]) -> fx.GraphModule:
         elif node.target is torch.ops.aten.view.default:
             # a view depends on strides, which attention has others of when it is traced again; ONNX has none
             node.target = torch.ops.aten.reshape.default
+        elif node.target in _EXTREMES and len(node.args) == 1 and "dim" not in node.kwargs:
+            value = node.args[0].meta.get("val")
+            if isinstance(value, Tensor) and value.ndim:
+                node.args = (node.args[0], list(range(value.ndim)))
     graph.eliminate_dead_code()
     return fx.GraphModule(gm, graph)
 

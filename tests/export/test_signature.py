@@ -174,3 +174,15 @@ def test_an_op_without_translation_is_named(tmp_path):
 def test_a_module_in_training_mode(tmp_path):
     with pytest.raises(UsageError, match=r"Linear is in training mode: call \.eval\(\)"):
         exported(nn.Linear(2, 2).train(), (torch.randn(2, 2),), tmp_path)
+
+
+@pytest.mark.parametrize("extreme", [torch.amin, torch.amax])
+def test_extremes_over_all_axes(tmp_path, extreme):
+    class Extreme(nn.Module):
+        def forward(self, x):
+            return x - extreme(x), extreme(x, 1)
+
+    x = torch.randn(2, 4, 8)
+    result = exported(Extreme().eval(), (x,), tmp_path)
+    for found, expected in zip(outputs(result, x=x).values(), Extreme()(x), strict=True):
+        torch.testing.assert_close(found, expected)
