@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
 import warnings
 from collections.abc import Callable, Sequence
@@ -177,7 +178,7 @@ class Original:
         if exact:
             return self._exact(call, Stirred(seed))
         with Stirred(seed):
-            return self._run(_copied(self._still), call.copied())
+            return self._run(_with_own_weights(self._still), call.copied())
 
     def exact(self, call: Call) -> Run:
         """The model in float64.
@@ -309,7 +310,8 @@ def loses_cache(model: nn.Module, caching: Sequence[Any], call: Call) -> bool:
         own = call.copied()
         return pytree.tree_structure(model(*own.args, **own.kwargs))
 
-    with torch.no_grad(), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+    held = [*model.parameters(), *model.buffers(), *_attributes(model)]  # the user's own
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), warnings.catch_warnings(), Untouched(held):
         warnings.simplefilter("ignore")
         try:
             without = structure()
@@ -325,8 +327,6 @@ def loses_cache(model: nn.Module, caching: Sequence[Any], call: Call) -> bool:
 
 
 def _named(module: nn.Module, call: Call) -> list[tuple[str, Any]]:
-    import inspect
-
     try:
         names = [*inspect.signature(module.forward).parameters]
     except (TypeError, ValueError):

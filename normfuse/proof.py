@@ -94,7 +94,7 @@ class Proof:
             UsageError: the model does not give the same outputs twice.
             CaptureError: it is the captured graph that is another function.
         """
-        exact = fault = None
+        exact: Error | None = None
         if self.has_float64:
             exact, fault = self._compared(graph, exact=True)
             if fault:
