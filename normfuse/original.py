@@ -24,7 +24,7 @@ from normfuse.errors import CaptureError, NormfuseError, UsageError
 from normfuse.importers import eval_mode
 from normfuse.modes import NARROW, Float64, Stirred, Untouched, widened
 
-__all__ = ["Call", "Original", "Run", "loses_cache", "run", "without_cache"]
+__all__ = ["Call", "Original", "Run", "loses_cache", "run", "with_own_weights", "without_cache"]
 
 log = logging.getLogger(__name__)
 
@@ -170,7 +170,7 @@ class Original:
         except Exception as e:
             # embeddings with max_norm renormalize their table as they read it; older releases cannot run torch.cond under a mode
             log.debug("on weights of its own: %s", e)
-            self._module = _with_own_weights(self._still)
+            self._module = with_own_weights(self._still)
             return self._run(self._module, call.copied())
 
     def stirred(self, call: Call, seed: int, *, exact: bool) -> Run:
@@ -178,7 +178,7 @@ class Original:
         if exact:
             return self._exact(call, Stirred(seed))
         with Stirred(seed):
-            return self._run(_with_own_weights(self._still), call.copied())
+            return self._run(with_own_weights(self._still), call.copied())
 
     def exact(self, call: Call) -> Run:
         """The model in float64.
@@ -192,7 +192,7 @@ class Original:
         if self._wide is None or around:
             self._wide = _copied(self._still)
             if self._insists:
-                self._wide = _with_own_weights(self._wide).double()
+                self._wide = with_own_weights(self._wide).double()
         try:
             return self._in_float64(self._wide, call.copied().mapped(widened), around)
         except Exception as e:
@@ -275,7 +275,7 @@ def _copied(model: Any) -> nn.Module:
     return copied
 
 
-def _with_own_weights(model: nn.Module) -> nn.Module:
+def with_own_weights(model: nn.Module) -> nn.Module:
     """A copy that shares nothing; attributes that are computed from parameters, which cannot be copied otherwise, are cloned."""
     copied: nn.Module = copy.deepcopy(model, {id(t): t.detach().clone() for t in _attributes(model)})
     return copied

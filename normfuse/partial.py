@@ -27,6 +27,7 @@ from normfuse.capture import arguments, cache_notes, shadow_of
 from normfuse.declared_inputs import declared_inputs
 from normfuse.described import first_line
 from normfuse.errors import CaptureError, NormfuseError, UsageError
+from normfuse.original import with_own_weights
 from normfuse.record import Record, record
 from normfuse.report import Error, Part, PassReport, Report, Site
 from normfuse.sizes import probes, variations
@@ -128,7 +129,7 @@ def whole_or_parts(
 def _parts(model: nn.Module, example_inputs: Any, optimize: Optimize, batches: Any, *, verify: bool) -> nn.Module:
     start = perf_counter()
     args, kwargs = _inputs(model, example_inputs)
-    copy, notes, caching = shadow_of(model)
+    copy, notes, caching = shadow_of(_own(model))
     notes += cache_notes(copy, caching, args, kwargs)
     runs = [(args, kwargs), *variations(args, kwargs)]
     calls, ran = survey(copy, runs)
@@ -139,6 +140,14 @@ def _parts(model: nn.Module, example_inputs: Any, optimize: Optimize, batches: A
     whole = work.settle(verify)
     report = _report(copy, work, whole, notes, perf_counter() - start)
     return Record(args, kwargs, True, None, report).attach(copy)
+
+
+def _own(model: nn.Module) -> nn.Module:
+    """A copy that shares nothing: it runs many times, and a model may write to its buffers; the user's stay as they are."""
+    try:
+        return with_own_weights(model)
+    except Exception:  # what cannot be copied is refused by name
+        return model
 
 
 def _inputs(model: nn.Module, given: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

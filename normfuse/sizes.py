@@ -88,6 +88,8 @@ def probes(
         example: what it was captured with.
         linked: dimensions (tensor, dimension) that vary, those together that vary alike.
     """
+    if not linked:  # nothing varies
+        return
     guards = [compile(code, "<guard>", "eval") for code in getattr(program, "_guards_code", None) or ()]
     changes = [[(group, size)] for group in linked for size in _TRIED] + [[(group, size) for group in linked] for size in _TRIED]
     most = 4 * sum(t.numel() for t in example) + (1 << 16)

@@ -399,3 +399,24 @@ def test_detector():
     x = torch.rand(1, 3, 320, 320)
     torch.testing.assert_close(fast.backbone(x), model.backbone(x), rtol=1e-4, atol=1e-4)
     assert len(fast([torch.rand(3, 50, 60)])) == 1
+
+
+def test_a_model_that_writes_to_its_own_state_leaves_the_users_alone():
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.body = nn.Embedding(8, 4, max_norm=0.1), nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+            self.register_buffer("calls", torch.zeros(1))
+
+        def forward(self, ids):
+            self.calls.add_(1)
+            y = self.body(self.table(ids))
+            return y[y[:, 0] > 0] if float(y.sum()) > 0 else y
+
+    model = Counting().eval()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    fast = normfuse.optimize(model, (torch.arange(8),), partial=True)
+    assert normfuse.report(fast).norms_after == {"batch_norm": 0}
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    with torch.no_grad():
+        torch.testing.assert_close(fast(torch.arange(8)), model(torch.arange(8)), rtol=1e-4, atol=1e-5)
