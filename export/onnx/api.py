@@ -25,6 +25,7 @@ from normfuse.export.onnx.choose import fastest
 from normfuse.export.onnx.compare import compare, tolerance_for
 from normfuse.export.onnx.inspect import norm_counts, op_counts
 from normfuse.export.onnx.lower import finished, translated
+from normfuse.export.onnx.mixed_norms import one_dtype_norms
 from normfuse.export.onnx.precision import to_precision
 from normfuse.export.onnx.program import Program, program
 from normfuse.export.onnx.quantized.forms import possible_forms
@@ -149,6 +150,7 @@ def write_onnx(
         need(module, extra="onnx")
     found = program(gm, example_inputs, dynamic_shapes)
     simplify_masks(found.exported)
+    one_dtype_norms(found.exported)
     model = translated(found, version, contrib=where.contrib and _is_float32(found))
     integers = keep_nodes(model, [name for name in kept if name in _ROUNDS])
     keep_nodes(model, kept)
