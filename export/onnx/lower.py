@@ -51,6 +51,7 @@ def translated(program: Program, opset: int, *, contrib: bool = False) -> Any:
                 verbose=False,
             )
             assert out is not None
+            _cast_outputs(out.model.graph, program)
             with kept_exact(out.model):
                 out.optimize()
     except Exception as e:
@@ -99,6 +100,21 @@ def finished(
         common.OutputFixPass()(model)
         name_graph(model, program.inputs, program.outputs, program.axes)
     return model, sites
+
+
+def _cast_outputs(graph: Any, program: Program) -> None:
+    """Give the outputs the dtypes of the program: of a half, torch lets sums and maxima leave the graph in float32."""
+    ir = need("onnx_ir", extra="onnx")
+    adapters = need("onnx_ir.tensor_adapters", extra="onnx")
+    last = next(n for n in program.exported.graph.nodes if n.op == "output")
+    for i, (value, node) in enumerate(zip(list(graph.outputs), last.args[0], strict=True)):
+        dtype = adapters.from_torch_dtype(node.meta["val"].dtype)
+        if value.dtype == dtype:
+            continue
+        cast = ir.node("Cast", [value], {"to": dtype})
+        cast.outputs[0].dtype, cast.outputs[0].shape, cast.outputs[0].name = dtype, value.shape, f"{value.name}_cast"
+        graph.append(cast)
+        graph.outputs[i] = cast.outputs[0]
 
 
 def _keep_constants(graph: Any) -> None:
