@@ -38,8 +38,8 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 DEFAULT = (
-    "bake", "cleanup", "recognise", "huge_eps", "expose", "affine", "bake", "mean_free", "affine", "key_bias",
-    "realise", "select", "cleanup",
+    "bake", "cleanup", "recognise", "huge_eps", "select", "expose", "affine", "bake", "mean_free", "affine", "key_bias",
+    "realise", "cleanup",
 )  # fmt: skip
 """The default pipeline. `affine` runs twice: LayerScale must be in the weights before they are centered, and a β can
 leave its norm only when the norm has become an RMSNorm. `bake` runs twice: branches are one convolution only once their

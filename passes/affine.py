@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from heapq import heappop, heappush
 from time import perf_counter
 from typing import Any
 
+import torch
 from torch import fx
 
 from normfuse.aliases import copy_is_needed
@@ -72,8 +74,8 @@ def _composed(graph: Graph, node: fx.Node) -> fx.Node | None:
     inner = op.x
     if isinstance(inner, AffineOp) and inner.node is not None and len(inner.node.users) == 1:
         origin = _weightiest(inner.node, node)
-        s = inner.s * op.s
-        both = AffineOp(inner.x, s, (op.t + inner.t * op.s).cast(s.dtype))
+        dtype = _promoted(inner.s, op.s)
+        both = AffineOp(inner.x, (inner.s * op.s).cast(dtype), (op.t + inner.t * op.s).cast(dtype))
         if not is_in_range(op, both):
             return node
         new = graph.emit(both, node, origin)
@@ -86,6 +88,11 @@ def _composed(graph: Graph, node: fx.Node) -> fx.Node | None:
         graph.replace(node, Identity(op.x) if copy_is_needed(node) else op.x)
         return None
     return node
+
+
+def _promoted(*factors: Constant) -> torch.dtype:
+    """The dtype of a product of constants, and of the result where that of x is not known; a number widens nothing."""
+    return functools.reduce(torch.promote_types, [c.dtype for c in factors if c.numel > 1] or [factors[0].dtype])
 
 
 def _weightiest(*nodes: fx.Node) -> fx.Node:

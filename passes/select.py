@@ -16,6 +16,7 @@ from torch import fx
 
 from normfuse.constants import Constant
 from normfuse.graph import Graph
+from normfuse.passes.slices import slice_of_concatenation
 from normfuse.report import PassReport, Site
 from normfuse.views import Add, Div, LayerNorm, Linear, Mul, Op, RmsNorm, Sub, Value
 
@@ -53,11 +54,26 @@ class Select:
         work = [n for n in graph if n.target is aten.select.int]
         while work:
             selection = work.pop()
-            site = _moved_up(graph, selection, work)
+            site = _read_from_operand(graph, selection, work) or _moved_up(graph, selection, work)
             if site is not None:
                 applied.append(site)
         graph.clean()
         return PassReport(self.name, tuple(applied), seconds=perf_counter() - start)
+
+
+def _read_from_operand(graph: Graph, selection: fx.Node, work: list[fx.Node]) -> Site | None:
+    """A row of a concatenation is a row of one operand, which may move on."""
+    whole = selection.args[0]
+    part = slice_of_concatenation(graph, selection)
+    if part is None:
+        return None
+    site = graph.site(slice_of_concatenation.__name__, selection)
+    selection.replace_all_uses_with(part)
+    graph.fx.erase_node(selection)
+    if isinstance(whole, fx.Node) and not whole.users:  # else it would count as a reader of its operands
+        graph.fx.erase_node(whole)
+    work.append(part)
+    return site
 
 
 def _moved_up(graph: Graph, selection: fx.Node, work: list[fx.Node]) -> Site | None:

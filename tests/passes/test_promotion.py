@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import normfuse
+from normfuse.nn import DynamicErf
 from tests.tolerances import TOLERANCES
 from tests.zoo import randomise_norms
 
@@ -226,3 +227,31 @@ def test_arithmetic_is_not_told_to_be_a_norm():
     fast = compared(Frn().eval(), torch.randn(2, 3, 5, 5))
     assert not any(normfuse.report(fast).norms_after.values())
     assert not any("batch_norm" in str(n.target) for n in fast.graph.nodes)
+
+
+class Promoted(nn.Module):
+    """Factors of two dtypes on a value of which only the caller knows the dtype."""
+
+    def __init__(self, *factors):
+        super().__init__()
+        self.factors, self.norm = nn.ParameterList(factors), DynamicErf(8, dtype=torch.bfloat16)
+
+    def forward(self, x):
+        x = self.norm(x)
+        for c in self.factors:
+            x = x * c
+        return x
+
+
+@pytest.mark.parametrize(
+    "dtypes", [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16), (torch.float16, torch.bfloat16)]
+)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_two_factors_promote_like_one_after_the_other(dtypes, dtype):
+    model = randomise_norms(Promoted(*(torch.rand(8).to(d) + 0.5 for d in dtypes), torch.tensor(0.75, dtype=torch.float64))).eval()
+    model.norm.weight.data.uniform_(0.5, 1.5)
+    x = torch.randn(2, 8).to(dtype)
+    with torch.no_grad():
+        expected, found = model(x), normfuse.optimize(model, verify="off")(x)
+    assert found.dtype == expected.dtype
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-2)  # the model rounds to the narrowest between its steps

@@ -57,3 +57,38 @@ def test_with_a_free_batch():
 def test_what_needs_more_than_the_row_stays(special):
     _, report = optimized(special)
     assert not any(s.rule == "selection_before_function" for s in report.applied)
+
+
+class ClassAttention(nn.Module):
+    """A block for one token, which is joined to the others only to be taken out again."""
+
+    def __init__(self):
+        super().__init__()
+        self.mix, self.fc = nn.Linear(5, 5), nn.Linear(8, 8)
+        self.inner, self.last = nn.LayerNorm(8), nn.LayerNorm(8)
+
+    def forward(self, x):
+        x = self.mix(x.transpose(1, 2)).transpose(1, 2)
+        token, rest = x[:, :1], x[:, 1:]
+        token = token + torch.relu(self.fc(self.inner(token)))
+        return self.last(torch.cat([token, rest], 1))[:, 0]
+
+
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.norm = nn.Embedding(16, 6), nn.LayerNorm(6)
+
+    def forward(self, x):
+        return self.norm(self.embedding(x))[:, 0] * 0.5
+
+
+@pytest.mark.parametrize(("make", "x"), [(ClassAttention, torch.randn(2, 5, 8)), (Scaled, torch.randint(0, 16, (3, 4)))])
+def test_once_is_enough(make, x):
+    """What a selection uncovers is found in the same run: a selection of a concatenation, a factor beside the norm."""
+    torch.manual_seed(0)
+    fast = normfuse.optimize(randomise_norms(make()).eval(), (x,))
+    again = normfuse.optimize(fast)
+    assert normfuse.report(fast).applied
+    assert not normfuse.report(again).applied
+    assert len(again.graph.nodes) == len(fast.graph.nodes)
