@@ -69,7 +69,7 @@ def main(arguments: Sequence[str]) -> int:
         print(f"\n{name}", flush=True)
         facts[name] = _part(name)(job)
         facts["left_out"] = job.left_out
-        print(*write(facts, asked.output, f"gpu-{slug(gpu.name)}"), sep="\n")
+        print(*write(facts, asked.output, "-".join(["gpu", slug(gpu.name), *(parts if asked.only else ())])), sep="\n")
     wrong = [row for row in facts.get("checks", ()) if row["failed"]]
     return 1 if wrong else 0
 

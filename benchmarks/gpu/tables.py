@@ -101,7 +101,8 @@ def _probe(found: Row) -> str:
 
 def _norms(found: Row) -> list[str]:
     lines = [
-        "Microseconds, median and 95 % interval, from memory and not from the cache. Above 1 normfuse is faster than the best of",
+        "Microseconds, median and 95 % interval, from memory and not from the cache, but for 1x4096, whose copies all fit into the",
+        "cache. Above 1 normfuse is faster than the best of",
         f"the others. The last column is the share of what a copy reaches, {found['copy'] / 1e9:.0f} GB/s.",
         "",
         "| function | dtype | shape | normfuse | torch | compile | against the best | of a copy |",

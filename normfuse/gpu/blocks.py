@@ -28,6 +28,9 @@ _MOST_STAGES, _FEWEST_STAGES, _DOTS = 6, 3, 16
 # columns, which also hold operands, and a kernel that needs more is compiled to a trap. Blocks below 64 outputs do not use them.
 _COLUMNS = 256
 _TENSOR_MEMORY_FROM = 64
+# Of an H100 or H200: with fewer programs than these, some of them idle.
+_MULTIPROCESSORS = 132
+_MOST_ROWS = 4096  # from there on every block has programs enough
 # Outputs up to which one program for 32 of them would leave multiprocessors without work.
 _FEW_OUTPUTS = 4096
 
@@ -35,6 +38,7 @@ _FEW_OUTPUTS = 4096
 # each weight is used again and again, and the tensor cores want large blocks.
 _FEW, _NARROW = Block(16, 32, 2), Block(16, 16, 1)
 _BY_ROWS = ((16, _FEW), (32, Block(32, 64, 4)), (128, Block(64, 64, 4)))
+_SMALL = Block(32, 32, 2)
 _MANY = (Block(128, 128, 8), Block(64, 128, 8), Block(32, 128, 4))
 _WITHOUT_TENSOR_MEMORY = Block(64, 32, 4)
 _TWO_SUMS = _MANY[1:]  # two accumulators of the largest block do not fit in registers
@@ -42,7 +46,7 @@ _TWO_SUMS = _MANY[1:]  # two accumulators of the largest block do not fit in reg
 
 def rounded_hint(rows: int) -> int:
     """A number of rows that stands for `rows`: launches differ only where it does."""
-    return next((limit for limit, _ in _BY_ROWS if rows <= limit), _BY_ROWS[-1][0] + 1)
+    return next((limit for limit, _ in _BY_ROWS if rows <= limit), min(1 << (rows - 1).bit_length(), _MOST_ROWS))
 
 
 def block_for(n: int, rows: int, stage_bytes: Callable[[Block], int], *, dots: int = 1, sums: int = 1) -> Block:
@@ -50,7 +54,8 @@ def block_for(n: int, rows: int, stage_bytes: Callable[[Block], int], *, dots: i
 
     Args:
         n: outputs.
-        rows: as `rounded_hint` gives it.
+        rows: about as many as `rounded_hint` gives. Of blocks that fit, the largest one that gives every multiprocessor a program,
+            else the one with the most programs.
         stage_bytes: shared memory of one stage.
         dots: products in one turn of the loop.
         sums: accumulators of each output.
@@ -58,8 +63,13 @@ def block_for(n: int, rows: int, stage_bytes: Callable[[Block], int], *, dots: i
     few = _NARROW if n <= _FEW_OUTPUTS else _FEW
     named = next((block for limit, block in _BY_ROWS if rows <= limit), None)
     wanted = (named,) if named else _MANY if sums == 1 else _TWO_SUMS
-    candidates = (few,) if named is _FEW else (*wanted, _BY_ROWS[1][1], _WITHOUT_TENSOR_MEMORY, few)
-    block: Block = next(b for b in candidates if b is few or (_columns(b) * dots <= _COLUMNS and 2 * stage_bytes(b) <= _SHARED))
+    candidates = () if named is _FEW else (*wanted, _BY_ROWS[1][1], _WITHOUT_TENSOR_MEMORY, _SMALL)
+    candidates = tuple(b for b in candidates if b.rows < 2 * rows)
+    fitting = [b for b in candidates if _columns(b) * dots <= _COLUMNS and 2 * stage_bytes(b) <= _SHARED] or [few]
+    programs = [-(-rows // b.rows) * -(-n // b.outputs) for b in fitting]
+    block = next(
+        (b for b, p in zip(fitting, programs, strict=True) if p >= _MULTIPROCESSORS), fitting[programs.index(max(programs))]
+    )
     wanted_stages = min(_MOST_STAGES, max(_FEWEST_STAGES, _DOTS // dots))
     return replace(block, stages=min(wanted_stages, _SHARED // stage_bytes(block)))
 

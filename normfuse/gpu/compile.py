@@ -20,7 +20,7 @@ from typing import Any
 
 from normfuse.errors import NormfuseError, UsageError
 from normfuse.gpu.launch import Launch
-from normfuse.gpu.source import arguments, function, interpreted, source_hash, toolchain
+from normfuse.gpu.source import OPTIONS, arguments, function, interpreted, source_hash, toolchain
 
 __all__ = ["CAPABILITIES", "Image", "cache_folder", "compiled", "content_hash"]
 
@@ -123,7 +123,7 @@ def _compile(launch: Launch, capability: int) -> Image:
         constexprs={n: launch.constants[n] for n in names if n in launch.constants},
         attrs={(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if types.get(n, "i32") != "i32"},
     )
-    options = {"num_warps": launch.warps, "num_stages": launch.stages, "ptx_version": _PTX[capability]}
+    options = {"num_warps": launch.warps, "num_stages": launch.stages, "ptx_version": _PTX[capability], **OPTIONS}
     with _one_at_a_time, _plain():
         try:
             made = compile(source, target=GPUTarget("cuda", capability, 32), options=options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -73,6 +74,15 @@ class Launch:
     columns: int = 1
     warps: int = 4
     stages: int = 2
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        """Asked on every call of an operator."""
+        constants = tuple(sorted(self.constants.items()))
+        return hash((self.kernel, self.inputs, self.outputs, constants, self.rows_each, self.columns, self.warps, self.stages))
 
     def programs(self, rows: int) -> int:
         """Size of the grid. Program p has rows from `p // columns * rows_each` on, and column block `p % columns`."""

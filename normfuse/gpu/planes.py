@@ -66,7 +66,7 @@ def layout(bits: int) -> Layout:
         UsageError: of other widths.
     """
     narrowest = packing.planes(bits)[-1][1]
-    turns = 8 // narrowest
+    turns = max(2, 8 // narrowest)
     return Layout(_INNER.get(bits, _ODD_INNER), turns, turns * bits // 8)
 
 

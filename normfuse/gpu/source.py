@@ -14,10 +14,12 @@ from normfuse.errors import UsageError
 from normfuse.extras import need
 from normfuse.gpu.launch import Launch
 
-__all__ = ["OLDEST", "arguments", "function", "interpreted", "source_hash", "toolchain"]
+__all__ = ["OLDEST", "OPTIONS", "arguments", "function", "interpreted", "source_hash", "toolchain"]
 
 #: The first triton whose knobs, cache and PTX options are those used here; it came with torch 2.9.
 OLDEST = (3, 5)
+#: Of every compilation. Triton's default for the fusion of products and sums changes in 3.10.
+OPTIONS = {"enable_fp_fusion": True}
 _FOLDER = Path(__file__).parent / "kernels"
 
 

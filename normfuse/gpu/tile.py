@@ -14,7 +14,7 @@ FLOATS = ("fp16", "bf16", "fp32")
 LONGEST = 16384
 
 # A thread has 16 elements, which are two (16 bits) or four (32 bits) loads of 16 bytes that wait for memory at the same time. An
-# H100 needs about 15 KiB on their way in each multiprocessor (3.35 TB/s · 0.6 µs / 132); 2048 threads of 32 bytes are 64 KiB. Short
+# H100 needs about 15 KiB on their way in each multiprocessor (3.35 TB/s · 0.6 µs / 132); 1536 threads of 32 bytes are 48 KiB. Short
 # rows share a program, so that every thread has those loads and one barrier serves all rows of it. 16 warps at most: a larger
 # program would be alone on its multiprocessor, which then idles at each barrier; the longest rows take 32 elements a thread.
 _ELEMENTS = 2048

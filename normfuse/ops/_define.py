@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -9,9 +11,12 @@ import torch
 from torch import Tensor
 
 from normfuse.errors import UsageError
+from normfuse.gpu.loaded import CannotCompile
 from normfuse.gpu.run import available
 
 __all__ = ["define"]
+
+_log = logging.getLogger(__name__)
 
 # Kernels are set directly: `torch.library.custom_op` wraps each call once more, which costs as much as a small product.
 _LIBRARY = torch.library.Library("normfuse", "FRAGMENT")
@@ -32,7 +37,8 @@ def define(
         meaning: the definition in plain PyTorch; it runs on every device that has no kernel.
         shapes: gives empty results of the right shape and dtype, with sizes that may be symbolic.
         kernel: for the CPU, or None.
-        gpu: for CUDA, or None. It is called where Triton works and the first argument, a tensor, is not float64; else `meaning` is.
+        gpu: for CUDA, or None. It is called where Triton works and the first argument, a tensor, is not float64; else `meaning` is,
+            as it is where a kernel cannot be compiled.
     """
     name = schema.partition("(")[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -40,18 +46,30 @@ def define(
     if kernel is not None:
         _LIBRARY.impl(name, kernel, "CPU")
     if gpu is not None:
-        _LIBRARY.impl(name, _where_triton_works(gpu, meaning), "CUDA")
+        _LIBRARY.impl(name, _where_triton_works(name, gpu, meaning), "CUDA")
     torch.library.register_fake(f"normfuse::{name}", shapes, lib=_LIBRARY)
     torch.library.register_autograd(f"normfuse::{name}", _no_backward(name), setup_context=_remember, lib=_LIBRARY)
 
 
-def _where_triton_works(gpu: Callable[..., Any], meaning: Callable[..., Any]) -> Callable[..., Any]:
+def _where_triton_works(name: str, gpu: Callable[..., Any], meaning: Callable[..., Any]) -> Callable[..., Any]:
     """Asked when the operator is called, not when it is registered: to import normfuse must not import triton."""
 
     def kernel(x: Tensor, *args: Any) -> Any:
-        return (gpu if x.dtype is not torch.float64 and available() else meaning)(x, *args)
+        if x.dtype is torch.float64 or not available(x.device):
+            return meaning(x, *args)
+        try:
+            return gpu(x, *args)
+        except CannotCompile as e:
+            _told(name, str(e))
+            return meaning(x, *args)
 
     return kernel
+
+
+@functools.cache
+def _told(name: str, why: str) -> None:
+    """Once for each operator and reason."""
+    _log.warning("normfuse::%s runs as PyTorch computes it: %s", name, why)
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

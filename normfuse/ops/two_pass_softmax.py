@@ -20,8 +20,8 @@ _OP = "two_pass_softmax"
 def two_pass_softmax(x: Tensor) -> Tensor:
     """y = exp(x) / Σ exp(x) over the last axis.
 
-    The kernel reads the row twice and never looks for its maximum: exponentials are kept as mantissa and exponent. A row of
-    −Inf is NaN, as in PyTorch.
+    The kernel for CPUs reads the row twice and never looks for its maximum: exponentials are kept as mantissa and exponent; the one
+    for GPUs keeps the row in registers, where a maximum costs little. A row of −Inf is NaN, as in PyTorch.
 
     Args:
         x: [..., d]; float16 and bfloat16 are computed in float32.

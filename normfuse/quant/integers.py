@@ -35,10 +35,12 @@ def quantize_rows(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     if not x.shape[-1]:
         raise UsageError(f"quantize_rows: x {tuple(x.shape)}; expected at least one value a row")
     largest = x.abs().amax(-1, keepdim=True)  # NaN if the row has one
-    inverse = torch.full_like(largest, top) / largest  # `top / largest` is top · (1 / largest) in PyTorch, rounded twice
+    # of a number PyTorch makes top / a into top · (1 / a), and on CUDA a / top into a · (1 / top): rounded twice
+    tops = torch.full_like(largest, top)
+    inverse = tops / largest
     # NaN, whose code is 0, comes from 0 · Inf (a row of zeros), from Inf · 0 (a row with Inf) and from NaN
     codes = _coded(x * inverse, top).to(torch.int8)
-    return codes, torch.where(largest.isfinite(), torch.where(largest > 0, largest / top, 1.0), torch.nan)
+    return codes, torch.where(largest.isfinite(), torch.where(largest > 0, largest / tops, 1.0), torch.nan)
 
 
 def quantize_static(x: Tensor, scale: Tensor | float, bits: int) -> Tensor:

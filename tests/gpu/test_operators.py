@@ -14,6 +14,7 @@ from torch import Tensor
 
 import normfuse
 from normfuse.gpu import run as launching
+from normfuse.gpu.loaded import CannotCompile
 from normfuse.ops import _define
 
 ON_GPU = (
@@ -42,15 +43,39 @@ def test_who_runs(dtype: torch.dtype, works: bool, runs: str, monkeypatch: pytes
 
         return function
 
-    monkeypatch.setattr(_define, "available", lambda: works)
-    assert _define._where_triton_works(named("kernel"), named("definition"))(torch.ones(2, dtype=dtype), 1.0) == runs
+    monkeypatch.setattr(_define, "available", lambda device: works)
+    assert _define._where_triton_works("f", named("kernel"), named("definition"))(torch.ones(2, dtype=dtype), 1.0) == runs
+
+
+def test_a_kernel_that_cannot_be_compiled_leaves_the_definition(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(x: Tensor) -> Tensor:
+        raise CannotCompile("product.product on cuda:0: PTXASError: no such instruction")
+
+    monkeypatch.setattr(_define, "available", lambda device: True)
+    kernel = _define._where_triton_works("f", fails, torch.neg)
+    assert [float(kernel(torch.ones(()))) for _ in range(2)] == [-1.0, -1.0]
+    assert caplog.text.count("no such instruction") == 1
+
+
+@pytest.mark.parametrize(("capability", "runs"), [((7, 5), False), ((8, 0), True), ((9, 0), True)])
+def test_a_device_may_be_too_old(
+    capability: tuple[int, int], runs: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    launching._new_enough.cache_clear()
+    monkeypatch.setattr(launching, "_triton_works", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    assert [launching.available(torch.device("cuda", 0)) for _ in range(2)] == [runs, runs]
+    assert caplog.text.count("compute capability 7.5, kernels need 8.0") == (not runs)
+    launching._new_enough.cache_clear()
 
 
 @pytest.fixture
 def _asked_again() -> Iterator[None]:
-    launching.available.cache_clear()
+    launching._triton_works.cache_clear()
     yield
-    launching.available.cache_clear()
+    launching._triton_works.cache_clear()
 
 
 @pytest.mark.usefixtures("_asked_again")

@@ -310,11 +310,13 @@ def test_norm_and_linear_refuses(changed: dict[str, Any], message: str) -> None:
 def _images() -> Iterator[Any]:
     few = plan_product(768, 768, "fp16", 4, 4, bias=True, residual=True, epilogue="gelu", rows_hint=1)
     many = plan_product(768, 768, "bf16", 6, 3, bias=False, residual=False, epilogue="none", rows_hint=1000)
+    bytes_ = plan_product(768, 768, "fp16", 8, 1, bias=False, residual=False, epilogue="none", rows_hint=4096)
     two = plan_product(90, 33, "fp32", 8, 4, bias=True, residual=False, epilogue="silu", rows_hint=100)
     norm = plan_norm_linear("rms", 768, 768, "fp16", bias=True, eps=EPS, epilogue="silu", rows_hint=1000)
     for name, launch, capabilities in (
         ("few", few, CAPABILITIES),
         ("many", many, (100,)),
+        ("bytes", bytes_, (80, 89, 90, 100)),
         ("two", two, (86,)),
         ("norm", norm, (90, 100)),
     ):

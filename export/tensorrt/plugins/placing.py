@@ -38,8 +38,8 @@ def place(
         model: an `onnx_ir.Model` with shapes and types.
         names: of `PLUGINS`: "rms_norm", "crms_norm", "l1_norm", "rms_norm_linear", "shiftquant_linear", "two_pass_softmax".
         dtype: "fp32", "fp16" or "bf16", for values whose type the model does not say.
-        capabilities: compute capabilities, 80 for 8.0; see `normfuse.gpu.compile.CAPABILITIES`. Every one is a few kilobytes
-            in each node. Without 80, 86 or 89 the engine runs on just those GPUs.
+        capabilities: compute capabilities, 80 for 8.0; see `normfuse.gpu.compile.CAPABILITIES`. Every one is some
+            tens of kilobytes in each node. Without 80, 86 or 89 the engine runs on just those GPUs.
         sizes: typical sizes of named axes, from which the tiles of products are chosen; results do not depend on them.
 
     Returns:

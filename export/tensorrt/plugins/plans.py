@@ -24,6 +24,8 @@ from normfuse.gpu.softmax import plan_softmax
 
 __all__ = ["PLANS", "PLUGINS", "Planned", "Site"]
 
+_UNKNOWN_ROWS = 128  # where an axis has no known size: blocks for more rows than a token, that lose little on many
+
 
 @dataclass(frozen=True)
 class Planned:
@@ -49,7 +51,7 @@ class Site:
     Attributes:
         node: of an `onnx_ir` graph.
         dtype: of floats whose type the file does not say: "fp32", "fp16" or "bf16".
-        sizes: typical size of a named axis; others count as 1 where a tile is chosen.
+        sizes: typical size of a named axis, for the choice of a tile.
         arrays: weights in the layout of kernels, by the value that they were made of, since layers may share one.
     """
 
@@ -94,8 +96,9 @@ class Site:
 
     def rows(self, value: Any) -> int:
         """A typical number of rows."""
-        known = (d if isinstance(d, int) else self.sizes.get(str(d), 1) for d in (dims(value) or ())[:-1])
-        return max(1, math.prod(known))
+        sizes = [d if isinstance(d, int) else self.sizes.get(str(d)) for d in (dims(value) or ())[:-1]]
+        known = math.prod(size for size in sizes if size is not None)
+        return max(_UNKNOWN_ROWS if None in sizes else 1, known)
 
     def array(self, value: Any, what: str) -> np.ndarray[Any, Any]:
         """The numbers of a weight."""

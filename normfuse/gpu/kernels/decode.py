@@ -90,7 +90,8 @@ def _codes(bits, turn):
     if bits == 8:
         return ["mov.b32 u, $1;"]
     lines = []
-    for i, (low, wide) in enumerate(cut(bits)):
+    for i, plane in enumerate(cut(bits)):  # Triton before 3.8 takes no nested names in a loop
+        low, wide = plane
         target, right = "u" if i == 0 else "t", turn % (8 // wide) * wide - low
         move = f"shr.u32 {target}, ${1 + i}, {right};" if right >= 0 else f"shl.b32 {target}, ${1 + i}, {-right};"
         lines += [move, f"and.b32 {target}, {target}, {_bytes((2**wide - 1) << low)};"]
@@ -142,7 +143,10 @@ def decoded(p0, p1, p2, s, BITS: tl.constexpr, GROUPS: tl.constexpr, TURN: tl.co
         p0, p1, p2: bytes of the planes, uint8 [outputs, channels]; None for planes that the width does not have.
         s: shifts, uint8 [1, channels]; None for one group.
     """
-    if PLAIN:
+    if BITS == 8 and GROUPS == 1:  # bytes are codes: no instruction, and no register, stands between memory and the tensor cores
+        low = p0.to(tl.int8, bitcast=True)
+        high = low
+    elif PLAIN:
         v = _plain(p0, p1, p2, BITS, TURN)
         if GROUPS > 1:
             v = v << s.to(tl.int32)

@@ -103,9 +103,9 @@ def product(
                 else:
                     s = tl.load(shifts + (k + lane), mask=k + lane < K, other=0)[None, :]
             v, w = decoded(p0, p1, p2, s, BITS, GROUPS, turn)
-            low = tl.dot(v, code, low)
+            low = tl.dot(v, code, low, out_dtype=tl.int32)
             if not fits(BITS, GROUPS):
-                high = tl.dot(w, code, high)
+                high = tl.dot(w, code, high, out_dtype=tl.int32)
         base += PIECES * PLANE
     if not fits(BITS, GROUPS):
         low += high << 7
