@@ -8,14 +8,16 @@ import torch
 pytest.importorskip("triton")
 
 from normfuse.gpu import loaded
+from normfuse.gpu.launch import Launch
 from normfuse.gpu.loaded import CannotCompile
 from normfuse.gpu.norm import plan_norm
 from normfuse.gpu.product import plan_product
 from normfuse.gpu.run import run
+from normfuse.gpu.source import function
 from tests.gpu.stand_in import stand_in
 
 
-def _norm():
+def _norm() -> Launch:
     return plan_norm("rms", 64, "fp16", gain="fp16", shift=None, residual=False, eps=1e-5)
 
 
@@ -60,7 +62,7 @@ def test_what_does_not_compile_says_so_and_is_tried_again(monkeypatch: pytest.Mo
 
     with stand_in():
         with monkeypatch.context() as patched:
-            patched.setattr(type(loaded.function(launch)), "run", fails)
+            patched.setattr(type(function(launch)), "run", fails)
             with pytest.raises(CannotCompile, match=r"product\.product on cpu: RuntimeError: PassManager::run failed"):
                 run(launch, given)
         assert not loaded._kept

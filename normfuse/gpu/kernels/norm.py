@@ -10,7 +10,7 @@ __all__ = ["normalize", "normalize_long"]
 
 @triton.jit
 def _inverse(square, total, deviation, D: tl.constexpr, KIND: tl.constexpr, EPS: tl.constexpr, SCALE: tl.constexpr):
-    """1 / (the denominator of the norm), from Σ s², Σ s and Σ|s|; exactly rounded from the means on, because once a row costs nothing."""
+    """1 / (the denominator of the norm), from Σ s², Σ s and Σ|s|; exactly rounded behind the means: once a row costs nothing."""
     if KIND == "l1":
         denominator = SCALE * (deviation / D) + EPS
     elif KIND == "crms":
