@@ -14,6 +14,8 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from normfuse.fakes import on_fakes
+
 __all__ = ["state_casts"]
 
 aten = torch.ops.aten
@@ -66,12 +68,12 @@ def _casts(node: fx.Node, device: str, dtype: torch.dtype | None) -> dict[fx.Nod
     if mode is None or any("val" not in n.meta for n in node.all_input_nodes):
         return None
     values = {n: n.meta["val"] for n in node.all_input_nodes}
-    with mode, torch.no_grad(), _Casts() as seen, torch.autocast(device, dtype=dtype):
+    with on_fakes(mode), _Casts() as seen, torch.autocast(device, dtype=dtype):
         expected = _run(node, values)
     casts = {n: seen.made[id(n.meta["val"])] for n in inputs if id(n.meta["val"]) in seen.made}
     if node.target in (aten.to.dtype, aten._to_copy.default, aten.to.dtype_layout, aten.to.device, aten.type_as.default):
         return {}  # a cast of the model's own
-    with mode, torch.no_grad(), torch.autocast(device, enabled=False):
+    with on_fakes(mode), torch.autocast(device, enabled=False):
         found = _run(node, values | {n: n.meta["val"].to(to) for n, to in casts.items()})
     return casts if _dtypes(found) == _dtypes(expected) else None
 

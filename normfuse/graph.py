@@ -17,6 +17,7 @@ from normfuse.attribute_names import attribute_names
 from normfuse.constants import Constant
 from normfuse.decode import decode, pieces
 from normfuse.errors import RewriteError
+from normfuse.fakes import on_fakes
 from normfuse.optimized import OptimizedGraph
 from normfuse.report import Site
 from normfuse.views import Op, Value, affine
@@ -284,7 +285,7 @@ class Graph:
         node.meta |= {"rank": constant.ndim, "dtypes": frozenset({constant.dtype})}
         mode = self.fake_mode
         if mode is not None:
-            with mode:
+            with on_fakes(mode):
                 node.meta["val"] = torch.empty(constant.shape, dtype=constant.dtype, device=self._device)
         return node
 
@@ -324,7 +325,7 @@ class Graph:
         if mode is None or args:
             return
         a, k = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-        with mode, torch.no_grad():
+        with on_fakes(mode):
             node.meta["val"] = node.target(*a, **k)  # type: ignore[operator]
 
     # -- places ------------------------------------------------------------------------------------------------------

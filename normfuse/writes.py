@@ -18,6 +18,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from normfuse.errors import CaptureError
+from normfuse.fakes import on_fakes
 from normfuse.in_place import makes_storage, out_of_place
 
 __all__ = ["is_write", "secret_views", "without_writes", "writes"]
@@ -112,7 +113,7 @@ def _values(gm: fx.GraphModule) -> dict[fx.Node, Any]:
             value = super().get_attr(target, args, kwargs)
             return mode.from_tensor(value, static_shapes=True) if isinstance(value, Tensor) else value
 
-    with mode, torch.no_grad():
+    with on_fakes(mode):
         inputs = [v.clone() if isinstance(v := n.meta.get("val"), Tensor) else v for n in placeholders]
         Shared(gm, garbage_collect_values=False).run(*inputs, enable_io_processing=False)
     return found
@@ -127,6 +128,6 @@ def _same_kind(twin: Any, node: fx.Node, values: dict[fx.Node, Any]) -> bool:
     x = values[node.args[0]]  # type: ignore[index]
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
     mode: Any = torch._guards.detect_fake_mode([x])
-    with mode, torch.no_grad():
+    with on_fakes(mode):
         made = twin(*args, **kwargs)
     return isinstance(made, Tensor) and made.dtype == x.dtype and made.shape == x.shape

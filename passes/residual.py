@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from normfuse.constants import Constant
+from normfuse.fakes import on_fakes
 from normfuse.graph import Graph, Refuse
 from normfuse.passes.broadcast import PASS_INPUTS, UNKNOWN, axes, is_zero
 from normfuse.passes.streams import Place, named, operands, width, writes
@@ -311,7 +312,7 @@ def _resizable(graph: Graph, found: Residual) -> None:
         raise Refuse(UNKNOWN, remedy=PASS_INPUTS)
     narrow: dict[fx.Node, Any] = {}
     through = set(found.through)
-    with mode, torch.no_grad():
+    with on_fakes(mode):
         for node in graph:
             source = node.args[0] if node.args else None
             whole = isinstance(source, fx.Node) and node.target is not operator.getitem and source in found.axis

@@ -79,3 +79,21 @@ def test_writes_to_fresh_values_leave_norms_whole():
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(inplace=True), nn.Conv2d(8, 8, 1), nn.SiLU(inplace=True))
     fast = normfuse.optimize(model.eval(), (torch.randn(2, 3, 8, 8),))
     assert normfuse.report(fast).norms_after == {"batch_norm": 0}
+
+
+class WrittenAndPadded(nn.Module):
+    """A write that only functionalization gets right, and operators whose kernels in C++ ask for numbers."""
+
+    def forward(self, x):
+        y = torch.ceil(x) - x
+        y[:, 0] = 0
+        return torch.flatten(nn.functional.pad(y, (1, 0, 0, 1), value=0.5)[:, :, :2, :2], 1)
+
+
+def test_sizes_stay_free_in_a_model_that_writes():
+    batch, size = torch.export.Dim("batch", max=64), torch.export.Dim("size", max=64)
+    model = WrittenAndPadded()
+    fast = normfuse.optimize(model, (torch.randn(2, 6, 4, 4),), dynamic_shapes=({0: batch, 2: size, 3: size},))
+    for sizes in ((5, 6, 9, 9), (3, 6, 2, 2)):
+        x = torch.randn(sizes)
+        torch.testing.assert_close(fast(x), model(x))
