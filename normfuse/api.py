@@ -39,11 +39,11 @@ T = TypeVar("T")
 
 DEFAULT = (
     "bake", "cleanup", "recognise", "huge_eps", "select", "expose", "affine", "bake", "mean_free", "affine", "key_bias",
-    "realise", "cleanup",
+    "realise", "recognise", "cleanup",
 )  # fmt: skip
 """The default pipeline. `affine` runs twice: LayerScale must be in the weights before they are centered, and a β can
 leave its norm only when the norm has become an RMSNorm. `bake` runs twice: branches are one convolution only once their
-BatchNorms are in their weights."""
+BatchNorms are in their weights. `recognise` runs twice: x ⊙ γ · σ(x) is SiLU only once γ has moved on."""
 
 _VERIFY = ("end", "each", "off")
 _CALIBRATION_BYTES = 1 << 31  # that batches may hold

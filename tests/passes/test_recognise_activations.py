@@ -145,3 +145,19 @@ def test_it_goes_into_the_epilogue_of_a_quantized_layer():
     fast = normfuse.optimize(model, (draw(6, 16),), quantize=ShiftQuant(weight_bits=8, prefer="size"))
     assert operators(fast) == ["normfuse.shiftquant_linear.default"] * 2
     assert [n.args[-1] for n in fast.graph.nodes if n.op == "call_function"] == ["gelu_tanh", "silu"]
+
+
+def test_what_a_gain_has_hidden_is_recognised_in_the_same_run():
+    class Hidden(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gain, self.linear = nn.Parameter(torch.rand(6) + 0.5), nn.Linear(6, 8)
+
+        def forward(self, x):
+            return self.linear(x * self.gain * torch.sigmoid(x))
+
+    fast = normfuse.optimize(Hidden().eval(), (torch.randn(2, 9, 6),))
+    assert [n.target for n in fast.graph.nodes if n.op == "call_function"] == [
+        torch.ops.aten.silu.default,
+        torch.ops.aten.linear.default,
+    ]
