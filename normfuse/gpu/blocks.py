@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-__all__ = ["EPILOGUES", "Block", "block_for", "rounded_hint"]
+__all__ = ["EPILOGUES", "FEW_ROWS", "Block", "block_for", "rounded_hint"]
 
 EPILOGUES = ("none", "relu", "gelu", "gelu_tanh", "silu")
 
@@ -37,7 +37,9 @@ _FEW_OUTPUTS = 4096
 # A few rows wait for the weights alone: narrow blocks, so that every multiprocessor has some, and a deep pipeline. With many rows
 # each weight is used again and again, and the tensor cores want large blocks.
 _FEW, _NARROW = Block(16, 32, 2), Block(16, 16, 1)
-_BY_ROWS = ((16, _FEW), (32, Block(32, 64, 4)), (128, Block(64, 64, 4)))
+#: Rows up to which weights are all that is waited for.
+FEW_ROWS = 16
+_BY_ROWS = ((FEW_ROWS, _FEW), (32, Block(32, 64, 4)), (128, Block(64, 64, 4)))
 _SMALL = Block(32, 32, 2)
 _MANY = (Block(128, 128, 8), Block(64, 128, 8), Block(32, 128, 4))
 _WITHOUT_TENSOR_MEMORY = Block(64, 32, 4)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import functools
 
 from normfuse.errors import UsageError
-from normfuse.gpu.blocks import EPILOGUES, block_for, rounded_hint
+from normfuse.gpu.blocks import EPILOGUES, FEW_ROWS, Block, block_for, rounded_hint
 from normfuse.gpu.launch import Launch, Operand, Result
 from normfuse.gpu.planes import GROUPS, LARGEST_K, layout
 from normfuse.gpu.tile import FLOATS
 
 __all__ = ["plan_product"]
+
+_SPLITS = (4, 2, 1)  # parts of K that a program works on at once, where there are few rows
 
 
 def plan_product(
@@ -52,9 +54,13 @@ def _plan(k: int, n: int, dtype: str, bits: int, groups: int, bias: bool, residu
         )
     shape = layout(bits)
     sums = 1 if bits + groups <= 9 else 2
-    block = block_for(
-        n, hint, lambda b: shape.inner * (shape.pieces * b.outputs + shape.turns * b.rows), dots=sums * shape.turns, sums=sums
-    )
+    tiles = -(-k // shape.tile)
+    split = next(parts for parts in _SPLITS if tiles % parts == 0) if hint <= FEW_ROWS else 1
+
+    def stage_bytes(b: Block) -> int:
+        return split * shape.inner * (shape.pieces * b.outputs + shape.turns * b.rows)
+
+    block = block_for(n, hint, stage_bytes, dots=sums * shape.turns, sums=sums)
     return Launch(
         kernel="product.product",
         inputs=(
@@ -72,10 +78,10 @@ def _plan(k: int, n: int, dtype: str, bits: int, groups: int, bias: bool, residu
         | {"K": k, "N": n, "BITS": bits, "GROUPS": groups, "INNER": shape.inner, "TURNS": shape.turns, "PIECES": shape.pieces}
         | {"BLOCK_ROWS": block.rows, "BLOCK": block.outputs, "COLUMNS": -(-n // block.outputs)}
         # a warp or two have less than four bytes of shifts for each thread; more of them share bytes and load as many as they need
-        | {"AHEAD": groups > 1 and shape.inner >= 32 * block.warps}
+        | {"SPLIT": split, "AHEAD": groups > 1 and shape.inner >= 32 * block.warps}
         | {"EPILOGUE": epilogue},
         rows_each=block.rows,
         columns=-(-n // block.outputs),
-        warps=block.warps,
+        warps=block.warps * split,
         stages=block.stages,
     )

@@ -20,13 +20,25 @@ def _piece(base, at, inside, WHOLE: tl.constexpr):
 
 
 @triton.jit
-def _shifts(shifts, lane, start, K: tl.constexpr, INNER: tl.constexpr, TURNS: tl.constexpr):
+def _shifts(shifts, channel, start, K: tl.constexpr, INNER: tl.constexpr, TURNS: tl.constexpr):
     """Shifts of the channels from `start` on, one tensor for each turn; 0 behind the last channel."""
     found = ()
     for turn in tl.static_range(TURNS):
-        k = start + turn * INNER + lane
+        k = start + turn * INNER + channel
         found = found + (tl.load(shifts + k, mask=k < K, other=0),)  # noqa: RUF005 (Triton has no stars)
     return found
+
+
+@triton.jit
+def _along_last(v):
+    """[.., c] as [.., 1, c]"""
+    return tl.expand_dims(v, -2)
+
+
+@triton.jit
+def _along_rows(v):
+    """[.., c] as [.., c, 1]"""
+    return tl.expand_dims(v, -1)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -50,6 +62,7 @@ def product(
     BLOCK_ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     COLUMNS: tl.constexpr,
+    SPLIT: tl.constexpr,
     AHEAD: tl.constexpr,
     EPILOGUE: tl.constexpr,
 ):
@@ -58,6 +71,9 @@ def product(
     Weights are the left operand: the tensor cores take it from registers, where it is decoded, and few rows waste little of them,
     because the right operand is as narrow as 8. With AHEAD, shifts are loaded one turn of the loop before they are needed: Triton
     leaves loads of less than four bytes a thread out of its pipeline, and to wait for them would cost more than all the rest.
+
+    With SPLIT parts, a turn takes as many tiles of K at once, one for each warp: few rows make few programs, and with one warp each
+    they would keep neither memory nor arithmetic busy. The parts are sums of integers, so their order changes nothing.
     """
     TILE: tl.constexpr = INNER * TURNS
     PLANE: tl.constexpr = N * INNER
@@ -69,22 +85,31 @@ def product(
     out = program % COLUMNS * BLOCK + tl.arange(0, BLOCK)
     lane = tl.arange(0, INNER)
     here, there = (row < rows)[None, :], (out < N)[:, None]
-    at_row = row[None, :] * K + lane[:, None]
-    at = out[:, None] * INNER + lane[None, :]
-    low = tl.zeros([BLOCK, BLOCK_ROWS], tl.int32)
-    high = tl.zeros([BLOCK, BLOCK_ROWS], tl.int32)
+    if SPLIT == 1:
+        channel = lane
+        at_row = row[None, :] * K + lane[:, None]
+        at = out[:, None] * INNER + lane[None, :]
+        low = tl.zeros([BLOCK, BLOCK_ROWS], tl.int32)
+        high = tl.zeros([BLOCK, BLOCK_ROWS], tl.int32)
+    else:
+        part = tl.arange(0, SPLIT)[:, None]
+        channel = part * TILE + lane[None, :]
+        at_row = row[None, None, :] * K + channel[:, :, None]
+        at = (part * (PIECES * PLANE))[:, :, None] + out[None, :, None] * INNER + lane[None, None, :]
+        low = tl.zeros([SPLIT, BLOCK, BLOCK_ROWS], tl.int32)
+        high = tl.zeros([SPLIT, BLOCK, BLOCK_ROWS], tl.int32)
     base = planes
     if AHEAD:
-        ahead = _shifts(shifts, lane, 0, K, INNER, TURNS)
-    for tile in range(tl.cdiv(K, TILE)):
+        ahead = _shifts(shifts, channel, 0, K, INNER, TURNS)
+    for step in range(tl.cdiv(K, TILE * SPLIT)):
         p1 = None
         p2 = None
         s = None
         if AHEAD:
             now = ahead
-            ahead = _shifts(shifts, lane, (tile + 1) * TILE, K, INNER, TURNS)
+            ahead = _shifts(shifts, channel, (step + 1) * TILE * SPLIT, K, INNER, TURNS)
         for turn in tl.static_range(TURNS):
-            k = tile * TILE + turn * INNER
+            k = step * TILE * SPLIT + turn * INNER
             if turn * width(BITS, 0) % 8 == 0:
                 p0 = _piece(base + turn * width(BITS, 0) // 8 * PLANE, at, there, WHOLE)
             if width(BITS, 1) > 0 and turn * width(BITS, 1) % 8 == 0:
@@ -94,21 +119,23 @@ def product(
             if K % TILE == 0:
                 code = tl.load(q + (at_row + k), mask=here, other=0)
             else:
-                code = tl.load(q + (at_row + k), mask=here & (k + lane < K)[:, None], other=0)
+                code = tl.load(q + (at_row + k), mask=here & _along_rows(k + channel < K), other=0)
             if AHEAD:
-                s = now[turn][None, :]
+                s = _along_last(now[turn])
             elif GROUPS > 1:
                 if K % TILE == 0:
-                    s = tl.load(shifts + (k + lane))[None, :]
+                    s = _along_last(tl.load(shifts + (k + channel)))
                 else:
-                    s = tl.load(shifts + (k + lane), mask=k + lane < K, other=0)[None, :]
+                    s = _along_last(tl.load(shifts + (k + channel), mask=k + channel < K, other=0))
             v, w = decoded(p0, p1, p2, s, BITS, GROUPS, turn)
             low = tl.dot(v, code, low, out_dtype=tl.int32)
             if not fits(BITS, GROUPS):
                 high = tl.dot(w, code, high, out_dtype=tl.int32)
-        base += PIECES * PLANE
+        base += SPLIT * PIECES * PLANE
     if not fits(BITS, GROUPS):
         low += high << 7
+    if SPLIT > 1:
+        low = tl.sum(low, axis=0)
     factor = tl.load(row_scale + row, mask=row < rows, other=0.0)[None, :] * tl.load(scale + out, mask=out < N, other=0.0)[:, None]
     value = low.to(tl.float32) * factor
     if bias is not None:
