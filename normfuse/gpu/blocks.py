@@ -66,12 +66,12 @@ def block_for(n: int, rows: int, stage_bytes: Callable[[Block], int], *, dots: i
     named = next((block for limit, block in _BY_ROWS if rows <= limit), None)
     wanted = (named,) if named else _MANY if sums == 1 else _TWO_SUMS
     candidates = () if named is _FEW else (*wanted, _BY_ROWS[1][1], _WITHOUT_TENSOR_MEMORY, _SMALL)
-    candidates = tuple(b for b in candidates if b.rows < 2 * rows)
-    fitting = [b for b in candidates if _columns(b) * dots <= _COLUMNS and 2 * stage_bytes(b) <= _SHARED] or [few]
+    fitting: list[Block] = [
+        b for b in candidates if b.rows < 2 * rows and _columns(b) * dots <= _COLUMNS and 2 * stage_bytes(b) <= _SHARED
+    ] or [few]
     programs = [-(-rows // b.rows) * -(-n // b.outputs) for b in fitting]
-    block = next(
-        (b for b, p in zip(fitting, programs, strict=True) if p >= _MULTIPROCESSORS), fitting[programs.index(max(programs))]
-    )
+    enough = next((i for i, p in enumerate(programs) if p >= _MULTIPROCESSORS), programs.index(max(programs)))
+    block = fitting[enough]
     wanted_stages = min(_MOST_STAGES, max(_FEWEST_STAGES, _DOTS // dots))
     return replace(block, stages=min(wanted_stages, _SHARED // stage_bytes(block)))
 
