@@ -131,14 +131,14 @@ MISTAKES = [
         (*SIZE, "--calibration", "nowhere"), "expected a file (.npz, .npy, .safetensors) or package.module:factory", id="no kind"
     ),
     pytest.param((*SIZE, "--calibration", "models:dta"), "models has no 'dta'; did you mean 'data'?", id="factory"),
-    pytest.param((*SIZE, "--calibration", "modles:data"), "No module named 'modles'", id="module"),
+    pytest.param((*SIZE, "--calibration", "modles:data"), "there is no module 'modles'", id="module"),
     pytest.param(
         (*SIZE, "--calibration", "models:number"), "the factory returned a int; expected an iterable of batches", id="number"
     ),
     pytest.param((*SIZE, "--calibration", "one.npy"), "it holds 1 samples, one batch of the example inputs has 2", id="few"),
     pytest.param((*SIZE, "--calibration", "narrow.npy"), "batch 0 ((2, 3, 4, 4)) does not run", id="shape"),
     pytest.param((*SIZE, "--calibration", "nan.npy"), "batch 1 ((2, 3, 8, 8)) holds NaN", id="NaN"),
-    pytest.param((*SIZE, "--calibration", "two.npz"), "it holds a, b; the model takes 1 inputs", id="names"),
+    pytest.param((*SIZE, "--calibration", "two.npz"), "it holds a, b; the model takes input, and input is missing", id="names"),
     pytest.param((*SIZE, "--calibration", "ids.npy"), "is int64, the model takes float32", id="dtype"),
 ]
 

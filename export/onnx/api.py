@@ -406,6 +406,10 @@ def _facts(
     if made is not None:
         report = made.report
         facts["passes"] = json.dumps([[p.name, len(p.applied)] for p in report.passes])  # a pass may run twice
+        if report.quantization:
+            facts["calibration"] = "none" if report.calibration is None else str(report.calibration)
+            if report.sqnr is not None:
+                facts["sqnr"] = f"{report.sqnr:.1f} dB"
         if report.exact is not None:
             facts["exact"] = f"{report.exact.max_rel:.3e}"
         if report.drift is not None:

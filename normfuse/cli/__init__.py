@@ -37,17 +37,21 @@ _OUTCOMES: dict[type[Exception], tuple[str, int]] = {
     CheckFailed: ("failed", 1),
     NormfuseError: ("error", 2),
 }
+_arguments: list[str] = []  # of this process, for reports
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="normfuse")
-def cli() -> None:
+@click.pass_context
+def cli(context: click.Context) -> None:
     """Optimize trained PyTorch models: remove what normalization costs, prove the result, ship it.
 
     SOURCE is timm:NAME, torchvision:NAME, hf:DIR (a local Hugging Face folder), FILE.pt2 (a saved
-    ExportedProgram) or package.module:factory.
+    ExportedProgram), package.module:factory or FILE.py:factory. A factory returns a module, or a module and its
+    example inputs.
     """
+    context.meta["normfuse.args"] = _arguments
 
 
 for command in (optimize, export, bench, verify, inspect, passes, demo):
@@ -62,6 +66,7 @@ def main(args: Sequence[str] | None = None) -> int:
         signal.signal(signal.SIGTERM, _terminate)
     _quiet_libraries()
     no_telemetry()
+    _arguments[:] = sys.argv[1:] if args is None else args
     try:
         cli.main(args=None if args is None else list(args), prog_name="normfuse", standalone_mode=False)
     except click.ClickException as e:

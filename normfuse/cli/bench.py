@@ -105,7 +105,7 @@ def bench(
         contender = workshop.engine(challenger)
 
         def measured(longer: int, more: str = "") -> Comparison:
-            from normfuse.report_text import duration
+            from normfuse.report_numbers import duration
 
             return compare(
                 baseline,

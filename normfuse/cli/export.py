@@ -122,7 +122,7 @@ def export(
         if fast is not None:
             from normfuse.record import report
 
-            write_report(report(fast), report_path, force=force)
+            write_report(dataclasses.replace(report(fast), files=(str(built),)), report_path, force=force)
         _tell(fast, {"engine": built.manifest() | {"path": str(built.path)}}, str(built), as_json, quiet)
         return
     given = {"profiles": profiles, "flavour": flavour, "capabilities": capabilities, "plugins": plugins, "dry_run": dry_run}
@@ -156,7 +156,7 @@ def _to_onnx(
     exported = to_onnx(
         fast, output, target=target, opset=opset, form=form, int4_initializers=int4, dtype=dtype, io_dtype=io_dtype, force=force
     )
-    write_report(report(fast), report_path, force=force)
+    write_report(dataclasses.replace(report(fast), files=(str(exported),)), report_path, force=force)
     _tell(fast, {"export": dataclasses.asdict(exported)}, str(exported), as_json, quiet)
 
 

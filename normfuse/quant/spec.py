@@ -12,7 +12,7 @@ from typing import Any
 
 from normfuse.errors import UsageError
 
-__all__ = ["ShiftQuant"]
+__all__ = ["ShiftQuant", "static_layers"]
 
 _CHOICES = {
     "granularity": ("per_channel", "per_tensor"),
@@ -173,3 +173,9 @@ def _overrides(value: Any) -> tuple[tuple[str, tuple[tuple[str, Any], ...]], ...
     except (TypeError, ValueError) as e:
         raise UsageError(f"ShiftQuant(overrides={value!r}): expected {{pattern: {{field: value}}}}") from e
     return tuple(found)
+
+
+def static_layers(spec: ShiftQuant) -> bool:
+    """Does any layer take constant scales, which have to come from data?"""
+    values = [spec.activations, *(dict(found).get("activations") for _, found in spec.overrides)]
+    return "static" in values
