@@ -7,6 +7,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from operator import getitem
 from time import perf_counter
 from typing import Any, Protocol, TypeVar
 
@@ -32,6 +33,7 @@ from normfuse.record import Record
 from normfuse.report import Calibration, PassReport, Report
 from normfuse.returned import settle
 from normfuse.surroundings import undisturbed
+from normfuse.wording import operator_name
 
 __all__ = ["DEFAULT", "Pass", "optimize"]
 
@@ -164,6 +166,7 @@ def _optimized(
         perf_counter() - start, silent, origin=origin_of(model),
         calibration=_calibrated(graph, model, calibration, example_inputs) if quantize is not None else None,
         capture_seconds=capture_seconds, verify_seconds=verify_seconds,
+        operators_before=_operators(original), operators_after=_operators(graph),
     )  # fmt: skip
     log.info("optimize: %d applied, %d refused in %.1f s", len(report.applied), len(report.refused), report.seconds)
     return Record(captured.args, captured.kwargs or {}, captured.has_inputs, captured.dynamic_shapes, report).attach(gm)
@@ -328,6 +331,11 @@ def _norm_counts(graph: Graph) -> Counter[str]:
     probe = graph.copy()
     PASSES["recognise"](probe)
     return census(probe)
+
+
+def _operators(graph: Graph) -> dict[str, int]:
+    """Operators by name, the most frequent first."""
+    return dict(Counter(operator_name(n) for n in graph if n.op == "call_function" and n.target is not getitem).most_common())
 
 
 def _spelt_out(pipeline: Sequence[Pass], reports: Sequence[PassReport]) -> Counter[str]:

@@ -202,6 +202,7 @@ class Report:
         origin: model, command, date, versions, machine; None in a report that was made by hand.
         calibration: what quantized layers were calibrated on; None without `quantize=`, or where there was no data.
         capture_seconds: wall time of turning the model into a graph.
+        operators_before, operators_after: number of operators in the graph by name; empty where the model was optimized by parts.
         files: what was exported from the result, a few lines of text for each file.
         verify_seconds: wall time of comparing with the original; what is left of `seconds` went into the passes and the new module.
     """
@@ -223,6 +224,8 @@ class Report:
     calibration: Calibration | None = None
     capture_seconds: float = 0.0
     verify_seconds: float = 0.0
+    operators_before: dict[str, int] = field(default_factory=dict)
+    operators_after: dict[str, int] = field(default_factory=dict)
     files: tuple[str, ...] = ()
 
     @property

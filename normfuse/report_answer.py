@@ -46,13 +46,15 @@ def answer(report: Report) -> Iterator[tuple[str, str]]:
     if report.nothing_compared:
         yield "exact", f"nothing was compared: {report.nothing_compared}"
     elif on_purpose:
-        yield "exact", f"{_error(report.exact)}; of all that is meant to be an identity, without {_changing(report)}"
+        yield "exact", f"{_error(report.exact)}; of everything but {_changing(report)}"
     else:
         yield "exact", _error(report.exact)
         if report.drift is not None:
             yield "drift", _error(report.drift)
     yield "size", change(report.bytes_before, report.bytes_after, size)
     yield "parameters", change(report.parameters_before, report.parameters_after)
+    if report.operators_before or report.operators_after:
+        yield "operators", change(sum(report.operators_before.values()), sum(report.operators_after.values()))
     if stayed := _stayed(report):
         yield "stayed", stayed
 

@@ -412,7 +412,7 @@ def _facts(
                 facts["sqnr"] = f"{report.sqnr:.1f} dB"
         if report.exact is not None:
             facts["exact"] = f"{report.exact.max_rel:.3e}"
-        if report.drift is not None:
+        if report.drift is not None and not report.quantization:  # integers against the same integers say nothing
             facts["drift"] = f"{report.drift.max_rel:.3e}"
     return {f"normfuse.{k}": v for k, v in facts.items()}
 

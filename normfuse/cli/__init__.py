@@ -25,6 +25,7 @@ from normfuse.cli.messages import concise
 from normfuse.cli.optimize import optimize
 from normfuse.cli.passes import passes
 from normfuse.cli.verify import verify
+from normfuse.cli.wording import in_options
 from normfuse.errors import CheckFailed, NormfuseError, Undecided
 from normfuse.telemetry import no_telemetry
 
@@ -83,7 +84,7 @@ def main(args: Sequence[str] | None = None) -> int:
     except NormfuseError as e:
         _log.debug("where it happened", exc_info=True)
         kind, code = next(outcome for cls, outcome in _OUTCOMES.items() if isinstance(e, cls))
-        _say(concise(f"{kind}: {e}"))
+        _say(concise(f"{kind}: {in_options(str(e))}"))
         return code
     except SystemExit as e:
         # click raises none here: a factory, a module that was imported or a loader did

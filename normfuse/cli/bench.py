@@ -103,6 +103,7 @@ def bench(
         workshop = Workshop(model, pipeline, Path(folder), form, settings)
         baseline = workshop.engine(against)
         contender = workshop.engine(challenger)
+        weights = workshop.weights
 
         def measured(longer: int, more: str = "") -> Comparison:
             from normfuse.report_numbers import duration
@@ -125,10 +126,11 @@ def bench(
     bound, verdict, why = result.bound(at_least), result.verdict(at_least), result.why_undecided(at_least)
     if as_json:
         on = {} if gpu is None else {"gpu": gpu.to_dict() | {"dtype": settings.place.dtype, "graph": graph}}
-        told = {"at_least": bound, "verdict": verdict.value, "why_undecided": why}
+        told = {"source": model.source, "weights": weights, "at_least": bound, "verdict": verdict.value, "why_undecided": why}
         click.echo(json.dumps({**result.to_dict(), **on, **told}, indent=2))
     elif not quiet:
-        click.echo(f"{result}\n{_clock(gpu, settings)}at least {bound:.3f}: {verdict.value}")
+        said = f"{model.source}, weights: {weights}\n" if weights else ""
+        click.echo(f"{said}{result}\n{_clock(gpu, settings)}at least {bound:.3f}: {verdict.value}")
     if verdict is Verdict.FAILS:
         raise CheckFailed(
             f"{contender.name} is {result.speedup} times as fast as {baseline.name}; at least {bound:.3f} was demanded"
@@ -222,6 +224,11 @@ class Workshop:
             )
         self._load()  # a wrong name is an error here and not in another process
         return source_engine(name, self._model.source, self._model.options, compile=kind == "compile", place=place)
+
+    @property
+    def weights(self) -> str:
+        """Where the weights are from, once the model was loaded; empty for files and where nothing is known."""
+        return "" if self._loaded is None else self._loaded.weights
 
     def _load(self) -> Source:
         if self._loaded is None:

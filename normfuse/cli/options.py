@@ -13,6 +13,7 @@ import click
 
 from normfuse.cli.messages import unless_it_fails
 from normfuse.cli.quantization import calibration_batches, parse_quantize
+from normfuse.cli.wording import report_in_options
 from normfuse.dynamic_axes import Axis, free_axes, parse_axes
 from normfuse.errors import CaptureError, ExportError, UsageError
 from normfuse.sources import Options, Source, load_source
@@ -165,7 +166,12 @@ class Pipeline:
         """Static scales stay in the file for good: one random input is no data to take them from."""
         from normfuse.quant.spec import static_layers
 
-        if static_layers(self.quantize) and loaded.data == "random data" and not self.random_calibration:
+        if (
+            self.quantize is not None
+            and static_layers(self.quantize)
+            and loaded.data == "random data"
+            and not self.random_calibration
+        ):
             raise UsageError(
                 "--quantize with static scales takes them from data, and there is only one random input: pass --calibration DATA, "
                 "or --input FILE with real inputs; --allow-random-calibration is for trying it out"
@@ -185,7 +191,7 @@ def _told(made: "fx.GraphModule", model: Model, loaded: Source, calibration: str
         origin=dataclasses.replace(found.report.origin, model=model.source, weights=loaded.weights, command=_command()),
         calibration=None if data is None else dataclasses.replace(data, source=calibration or loaded.data),
     )
-    return dataclasses.replace(found, report=report).attach(made)
+    return dataclasses.replace(found, report=report_in_options(report)).attach(made)
 
 
 def _command() -> str:
