@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from operator import getitem
 from time import perf_counter
-from typing import Any, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
@@ -56,7 +56,7 @@ _CALIBRATION_BYTES = 1 << 31  # that batches may hold
 class Pass(Protocol):
     """A rewrite of the whole graph.
 
-    An optional attribute `changes` says, as the rest of a sentence about the pass, how it changes the function by intention;
+    An optional attribute `changes` says, as the rest of a sentence about the pass, how it changes the function on purpose;
     such a pass is not held against the original, its SQNR is reported. `leaves_affines = False` says that the pass makes no
     `Affine`, so that `realise` need not run after it. `tells = True` puts the notes
     of its rewrites among those of the report. `precedes` names the pass of the default pipeline that it must stand
@@ -77,7 +77,7 @@ def optimize(
     passes: Sequence[str | Pass] | None = None,
     quantize: Any = None,
     calibration: Any = None,
-    verify: str = "end",
+    verify: Literal["end", "each", "off"] = "end",
     partial: bool = False,
     allow_random_calibration: bool = False,
 ) -> fx.GraphModule:
@@ -225,7 +225,7 @@ def _quantization(spec: Any) -> list[Pass]:
     if spec is None:
         return []
     if not isinstance(spec, ShiftQuant):
-        given = "the class itself" if spec is ShiftQuant else repr(spec)
+        given = "ShiftQuant without ()" if spec is ShiftQuant else repr(spec)
         raise UsageError(f"quantize={given}: expected a normfuse.ShiftQuant, e.g. ShiftQuant(weight_bits=4, activation_bits=8)")
     from normfuse.passes.shiftquant import ShiftQuantize  # its operators load the native kernels
 

@@ -107,7 +107,7 @@ class PassReport:
         exact: error of the graph after this pass in float64 (only with `verify="each"`).
         drift: error in the model's own dtype (only with `verify="each"`).
         seconds: wall time of the pass without verification.
-        sqnr: of a pass that is no identity by intention, the SQNR of the outputs after it against those before, in dB.
+        sqnr: of a pass that is no identity on purpose, the SQNR of the outputs after it against those before, in dB.
         quantization: one entry a layer that the pass quantized or kept in float.
     """
 
@@ -190,7 +190,7 @@ class Report:
     Attributes:
         passes: one entry a pass, in order.
         exact: error of the final graph in float64: is it an identity? None when it was not verified. Of a pipeline with
-            passes that change the function by intention (`PassReport.sqnr`), the largest error of the stretches between them.
+            passes that change the function on purpose (`PassReport.sqnr`), the largest error of the stretches between them.
         drift: error of the final graph in the model's own dtype. None when it was not verified.
         norms_before, norms_after: number of normalizations by kind, e.g. `{"batch_norm": 49}`.
         parameters_before, parameters_after: number of values in parameters and buffers that the graph reads.

@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import click
 
@@ -120,7 +120,7 @@ class Pipeline:
     """What is done to the model."""
 
     passes: tuple[str, ...] | None
-    verify: str
+    verify: Literal["end", "each", "off"]
     quantize: "ShiftQuant | None" = None
     calibration: str | None = None
     partial: bool = False
@@ -277,7 +277,7 @@ def pipeline_options(f: F) -> F:
     @functools.wraps(f)
     def wrapped(
         passes: str | None,
-        verify: str,
+        verify: Literal["end", "each", "off"],
         partial: bool,
         quantize: str | None,
         keep: tuple[str, ...],
