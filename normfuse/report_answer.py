@@ -36,9 +36,11 @@ def origin_lines(report: Report) -> Iterator[str]:
 
 def answer(report: Report) -> Iterator[tuple[str, str]]:
     """Pairs of a word and what there is to say about it, most important first."""
-    yield "changed", norms_in_words(report)
+    facts = [("changed", norms_in_words(report))]
     if report.quantization:
-        yield "quantized", f"{_widths(report.quantization)}; {quality(report)}"
+        facts.append(("quantized", f"{_widths(report.quantization)}; {quality(report)}"))
+    unchanged = report.norms_before == report.norms_after
+    yield from reversed(facts) if unchanged else facts
     for p in report.passes:
         if p.sqnr is not None and not p.quantization:
             yield "on purpose", f"{p.name} changes the function: SQNR of the outputs {p.sqnr:.1f} dB"
@@ -77,7 +79,7 @@ def norms_in_words(report: Report) -> str:
         return "; ".join(said)
     if sum(before.values()):
         return "no norm" + (", see the rules below" if report.applied else "")
-    return "the model has no norm" + ("; see the rules below" if report.applied else "")
+    return "the model has no norm of a known kind" + ("; see the rules below" if report.applied else "")
 
 
 def _pairs(gone: Counter[str], new: Counter[str]) -> Iterator[tuple[str, str]]:

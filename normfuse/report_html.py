@@ -85,10 +85,10 @@ def page(report: Report) -> str:
             f"<dl class=card>{''.join(_answers(report))}</dl>",
             "".join(f"<pre class=card>{escape(text)}</pre>" for text in report.files),
             _parts(report.parts),
-            _layers(report.quantization),
             _groups("Taken back: failed verification", report.undone, "bad"),
             _groups("What stayed, and why", report.refused, "warn"),
             _notes(report.notes),
+            _layers(report.quantization),
             _applied(report.applied),
             f"<h2>Normalizations</h2>{_norms(report)}",
             f"<h2>Passes</h2>{_passes(report)}",
@@ -157,13 +157,17 @@ def _layers(layers: Iterable[LayerQuantization]) -> str:
     if not layers:
         return ""
     searched = [f"{b} bits" for b in sorted({b for layer in layers for b, _ in layer.sensitivity})]
-    heads = (*LAYER_HEAD, "kept in float because", *searched)
+    kept = any(layer.kept for layer in layers)
+    heads = (*LAYER_HEAD, *(("kept in float because",) if kept else ()), *searched)
     rows = (
-        f"<tr>{_row(heads, map(escape, (*layer_cells(layer), layer.kept, *_sensitivity(layer, searched))))}</tr>"
-        for layer in layers
+        f"<tr>{_row(heads, map(escape, (*layer_cells(x), *((x.kept,) if kept else ()), *_sensitivity(x, searched))))}</tr>"
+        for x in layers
     )
-    told = "; columns by bits: SQNR of the outputs with that layer alone quantized" if searched else ""
-    return f"<h2>Quantization</h2><p class=soft>{escape(quantized_in_short(layers))}{told}</p>{_table(heads, rows)}"
+    told = ". By shift: input channels with exponent 0, 1, ..." + (
+        "; columns by bits: SQNR of the outputs with that layer alone quantized" if searched else ""
+    )
+    summary = f"<summary>{escape(quantized_in_short(layers))}<span class=soft>{told}</span></summary>"
+    return f"<h2>Quantization</h2><details>{summary}{_table(heads, rows)}</details>"
 
 
 def _cells(kind: str, texts: Iterable[str]) -> str:

@@ -133,8 +133,6 @@ def table(report: Report, width: int = 80) -> str:
     lines += _facts(report, width)
     if report.parts:
         lines += ["", *_parts(report.parts, width)]
-    if report.quantization:
-        lines += ["", *layer_table(report.quantization, width)]
     for title, sites in (("taken back: failed verification", report.undone), ("stayed, and why", report.refused)):
         if sites:
             lines += ["", *_wrap(title, width, 0), *_reasons(sites, width)]
@@ -145,6 +143,8 @@ def table(report: Report, width: int = 80) -> str:
         lines += ["", "notes"]
         for note in report.notes:
             lines += _wrap(f"- {note}", width, 2, hang=2)
+    if report.quantization:
+        lines += ["", *layer_table(report.quantization, width)]
     lines += ["", *_rules(report, width), *_passes(report, width)]
     return "\n".join(lines)
 
@@ -254,7 +254,7 @@ def layer_table(layers: Iterable[LayerQuantization], width: int) -> Iterator[str
         yield f"{name:<{column}}" + "".join(cut)
 
 
-LAYER_HEAD = ("layer", "bits", "shifts", "SQNR", "clipped", "bytes", "ratio", "speed")
+LAYER_HEAD = ("layer", "bits", "by shift", "SQNR", "clipped", "bytes", "ratio", "speed")
 _LAYER_WIDTHS = (7, 14, 9, 8, 8, 6, 7)
 _LAYER_COLUMNS = sum(_LAYER_WIDTHS)
 

@@ -238,9 +238,7 @@ def _explicit(graph: Graph, found: Streams, node: fx.Node) -> str | None:
         return None  # a table or token: the stream reads a centered copy, whoever else reads it keeps the original
     op = graph.view(node, 2)
     if (isinstance(op, Affine) and isinstance(op.x, (LayerNorm, RmsNorm))) or (isinstance(op, LayerNorm) and op.gamma is not None):
-        return (
-            f"the residual stream carries the output of a norm, {graph.path(node)}, whose gain and shift give it a mean (Post-LN)"
-        )
+        return "the residual stream carries the output of a norm, whose gain and shift give it a mean (Post-LN)"
     if node in found.sees_mean:
         reader = found.sees_mean[node]
         if reader.op == "output":

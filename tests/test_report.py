@@ -142,7 +142,7 @@ whole              26       13        1    3.2e-16    2.0e-07        4.2 s"""
 @pytest.mark.parametrize(
     ("before", "after", "expected"),
     [
-        pytest.param({}, {}, "the model has no norm", id="none"),
+        pytest.param({}, {}, "the model has no norm of a known kind", id="none"),
         pytest.param({"layer_norm": 3}, {"layer_norm": 3}, "no norm", id="unchanged"),
         pytest.param({"layer_norm": 29}, {"layer_norm": 24, "rms_norm": 5}, "5 of 29 LayerNorm → 5 RMSNorm", id="some"),
         pytest.param({"batch_norm": 49, "group_norm": 2}, {"group_norm": 2}, "49 BatchNorm folded away", id="folded"),
@@ -195,7 +195,7 @@ def test_title_of_the_page_is_the_model() -> None:
 
 def test_empty_report_says_so() -> None:
     text = table(Report())
-    assert text.startswith("changed     the model has no norm\n")
+    assert text.startswith("changed     the model has no norm of a known kind\n")
     assert text.endswith("\nno pass ran")
     assert "exact       not measured" in text
     assert "refused" not in text
