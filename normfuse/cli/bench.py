@@ -96,7 +96,7 @@ def bench(
     with tempfile.TemporaryDirectory(prefix="normfuse-bench-") as folder:
 
         def say(text: str) -> None:
-            if not quiet:
+            if not (quiet or as_json):
                 click.echo(text, err=True)
 
         say(f"preparing {against} and {challenger}, then opening each of them in a process of its own")
@@ -116,7 +116,9 @@ def bench(
                 warmup=warmup,
                 threads=threads,
                 progress=not quiet,
-                on_plan=lambda count, left: say(f"measuring for about {duration(left)}: {count} rounds{more}"),
+                on_plan=lambda count, left: say(
+                    f"measuring for about {duration(left)}, on a busy machine up to twice that: {count} rounds{more}"
+                ),
             )
 
         result = measured(1, f"; {_MORE} times as long once more if that is undecided")
