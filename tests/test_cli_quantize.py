@@ -170,11 +170,14 @@ def test_static_scales_from_one_random_input_are_refused(run: Run) -> None:
     static = ("--quantize", "w8a8,static,prefer=size")
     code, out, err = run("verify", "real.py:net", "--shape", "2x3x8x8", *static)
     assert (code, out) == (2, "")
-    assert "there is only one random input: pass --calibration DATA" in err
+    assert "all there is are random data: pass --calibration DATA" in err
     assert "--allow-random-calibration" in err
     code, out, _ = run("verify", "real.py:net", "--shape", "2x3x8x8", *static, "--allow-random-calibration")
     assert code == 0
     assert "against the original (SQNR), on random data (2 samples)" in " ".join(out.split())
+    code, _, err = run("verify", "models:build", *static)
+    assert code == 2
+    assert "all there is are the example inputs" in err
     np.save("images.npy", np.random.default_rng(0).standard_normal((6, 3, 8, 8)).astype(np.float32))
     code, out, _ = run("verify", "real.py:net", "--shape", "2x3x8x8", *static, "--calibration", "images.npy")
     assert code == 0

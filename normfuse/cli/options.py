@@ -163,17 +163,14 @@ class Pipeline:
         return optimized(model.stated(loaded), partial=True)
 
     def _check_data(self, loaded: Source) -> None:
-        """Static scales stay in the file for good: one random input is no data to take them from."""
+        """Static scales stay in the file for good: example inputs of which nothing is known are no data to take them from."""
         from normfuse.quant.spec import static_layers
 
-        if (
-            self.quantize is not None
-            and static_layers(self.quantize)
-            and loaded.data == "random data"
-            and not self.random_calibration
-        ):
+        if self.quantize is None or self.random_calibration or not static_layers(self.quantize):
+            return
+        if loaded.data in ("random data", "the example inputs"):
             raise UsageError(
-                "--quantize with static scales takes them from data, and there is only one random input: pass --calibration DATA, "
+                f"--quantize with static scales takes them from data, and all there is are {loaded.data}: pass --calibration DATA, "
                 "or --input FILE with real inputs; --allow-random-calibration is for trying it out"
             )
 
@@ -272,7 +269,7 @@ def pipeline_options(f: F) -> F:
         "--allow-random-calibration",
         "random_calibration",
         is_flag=True,
-        help="Take static scales from one random input, to try it out.",
+        help="Take static scales from the example inputs, random or not, to try it out.",
     )
     @functools.wraps(f)
     def wrapped(
