@@ -60,8 +60,9 @@ class Exported:
             ratios = ", ".join(f"{k} {r:.3f}x" for k, r in self.ratios.items())
             lines.append(f"  attention  {sites}" + (f" (measured: {ratios})" if ratios else ""))
         if self.form is not None:
-            quality = "" if self.sqnr is None else f", {self.sqnr:.0f} dB of the module"
-            lines.append(f"  quantized  {self.form}, weights {self.weight_bytes / 1e6:.1f} MB{quality}")
+            # a share, not dB: the one SQNR of a quantized model is that of the module against the original
+            apart = "" if self.sqnr is None else f", {100 * 10 ** (-self.sqnr / 20):.2g} % apart from the module (rms)"
+            lines.append(f"  quantized  {self.form}, weights {self.weight_bytes / 1e6:.1f} MB{apart}")
         if self.error is None:
             lines.append("  error      not run")
         else:

@@ -7,8 +7,9 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from operator import getitem
 from time import perf_counter
-from typing import Any, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
@@ -17,19 +18,22 @@ from normfuse.batches import Batches
 from normfuse.capture import Captured, arguments, calls_of, capture, flat_inputs
 from normfuse.census import census
 from normfuse.errors import UsageError
+from normfuse.extra_entries import taken
 from normfuse.graph import Graph
 from normfuse.model_kinds import check_kind, unwrapped
+from normfuse.origin import origin_of
 from normfuse.original import Call, Original
 from normfuse.partial import whole_or_parts
 from normfuse.passes import PASSES
 from normfuse.passes.folding import known_values
 from normfuse.passes.quantize.ranks import everywhere, several_ranks
 from normfuse.prove import Proof, run
-from normfuse.quant.spec import ShiftQuant
+from normfuse.quant.spec import ShiftQuant, static_layers
 from normfuse.record import Record
-from normfuse.report import PassReport, Report
+from normfuse.report import Calibration, PassReport, Report
 from normfuse.returned import settle
 from normfuse.surroundings import undisturbed
+from normfuse.wording import operator_name
 
 __all__ = ["DEFAULT", "Pass", "optimize"]
 
@@ -52,7 +56,7 @@ _CALIBRATION_BYTES = 1 << 31  # that batches may hold
 class Pass(Protocol):
     """A rewrite of the whole graph.
 
-    An optional attribute `changes` says, as the rest of a sentence about the pass, how it changes the function by intention;
+    An optional attribute `changes` says, as the rest of a sentence about the pass, how it changes the function on purpose;
     such a pass is not held against the original, its SQNR is reported. `leaves_affines = False` says that the pass makes no
     `Affine`, so that `realise` need not run after it. `tells = True` puts the notes
     of its rewrites among those of the report. `precedes` names the pass of the default pipeline that it must stand
@@ -73,8 +77,9 @@ def optimize(
     passes: Sequence[str | Pass] | None = None,
     quantize: Any = None,
     calibration: Any = None,
-    verify: str = "end",
+    verify: Literal["end", "each", "off"] = "end",
     partial: bool = False,
+    allow_random_calibration: bool = False,
 ) -> fx.GraphModule:
     """A new module that computes the same function without what normalization costs at inference.
 
@@ -95,6 +100,8 @@ def optimize(
             back every rewrite that is not exact; "each" does so after each pass; "off" compares nothing.
         partial: True optimizes a model that cannot be captured whole by parts: it returns a copy of the model (an `nn.Module`)
             in which submodules that can be captured are optimized and the rest stays as it is; the report has a part for each.
+        allow_random_calibration: static scales of a `ShiftQuant` come from data and stay for good, so that without `calibration=`
+            they are refused; True takes them from the example inputs, whatever these are.
 
     Returns:
         An `fx.GraphModule` with the call signature of the model. `normfuse.report` says what was done to it.
@@ -104,12 +111,18 @@ def optimize(
         UsageError: an argument is wrong.
     """
     if partial:
-        options = {"passes": passes, "quantize": quantize, "verify": verify}
+        random = {"allow_random_calibration": allow_random_calibration}
+        options = {"passes": passes, "quantize": quantize, "verify": verify, **random}
         return whole_or_parts(optimize, model, example_inputs, dynamic_shapes, calibration, options)  # type: ignore[no-any-return]
     start = perf_counter()
     pipeline = [*_pipeline(passes), *_quantization(quantize)]
     if verify not in _VERIFY:
         raise UsageError(f"verify={verify!r}: expected one of {', '.join(map(repr, _VERIFY))}")
+    if isinstance(quantize, ShiftQuant) and static_layers(quantize) and calibration is None and not allow_random_calibration:
+        raise UsageError(
+            "activations='static' takes its scales from data, and there is none: pass calibration=[batch, ...] "
+            "(calibration=[example_inputs] where those are real), or allow_random_calibration=True to try it out"
+        )
     with undisturbed():
         return _optimized(model, example_inputs, dynamic_shapes, pipeline, quantize, calibration, verify, start)
 
@@ -126,14 +139,17 @@ def _optimized(
 ) -> fx.GraphModule:
     given = _original(model, example_inputs) if verify != "off" else None
     captured = capture(model, example_inputs, dynamic_shapes)
+    capture_seconds = perf_counter() - start
     graph = Graph.of(captured.gm)
     original = graph.copy()
     inputs = flat_inputs(captured.gm, captured.args, captured.kwargs or {}) if captured.has_inputs else None
     proof = Proof(original, inputs, given, calls_of(captured.gm), known_values) if verify != "off" and inputs is not None else None
     graph.samples, told = _on_all_ranks(lambda: _samples(graph, captured, calibration, inputs), quantize is not None)
     silent = "" if proof is None else proof.nothing_compared
+    began = perf_counter()
     proven = run(graph, pipeline, proof, each=verify == "each")
     graph, reports = proven.graph, proven.reports
+    verify_seconds = 0.0 if proof is None else max(0.0, perf_counter() - began - sum(r.seconds for r in reports))
     before, after = _norm_counts(original), _norm_counts(graph) + _spelt_out(pipeline, reports)
     gm = graph.to_module(type(model).__name__ if not isinstance(model, fx.GraphModule) else "Optimized")
     notes = (*captured.notes, *_changes(pipeline, reports), *told, *proven.notes, *([silent] if silent else []))
@@ -147,7 +163,10 @@ def _optimized(
     sizes = _sizes(original, graph, quantize is not None)
     report = Report(
         tuple(_last_word(reports)), proven.exact, proven.drift, *_norms(before, after), *sizes, notes,
-        perf_counter() - start, silent,
+        perf_counter() - start, silent, origin=origin_of(model),
+        calibration=_calibrated(graph, model, calibration, example_inputs) if quantize is not None else None,
+        capture_seconds=capture_seconds, verify_seconds=verify_seconds,
+        operators_before=_operators(original), operators_after=_operators(graph),
     )  # fmt: skip
     log.info("optimize: %d applied, %d refused in %.1f s", len(report.applied), len(report.refused), report.seconds)
     return Record(captured.args, captured.kwargs or {}, captured.has_inputs, captured.dynamic_shapes, report).attach(gm)
@@ -206,7 +225,7 @@ def _quantization(spec: Any) -> list[Pass]:
     if spec is None:
         return []
     if not isinstance(spec, ShiftQuant):
-        given = "the class itself" if spec is ShiftQuant else repr(spec)
+        given = "ShiftQuant without ()" if spec is ShiftQuant else repr(spec)
         raise UsageError(f"quantize={given}: expected a normfuse.ShiftQuant, e.g. ShiftQuant(weight_bits=4, activation_bits=8)")
     from normfuse.passes.shiftquant import ShiftQuantize  # its operators load the native kernels
 
@@ -235,10 +254,12 @@ def _samples(
     room = _CALIBRATION_BYTES
     told: tuple[str, ...] = ()
     for i, given in enumerate(calibration):
-        batch = _batch(captured, given, i)
+        batch, left_out = _batch(captured, given, i)
+        if left_out:
+            told = (*told, f"calibration: {left_out}") if f"calibration: {left_out}" not in told else told
         room -= sum(v.numel() * v.element_size() for v in batch if isinstance(v, Tensor))
         if room < 0 and batches:
-            told = (f"calibration: the first {i} batches were used, which is what {_CALIBRATION_BYTES >> 20} MiB hold",)
+            told += (f"calibration: the first {i} batches were used, which is what {_CALIBRATION_BYTES >> 20} MiB hold",)
             break
         batches += fit.fitted(batch, i)
     if not batches:
@@ -246,15 +267,31 @@ def _samples(
     return batches, told
 
 
-def _batch(captured: Captured, given: Any, i: int) -> list[Any]:
+def _calibrated(graph: Graph, model: Any, calibration: Any, example_inputs: Any) -> Calibration | None:
+    """What `graph.samples` are, for the report."""
+    if not graph.samples:
+        return None
+    if calibration is not None:
+        source = "calibration="
+    else:
+        declared = example_inputs is None and isinstance(model, nn.Module) and not isinstance(model, fx.GraphModule)
+        source = "random data" if declared else "the example inputs"
+    first = [next((v for v in batch if isinstance(v, Tensor)), None) for batch in graph.samples]
+    samples = sum(int(t.shape[0]) if t is not None and t.ndim else 1 for t in first)
+    return Calibration(samples, len(graph.samples), source)
+
+
+def _batch(captured: Captured, given: Any, i: int) -> tuple[list[Any], str]:
+    """One value for each placeholder, and what of the batch the model does not take."""
     try:
-        batch = flat_inputs(captured.gm, *arguments(given))
+        args, kwargs, left_out = taken(captured.gm, (captured.args, captured.kwargs or {}), *arguments(given))
+        batch = flat_inputs(captured.gm, args, kwargs)
     except UsageError as e:
         raise UsageError(f"calibration: batch {i}: {str(e).removeprefix('example_inputs: ')}") from e
     for v in batch:
         if isinstance(v, Tensor) and v.is_floating_point() and bool(v.isnan().any()):
             raise UsageError(f"calibration: batch {i} ({tuple(v.shape)}) holds NaN; look at how it was made")
-    return batch
+    return batch, left_out
 
 
 def _changes(pipeline: Sequence[Pass], reports: Sequence[PassReport]) -> tuple[str, ...]:
@@ -264,7 +301,8 @@ def _changes(pipeline: Sequence[Pass], reports: Sequence[PassReport]) -> tuple[s
         measured = "not measured" if r.sqnr is None else f"SQNR of the outputs {r.sqnr:.1f} dB"
         return f"{p.name} {getattr(p, 'changes', '')}; {measured}"
 
-    found = [said(p, r) for p, r in zip(pipeline, reports, strict=True) if getattr(p, "changes", "") and r.applied]
+    changing = [(p, r) for p, r in zip(pipeline, reports, strict=True) if getattr(p, "changes", "") and r.applied]
+    found = [said(p, r) for p, r in changing if not r.quantization]  # what quantization costs leads the report
     told = [
         f"{p.name}: {site.note}" for p, r in zip(pipeline, reports, strict=True) if getattr(p, "tells", False) for site in r.applied
     ]
@@ -293,6 +331,11 @@ def _norm_counts(graph: Graph) -> Counter[str]:
     probe = graph.copy()
     PASSES["recognise"](probe)
     return census(probe)
+
+
+def _operators(graph: Graph) -> dict[str, int]:
+    """Operators by name, the most frequent first."""
+    return dict(Counter(operator_name(n) for n in graph if n.op == "call_function" and n.target is not getitem).most_common())
 
 
 def _spelt_out(pipeline: Sequence[Pass], reports: Sequence[PassReport]) -> Counter[str]:

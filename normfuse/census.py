@@ -11,6 +11,7 @@ from torch.utils import _pytree as pytree
 
 from normfuse.graph import Graph, path_of
 from normfuse.views import (
+    VIEWS,
     BatchNorm,
     GroupNorm,
     Identity,
@@ -51,7 +52,8 @@ def census(graph: Graph) -> Counter[str]:
     layers: set[tuple[str, str]] = set()
     for node in _computed(graph):
         view = graph.view(node, 1)
-        kind = _KINDS.get(type(view)) if isinstance(view, Op) else None
+        # a norm whose weight is computed or cast is opaque to rules, and a norm all the same
+        kind = _KINDS.get(type(view) if isinstance(view, Op) else VIEWS.get(node.target))  # type: ignore[arg-type]
         layer = _layer(node)
         if kind is not None:
             operators.append((kind, layer))

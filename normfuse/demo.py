@@ -12,7 +12,7 @@ from rich.table import Table
 
 from normfuse.errors import CheckFailed
 from normfuse.extras import need
-from normfuse.report_text import change, magnitude
+from normfuse.report_numbers import change, magnitude
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -159,7 +159,7 @@ def _one(console: Console, name: str, images: "Tensor", labels: "Tensor", folder
 
 def _facts(found: "Report") -> Iterable[str]:
     kinds = sorted({*found.norms_before, *found.norms_after})
-    yield "norms       " + ", ".join(f"{k} {found.norms_before.get(k, 0)} -> {found.norms_after.get(k, 0)}" for k in kinds)
+    yield "norms       " + ", ".join(f"{k} {found.norms_before.get(k, 0)} → {found.norms_after.get(k, 0)}" for k in kinds)
     yield f"parameters  {change(found.parameters_before, found.parameters_after)}"
     yield f"exact       {magnitude(found.exact)} relative in float64; the bound of an identity is {_EXACT:.0e}"
     yield f"drift       {magnitude(found.drift)} relative in {found.drift.dtype if found.drift else 'its own dtype'}"
@@ -175,12 +175,12 @@ def _measured(o: Outcome, original: Path) -> Iterable[str]:
     before = [n.op_type for n in onnx.load(original, load_external_data=False).graph.node]
     after = [op for op, count in o.exported.ops.items() for _ in range(count)]
     yield f"onnx nodes  {len(before)} ({kinds(before)})"
-    yield f"         -> {len(after)} ({kinds(after)})"
+    yield f"         → {len(after)} ({kinds(after)})"
     yield f"onnx error  {o.difference:.1e} relative, optimized file against original file"
     right = f"{o.right['original']} of {o.of} right before, {o.right['optimized onnx']} after"
     yield f"digits      {right}; {o.same} of {o.of} answers the same"
     a, b, ratio, noise = o.latency.a, o.latency.b, o.latency.speedup, o.latency.noise
-    yield f"latency     {a.median:.3f} ms -> {b.median:.3f} ms for {_BATCH} images, {o.latency.threads} threads"
+    yield f"latency     {a.median:.3f} ms → {b.median:.3f} ms for {_BATCH} images, {o.latency.threads} threads"
     yield f"speedup     {ratio.value:.3f} [{ratio.low:.3f}, {ratio.high:.3f}] at 95 %; noise {noise:.1%}: {_words(o.latency)}"
 
 

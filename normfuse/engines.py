@@ -50,6 +50,7 @@ def bench(
     isolate: bool | None = None,
     seed: int = 0,
     progress: bool = True,
+    on_plan: Callable[[int, float], None] | None = None,
 ) -> Comparison:
     """Is `b` faster than `a`? Interleaved latency comparison with a confidence interval.
 
@@ -68,6 +69,10 @@ def bench(
             engines; modules and callables are measured in this process.
         seed: of the order of turns and of the bootstrap.
         progress: show a bar when standard error is a terminal.
+        on_plan: told (rounds, seconds of wall time still to come) once both have been opened.
+
+    Returns:
+        A `Comparison`. `print` shows it; `verdict(at_least)` says whether the claim holds, fails or stays undecided here.
 
     Raises:
         UsageError: something that cannot be called, a file that is not there, a module in training mode.
@@ -82,24 +87,25 @@ def bench(
     before = None if isolate else _torch_threads()
     try:
         with rounds_bar(f"{first.name} / {second.name}", show=progress) as on_round:
-            return Comparison.of(measure((first, first, second), schedule, on_round=on_round))
+            return Comparison.of(measure((first, first, second), schedule, on_plan=on_plan, on_round=on_round))
     finally:
         if before is not None:
             before()
 
 
-def onnxruntime_engine(name: str, path: str | Path, inputs: Inputs) -> Engine:
+def onnxruntime_engine(name: str, path: str | Path, inputs: Inputs, *, kernels: bool = True) -> Engine:
     """ONNX Runtime on the CPU with its default session, running the file at `path`.
 
     Args:
         name: shown in tables.
         path: an `.onnx` file.
         inputs: tensors or arrays; positional ones in the order of the graph's inputs, or a dict by name.
+        kernels: register normfuse's library, where it is built, for a file that has ops of it; False runs the file as anybody does.
     """
     path = Path(path)
     if not path.is_file():
         raise UsageError(f"{path} does not exist")
-    return Engine(name, partial(_open_onnxruntime, str(path.resolve()), _arrays(inputs)))
+    return Engine(name, partial(_open_onnxruntime, str(path.resolve()), _arrays(inputs), kernels))
 
 
 def callable_engine(name: str, call: Callable[..., Any], inputs: Inputs) -> Engine:
@@ -246,7 +252,7 @@ def _open_callable(call: Callable[..., Any], inputs: Inputs, threads: int) -> Ca
     return run_and_wait
 
 
-def _open_onnxruntime(path: str, arrays: Arrays, threads: int) -> Call:
+def _open_onnxruntime(path: str, arrays: Arrays, registered: bool, threads: int) -> Call:
     ort = need("onnxruntime", extra="onnx")
     check_file(Path(path))
     settings = ort.SessionOptions()
@@ -254,7 +260,7 @@ def _open_onnxruntime(path: str, arrays: Arrays, threads: int) -> Call:
     settings.inter_op_num_threads = 1
     settings.log_severity_level = 3
     kernels = Path(__file__).with_name("_native.so")  # normfuse.native would import torch
-    if kernels.is_file() and os.environ.get("NORMFUSE_NATIVE", "1") != "0" and "normfuse" in domains(path):
+    if registered and kernels.is_file() and os.environ.get("NORMFUSE_NATIVE", "1") != "0" and "normfuse" in domains(path):
         settings.register_custom_ops_library(str(kernels))
     try:
         session = ort.InferenceSession(spelled(path), settings, providers=["CPUExecutionProvider"])

@@ -7,11 +7,21 @@
     ├─ RewriteError     a rewrite broke an invariant of the graph (a bug in a pass)
     ├─ ExportError      a runtime or a file format could not take the graph
     └─ CheckFailed      a check that the user asked for did not hold (exit code 1, not 2)
+       └─ Undecided     it can neither be said to hold nor to fail (exit code 3)
 
 A *refusal* is not an error: a rule that may not rewrite a site says so in the report.
 """
 
-__all__ = ["CaptureError", "CheckFailed", "ExportError", "MissingExtra", "NormfuseError", "RewriteError", "UsageError"]
+__all__ = [
+    "CaptureError",
+    "CheckFailed",
+    "ExportError",
+    "MissingExtra",
+    "NormfuseError",
+    "RewriteError",
+    "Undecided",
+    "UsageError",
+]
 
 
 class NormfuseError(Exception):
@@ -40,3 +50,7 @@ class ExportError(NormfuseError):
 
 class CheckFailed(NormfuseError):
     """A check that the user asked for did not hold."""
+
+
+class Undecided(CheckFailed):
+    """A measurement that the user asked for can neither be said to hold nor to fail on this machine."""

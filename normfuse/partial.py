@@ -27,6 +27,7 @@ from normfuse.capture import arguments, cache_notes, shadow_of
 from normfuse.declared_inputs import declared_inputs
 from normfuse.described import first_line
 from normfuse.errors import CaptureError, NormfuseError, UsageError
+from normfuse.origin import origin_of
 from normfuse.original import with_own_weights
 from normfuse.record import Record, record
 from normfuse.report import Error, Part, PassReport, Report, Site
@@ -437,6 +438,10 @@ def _report(model: nn.Module, work: _Work, whole: Error | None, notes: tuple[str
         seconds=seconds,
         nothing_compared=next((r.nothing_compared for r in reports), "") if all(r.nothing_compared for r in reports) else "",
         parts=(*parts, *sorted(left, key=lambda p: p.path)),
+        origin=origin_of(model),
+        calibration=next((r.calibration for r in reports if r.calibration is not None), None),
+        capture_seconds=sum(r.capture_seconds for r in reports),
+        verify_seconds=sum(r.verify_seconds for r in reports),
     )
 
 

@@ -44,7 +44,7 @@ class Proven:
 def run(graph: Graph, pipeline: Sequence[Any], proof: Proof | None, *, each: bool = False) -> Proven:
     """Apply the passes in order; with a proof, take back every rewrite that breaks it and go on with the rest.
 
-    A pass with an attribute `changes` is no identity by intention. What it did is reported as SQNR, and the passes after
+    A pass with an attribute `changes` is no identity on purpose. What it did is reported as SQNR, and the passes after
     it are held against the graph that it left.
 
     Args:

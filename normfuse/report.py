@@ -10,7 +10,7 @@ from typing import Any
 
 from normfuse.errors import UsageError
 
-__all__ = ["Error", "LayerQuantization", "Part", "PassReport", "Report", "Site"]
+__all__ = ["Calibration", "Error", "LayerQuantization", "Origin", "Part", "PassReport", "Report", "Site"]
 
 _WIDTH = 80
 
@@ -107,7 +107,7 @@ class PassReport:
         exact: error of the graph after this pass in float64 (only with `verify="each"`).
         drift: error in the model's own dtype (only with `verify="each"`).
         seconds: wall time of the pass without verification.
-        sqnr: of a pass that is no identity by intention, the SQNR of the outputs after it against those before, in dB.
+        sqnr: of a pass that is no identity on purpose, the SQNR of the outputs after it against those before, in dB.
         quantization: one entry a layer that the pass quantized or kept in float.
     """
 
@@ -120,6 +120,47 @@ class PassReport:
     seconds: float = 0.0
     sqnr: float | None = None
     quantization: tuple[LayerQuantization, ...] = ()
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The data that quantized layers took their ranges from, and that their SQNR was measured on.
+
+    Attributes:
+        samples: number of samples, over all batches (size of the first axis of the first input).
+        batches: number of batches.
+        source: where they are from: `calibration=`, `the example inputs`, the name of a file, `random data`.
+    """
+
+    samples: int
+    batches: int
+    source: str
+
+    def __str__(self) -> str:
+        """`128 samples of images.npz`"""
+        count = f"{self.samples:,} sample{'' if self.samples == 1 else 's'}"
+        return f"{self.source} ({count})" if self.source.startswith(("random", "the example")) else f"{count} of {self.source}"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a report comes from.
+
+    Attributes:
+        model: as the command line names it, else the class of the model.
+        weights: what is known of them: `random (seed 0)`, `pretrained`, the name of a file; empty for a model of the user's.
+        command: the command line; empty for a call from Python.
+        date: of the run, UTC, e.g. `2026-11-30 01:40`.
+        versions: of the libraries that take part, by name.
+        machine: processor and number of cores that the process may use.
+    """
+
+    model: str
+    weights: str = ""
+    command: str = ""
+    date: str = ""
+    versions: dict[str, str] = field(default_factory=dict)
+    machine: str = ""
 
 
 @dataclass(frozen=True)
@@ -149,7 +190,7 @@ class Report:
     Attributes:
         passes: one entry a pass, in order.
         exact: error of the final graph in float64: is it an identity? None when it was not verified. Of a pipeline with
-            passes that change the function by intention (`PassReport.sqnr`), the largest error of the stretches between them.
+            passes that change the function on purpose (`PassReport.sqnr`), the largest error of the stretches between them.
         drift: error of the final graph in the model's own dtype. None when it was not verified.
         norms_before, norms_after: number of normalizations by kind, e.g. `{"batch_norm": 49}`.
         parameters_before, parameters_after: number of values in parameters and buffers that the graph reads.
@@ -158,6 +199,12 @@ class Report:
         seconds: wall time of `optimize`, verification included.
         nothing_compared: why the comparison with the original tells nothing (all outputs are zero, say); empty when it does.
         parts: submodules that were optimized on their own and those that stay as they are; empty where the model is one graph.
+        origin: model, command, date, versions, machine; None in a report that was made by hand.
+        calibration: what quantized layers were calibrated on; None without `quantize=`, or where there was no data.
+        capture_seconds: wall time of turning the model into a graph.
+        operators_before, operators_after: number of operators in the graph by name; empty where the model was optimized by parts.
+        files: what was exported from the result, a few lines of text for each file.
+        verify_seconds: wall time of comparing with the original; what is left of `seconds` went into the passes and the new module.
     """
 
     passes: tuple[PassReport, ...] = ()
@@ -173,6 +220,13 @@ class Report:
     seconds: float = 0.0
     nothing_compared: str = ""
     parts: tuple[Part, ...] = ()
+    origin: Origin | None = None
+    calibration: Calibration | None = None
+    capture_seconds: float = 0.0
+    verify_seconds: float = 0.0
+    operators_before: dict[str, int] = field(default_factory=dict)
+    operators_after: dict[str, int] = field(default_factory=dict)
+    files: tuple[str, ...] = ()
 
     @property
     def applied(self) -> tuple[Site, ...]:
@@ -190,6 +244,12 @@ class Report:
     def quantization(self) -> tuple[LayerQuantization, ...]:
         """What became of each layer that could be quantized; empty without `quantize=`."""
         return tuple(layer for p in self.passes for layer in p.quantization)
+
+    @property
+    def sqnr(self) -> float | None:
+        """SQNR of the outputs of a quantized model in dB, on the data of `calibration`; None if it was not measured."""
+        whole = next((layer.sqnr for layer in self.quantization if layer.kind == "model"), None)
+        return whole if whole is not None else next((p.sqnr for p in self.passes if p.quantization), None)
 
     def __bool__(self) -> bool:
         """Did anything change?"""
@@ -223,6 +283,14 @@ class Report:
 
         Path(path).write_text(page(self), encoding="utf-8")
 
+    def _repr_html_(self) -> str:
+        """The page of `to_html` in a frame of its own, for notebooks."""
+        from html import escape
+
+        from normfuse.report_html import page
+
+        return f'<iframe srcdoc="{escape(page(self))}" style="width: 100%; height: 32rem; border: 0"></iframe>'
+
     def __str__(self) -> str:
         from normfuse.report_text import table
 
@@ -233,7 +301,13 @@ def _report(data: dict[str, Any]) -> Report:
     passes = tuple(_pass_report(p) for p in data.pop("passes"))
     exact, drift = _error(data.pop("exact")), _error(data.pop("drift"))
     parts = tuple(_part(p) for p in data.pop("parts", ()))
-    return Report(passes, exact, drift, notes=tuple(data.pop("notes")), parts=parts, **data)
+    origin, calibration = data.pop("origin", None), data.pop("calibration", None)
+    return Report(
+        passes, exact, drift, notes=tuple(data.pop("notes")), parts=parts,
+        origin=None if origin is None else Origin(**origin),
+        calibration=None if calibration is None else Calibration(**calibration),
+        files=tuple(data.pop("files", ())), **data,
+    )  # fmt: skip
 
 
 def _part(data: dict[str, Any]) -> Part:

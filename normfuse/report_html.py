@@ -4,20 +4,18 @@ from collections.abc import Iterable, Iterator
 from html import escape
 
 from normfuse import __version__
-from normfuse.report import Error, LayerQuantization, Part, PassReport, Report, Site
+from normfuse.report import LayerQuantization, Part, Report, Site
+from normfuse.report_answer import answer, kind_in_words, origin_lines
+from normfuse.report_numbers import duration, exactness, magnitude
 from normfuse.report_text import (
     LAYER_HEAD,
-    change,
     compact,
-    duration,
-    exactness,
     layer_cells,
     left_by_reason,
-    magnitude,
     part_in_short,
+    passes_in_rows,
     quantized_in_short,
     reasons,
-    size,
 )
 
 __all__ = ["page"]
@@ -30,13 +28,11 @@ _STYLE = """
 * { box-sizing: border-box; }
 body { margin: 0 auto; padding: 2rem 1.25rem 3rem; max-width: 62rem; background: var(--back); color: var(--ink);
   font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }
-h1 { margin: 0; font-size: 1.5rem; }
+h1 { margin: 0; font-size: 1.5rem; overflow-wrap: anywhere; }
+h1 ~ p { margin: .15rem 0; }
 h2 { margin: 2rem 0 .6rem; font-size: 1.05rem; }
 .soft { color: var(--soft); }
-.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(15rem, 1fr)); gap: .75rem; margin: 1.25rem 0 0; }
 .card, .reason, .frame { background: var(--card); border: 1px solid var(--line); border-radius: .6rem; }
-.card { padding: .8rem 1rem; }
-.card b { display: block; font-size: 1.45rem; font-weight: 600; font-variant-numeric: tabular-nums; }
 .frame { overflow-x: auto; }
 table { width: 100%; border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .5rem .9rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
@@ -47,7 +43,13 @@ tr.whole td { font-weight: 600; }
 .bar { display: inline-block; height: .55rem; min-width: 1px; border-radius: .2rem; background: var(--bar);
   vertical-align: middle; }
 td:has(.bar) { text-align: left; }
-th.why, td.why { text-align: left; white-space: normal; min-width: 11rem; }
+td[data-head^="kept"] { text-align: left; white-space: normal; min-width: 11rem; }
+pre { padding: .8rem 1rem; white-space: pre-wrap; overflow-wrap: anywhere;
+  font: 13px/1.5 ui-monospace, SFMono-Regular, Menlo, "DejaVu Sans Mono", monospace; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: .45rem 1.25rem; margin: 1.25rem 0 0; padding: 1rem; }
+dt { color: var(--soft); }
+dd { margin: 0; font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }
+dd.first { font-size: 1.2rem; font-weight: 600; }
 .reason { padding: .8rem 1rem; margin: .6rem 0; }
 .reason p { margin: .25rem 0; }
 .rule { font-weight: 600; }
@@ -56,6 +58,21 @@ code { font: 13px/1.5 ui-monospace, SFMono-Regular, Menlo, "DejaVu Sans Mono", m
 .good { color: var(--good); } .warn { color: var(--warn); } .bad { color: var(--bad); }
 summary { cursor: pointer; padding: .15rem 0; }
 ul { margin: .3rem 0; padding-left: 1.2rem; }
+details > table, details > .frame { margin-top: .5rem; }
+@media (max-width: 40rem) {  /* a row becomes a block, each cell behind its heading: nothing is cut off */
+  body { padding: 1.25rem .75rem 2rem; }
+  dl { grid-template-columns: 1fr; gap: .1rem; }
+  dd { margin-bottom: .5rem; }
+  table, tbody, tr, td { display: block; width: 100%; }
+  tr { padding: .5rem .9rem; border-bottom: 1px solid var(--line); }
+  tr:has(> th) { display: none; }
+  td, td[data-head^="kept"] { display: flex; justify-content: space-between; gap: 1rem;
+    padding: .1rem 0; border: 0; white-space: normal;
+    text-align: right; overflow-wrap: anywhere; }
+  td::before { content: attr(data-head); color: var(--soft); text-align: left; white-space: nowrap; }
+  td:empty, td:has(.bar) { display: none; }
+  td:first-child { font-weight: 600; }
+}
 footer { margin-top: 2.5rem; font-size: .85rem; }
 """
 
@@ -64,85 +81,75 @@ def page(report: Report) -> str:
     """The report as a self-contained HTML page, light or dark as the reader's system is."""
     body = "".join(
         (
-            f"<h1>normfuse report</h1><p class=soft>{_headline(report)}</p>",
-            f"<div class=cards>{''.join(_cards(report))}</div>",
-            f"<h2>Passes</h2>{_passes(report)}",
-            f"<h2>Normalizations</h2>{_norms(report)}",
+            f"<h1>{escape(_title(report))}</h1>{_origin(report)}",
+            f"<dl class=card>{''.join(_answers(report))}</dl>",
+            "".join(f"<pre class=card>{escape(text)}</pre>" for text in report.files),
             _parts(report.parts),
-            _layers(report.quantization),
-            _groups("Undone: failed verification, taken back", report.undone, "bad"),
-            _groups("Refused, and why", report.refused, "warn"),
-            _applied(report.applied),
+            _groups("Taken back: failed verification", report.undone, "bad"),
+            _groups("What stayed, and why", report.refused, "warn"),
             _notes(report.notes),
+            _layers(report.quantization),
+            _applied(report.applied),
+            f"<h2>Normalizations</h2>{_norms(report)}",
+            f"<h2>Passes</h2>{_passes(report)}",
             f"<footer class=soft>normfuse {escape(__version__)}</footer>",
         )
     )
     return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>normfuse report</title>'
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(_title(report))} · normfuse</title>'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<style>{_STYLE}</style></head>\n<body>{body}</body></html>\n"
     )
 
 
-def _headline(report: Report) -> str:
-    def many(count: int, what: str) -> str:
-        return f"{count:,} {what}{'' if count == 1 else 's'}"
-
-    undone = f", {len(report.undone):,} undone" if report.undone else ""
-    return f"{many(len(report.applied), 'rewrite')} applied, {len(report.refused):,} refused{undone}"
+def _title(report: Report) -> str:
+    return report.origin.model if report.origin is not None else "A normfuse report"
 
 
-def _cards(report: Report) -> Iterator[str]:
-    before, after = sum(report.norms_before.values()), sum(report.norms_after.values())
-    yield _card("normalizations", f"{before} → {after}" if before or after else "none", "")
-    yield _card("exact error (float64)", magnitude(report.exact), _absolute(report.exact))
-    yield _card(
-        f"drift ({report.drift.dtype if report.drift else 'native dtype'})", magnitude(report.drift), _absolute(report.drift)
-    )
-    yield _card("parameters", f"{report.parameters_after:,}", change(report.parameters_before, report.parameters_after))
-    yield _card("size", size(report.bytes_after), change(report.bytes_before, report.bytes_after, size))
-    yield _card("time", duration(report.seconds), "verification included")
+def _origin(report: Report) -> str:
+    return "".join(f"<p class=soft>{escape(line)}</p>" for line in list(origin_lines(report))[1:])
 
 
-def _card(title: str, value: str, below: str) -> str:
-    head, foot = (f"<span class=soft>{escape(text)}</span>" for text in (title, below))
-    return f"<div class=card>{head}<b>{escape(value)}</b>{foot}</div>"
-
-
-def _absolute(error: Error | None) -> str:
-    return "not measured" if error is None else f"relative; {error.max_abs:.1e} absolute"
+def _answers(report: Report) -> Iterator[str]:
+    for i, (name, text) in enumerate(answer(report)):
+        yield f"<dt>{escape(name)}</dt><dd{' class=first' if i == 0 else ''}>{escape(text)}</dd>"
+    yield f"<dt>time</dt><dd>{duration(report.seconds)}, verification included</dd>"
 
 
 def _passes(report: Report) -> str:
     if not report.passes:
         return "<p class=soft>No pass ran.</p>"
-    longest = max(p.seconds for p in report.passes) or 1.0
-    rows = "".join(
-        _row(p.name, p, f"<span class=bar style='width:{p.seconds / longest * 5:.2f}rem'></span>") for p in report.passes
-    )
-    whole = PassReport("", report.applied, report.refused, report.undone, report.exact, report.drift, report.seconds)
-    head = "".join(f"<th>{h}</th>" for h in ("pass", "applied", "refused", "undone", "exact", "drift", "time", ""))
-    return f"<div class=frame><table><tr>{head}</tr>{rows}{_row('whole', whole, '', ' class=whole')}</table></div>"
+    rows = passes_in_rows(report)
+    errors = any(p.exact is not None or p.drift is not None for p in report.passes)
+    heads = ("pass", "applied", "refused", "undone", *(("exact", "drift") if errors else ()), "time", "")
+    longest = max((p.seconds for name, p in rows[:-1]), default=0.0) or 1.0
+    lines = []
+    for i, (name, p) in enumerate(rows):
+        last = i == len(rows) - 1
+        undone = f"<span class=bad>{len(p.undone)}</span>" if p.undone else "-"
+        bar = "" if last else f"<span class=bar style='width:{p.seconds / longest * 5:.2f}rem'></span>"
+        measured = (exactness(p), magnitude(p.drift)) if errors else ()
+        cells = (escape(name), *(str(len(s) or "-") for s in (p.applied, p.refused)), undone, *measured, duration(p.seconds), bar)
+        lines.append(f"<tr{' class=whole' if last else ''}>{_row(heads, cells)}</tr>")
+    return _table(heads, lines)
 
 
-def _row(name: str, p: PassReport, bar: str, attributes: str = "") -> str:
-    undone = f"<span class=bad>{len(p.undone)}</span>" if p.undone else "0"
-    cells = (
-        escape(name), str(len(p.applied)), str(len(p.refused)), undone,
-        exactness(p), magnitude(p.drift), duration(p.seconds), bar,
-    )  # fmt: skip
-    return f"<tr{attributes}>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
+def _table(heads: Iterable[str], rows: Iterable[str]) -> str:
+    return f"<div class=frame><table><tr>{_cells('th', heads)}</tr>{''.join(rows)}</table></div>"
+
+
+def _row(heads: Iterable[str], cells: Iterable[str]) -> str:
+    """Cells that hold markup, each with its heading for narrow screens."""
+    return "".join(f'<td data-head="{escape(head)}">{cell}</td>' for head, cell in zip(heads, cells, strict=True))
 
 
 def _norms(report: Report) -> str:
     kinds = sorted({*report.norms_before, *report.norms_after})
     if not kinds:
         return "<p class=soft>The model has none.</p>"
-    rows = "".join(
-        f"<tr><td>{escape(k)}</td><td>{report.norms_before.get(k, 0)}</td><td>{report.norms_after.get(k, 0)}</td></tr>"
-        for k in kinds
-    )
-    return f"<div class=frame><table><tr><th>kind</th><th>before</th><th>after</th></tr>{rows}</table></div>"
+    heads = ("kind", "before", "after")
+    counts = ((kind_in_words(k), report.norms_before.get(k, 0), report.norms_after.get(k, 0)) for k in kinds)
+    return _table(heads, (f"<tr>{_row(heads, (escape(k), str(before), str(after)))}</tr>" for k, before, after in counts))
 
 
 def _layers(layers: Iterable[LayerQuantization]) -> str:
@@ -150,17 +157,17 @@ def _layers(layers: Iterable[LayerQuantization]) -> str:
     if not layers:
         return ""
     searched = [f"{b} bits" for b in sorted({b for layer in layers for b, _ in layer.sensitivity})]
-    head = _cells("th", LAYER_HEAD) + "<th class=why>kept in float because</th>" + _cells("th", searched)
-    rows = "".join(
-        f"<tr>{_cells('td', layer_cells(layer))}<td class=why>{escape(layer.kept)}</td>"
-        f"{_cells('td', _sensitivity(layer, searched))}</tr>"
-        for layer in layers
+    kept = any(layer.kept for layer in layers)
+    heads = (*LAYER_HEAD, *(("kept in float because",) if kept else ()), *searched)
+    rows = (
+        f"<tr>{_row(heads, map(escape, (*layer_cells(x), *((x.kept,) if kept else ()), *_sensitivity(x, searched))))}</tr>"
+        for x in layers
     )
-    told = "; columns by bits: SQNR of the outputs with that layer alone quantized" if searched else ""
-    return (
-        f"<h2>Quantization</h2><p class=soft>{escape(quantized_in_short(layers))}{told}</p>"
-        f"<div class=frame><table><tr>{head}</tr>{rows}</table></div>"
+    told = ". By shift: input channels with exponent 0, 1, ..." + (
+        "; columns by bits: SQNR of the outputs with that layer alone quantized" if searched else ""
     )
+    summary = f"<summary>{escape(quantized_in_short(layers))}<span class=soft>{told}</span></summary>"
+    return f"<h2>Quantization</h2><details>{summary}{_table(heads, rows)}</details>"
 
 
 def _cells(kind: str, texts: Iterable[str]) -> str:

@@ -1,36 +1,34 @@
 """A report as plain text of a given width."""
 
-import math
 import re
 import textwrap
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from normfuse.errors import UsageError
-from normfuse.report import Error, LayerQuantization, Part, PassReport, Report, Site
+from normfuse.report import LayerQuantization, Part, PassReport, Report, Site
+from normfuse.report_answer import answer, origin_lines
+from normfuse.report_numbers import change, duration, exactness, magnitude, size
 
 __all__ = [
     "LAYER_HEAD",
     "Reason",
-    "change",
     "compact",
-    "duration",
-    "exactness",
     "layer_cells",
     "layer_table",
     "left_by_reason",
-    "magnitude",
     "part_in_short",
+    "passes_in_rows",
     "quantized_in_short",
     "reasons",
-    "size",
     "table",
 ]
 
 _NARROWEST = 20
 _NUMBER = re.compile(r"(?<!\d)(?:0|[1-9]\d*)(?!\d)")  # no leading zero: it would not come back as it was written
-_COLUMNS = 53  # everything right of the pass name: 2 x 9 for the counts, 2 x 11 for the errors, 13 for the time
+_VARIES = re.compile(r"\w+(?:\.\w+)+|(?<![\w.])\d+(?![\w.])")  # module paths and numbers in a reason
+_LISTED = 3  # places that one reason names
 
 
 @dataclass(frozen=True)
@@ -53,20 +51,41 @@ class Reason:
 
 
 def reasons(sites: Iterable[Site]) -> tuple[Reason, ...]:
-    """Sites of the same rule, reason and remedy together, largest group first."""
+    """Sites of the same rule, reason and remedy together, largest group first.
+
+    Reasons that differ only in the place or the numbers that they name are one reason that names all of them.
+    """
     groups: dict[tuple[str, str, str], list[Site]] = {}
     for site in sites:
-        groups.setdefault((site.rule, site.note, site.remedy), []).append(site)
+        groups.setdefault((site.rule, _VARIES.sub("\0", site.note), site.remedy), []).append(site)
     found = [
         Reason(
-            *key,
+            rule,
+            _together([s.note for s in group]),
+            remedy,
             paths=tuple(dict.fromkeys(s.path for s in group)),
             blockers=tuple(dict.fromkeys(s.blocker for s in group if s.blocker)),
             count=len(group),
         )
-        for key, group in groups.items()
+        for (rule, _, remedy), group in groups.items()
     ]
     return tuple(sorted(found, key=lambda r: -r.count))
+
+
+def _together(notes: list[str]) -> str:
+    """One sentence for notes that differ in places and numbers."""
+    notes = list(dict.fromkeys(notes))
+    if len(notes) == 1:
+        return notes[0]
+    columns = zip(*([m[0] for m in _VARIES.finditer(note)] for note in notes), strict=True)
+    words = iter([_listed(dict.fromkeys(column)) for column in columns])
+    return _VARIES.sub(lambda _: next(words), notes[0])
+
+
+def _listed(found: Iterable[str]) -> str:
+    found = tuple(found)
+    names = found if all(name.isdigit() for name in found) else compact(found)
+    return ", ".join(names) if len(names) <= _LISTED else f"{', '.join(names[:_LISTED])} and {len(names) - _LISTED} more"
 
 
 def compact(paths: Iterable[str]) -> tuple[str, ...]:
@@ -100,48 +119,6 @@ def _ranges(numbers: list[int]) -> Iterator[str]:
             first = last = n
 
 
-def magnitude(error: Error | None) -> str:
-    """The relative error in two digits; a dash where nothing was measured."""
-    return "-" if error is None else _scientific(error.max_rel)
-
-
-def exactness(p: PassReport) -> str:
-    """The relative error of an identity, or the SQNR of a pass that is none by intention: `71.3 dB`."""
-    return magnitude(p.exact) if p.sqnr is None else f"{p.sqnr:.1f} dB"
-
-
-def _scientific(value: float) -> str:
-    return "0" if value == 0 else f"{value:.1e}" if math.isfinite(value) else f"{value}"
-
-
-def duration(seconds: float) -> str:
-    """Three digits and a unit: `9 ms`, `1.25 s`, `3 min 12 s`."""
-    if seconds < 0.9995:
-        return f"{seconds * 1e3:.0f} ms"
-    if seconds < 99.5:
-        return f"{seconds:.3g} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s"
-
-
-def size(count: int) -> str:
-    """Bytes in decimal units: `18.6 MB`."""
-    value = float(count)
-    for unit in ("B", "kB", "MB", "GB"):
-        if value < 999.5:
-            return f"{value:.3g} {unit}"
-        value /= 1000
-    return f"{value:.3g} TB"
-
-
-def change(before: int, after: int, show: Callable[[int], str] = "{:,}".format) -> str:
-    """`200 -> 150 (-25.0 %)`"""
-    if before == after:
-        return f"{show(before)}, unchanged"
-    percent = f" ({(after - before) / before:+.1%})".replace("%", " %") if before else ""
-    return f"{show(before)} -> {show(after)}{percent}"
-
-
 def table(report: Report, width: int = 80) -> str:
     """The report as text; no line is longer than `width`, whatever the module paths are.
 
@@ -151,45 +128,75 @@ def table(report: Report, width: int = 80) -> str:
     """
     if width < _NARROWEST:
         raise UsageError(f"a report needs at least {_NARROWEST} columns, not {width}")
-    lines = [*_passes(report, width), "", *_facts(report, width)]
+    lines = [line for text in origin_lines(report) for line in _wrap(text, width, 0, hang=2)]
+    lines += [""] if lines else []
+    lines += _facts(report, width)
     if report.parts:
         lines += ["", *_parts(report.parts, width)]
-    if report.quantization:
-        lines += ["", *layer_table(report.quantization, width)]
-    for title, sites in (("undone: failed verification, taken back", report.undone), ("refused", report.refused)):
+    for title, sites in (("taken back: failed verification", report.undone), ("stayed, and why", report.refused)):
         if sites:
             lines += ["", *_wrap(title, width, 0), *_reasons(sites, width)]
-    changed = [s for p in report.passes if p.sqnr is not None for s in p.applied]
+    changed = [s for p in report.passes if p.sqnr is not None and not p.quantization for s in p.applied]
     if changed:
-        lines += ["", *_wrap("changed by intention", width, 0), *_reasons(changed, width)]
+        lines += ["", *_wrap("changed on purpose", width, 0), *_reasons(changed, width)]
     if report.notes:
         lines += ["", "notes"]
         for note in report.notes:
             lines += _wrap(f"- {note}", width, 2, hang=2)
+    if report.quantization:
+        lines += ["", *layer_table(report.quantization, width)]
+    lines += ["", *_rules(report, width), *_passes(report, width)]
     return "\n".join(lines)
 
 
+def _rules(report: Report, width: int) -> Iterator[str]:
+    rules = Counter(site.rule for site in report.applied).most_common()
+    if rules:
+        yield from _wrap("rules applied: " + ", ".join(f"{rule} {count}" for rule, count in rules), width, 0, hang=2)
+
+
 def _passes(report: Report, width: int) -> Iterator[str]:
+    """One line a pass that did something; those that did not share one, so that all times add up."""
     if not report.passes:
         yield "no pass ran"
         return
-    undone = sum(len(p.undone) for p in report.passes)
-    rows = [(p.name, p) for p in report.passes]
-    rows.append(("whole", _whole(report)))
-    room = width - _COLUMNS - (9 if undone else 0)
+    undone = any(p.undone for p in report.passes)
+    errors = any(p.exact is not None or p.drift is not None for p in report.passes)
+    rows = passes_in_rows(report)
+    room = width - 9 * (2 + undone) - 22 * errors - 13
     if room < 5:
         for name, p in rows:
             counts = f"{len(p.applied)} applied, {len(p.refused)} refused" + (f", {len(p.undone)} undone" if p.undone else "")
-            errors = f"exact {exactness(p)}, drift {magnitude(p.drift)}, {duration(p.seconds)}"
-            yield from _wrap(f"{name}: {counts}, {errors}", width, 0, hang=2)
+            measured = f", exact {exactness(p)}, drift {magnitude(p.drift)}" if errors else ""
+            yield from _wrap(f"{name}: {counts}{measured}, {duration(p.seconds)}", width, 0, hang=2)
         return
     names = [_shorten(_clean(name), room) for name, _ in rows]
     column = max(4, *map(len, names))
     head = ("applied", "refused", *(["undone"] if undone else []))
-    yield f"{'pass':<{column}}" + "".join(f"{h:>9}" for h in head) + f"{'exact':>11}{'drift':>11}{'time':>13}"
+    yield (
+        f"{'pass':<{column}}"
+        + "".join(f"{h:>9}" for h in head)
+        + (f"{'exact':>11}{'drift':>11}" if errors else "")
+        + f"{'time':>13}"
+    )
     for name, (_, p) in zip(names, rows, strict=True):
-        counts = "".join(f"{len(sites):>9}" for sites in (p.applied, p.refused, *([p.undone] if undone else [])))
-        yield f"{name:<{column}}{counts}{exactness(p):>11}{magnitude(p.drift):>11}{duration(p.seconds):>13}"
+        counts = "".join(f"{len(sites) or '-':>9}" for sites in (p.applied, p.refused, *([p.undone] if undone else [])))
+        measured = f"{exactness(p):>11}{magnitude(p.drift):>11}" if errors else ""
+        yield f"{name:<{column}}{counts}{measured}{duration(p.seconds):>13}"
+
+
+def passes_in_rows(report: Report) -> list[tuple[str, PassReport]]:
+    """What the table of passes shows: capture, passes that did something, the others in one row, verification, the whole."""
+    busy = [p for p in report.passes if p.applied or p.refused or p.undone or p.exact is not None or p.sqnr is not None]
+    idle = [p for p in report.passes if not any(p is b for b in busy)]
+    rows = [("capture", PassReport("capture", seconds=report.capture_seconds))] if report.capture_seconds else []
+    rows += [(p.name, p) for p in busy]
+    if idle:
+        others = f"{len(idle)} other{'' if len(idle) == 1 else 's'}"
+        rows.append((others, PassReport(others, seconds=sum(p.seconds for p in idle))))
+    if report.verify_seconds:
+        rows.append(("verification", PassReport("verification", seconds=report.verify_seconds)))
+    return [*rows, ("whole", _whole(report))]
 
 
 def _whole(report: Report) -> PassReport:
@@ -197,18 +204,7 @@ def _whole(report: Report) -> PassReport:
 
 
 def _facts(report: Report, width: int) -> Iterator[str]:
-    kinds = sorted({*report.norms_before, *report.norms_after})
-    norms = [f"{k} {report.norms_before.get(k, 0)} -> {report.norms_after.get(k, 0)}" for k in kinds]
-    rules = Counter(site.rule for site in report.applied).most_common()
-    facts = {
-        "norms": ", ".join(norms) or "none",
-        "applied": ", ".join(f"{rule} {count}" for rule, count in rules) or "nothing",
-        "parameters": change(report.parameters_before, report.parameters_after),
-        "bytes": change(report.bytes_before, report.bytes_after, size),
-        "exact": _sentence(report.exact),
-        "drift": _sentence(report.drift),
-    }
-    for name, text in facts.items():
+    for name, text in answer(report):
         yield from _wrap(f"{name:<12}{text}", width, 0, hang=12 if width >= 40 else 2)
 
 
@@ -223,9 +219,9 @@ def _parts(parts: Iterable[Part], width: int) -> Iterator[str]:
 
 
 def part_in_short(report: Report) -> str:
-    """`62 applied, 0 refused, batch_norm 49 -> 0, exact 3.1e-16, 1.25 s`"""
+    """`62 applied, 0 refused, batch_norm 49 → 0, exact 3.1e-16, 1.25 s`"""
     kinds = sorted({*report.norms_before, *report.norms_after})
-    norms = [f"{k} {report.norms_before.get(k, 0)} -> {report.norms_after.get(k, 0)}" for k in kinds]
+    norms = [f"{k} {report.norms_before.get(k, 0)} → {report.norms_after.get(k, 0)}" for k in kinds]
     counts = [f"{len(report.applied)} applied", f"{len(report.refused)} refused"]
     return ", ".join([*counts, *norms, f"exact {magnitude(report.exact)}", duration(report.seconds)])
 
@@ -258,13 +254,13 @@ def layer_table(layers: Iterable[LayerQuantization], width: int) -> Iterator[str
         yield f"{name:<{column}}" + "".join(cut)
 
 
-LAYER_HEAD = ("layer", "bits", "shifts", "SQNR", "clipped", "bytes", "ratio", "speed")
+LAYER_HEAD = ("layer", "bits", "by shift", "SQNR", "clipped", "bytes", "ratio", "speed")
 _LAYER_WIDTHS = (7, 14, 9, 8, 8, 6, 7)
 _LAYER_COLUMNS = sum(_LAYER_WIDTHS)
 
 
 def quantized_in_short(layers: Iterable[LayerQuantization]) -> str:
-    """`quantized 24 of 25 layers: 18.6 MB -> 2.5 MB (-86.4 %)`"""
+    """`quantized 24 of 25 layers: 18.6 MB → 2.5 MB (-86.4 %)`"""
     layers = tuple(layers)
     total = next((layer for layer in layers if layer.kind == "model"), None)
     layers = tuple(layer for layer in layers if layer is not total)
@@ -289,12 +285,6 @@ def layer_cells(layer: LayerQuantization) -> tuple[str, ...]:
         f"{layer.bytes_after / layer.bytes_before:.2f}" if layer.bytes_before else "-",
         speed,
     )
-
-
-def _sentence(error: Error | None) -> str:
-    if error is None:
-        return "not measured"
-    return f"{_scientific(error.max_rel)} relative, {_scientific(error.max_abs)} absolute ({error.dtype})"
 
 
 def _reasons(sites: Iterable[Site], width: int) -> Iterator[str]:

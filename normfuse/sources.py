@@ -1,23 +1,23 @@
-"""From the name of a model to a model: `timm:NAME`, `torchvision:NAME`, `hf:DIR`, `FILE.pt2`, `package.module:factory`.
+"""From the name of a model to a model: timm:NAME, torchvision:NAME, hf:DIR, FILE.pt2, package.module:factory, FILE.py:factory.
 
 A file never runs code unless `trust` is given. A factory is the user's own code: importing it is the point.
 """
 
-import difflib
 import importlib
 import inspect
 import logging
 import os
-import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from normfuse.checkpoints import load_weights
 from normfuse.errors import CaptureError, NormfuseError, UsageError
 from normfuse.extras import need
+from normfuse.factories import find, here_on_path, similar
 from normfuse.hf_folder import check_folder, model_class, offline
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["Options", "Source", "load_source", "randomise_norms"]
 
 _log = logging.getLogger(__name__)
-_KINDS = "timm:NAME, torchvision:NAME, hf:DIR, FILE.pt2 or package.module:factory"
+_KINDS = "timm:NAME, torchvision:NAME, hf:DIR, FILE.pt2, package.module:factory or FILE.py:factory"
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,7 @@ class Options:
         batch: leading size of declared inputs.
         tokens: sequence length of declared inputs.
         seed: of random weights and random inputs.
+        weights: a state dict that is loaded into the model once it is built.
     """
 
     pretrained: bool = False
@@ -51,8 +52,11 @@ class Options:
     batch: int | None = None
     tokens: int | None = None
     seed: int = 0
+    weights: Path | None = None
 
     def __post_init__(self) -> None:
+        if self.weights is not None and self.pretrained:
+            raise UsageError("--pretrained and --weights both say which weights: pass one of them")
         given = [n for n, v in (("--shape", self.shapes), ("--input", self.input)) if v]
         if len(given) > 1:
             raise UsageError("--shape and --input both say what the model is called with: pass one of them")
@@ -70,6 +74,8 @@ class Source:
         model: in eval mode, or a loaded `ExportedProgram`.
         args, kwargs: example inputs; both empty when `has_inputs` is False.
         has_inputs: example inputs are known.
+        weights: where the weights are from, as far as it is known: `random (seed 0)`, `pretrained`, a file; else empty.
+        data: what the example inputs are: `random data`, `the example inputs`, a file.
     """
 
     name: str
@@ -77,6 +83,8 @@ class Source:
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
     has_inputs: bool = True
+    weights: str = ""
+    data: str = "the example inputs"
 
     @property
     def module(self) -> "nn.Module":
@@ -109,43 +117,73 @@ def load_source(source: str, options: Options | None = None) -> Source:
 
     options = options or Options()
     kind, _, rest = source.partition(":")
-    model: Any
-    own: Any = None
     if rest and kind in _LOADERS:
-        model, own = _LOADERS[kind](rest, options)
+        loaded = _LOADERS[kind](rest, options)
     elif Path(source).suffix in _REFUSED or Path(source).suffix in (".pt", ".pth", ".pt2"):
-        model = _from_file(Path(source), options)
+        loaded = _Loaded(_from_file(Path(source), options))
     elif kind not in _LOADERS and kind and rest and not os.path.exists(source):
-        model, own = _from_factory(source, options)
+        loaded = _from_factory(source, options)
     else:
         raise UsageError(f"{source!r} names no model: expected {_KINDS}")
     import torch
 
+    model, weights = loaded.model, loaded.weights
+    if options.weights is not None:
+        if not isinstance(model, torch.nn.Module):
+            raise UsageError(f"--weights: {source} has its weights inside")
+        load_weights(model, options.weights)
+        weights = str(options.weights)
     if isinstance(model, torch.nn.Module) and not isinstance(model, torch.fx.GraphModule):
         model.eval()
-    found = inputs_for(model, options, own)
-    return Source(source, model, has_inputs=False) if found is None else Source(source, model, *found)
+    found = inputs_for(model, options, loaded.inputs)
+    if found is None:
+        return Source(source, model, has_inputs=False, weights=weights)
+    own = loaded.inputs is not None and not loaded.drawn
+    brought = own or isinstance(model, torch.export.ExportedProgram)
+    data = str(options.input) if options.input else "the example inputs" if brought and not options.shapes else "random data"
+    return Source(source, model, *found, weights=weights, data=data)
 
 
-def _timm(name: str, options: Options) -> tuple["nn.Module", None]:
+@dataclass(frozen=True)
+class _Loaded:
+    """What a source gives.
+
+    Attributes:
+        model: the model.
+        inputs: what it brings along as example inputs.
+        weights: where its weights are from, if that is known.
+        drawn: the inputs are random.
+    """
+
+    model: Any
+    inputs: Any = None
+    weights: str = ""
+    drawn: bool = False
+
+
+def _where_from(options: Options) -> str:
+    return "pretrained" if options.pretrained else f"random (seed {options.seed})"
+
+
+def _timm(name: str, options: Options) -> _Loaded:
     timm = need("timm", extra="timm")
     known = timm.list_models()
     base = name.split(".")[0]
     if base not in known:
-        raise UsageError(f"timm has no model {name!r}{_hint(base, known)}")
+        raise UsageError(f"timm has no model {name!r}{similar(base, known)}")
     with _building(f"timm:{name}", options):
         model = timm.create_model(name, pretrained=options.pretrained)
-    return _weights(model, options), None
+    return _Loaded(_weights(model, options), weights=_where_from(options))
 
 
-def _torchvision(name: str, options: Options) -> tuple["nn.Module", Any]:
+def _torchvision(name: str, options: Options) -> _Loaded:
     import torch
 
     need("torchvision", extra="torchvision")
     models = importlib.import_module("torchvision.models")
     known = models.list_models()
     if name not in known:
-        raise UsageError(f"torchvision has no model {name!r}{_hint(name, known)}")
+        raise UsageError(f"torchvision has no model {name!r}{similar(name, known)}")
     with _building(f"torchvision:{name}", options):
         weights: dict[str, Any] = {"weights": "DEFAULT" if options.pretrained else None}
         if not options.pretrained and "weights_backbone" in inspect.signature(models.get_model_builder(name)).parameters:
@@ -154,12 +192,13 @@ def _torchvision(name: str, options: Options) -> tuple["nn.Module", Any]:
         crop = getattr(models.get_model_weights(name).DEFAULT.transforms, "keywords", {}).get("crop_size")
     side = crop[0] if isinstance(crop, (list, tuple)) else crop
     if ".video" in type(model).__module__ or not isinstance(side, int):
-        return _weights(model, options), None
+        return _Loaded(_weights(model, options), weights=_where_from(options))
     generator = torch.Generator().manual_seed(options.seed)
-    return _weights(model, options), (torch.randn((options.batch or 1, 3, side, side), generator=generator),)
+    image = torch.randn((options.batch or 1, 3, side, side), generator=generator)
+    return _Loaded(_weights(model, options), (image,), _where_from(options), drawn=True)
 
 
-def _hugging_face(folder: str, options: Options) -> tuple["nn.Module", None]:
+def _hugging_face(folder: str, options: Options) -> _Loaded:
     transformers = need("transformers", extra="hf")
     path = Path(folder)
     if not (path / "config.json").is_file():
@@ -177,11 +216,12 @@ def _hugging_face(folder: str, options: Options) -> tuple["nn.Module", None]:
                 raise UsageError(f"hf:{folder} names the architecture {str(name)[:80]!r}: transformers has no model of that name")
             if any(path.glob("*.safetensors")) or any(path.glob("*.bin")):
                 kept = safe if options.trust else safe | {"weights_only": True}
-                return (cls or transformers.AutoModel).from_pretrained(path, **kept).eval(), None
-            _log.warning("%s holds no weights: they are random", path)
+                model = (cls or transformers.AutoModel).from_pretrained(path, **kept).eval()
+                return _Loaded(model, weights="those in the folder")
+            _log.info("%s holds no weights: they are random", path)
             with _building(f"hf:{folder}", options):
                 built = cls(config) if cls else transformers.AutoModel.from_config(config, trust_remote_code=options.trust)
-            return _weights(built, options), None
+            return _Loaded(_weights(built, options), weights=_where_from(options))
     except NormfuseError:
         raise
     except Exception as e:
@@ -192,12 +232,12 @@ def _hugging_face(folder: str, options: Options) -> tuple["nn.Module", None]:
 
 _LOADERS = {"timm": _timm, "torchvision": _torchvision, "hf": _hugging_face}
 _REFUSED = {
-    ".safetensors": "it holds weights and not what to compute with them; name a factory that builds the model and loads them "
-    "(package.module:factory), or hf:DIR for a Hugging Face folder",
+    ".safetensors": "it holds weights and not what to compute with them; pass it as --weights beside what builds the model "
+    "(package.module:factory, timm:NAME, ...), or name hf:DIR for a Hugging Face folder",
     ".onnx": "it is exported already; normfuse starts from the PyTorch model (bench, inspect and verify read .onnx files)",
-    ".py": "name the module and the factory in it, as package.module:factory",
-    ".ckpt": "checkpoints hold weights; name a factory that builds the model and loads them (package.module:factory)",
-    ".bin": "it holds weights and not what to compute with them; use hf:DIR or a factory (package.module:factory)",
+    ".py": "name the factory in it, as FILE.py:factory",
+    ".ckpt": "checkpoints hold weights; pass it as --weights beside what builds the model (package.module:factory, timm:NAME, ...)",
+    ".bin": "it holds weights and not what to compute with them; pass it as --weights beside what builds the model, or use hf:DIR",
 }
 
 
@@ -216,6 +256,8 @@ def _from_file(path: Path, options: Options) -> Any:
 def _from_pickle(path: Path, options: Options) -> "nn.Module":
     import torch
 
+    if options.trust:
+        here_on_path()  # a pickle names the modules of its classes; those of the current folder are the user's
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about TorchScript archives, which are refused below
@@ -232,25 +274,19 @@ def _from_pickle(path: Path, options: Options) -> "nn.Module":
     if not isinstance(loaded, torch.nn.Module):
         what = "a state dict: weights" if isinstance(loaded, Mapping) else f"an object of type {type(loaded).__name__}"
         raise UsageError(
-            f"{path} holds {what} and not a model; name a factory that builds the model and loads them (package.module:factory)"
+            f"{path} holds {what} and not a model; pass it as --weights beside what builds the model (package.module:factory, "
+            "FILE.py:factory, timm:NAME, ...)"
         )
     return loaded
 
 
-def _from_factory(source: str, options: Options) -> tuple[Any, Any]:
-    name, _, attribute = source.partition(":")
-    with _building(source, options):  # models may be built while the module is imported
-        module = _import(name, source)
-    factory = module
-    for part in attribute.split("."):
-        if not hasattr(factory, part):
-            known = [n for n in vars(factory) if not n.startswith("_") and callable(getattr(factory, n))]
-            raise UsageError(f"{name} has no {attribute!r}{_hint(part, known)}")
-        factory = getattr(factory, part)
+def _from_factory(source: str, options: Options) -> _Loaded:
     import torch
 
+    with _building(source, options):  # models may be built while the module is imported
+        factory = find(source, _KINDS)
     if isinstance(factory, torch.nn.Module):
-        return factory, None
+        return _Loaded(factory)
     if not callable(factory):
         raise UsageError(f"{source} is of type {type(factory).__name__}: expected a function that returns a torch.nn.Module")
     with _building(source, options):
@@ -262,23 +298,7 @@ def _from_factory(source: str, options: Options) -> tuple[Any, Any]:
         raise UsageError(
             f"{source} returned an object of type {type(made).__name__}: expected a module, or a module and its example inputs"
         )
-    return made, own
-
-
-def _import(name: str, source: str) -> Any:
-    if name.endswith(".py"):
-        module = name.removesuffix(".py").replace(os.sep, ".").strip(".")
-        raise UsageError(f"{source}: {name} is a file; name the module: {module}:{source.partition(':')[2]}")
-    if os.getcwd() not in sys.path and "" not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as e:
-        if e.name is not None and (name == e.name or name.startswith(f"{e.name}.")):
-            raise UsageError(f"{source}: there is no module {e.name!r} (looked in {os.getcwd()} too); expected {_KINDS}") from e
-        raise CaptureError(f"{source}: importing {name} failed: {e}") from e
-    except Exception as e:
-        raise CaptureError(f"{source}: importing {name} failed: {type(e).__name__}: {e}") from e
+    return _Loaded(made, own)
 
 
 @contextmanager
@@ -324,8 +344,3 @@ def randomise_norms(model: "nn.Module", *, seed: int) -> "nn.Module":
                 if isinstance(tensor, torch.Tensor) and tensor.ndim == 1 and tensor.is_floating_point():
                     tensor.copy_(low + (high - low) * torch.rand(tensor.shape, generator=generator))
     return model
-
-
-def _hint(name: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=3)
-    return f"; did you mean {' or '.join(near)}?" if near else ""

@@ -238,12 +238,12 @@ def _explicit(graph: Graph, found: Streams, node: fx.Node) -> str | None:
         return None  # a table or token: the stream reads a centered copy, whoever else reads it keeps the original
     op = graph.view(node, 2)
     if (isinstance(op, Affine) and isinstance(op.x, (LayerNorm, RmsNorm))) or (isinstance(op, LayerNorm) and op.gamma is not None):
-        return f"it takes the output of a norm, {graph.path(node)}, whose gain and shift give it a mean (Post-LN)"
+        return "the residual stream carries the output of a norm, whose gain and shift give it a mean (Post-LN)"
     if node in found.sees_mean:
         reader = found.sees_mean[node]
         if reader.op == "output":
             return "the stream is an output of the model"
-        return f"{named(graph, reader)} sees its mean"
+        return f"{named(graph, reader)} reads the residual stream without a norm in between, so that its mean matters"
     if node in found.edges:
         return None
     if isinstance(op, (Reshape, Cat)):
@@ -319,10 +319,11 @@ def _remedy(why: str) -> str:
 
 
 def _note(graph: Graph, stream: Stream) -> str:
+    what = "residual stream" if any(len(taken) > 1 for taken in stream.carried.values()) else "input"
     if not stream.explicit:
-        return "the writers of the stream are centered"
+        return f"its {what} has no mean: the weights that write it are centered"
     roots = ", ".join(dict.fromkeys(graph.path(n) for n in stream.explicit))
-    return f"the stream is centered once after {roots}"
+    return f"its {what} has no mean: it is centered once, after {roots}"
 
 
 def _center(graph: Graph, stream: Stream) -> None:

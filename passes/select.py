@@ -43,7 +43,7 @@ _ELEMENTWISE = {
 
 
 class Select:
-    """f(x)[i] = f(x[i]): what only one token of is read is computed for that token only."""
+    """f(x)[i] = f(x[i]): where only one token of the result is read, as a class token is, only that token is computed."""
 
     name = "select"
     leaves_affines = False

@@ -4,6 +4,7 @@ import os
 import random
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers or huggingface_hub is imported
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # before onnxruntime is imported
 
 import numpy as np
 import pytest

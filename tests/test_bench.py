@@ -1,5 +1,6 @@
 """Interleaving, statistics and verdicts of the latency comparison. Nothing here asserts a real time: clocks are stepped by hand."""
 
+import importlib
 import json
 import os
 import sys
@@ -51,10 +52,10 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return stepped
 
 
-def measurement(*columns: list[float], names: tuple[str, ...] = ("a", "a", "b")) -> Measurement:
+def measurement(*columns: list[float], names: tuple[str, ...] = ("a", "a", "b"), disturbed: float = 0.25) -> Measurement:
     rows = tuple(zip(*columns, strict=True))
     machine = Machine("a CPU", 2, "Linux x86_64", "3.11", {"torch": "2.14", "onnxruntime": "1.32"})
-    return Measurement(names, rows, tuple(tuple(c) for c in columns), 2, (0, 1), 0.25, machine, Schedule())
+    return Measurement(names, rows, tuple(tuple(c) for c in columns), 2, (0, 1), disturbed, machine, Schedule())
 
 
 def noisy(scale: float, spread: float, seed: int, rounds: int = 15) -> list[float]:
@@ -118,6 +119,52 @@ def test_verdict(b: float, spread: float, at_least: float | None, verdict: Verdi
     found = Comparison.of(measurement(noisy(1.0, spread, 1), noisy(1.0, spread, 2), noisy(b, spread, 3)))
     assert found.verdict(at_least) is verdict
     assert found.slower(at_least) is (verdict is Verdict.FAILS)
+
+
+def test_difference_smaller_than_that_of_a_from_itself_is_undecided() -> None:
+    # every ratio of b is the same, so that its interval alone would be sure; a differs from itself by 20 %
+    a, again = [1.2, 1 / 1.2] * 6, [1 / 1.2, 1.2] * 6
+    for b, verdict in ((0.9, Verdict.UNDECIDED), (1.1, Verdict.UNDECIDED), (0.4, Verdict.HOLDS), (2.5, Verdict.FAILS)):
+        found = Comparison.of(measurement(a, again, [b] * 12))
+        assert found.noise == pytest.approx(0.44)
+        assert found.speedup.low == found.speedup.high == pytest.approx(1 / b)
+        assert found.verdict() is verdict
+    undecided = Comparison.of(measurement(a, again, [0.9] * 12))
+    assert undecided.why_undecided().startswith("a differs from itself by 44% here")
+    assert json.loads(undecided.to_json())["verdict"] == "undecided"
+
+
+def test_disturbed_turns_cost_five_percent_of_certainty() -> None:
+    def verdict(b: float, disturbed: float) -> Verdict:
+        return Comparison.of(measurement([1.0] * 9, [1.0] * 9, [b] * 9, disturbed=disturbed)).verdict(0.95)
+
+    assert verdict(1.02, 0.5) is Verdict.HOLDS
+    assert verdict(1.02, 1.0) is Verdict.UNDECIDED
+    assert verdict(0.8, 1.0) is Verdict.HOLDS
+    assert verdict(1.5, 1.0) is Verdict.FAILS
+    found = Comparison.of(measurement([1.0] * 9, [1.0] * 9, [1.02] * 9, disturbed=1.0))
+    assert found.why_undecided(0.95).startswith("other processes worked during 100% of the turns")
+    assert found.why_undecided(0.5) == ""
+
+
+def test_medians_that_say_something_else_are_explained() -> None:
+    # the machine becomes three times slower in the eighth of 15 rounds, and b alone has one round of grace
+    base = [1.0] * 7 + [3.0] * 8
+    found = Comparison.of(measurement(base, base, [2.0] * 8 + [6.0] * 7))
+    assert (found.speedup.low, found.speedup.value, found.speedup.high) == (0.5, 0.5, 0.5)
+    assert found.median_ratio == pytest.approx(1.5)
+    assert "medians alone would say 1.500" in str(found)
+    assert max(map(len, str(found).splitlines())) <= 80
+    assert "medians alone" not in str(Comparison.of(measurement(base, base, [2 * t for t in base])))
+
+
+def test_plan_is_told_before_the_first_round(clock: Clock) -> None:
+    told: list[Any] = []
+    a, b = clock.engine("a", lambda: 0.5), clock.engine("b", lambda: 0.25)
+    schedule = Schedule(seconds=15.0, isolate=False, turn=0.25, warmup=0.0)
+    measure((a, b), schedule, on_plan=lambda *plan: told.append(plan), on_round=lambda *done: told.append(done))
+    assert told[0] == (20, pytest.approx(15.0))
+    assert told[1] == (1, 20)
 
 
 def test_engine_that_equals_the_baseline_is_rarely_called_slower() -> None:
@@ -412,3 +459,24 @@ def _no_stray_processes() -> Iterator[None]:
         children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children")
         names = [Path(f"/proc/{pid}/cmdline").read_bytes() for pid in children.read_text().split()] if children.exists() else []
         assert not [n for n in names if b"normfuse.benchmark.worker" in n]
+
+
+def test_command_line_says_undecided_with_an_exit_code_of_its_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("onnxruntime")
+    from normfuse.cli import main
+
+    for name in ("a.onnx", "b.onnx"):
+        torch.onnx.export(nn.Linear(4, 4).eval(), (torch.randn(2, 4),), str(tmp_path / name), dynamo=True, verbose=False)
+    wobbling = Comparison.of(measurement([1.5, 0.7] * 6, [0.7, 1.5] * 6, [1.0] * 12))
+    module = importlib.import_module("normfuse.cli.bench")  # the package holds the command under that name
+    monkeypatch.setattr(module, "compare", lambda *_, **options: options["on_plan"](12, 90.0) or wobbling)
+    given = ["bench", str(tmp_path / "b.onnx"), "--against", str(tmp_path / "a.onnx")]
+    assert main(given) == 3
+    out, err = capsys.readouterr()
+    assert "at least 0.950: undecided" in out
+    assert "measuring for about 90 s, on a busy machine up to twice that: 12 rounds" in err
+    assert err.splitlines()[-1].startswith("undecided: a differs from itself by")
+    assert main([*given, "--json"]) == 3
+    assert json.loads(capsys.readouterr().out)["verdict"] == "undecided"

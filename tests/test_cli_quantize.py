@@ -108,7 +108,7 @@ def test_verify_and_json(run: Run) -> None:
     assert (code, err) == (0, "")
     report = Report.from_json(json.dumps(json.loads(out)["report"]))
     kept = [e for e in report.quantization if e.kept]
-    assert [(e.path, e.kept) for e in kept] == [("4", "kept in float by keep='4'")]
+    assert [(e.path, e.kept) for e in kept] == [("4", "kept in float by --keep '4'")]
 
 
 @pytest.mark.parametrize("kind", ["npz", "safetensors"])
@@ -131,14 +131,14 @@ MISTAKES = [
         (*SIZE, "--calibration", "nowhere"), "expected a file (.npz, .npy, .safetensors) or package.module:factory", id="no kind"
     ),
     pytest.param((*SIZE, "--calibration", "models:dta"), "models has no 'dta'; did you mean 'data'?", id="factory"),
-    pytest.param((*SIZE, "--calibration", "modles:data"), "No module named 'modles'", id="module"),
+    pytest.param((*SIZE, "--calibration", "modles:data"), "there is no module 'modles'", id="module"),
     pytest.param(
         (*SIZE, "--calibration", "models:number"), "the factory returned a int; expected an iterable of batches", id="number"
     ),
     pytest.param((*SIZE, "--calibration", "one.npy"), "it holds 1 samples, one batch of the example inputs has 2", id="few"),
     pytest.param((*SIZE, "--calibration", "narrow.npy"), "batch 0 ((2, 3, 4, 4)) does not run", id="shape"),
     pytest.param((*SIZE, "--calibration", "nan.npy"), "batch 1 ((2, 3, 8, 8)) holds NaN", id="NaN"),
-    pytest.param((*SIZE, "--calibration", "two.npz"), "it holds a, b; the model takes 1 inputs", id="names"),
+    pytest.param((*SIZE, "--calibration", "two.npz"), "it holds a, b; the model takes input, and input is missing", id="names"),
     pytest.param((*SIZE, "--calibration", "ids.npy"), "is int64, the model takes float32", id="dtype"),
 ]
 
@@ -163,3 +163,69 @@ def test_a_file_needs_to_know_the_batch_size(run: Run) -> None:
     code, _, err = run("verify", "models:quiet", *SIZE, "--calibration", "data.npy")
     assert code == 2
     assert "pass --shape or --input" in err
+
+
+def test_static_scales_from_one_random_input_are_refused(run: Run) -> None:
+    Path("real.py").write_text("from models import quiet as net", encoding="utf-8")
+    static = ("--quantize", "w8a8,static,prefer=size")
+    code, out, err = run("verify", "real.py:net", "--shape", "2x3x8x8", *static)
+    assert (code, out) == (2, "")
+    assert "all there is are random data: pass --calibration DATA" in err
+    assert "--allow-random-calibration" in err
+    code, out, _ = run("verify", "real.py:net", "--shape", "2x3x8x8", *static, "--allow-random-calibration")
+    assert code == 0
+    assert "against the original (SQNR), on random data (2 samples)" in " ".join(out.split())
+    code, _, err = run("verify", "models:build", *static)
+    assert code == 2
+    assert "all there is are the example inputs" in err
+    np.save("images.npy", np.random.default_rng(0).standard_normal((6, 3, 8, 8)).astype(np.float32))
+    code, out, _ = run("verify", "real.py:net", "--shape", "2x3x8x8", *static, "--calibration", "images.npy")
+    assert code == 0
+    assert "on 6 samples of images.npy" in " ".join(out.split())
+    assert "drift" not in out
+
+
+def test_labels_in_a_file_are_left_out_and_other_names_are_suggested(run: Run, caplog: pytest.LogCaptureFixture) -> None:
+    images = np.zeros((4, 3, 8, 8), np.float32) + np.arange(4, dtype=np.float32).reshape(4, 1, 1, 1)
+    np.savez("labelled.npz", input=images, label=np.arange(4))
+    code, out, _ = run("verify", "models:build", *SIZE, "--calibration", "labelled.npz")
+    assert code == 0
+    assert "on 4 samples of labelled.npz" in " ".join(out.split())
+    assert any("label left out" in r.getMessage() for r in caplog.records)
+    np.savez("misnamed.npz", inputs=images)
+    code, _, err = run("verify", "models:build", *SIZE, "--calibration", "misnamed.npz")
+    assert code == 2
+    assert "it holds inputs; the model takes input, and input is missing; did you mean 'inputs'?" in err
+    assert "np.savez('misnamed.npz', input=...)" in err
+
+
+def test_quantized_file_says_what_it_is(run: Run) -> None:
+    pytest.importorskip("onnxruntime")
+    quick = ("--calibration", "models:data", "--no-speed-check")
+    code, out, _ = run("export", "models:build", "-o", "q.onnx", *SIZE, *quick, "--report", "q.html")
+    assert code == 0
+    assert "speed      " not in out
+    assert out.count(" dB against") == 1
+    assert "q.onnx: onnxruntime" in Path("q.html").read_text(encoding="utf-8")
+    code, out, _ = run("inspect", "q.onnx")
+    assert "input   input: float32[2, 3, 8, 8]" in out
+    assert "needs   " in out
+    assert "normfuse.calibration: 6 samples of models:data" in out
+    assert "normfuse.drift" not in out
+    assert run("export", "models:build", "-o", "f.onnx", "-q")[0] == 0
+    code, out, _ = run("inspect", "f.onnx", "q.onnx")
+    assert code == 0
+    lines = out.splitlines()
+    assert lines[0].split() == ["f.onnx", "q.onnx"]
+    assert ["Conv", "1", "-"] in [line.split() for line in lines]
+    assert run("inspect", "f.onnx", "models:build")[0] == 2
+
+
+def test_fp32_original_is_measured_against_the_file(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("onnxruntime")
+    monkeypatch.setattr("normfuse.cli.speed._SECONDS", 0.05)
+    code, out, _ = run("export", "models:build", "-o", "q.onnx", *SIZE, "--calibration", "models:data", "--json")
+    assert code == 0
+    speed = json.loads(out)["speed"]
+    assert speed["stock"]["a"]["name"] == "the float original"
+    assert speed["stock"]["verdict"] in ("holds", "fails", "undecided")

@@ -345,7 +345,7 @@ def test_report_has_a_part_for_each_and_comes_back_from_json():
     report = normfuse.report(normfuse.optimize(trained(Branching()), (torch.randn(2, 8, 8, 8),), partial=True))
     assert {s.path for s in report.applied} == {"backbone.0.1", "backbone.1.1", "head.1"}
     text = str(report)
-    assert "part backbone (Sequential): 2 applied, 0 refused, batch_norm 2 -> 0" in text
+    assert "part backbone (Sequential): 2 applied, 0 refused, batch_norm 2 → 0" in text
     assert all(len(line) <= 80 for line in text.splitlines())
     assert Report.from_json(report.to_json()) == report
 

@@ -1,6 +1,7 @@
 """The report as text, HTML and JSON."""
 
 import dataclasses
+import json
 import math
 from html.parser import HTMLParser
 from pathlib import Path
@@ -10,17 +11,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from normfuse.errors import UsageError
-from normfuse.report import Error, PassReport, Report, Site
+from normfuse.report import Calibration, Error, Origin, PassReport, Report, Site
+from normfuse.report_answer import norms_in_words
 from normfuse.report_html import page
-from normfuse.report_text import change, compact, duration, magnitude, reasons, size, table
+from normfuse.report_numbers import change, duration, magnitude, size
+from normfuse.report_text import compact, passes_in_rows, reasons, table
 
 SITES = tuple(
     Site("affine_into_consumers", f"blocks.{i}.norm1", "a reader is not linear", f"blocks.{i}.act", "use a linear reader")
     for i in range(12)
 )
+STREAM = tuple(
+    Site("layer_norm_is_rms_norm", f"norms.{i}", "its residual stream has no mean: the weights that write it are centered")
+    for i in range(25)
+)
 REPORT = Report(
     passes=(
-        PassReport("expose", applied=(Site("batch_norm_is_affine", "layer1.bn2"),), seconds=0.002),
+        PassReport("expose", seconds=0.002),
         PassReport(
             "affine",
             applied=(Site("affine_into_producer", "layer1.bn1", "into layer1.conv1"),),
@@ -29,7 +36,13 @@ REPORT = Report(
             drift=Error(1e-6, 2.2e-7, "float32"),
             seconds=0.0094,
         ),
-        PassReport("mean_free", undone=(Site("layer_norm_is_rms_norm", "blocks.0.norm2", "exact error 2.0e-03"),), seconds=1.251),
+        PassReport(
+            "mean_free",
+            applied=STREAM,
+            undone=(Site("layer_norm_is_rms_norm", "blocks.0.norm2", "exact error 2.0e-03"),),
+            seconds=1.251,
+        ),
+        PassReport("select", seconds=0.003),
     ),
     exact=Error(2.2e-15, 3.2e-16, "float64"),
     drift=Error(1e-6, 2.0e-7, "float32"),
@@ -41,6 +54,16 @@ REPORT = Report(
     bytes_after=12_000_000,
     notes=("the model was in training mode",),
     seconds=4.2,
+    origin=Origin(
+        "timm:vit_tiny",
+        "random (seed 0)",
+        "normfuse optimize timm:vit_tiny -o x.pt2",
+        "2026-11-30 01:02",
+        {"normfuse": "0.1.0", "torch": "2.14.1"},
+        "a CPU, 2 cores",
+    ),
+    capture_seconds=0.8,
+    verify_seconds=1.5,
 )
 
 words = st.text(max_size=300)
@@ -65,30 +88,34 @@ reports = st.builds(
     bytes_after=counts,
     notes=st.lists(words, max_size=3).map(tuple),
     seconds=st.floats(0, 1e6),
+    origin=st.none() | st.builds(Origin, words, words, words, words, st.dictionaries(words, words, max_size=2), words),
+    calibration=st.none() | st.builds(Calibration, counts, counts, words),
+    capture_seconds=st.floats(0, 1e6),
+    verify_seconds=st.floats(0, 1e6),
 )
 
 
 def test_table_reads_as_documented() -> None:
     assert table(REPORT) == (
         """\
-pass       applied  refused   undone      exact      drift         time
-expose           1        0        0          -          -         2 ms
-affine           1       13        0    1.6e-16    2.2e-07         9 ms
-mean_free        0        0        1          -          -       1.25 s
-whole            2       13        1    3.2e-16    2.0e-07        4.2 s
+timm:vit_tiny
+weights: random (seed 0)
+command: normfuse optimize timm:vit_tiny -o x.pt2
+normfuse 0.1.0, torch 2.14.1; a CPU, 2 cores; 2026-11-30 01:02 UTC
 
-norms       batch_norm 2 -> 1, layer_norm 25 -> 0, rms_norm 0 -> 25
-applied     batch_norm_is_affine 1, affine_into_producer 1
-parameters  4,000 -> 3,000 (-25.0 %)
-bytes       16 MB -> 12 MB (-25.0 %)
+changed     25 LayerNorm → 25 RMSNorm, all on the residual stream; 1 of 2
+            BatchNorm folded away
 exact       3.2e-16 relative, 2.2e-15 absolute (float64)
 drift       2.0e-07 relative, 1.0e-06 absolute (float32)
+size        16 MB → 12 MB (-25.0 %)
+parameters  4,000 → 3,000 (-25.0 %)
+stayed      1 BatchNorm; the reasons stand below
 
-undone: failed verification, taken back
+taken back: failed verification
   layer_norm_is_rms_norm: exact error 2.0e-03
       at blocks.0.norm2
 
-refused
+stayed, and why
   affine_into_consumers: a reader is not linear (12 times)
       at blocks.{0-11}.norm1
       blocked by blocks.{0-11}.act
@@ -98,14 +125,78 @@ refused
       blocked by layer1.conv2
 
 notes
-  - the model was in training mode"""
+  - the model was in training mode
+
+rules applied: layer_norm_is_rms_norm 25, affine_into_producer 1
+pass          applied  refused   undone      exact      drift         time
+capture             -        -        -          -          -       800 ms
+affine              1       13        -    1.6e-16    2.2e-07         9 ms
+mean_free          25        -        1          -          -       1.25 s
+2 others            -        -        -          -          -         5 ms
+verification        -        -        -          -          -        1.5 s
+whole              26       13        1    3.2e-16    2.0e-07        4.2 s"""
     )
     assert str(REPORT) == table(REPORT, 80)
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "expected"),
+    [
+        pytest.param({}, {}, "the model has no norm of a known kind", id="none"),
+        pytest.param({"layer_norm": 3}, {"layer_norm": 3}, "no norm", id="unchanged"),
+        pytest.param({"layer_norm": 29}, {"layer_norm": 24, "rms_norm": 5}, "5 of 29 LayerNorm → 5 RMSNorm", id="some"),
+        pytest.param({"batch_norm": 49, "group_norm": 2}, {"group_norm": 2}, "49 BatchNorm folded away", id="folded"),
+        pytest.param({"layer_norm": 2}, {"crms_norm": 2}, "2 LayerNorm → 2 CrmsNorm", id="another kind"),
+        pytest.param({"unified_norm": 2}, {"unified_norm": 0}, "2 UnifiedNorm folded away", id="a layer of ours"),
+        pytest.param({}, {"rms_norm": 1}, "1 RMSNorm more than before", id="more"),
+    ],
+)
+def test_changed_norms_in_words(before: dict[str, int], after: dict[str, int], expected: str) -> None:
+    assert norms_in_words(Report(norms_before=before, norms_after=after)) == expected
+
+
+def test_zero_rows_share_one_line_and_all_times_add_up() -> None:
+    rows = passes_in_rows(REPORT)
+    assert [name for name, _ in rows] == ["capture", "affine", "mean_free", "2 others", "verification", "whole"]
+    assert sum(p.seconds for p in REPORT.passes) == pytest.approx(sum(p.seconds for _, p in rows[1:4]))
+
+
+def test_reasons_that_differ_in_places_and_numbers_are_one() -> None:
+    found = reasons(
+        Site("r", f"blocks.{i}.norm", f"stages.{i}.conv_dw (conv2d) has {40 * 2**i} groups: none sees all", f"stages.{i}.conv_dw")
+        for i in range(5)
+    )
+    assert [r.note for r in found] == ["stages.{0-4}.conv_dw (conv2d) has 40, 80, 160 and 2 more groups: none sees all"]
+    assert found[0].count == 5
+    other = reasons([Site("r", "a", "blocks.1 is left"), Site("r", "b", "blocks.1 is right")])
+    assert len(other) == 2
+
+
+def test_older_json_is_still_read() -> None:
+    data = json.loads(REPORT.to_json())
+    for key in ("origin", "calibration", "capture_seconds", "verify_seconds"):
+        del data[key]
+    back = Report.from_json(json.dumps(data))
+    assert back.passes == REPORT.passes
+    assert back.origin is None
+
+
+def test_notebooks_show_the_page_in_a_frame() -> None:
+    shown = REPORT._repr_html_()
+    assert shown.startswith("<iframe srcdoc=")
+    assert "25 LayerNorm → 25 RMSNorm" in shown
+    assert shown.count("<") == 2  # the page itself is escaped
+
+
+def test_title_of_the_page_is_the_model() -> None:
+    assert "<title>timm:vit_tiny · normfuse</title>" in page(REPORT)
+    assert "normfuse optimize timm:vit_tiny -o x.pt2" in page(REPORT)
+
+
 def test_empty_report_says_so() -> None:
     text = table(Report())
-    assert text.startswith("no pass ran\n")
+    assert text.startswith("changed     the model has no norm of a known kind\n")
+    assert text.endswith("\nno pass ran")
     assert "exact       not measured" in text
     assert "refused" not in text
 
@@ -187,7 +278,7 @@ def _parse(report: Report) -> _Page:
 def test_html_is_well_formed_whatever_the_names_are(report: Report) -> None:
     parsed = _parse(report)
     assert parsed.tags.isdisjoint({"script", "link", "img", "iframe"})
-    assert parsed.attributes <= {"lang", "charset", "name", "content", "class", "style"}
+    assert parsed.attributes <= {"lang", "charset", "name", "content", "class", "style", "data-head"}
 
 
 def test_html_escapes_and_shows_everything(tmp_path: Path) -> None:
@@ -202,12 +293,19 @@ def test_html_escapes_and_shows_everything(tmp_path: Path) -> None:
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "<script" not in text
     assert "://" not in text  # nothing is loaded
-    assert _parse(report).text.count(evil) == 14
+    assert _parse(report).text.count(evil) == 15
 
 
 def test_html_lists_what_the_text_lists() -> None:
     text = _parse(REPORT).text
-    for expected in ("blocks.{0-11}.norm1", "conv2 feeds 2 consumers", "use a linear reader", "3.2e-16", "27 → 26", "4.2 s"):
+    for expected in (
+        "blocks.{0-11}.norm1",
+        "conv2 feeds 2 consumers",
+        "use a linear reader",
+        "3.2e-16",
+        "25 LayerNorm → 25 RMSNorm",
+        "4.2 s",
+    ):
         assert expected in text
 
 
@@ -240,14 +338,18 @@ def test_compact_keeps_every_number(given_paths: list[str], expected: tuple[str,
         pytest.param(duration(0.9996), "1 s", id="a-second"),
         pytest.param(duration(12.34), "12.3 s", id="seconds"),
         pytest.param(duration(192), "3 min 12 s", id="minutes"),
+        pytest.param(duration(7500), "2 h 5 min", id="hours"),
         pytest.param(size(0), "0 B", id="no-bytes"),
         pytest.param(size(999_600), "1 MB", id="round-up-to-mega"),
         pytest.param(size(3 * 10**12), "3 TB", id="tera"),
         pytest.param(magnitude(None), "-", id="not-measured"),
         pytest.param(magnitude(Error(0, 0, "float64")), "0", id="zero"),
         pytest.param(magnitude(Error(math.inf, math.inf, "float64")), "inf", id="infinite"),
-        pytest.param(change(0, 5), "0 -> 5", id="from-nothing"),
+        pytest.param(change(0, 5), "0 → 5", id="from-nothing"),
         pytest.param(change(7, 7), "7, unchanged", id="unchanged"),
+        pytest.param(change(200, 150), "200 → 150 (-25.0 %)", id="smaller"),
+        pytest.param(change(100_000, 99_999), "100,000 → 99,999", id="hardly-smaller"),
+        pytest.param(change(14_800_000, 14_770_000, size), "14.8 MB (-0.2 %)", id="as-large-as-it-is-shown"),
     ],
 )
 def test_numbers_read_well(shown: str, expected: str) -> None:

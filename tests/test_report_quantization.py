@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from normfuse.report import LayerQuantization, PassReport, Report
+from normfuse.report import Calibration, Error, LayerQuantization, PassReport, Report
 from normfuse.report_html import page
 from normfuse.report_text import layer_cells, table
 
@@ -48,14 +48,39 @@ reports = st.lists(layers, max_size=5).map(lambda found: Report(passes=(PassRepo
 
 def test_each_layer_is_a_line() -> None:
     lines = table(REPORT, 80).splitlines()
-    start = next(i for i, line in enumerate(lines) if line.startswith("quantized"))
-    assert lines[start] == "quantized 3 of 4 layers: 16 kB -> 4.48 kB (-72.0 %)"
+    start = next(i for i, line in enumerate(lines) if line.startswith("quantized 3"))
+    assert lines[start] == "quantized 3 of 4 layers: 16 kB → 4.48 kB (-72.0 %)"
     rows = [line.split() for line in lines[start + 2 : start + 6]]
     assert rows[0] == ["blocks.0.mlp.fc1", "w4a8", "10/4/0/2", "21.4", "dB", "0.00", "%", "700", "B", "0.16", "1.51x"]
     assert rows[1] == ["wte", "w8", "-", "-", "-", "2", "kB", "0.31", "-"]
     assert rows[2] == ["blocks.0.mlp.fc2", "w8a6s", "64", "30.0", "dB", "1.23", "%", "1.1", "kB", "0.26", "≈2.00x"]
     assert rows[3] == ["outputs", "-", "-", "20.0", "dB", "-", "4.48", "kB", "0.28", "-"]
     assert "head" not in "".join(lines)  # its reason stands among the refusals
+
+
+def test_one_sqnr_leads_and_says_what_it_was_measured_on() -> None:
+    calibrated = dataclasses.replace(REPORT, calibration=Calibration(128, 16, "images.npz"), exact=Error(1, 4.7e-16, "float64"))
+    text = table(dataclasses.replace(calibrated, drift=Error(0, 0, "float32")), 200)
+    assert "quantized   3 of 4 layers (1 W4A8, 1 W8, 1 W8A6); outputs: 20.0 dB against the original (SQNR), on 128 " in text
+    assert "samples of images.npz" in text
+    assert "19.5 dB" not in text  # of the pass, on other inputs
+    assert "drift" not in text  # of what is meant to be the same function, which this is not
+    assert "exact       4.7e-16 relative" in text
+    assert "images.npz" in page(calibrated)
+    alone = dataclasses.replace(REPORT, passes=(PassReport("shiftquant", quantization=LAYERS[:-1]),))
+    assert "the SQNR of the outputs was not measured" in table(alone, 200)
+
+
+@pytest.mark.parametrize(
+    ("found", "said"),
+    [
+        (Calibration(1, 1, "random data"), "random data (1 sample)"),
+        (Calibration(4, 2, "the example inputs"), "the example inputs (4 samples)"),
+        (Calibration(1280, 5, "images.npz"), "1,280 samples of images.npz"),
+    ],
+)
+def test_calibration_in_words(found: Calibration, said: str) -> None:
+    assert str(found) == said
 
 
 def test_without_quantization_there_is_no_table() -> None:

@@ -408,9 +408,13 @@ def _facts(
     if made is not None:
         report = made.report
         facts["passes"] = json.dumps([[p.name, len(p.applied)] for p in report.passes])  # a pass may run twice
+        if report.quantization:
+            facts["calibration"] = "none" if report.calibration is None else str(report.calibration)
+            if report.sqnr is not None:
+                facts["sqnr"] = f"{report.sqnr:.1f} dB"
         if report.exact is not None:
             facts["exact"] = f"{report.exact.max_rel:.3e}"
-        if report.drift is not None:
+        if report.drift is not None and not report.quantization:  # integers against the same integers say nothing
             facts["drift"] = f"{report.drift.max_rel:.3e}"
     return {f"normfuse.{k}": v for k, v in facts.items()}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from normfuse.errors import UsageError
 from normfuse.extras import need
 from normfuse.onnx_tensors import check_tensors
 
-__all__ = ["NORM_OPS", "norm_counts", "op_counts", "provenance", "read_model"]
+__all__ = ["NORM_OPS", "Facts", "facts", "norm_counts", "op_counts", "provenance", "read_model"]
 
 #: Normalizations, standard and of ONNX Runtime.
 NORM_OPS = frozenset(
@@ -35,6 +36,58 @@ NORM_OPS = frozenset(
         "SkipSimplifiedLayerNormalization",
     }
 )
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What somebody who is to run a file wants to know.
+
+    Attributes:
+        inputs, outputs: name and type of each, e.g. `("x", "float32[batch, 3, 224, 224]")`.
+        opsets: version by domain; "" is ONNX's own.
+        ir: version of the format.
+        bytes: size of the file and of the weights beside it.
+        runtime: the oldest ONNX Runtime that it needs; empty where the file does not say it.
+    """
+
+    inputs: tuple[tuple[str, str], ...]
+    outputs: tuple[tuple[str, str], ...]
+    opsets: dict[str, int]
+    ir: int
+    bytes: int
+    runtime: str = ""
+
+
+def facts(path: str | Path) -> Facts:
+    """What is needed to run the file at `path`.
+
+    Raises:
+        UsageError: the file is missing or is no ONNX model.
+    """
+    proto = read_model(path)
+    weights = {t.name for t in proto.graph.initializer}
+    beside = {e.value for t in proto.graph.initializer for e in t.external_data if e.key == "location"}
+    files = [Path(path), *(Path(path).parent / name for name in beside)]
+    return Facts(
+        tuple((v.name, _type(v)) for v in proto.graph.input if v.name not in weights),
+        tuple((v.name, _type(v)) for v in proto.graph.output),
+        {("" if o.domain == "ai.onnx" else o.domain): o.version for o in proto.opset_import},
+        proto.ir_version,
+        sum(f.stat().st_size for f in files if f.is_file()),
+        provenance(proto).get("normfuse.runtime", ""),
+    )
+
+
+def _type(value: Any) -> str:
+    onnx = need("onnx", extra="onnx")
+    kind = value.type.WhichOneof("value")
+    if kind != "tensor_type":
+        return str(kind)
+    tensor = value.type.tensor_type
+    sizes = [d.dim_param or (str(d.dim_value) if d.HasField("dim_value") else "?") for d in tensor.shape.dim]
+    name = onnx.TensorProto.DataType.Name(tensor.elem_type).lower()
+    name = {"float": "float32", "double": "float64"}.get(name, name)
+    return f"{name}[{', '.join(sizes)}]" if tensor.HasField("shape") else name
 
 
 def op_counts(model: str | Path | Any) -> dict[str, int]:

@@ -101,7 +101,7 @@ class Engine:
         built = f", {sum(self.seconds.values()):.1f} s" if self.seconds else ""
         lines = [f"{self.path}: {self.module} {self.version}, {self.dtype}, {self.bytes / 1e6:.1f} MB{built}"]
         rows = {
-            "for": ", ".join(self.capabilities) or "every compute capability that this TensorRT builds for",
+            "for": ", ".join(self.capabilities) or "every GPU generation that this TensorRT builds for",
             "inputs": ", ".join(map(str, self.inputs)),
             "outputs": ", ".join(map(str, self.outputs)),
             "profile": ", ".join(f"{name} {_sizes(sizes)}" for name, sizes in self.profiles.items()),

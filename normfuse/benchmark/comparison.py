@@ -18,12 +18,13 @@ __all__ = ["Comparison", "Timing", "Verdict"]
 
 
 _ALLOWANCE = 0.05  # the most that noise may excuse
+_DISTURBED = 0.5  # share of disturbed turns above which an interval is not believed to the last percent
 
 
 class Verdict(enum.Enum):
-    """What a comparison says about a demanded speedup.
+    """What a comparison says about a demanded speedup, see `Comparison.verdict`.
 
-    `HOLDS` and `FAILS` are as sure as the interval; `UNDECIDED` means that the interval is too wide to tell.
+    `HOLDS` and `FAILS` are as sure as the interval; `UNDECIDED` means that this machine, or this short a measurement, cannot tell.
     """
 
     HOLDS = "holds"
@@ -126,29 +127,69 @@ class Comparison:
         """
         return 1 - min(self.noise, _ALLOWANCE)
 
+    @property
+    def doubt(self) -> float:
+        """By how much the interval of the speedup is widened before it is judged, as a share of the speedup.
+
+        0 on a machine that can tell. Where a differs from itself by more than 5 %, that difference; where other processes
+        worked during more than half of the turns, at least 5 %. A difference that is larger than the doubt is decided all the same.
+        """
+        doubt = self.noise if self.noise > _ALLOWANCE else 0.0
+        return max(doubt, _ALLOWANCE) if self.disturbed > _DISTURBED else doubt
+
     def verdict(self, at_least: float | None = None) -> Verdict:
         """Is b at least `at_least` times as fast as a?
 
-        `HOLDS` when the whole interval of the speedup lies above the bound. `FAILS` when all of it lies below the
-        demand; without one, when all of it lies below 1 and b differs from a by more than a differs from itself.
-        `UNDECIDED` otherwise. Failing whenever the lower end is below 1 minus the noise would fail an engine that
-        equals a one time in four: that is the edge of one interval against the edge of another of the same width.
+        With low and high the ends of the speedup's interval, divided and multiplied by 1 + `doubt`:
+
+        * `HOLDS`: low is at or above the bound, which is `at_least`, else `default_bound`.
+        * `FAILS`: high is below `at_least`; without a demand, high is below 1 and b differs from a by more than a differs
+          from itself.
+        * `UNDECIDED`: neither; `why_undecided` says what is in the way.
+
+        Failing whenever the lower end is below 1 minus the noise would fail an engine that equals a one time in four: that is
+        the edge of one interval against the edge of another of the same width.
         """
-        bound = self.default_bound if at_least is None else at_least
-        if self.speedup.low >= bound:
+        low, high = self.speedup.low / (1 + self.doubt), self.speedup.high * (1 + self.doubt)
+        if low >= self.bound(at_least):
             return Verdict.HOLDS
         if at_least is not None:
-            return Verdict.FAILS if self.speedup.high < at_least else Verdict.UNDECIDED
-        slower = self.speedup.high < 1 and self.speedup.value < 1 - self.noise
-        return Verdict.FAILS if slower else Verdict.UNDECIDED
+            return Verdict.FAILS if high < at_least else Verdict.UNDECIDED
+        return Verdict.FAILS if high < 1 and self.speedup.value < 1 - self.noise else Verdict.UNDECIDED
+
+    def bound(self, at_least: float | None = None) -> float:
+        """The speedup that is demanded."""
+        return self.default_bound if at_least is None else at_least
+
+    def why_undecided(self, at_least: float | None = None) -> str:
+        """What keeps the verdict open, and what would help; empty when it is decided."""
+        if self.verdict(at_least) is not Verdict.UNDECIDED:
+            return ""
+        if self.noise > _ALLOWANCE:
+            return f"{self.a.name} differs from itself by {self.noise:.0%} here; close other programs, or use a quieter machine"
+        if self.disturbed > _DISTURBED:
+            return f"other processes worked during {self.disturbed:.0%} of the turns; close them, or measure for longer (seconds)"
+        inside = f"the interval [{self.speedup.low:.3f}, {self.speedup.high:.3f}] reaches below {self.bound(at_least):.3f}"
+        return f"{inside}; measure for longer (seconds)"
+
+    @property
+    def median_ratio(self) -> float:
+        """Median of a over median of b, each over all rounds; not the speedup, whose ratios are taken inside a round."""
+        return math.sqrt(self.a.median * self.again.median) / self.b.median
+
+    @property
+    def medians_disagree(self) -> bool:
+        """The medians say something that the speedup rules out: the machine's speed changed between rounds."""
+        return not self.speedup.low <= self.median_ratio <= self.speedup.high
 
     def slower(self, at_least: float | None = None) -> bool:
         """b is surely slower than demanded."""
         return self.verdict(at_least) is Verdict.FAILS
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data; latencies in milliseconds."""
-        return {"schema": 1, "unit": "ms", "noise": self.noise, **dataclasses.asdict(self)}
+        """Plain data; latencies in milliseconds; `verdict` is that of `verdict()`."""
+        told = {"verdict": self.verdict().value, "why_undecided": self.why_undecided(), "median_ratio": self.median_ratio}
+        return {"schema": 1, "unit": "ms", "noise": self.noise, "doubt": self.doubt, **told, **dataclasses.asdict(self)}
 
     def to_json(self, *, indent: int = 2) -> str:
         return json.dumps(self.to_dict(), indent=indent)
@@ -170,4 +211,9 @@ class Comparison:
             f"{self.threads} thread{'s' if self.threads > 1 else ''}{pinned}",
             f"{self.machine.cpu}, {self.machine.cores} cores, {libraries}",
         ]
+        if self.medians_disagree:
+            rows += [
+                f"The medians alone would say {self.median_ratio:.3f}: the machine changed its speed between rounds.",
+                "The speedup compares inside each round, so that it is the one to believe.",
+            ]
         return "\n".join(row if len(row) <= 80 else row[:79] + "…" for row in rows)

@@ -90,13 +90,19 @@ class Measurement:
 
 
 def measure(
-    engines: Sequence[Engine], schedule: Schedule | None = None, *, on_round: Callable[[int, int], None] | None = None
+    engines: Sequence[Engine],
+    schedule: Schedule | None = None,
+    *,
+    on_plan: Callable[[int, float], None] | None = None,
+    on_round: Callable[[int, int], None] | None = None,
 ) -> Measurement:
     """Time `engines` against each other, interleaved.
 
     Args:
         engines: two or more; the same engine may stand in the list twice.
         schedule: how long and how often.
+        on_plan: told (rounds planned, seconds of wall time that all of it takes from now on) once the engines have been opened
+            for the first time, when their latencies are known.
         on_round: told (rounds done, rounds planned) after each round.
 
     Raises:
@@ -112,12 +118,16 @@ def measure(
     disturbed = turns = 0
     planned, starts, spent = 0, 1, 0.0
     start = 0
+    began = time.perf_counter()
     while start < starts:
         with _opened(engines, threads, cpus, schedule, rng) as runners:
             slowest = [runner.warm_up(schedule.warmup) for runner in runners]
             if start == 0:
                 planned = _rounds(schedule, slowest)
                 starts = max(1, min(schedule.restarts, planned // _PER_START)) if schedule.isolate else 1
+                if on_plan is not None:
+                    opening = time.perf_counter() - began
+                    on_plan(planned, planned * _seconds_of_a_round(schedule, slowest) + (starts - 1) * opening)
             for _ in range(planned * (start + 1) // starts - len(medians)):
                 begin = time.perf_counter()
                 patient = spent < schedule.seconds
@@ -147,8 +157,11 @@ def measure(
 def _rounds(schedule: Schedule, call: Sequence[float]) -> int:
     if schedule.rounds is not None:
         return schedule.rounds
-    one = sum(max(schedule.turn, seconds) + _SETTLE for seconds in call)
-    return max(_FEWEST, min(_MOST, math.floor(schedule.seconds / one)))
+    return max(_FEWEST, min(_MOST, math.floor(schedule.seconds / _seconds_of_a_round(schedule, call))))
+
+
+def _seconds_of_a_round(schedule: Schedule, call: Sequence[float]) -> float:
+    return sum(max(schedule.turn, seconds) + _SETTLE for seconds in call)
 
 
 def _quiet_turn(runner: Runner, schedule: Schedule, *, retries: int) -> tuple[Turn, bool]:

@@ -10,11 +10,13 @@ import traceback
 from typing import Any, BinaryIO
 
 from normfuse.benchmark.engine import Call, take_turn, warm_up
+from normfuse.telemetry import no_telemetry
 
 __all__ = ["main"]
 
 
 def main() -> int:
+    no_telemetry()
     requests = sys.stdin.buffer
     # libraries print; what they print must not end up between the answers
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")

@@ -1,7 +1,7 @@
 """The command `normfuse`: one file per verb.
 
-Exit codes: 0 fine, 1 a check failed, 2 usage or any other error that normfuse reports, 130 interrupted. Nothing heavy is
-imported before a verb needs it, so that `--help` is instant.
+Exit codes: 0 fine, 1 a check failed, 2 usage or any other error that normfuse reports, 3 a measurement that cannot tell, 130
+interrupted. Nothing heavy is imported before a verb needs it, so that `--help` is instant.
 """
 
 import errno
@@ -25,23 +25,34 @@ from normfuse.cli.messages import concise
 from normfuse.cli.optimize import optimize
 from normfuse.cli.passes import passes
 from normfuse.cli.verify import verify
-from normfuse.errors import CheckFailed, NormfuseError
+from normfuse.cli.wording import in_options
+from normfuse.errors import CheckFailed, NormfuseError, Undecided
+from normfuse.telemetry import no_telemetry
 
 __all__ = ["cli", "main"]
 
 _log = logging.getLogger("normfuse")
 
+_OUTCOMES: dict[type[Exception], tuple[str, int]] = {
+    Undecided: ("undecided", 3),
+    CheckFailed: ("failed", 1),
+    NormfuseError: ("error", 2),
+}
+_arguments: list[str] = []  # of this process, for reports
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="normfuse")
-def cli() -> None:
+@click.pass_context
+def cli(context: click.Context) -> None:
     """Optimize trained PyTorch models: remove what normalization costs, prove the result, ship it.
 
     SOURCE is timm:NAME, torchvision:NAME, hf:DIR (a local Hugging Face folder), FILE.pt2 (a saved
-    ExportedProgram) or package.module:factory.
+    ExportedProgram), package.module:factory or FILE.py:factory. A factory returns a module, or a module and its
+    example inputs.
     """
+    context.meta["normfuse.args"] = _arguments
 
 
 for command in (optimize, export, bench, verify, inspect, passes, demo):
@@ -55,6 +66,8 @@ def main(args: Sequence[str] | None = None) -> int:
     if hasattr(signal, "SIGTERM"):
         signal.signal(signal.SIGTERM, _terminate)
     _quiet_libraries()
+    no_telemetry()
+    _arguments[:] = sys.argv[1:] if args is None else args
     try:
         cli.main(args=None if args is None else list(args), prog_name="normfuse", standalone_mode=False)
     except click.ClickException as e:
@@ -70,8 +83,9 @@ def main(args: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except NormfuseError as e:
         _log.debug("where it happened", exc_info=True)
-        _say(concise(f"{'failed' if isinstance(e, CheckFailed) else 'error'}: {e}"))
-        return 1 if isinstance(e, CheckFailed) else 2
+        kind, code = next(outcome for cls, outcome in _OUTCOMES.items() if isinstance(e, cls))
+        _say(concise(f"{kind}: {in_options(str(e))}"))
+        return code
     except SystemExit as e:
         # click raises none here: a factory, a module that was imported or a loader did
         _log.debug("where it happened", exc_info=True)

@@ -7,14 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from normfuse.cli.columns import columns, differences
 from normfuse.cli.onnx_files import is_onnx
 from normfuse.cli.options import Model, Pipeline, force_option, json_option, model_options, pipeline_options, verbosity
 from normfuse.cli.reports import check_report, report_option, write_report
+from normfuse.cli.speed import speed_option
 from normfuse.errors import UsageError
 from normfuse.files import check_target
 
 if TYPE_CHECKING:
-    from torch import fx
+    from normfuse.report import Report
 
 __all__ = ["ENGINE_SUFFIXES", "export"]
 
@@ -74,6 +76,7 @@ _ENGINE_ONLY = {
 @click.option("--name", help="Repository: name of the model.  [default: from SOURCE]")
 @click.option("--model-version", help="Repository: number of the version, or next.  [default: 1]")
 @click.option("--backend", type=click.Choice(BACKENDS), help="Repository: what runs it.  [default: onnxruntime]")
+@speed_option
 @report_option
 @force_option
 @json_option
@@ -82,7 +85,7 @@ def export(
     model: Model, pipeline: Pipeline, output: Path | None, target: str | None, opset: int | None, form: str, int4: bool, dtype: str,
     io_dtype: str, profiles: tuple[str, ...], flavour: str | None, capabilities: tuple[str, ...], plugins: str | None,
     dry_run: bool, repository: Path | None, name: str | None, model_version: str | None,
-    backend: str | None, report_path: Path | None, force: bool, as_json: bool, quiet: bool,
+    backend: str | None, speed_check: bool, report_path: Path | None, force: bool, as_json: bool, quiet: bool,
 ) -> None:  # fmt: skip
     """Optimize SOURCE, export it, and prove the file in its runtime.
 
@@ -119,11 +122,12 @@ def export(
             dry(model, pipeline, engine, as_json=as_json)
             return
         built, fast = to_engine(model, pipeline, engine, output, force=force, progress=not quiet)
-        if fast is not None:
-            from normfuse.record import report
+        from normfuse.record import report
 
-            write_report(report(fast), report_path, force=force)
-        _tell(fast, {"engine": built.manifest() | {"path": str(built.path)}}, str(built), as_json, quiet)
+        found = None if fast is None else dataclasses.replace(report(fast), files=(str(built),))
+        if found is not None:
+            write_report(found, report_path, force=force)
+        _tell(found, {"engine": built.manifest() | {"path": str(built.path)}}, str(built), as_json, quiet)
         return
     given = {"profiles": profiles, "flavour": flavour, "capabilities": capabilities, "plugins": plugins, "dry_run": dry_run}
     stray = [flag for key, flag in _ENGINE_ONLY.items() if given[key]]
@@ -136,13 +140,14 @@ def export(
     if is_onnx(model.source):
         raise UsageError(f"{model.source} is an ONNX file already; name an engine (-o NAME.engine) to build one of it")
     _to_onnx(
-        model, pipeline, output, target or "onnxruntime", opset, form, int4, dtype, io_dtype, report_path, force, as_json, quiet
-    )
+        model, pipeline, output, target or "onnxruntime", opset, form, int4, dtype, io_dtype, speed_check, report_path, force,
+        as_json, quiet,
+    )  # fmt: skip
 
 
 def _to_onnx(
     model: Model, pipeline: Pipeline, output: Path, target: str, opset: int | None, form: str, int4: bool, dtype: str,
-    io_dtype: str, report_path: Path | None, force: bool, as_json: bool, quiet: bool,
+    io_dtype: str, speed_check: bool, report_path: Path | None, force: bool, as_json: bool, quiet: bool,
 ) -> None:  # fmt: skip
     check_target(output, force=force)
     check_report(report_path, force=force)
@@ -152,22 +157,37 @@ def _to_onnx(
     from normfuse.record import report
 
     opset_for(target_named(target), opset)  # a misspelt target costs a second and not a minute
-    fast = pipeline.run(model, model.load(inputs_needed=True))
+    loaded = model.load(inputs_needed=True)
+    fast = pipeline.run(model, loaded)
     exported = to_onnx(
         fast, output, target=target, opset=opset, form=form, int4_initializers=int4, dtype=dtype, io_dtype=io_dtype, force=force
     )
-    write_report(report(fast), report_path, force=force)
-    _tell(fast, {"export": dataclasses.asdict(exported)}, str(exported), as_json, quiet)
+    text, data = str(exported), {"export": dataclasses.asdict(exported)}
+    if speed_check and exported.form not in (None, "weight_only") and target == "onnxruntime" and (report_path or not quiet):
+        from normfuse.cli.speed import speed_of
+
+        speed = speed_of(loaded, output)
+        text, data = f"{text}\n{speed}", data | {"speed": speed.to_dict()}
+    found = dataclasses.replace(report(fast), files=(text,))
+    write_report(found, report_path, force=force)
+    _tell(found, data, text, as_json, quiet)
 
 
-def _tell(fast: "fx.GraphModule | None", data: dict[str, Any], text: str, as_json: bool, quiet: bool) -> None:
-    from normfuse.record import report
-
+def _tell(found: "Report | None", data: dict[str, Any], text: str, as_json: bool, quiet: bool) -> None:
     if as_json:
-        told = {"schema": 1, **data} | ({} if fast is None else {"report": report(fast).to_dict()})
+        told = {"schema": 1, **data} | ({} if found is None else {"report": found.to_dict()})
         click.echo(json.dumps(told, indent=2, default=str))
     elif not quiet:
-        click.echo(text if fast is None else f"{report(fast)}\n\n{text}")
+        click.echo(text if found is None else f"{found}\n\n{_operators(found)}{text}")
+
+
+def _operators(found: "Report") -> str:
+    """Operators of the graph that there are more or fewer of; nothing where they are as before."""
+    rows = differences(found.operators_before, found.operators_after)
+    if not rows:
+        return ""
+    rows.append(("all", str(sum(found.operators_before.values())), str(sum(found.operators_after.values()))))
+    return "\n".join(columns(("operators in PyTorch", "before", "after"), rows)) + "\n\n"
 
 
 def _names(text: str | None) -> tuple[str, ...]:

@@ -1,16 +1,19 @@
 """Flags that several verbs share, and what they stand for."""
 
+import dataclasses
 import functools
 import logging
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import click
 
 from normfuse.cli.messages import unless_it_fails
 from normfuse.cli.quantization import calibration_batches, parse_quantize
+from normfuse.cli.wording import report_in_options
 from normfuse.dynamic_axes import Axis, free_axes, parse_axes
 from normfuse.errors import CaptureError, ExportError, UsageError
 from normfuse.sources import Options, Source, load_source
@@ -117,10 +120,11 @@ class Pipeline:
     """What is done to the model."""
 
     passes: tuple[str, ...] | None
-    verify: str
+    verify: Literal["end", "each", "off"]
     quantize: "ShiftQuant | None" = None
     calibration: str | None = None
     partial: bool = False
+    random_calibration: bool = False
 
     def run(self, model: Model, loaded: Source, *, dynamic_shapes: Any = None) -> "fx.GraphModule":
         """Optimize it; what may vary in its inputs is `dynamic_shapes`, or what --dynamic says."""
@@ -129,10 +133,12 @@ class Pipeline:
 
         batches = None if self.calibration is None else calibration_batches(self.calibration, loaded)
         _log.info("optimizing %s", model.source)
+        if self.quantize is not None and batches is None:
+            self._check_data(loaded)
 
         def optimized(shapes: Any, *, partial: bool = False) -> "fx.GraphModule":
             with unless_it_fails():
-                return optimize(
+                made = optimize(
                     loaded.model,
                     loaded.example_inputs,
                     dynamic_shapes=shapes,
@@ -141,7 +147,9 @@ class Pipeline:
                     calibration=batches,
                     verify=self.verify,
                     partial=partial,
+                    allow_random_calibration=True,  # checked above, in the words of the command line
                 )
+                return _told(made, model, loaded, self.calibration)
 
         try:
             if dynamic_shapes is not None or not model.dynamic:
@@ -154,6 +162,44 @@ class Pipeline:
                 raise
         return optimized(model.stated(loaded), partial=True)
 
+    def _check_data(self, loaded: Source) -> None:
+        """Static scales stay in the file for good: example inputs of which nothing is known are no data to take them from."""
+        from normfuse.quant.spec import static_layers
+
+        if self.quantize is None or self.random_calibration or not static_layers(self.quantize):
+            return
+        if loaded.data in ("random data", "the example inputs"):
+            raise UsageError(
+                f"--quantize with static scales takes them from data, and all there is are {loaded.data}: pass --calibration DATA, "
+                "or --input FILE with real inputs; --allow-random-calibration is for trying it out"
+            )
+
+
+def _told(made: "fx.GraphModule", model: Model, loaded: Source, calibration: str | None) -> "fx.GraphModule":
+    """The report says what the command line knows: the name of the model, its weights, the command, the data."""
+    from normfuse.record import record
+
+    found = record(made)
+    if found is None or found.report.origin is None:
+        return made
+    data = found.report.calibration
+    report = dataclasses.replace(
+        found.report,
+        origin=dataclasses.replace(found.report.origin, model=model.source, weights=loaded.weights, command=_command()),
+        calibration=None if data is None else dataclasses.replace(data, source=calibration or loaded.data),
+    )
+    return dataclasses.replace(found, report=report_in_options(report)).attach(made)
+
+
+def _command() -> str:
+    """The command line as it can be typed again; empty where there is none, as in tests."""
+    context = click.get_current_context(silent=True)
+    while context is not None and context.parent is not None:
+        context = context.parent
+    if context is None:
+        return ""
+    return shlex.join(["normfuse", *context.meta.get("normfuse.args", ())])
+
 
 def model_options(f: F) -> F:
     """SOURCE and how it is loaded, handed to the command as `model`."""
@@ -165,6 +211,9 @@ def model_options(f: F) -> F:
     @click.option("--seq", type=int, help="Sequence length of the inputs that the model declares itself.")
     @click.option("--dynamic", multiple=True, metavar="AXIS[,AXIS]", help=_DYNAMIC)
     @click.option("--pretrained", is_flag=True, help="Fetch the published weights (timm, torchvision) instead of random ones.")
+    @click.option(
+        "--weights", type=click.Path(path_type=Path), help="Load this state dict (.safetensors, .pt, .ckpt) into the model."
+    )
     @click.option("--trust", is_flag=True, help="Allow files to run code: pickles, custom code of Hugging Face folders.")
     @click.option("--seed", type=int, default=0, show_default=True, help="Of random weights and random inputs.")
     @functools.wraps(f)
@@ -176,6 +225,7 @@ def model_options(f: F) -> F:
         seq: int | None,
         dynamic: tuple[str, ...],
         pretrained: bool,
+        weights: Path | None,
         trust: bool,
         seed: int,
         **rest: Any,
@@ -187,7 +237,9 @@ def model_options(f: F) -> F:
             raise UsageError("--dynamic: an .onnx file has its dynamic axes inside; they were chosen when it was exported")
         if batch is None and any(a.name == "batch" or a.axis == 0 for a in axes) and not shapes and input_ is None:
             batch = 2  # an example of size 1 would be taken for a fixed size
-        options = Options(pretrained=pretrained, trust=trust, shapes=shapes, input=input_, batch=batch, tokens=seq, seed=seed)
+        options = Options(
+            pretrained=pretrained, trust=trust, shapes=shapes, input=input_, batch=batch, tokens=seq, seed=seed, weights=weights
+        )
         return f(model=Model(source, options, axes), **rest)
 
     return wrapped  # type: ignore[return-value]
@@ -211,23 +263,30 @@ def pipeline_options(f: F) -> F:
     @click.option(
         "--calibration",
         metavar="DATA",
-        help="Samples in a .npz, .npy or .safetensors file, or batches from package.module:factory.",
+        help="Samples in a .npz, .npy or .safetensors file, or batches from package.module:factory or FILE.py:factory.",
+    )
+    @click.option(
+        "--allow-random-calibration",
+        "random_calibration",
+        is_flag=True,
+        help="Take static scales from the example inputs, random or not, to try it out.",
     )
     @functools.wraps(f)
     def wrapped(
         passes: str | None,
-        verify: str,
+        verify: Literal["end", "each", "off"],
         partial: bool,
         quantize: str | None,
         keep: tuple[str, ...],
         calibration: str | None,
+        random_calibration: bool,
         **rest: Any,
     ) -> Any:
         if keep and quantize is None:
             raise UsageError("--keep says what --quantize leaves in float: pass --quantize as well, e.g. --quantize w4a8")
         spec = None if quantize is None else parse_quantize(quantize, keep)
         chosen = _names(passes) if passes is not None else None
-        return f(pipeline=Pipeline(chosen, verify, spec, calibration, partial), **rest)
+        return f(pipeline=Pipeline(chosen, verify, spec, calibration, partial, random_calibration), **rest)
 
     return wrapped  # type: ignore[return-value]
 

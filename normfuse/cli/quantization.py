@@ -2,15 +2,15 @@
 
 import dataclasses
 import difflib
-import importlib
-import os
+import inspect
+import logging
 import re
-import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from normfuse.errors import NormfuseError, UsageError
+from normfuse.factories import find, similar
 from normfuse.sources import Source
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ __all__ = ["calibration_batches", "parse_quantize"]
 _WIDTHS = re.compile(r"w(\d+)(?:a(\d+))?")
 _EXAMPLE = "e.g. w4a8 or w4a8,static,groups=1"
 _ELSEWHERE = {"keep": "--keep PATTERN", "overrides": "overrides= in Python", "weight_bits": "w4a8", "activation_bits": "w4a8"}
+_log = logging.getLogger(__name__)
 _FILES = (".npz", ".npy", ".safetensors")
 
 
@@ -143,20 +144,10 @@ def _near(word: str, known: list[str]) -> str:
 
 def _called(text: str) -> Any:
     """What the factory returns; a generator function, a list or a loader are all fine."""
-    name, _, attribute = text.partition(":")
-    if os.getcwd() not in sys.path and "" not in sys.path:
-        sys.path.insert(0, os.getcwd())
     try:
-        factory: Any = importlib.import_module(name)
-    except ImportError as e:
-        raise UsageError(f"--calibration {text}: {e}; expected a file or package.module:factory{_module_of(text)}") from e
-    except Exception as e:
-        raise UsageError(f"--calibration {text}: importing {name} failed: {type(e).__name__}: {e}") from e
-    for part in attribute.split("."):
-        if not hasattr(factory, part):
-            known = [n for n in vars(factory) if not n.startswith("_")] if hasattr(factory, "__dict__") else []
-            raise UsageError(f"--calibration {text}: {name} has no {attribute!r}{_near(part, known)}")
-        factory = getattr(factory, part)
+        factory = find(text, f"a file ({', '.join(_FILES)}), package.module:factory or FILE.py:factory")
+    except NormfuseError as e:
+        raise UsageError(f"--calibration {e}") from e
     if not callable(factory) or isinstance(factory, Iterable):
         return factory
     try:
@@ -165,11 +156,6 @@ def _called(text: str) -> Any:
         raise
     except Exception as e:
         raise UsageError(f"--calibration {text}: the factory failed: {type(e).__name__}: {e}") from e
-
-
-def _module_of(text: str) -> str:
-    name, _, attribute = text.partition(":")
-    return f"; name the module: {name.removesuffix('.py')}:{attribute}" if name.endswith(".py") else ""
 
 
 # -- data ----------------------------------------------------------------------------------------------------------------
@@ -186,15 +172,9 @@ def _from_file(path: Path, loaded: Source) -> list[Any]:
         raise UsageError(str(e).replace("--input", "--calibration", 1)) from e
     if not loaded.has_inputs:
         raise UsageError(f"--calibration {path}: the batch size is that of the example inputs: pass --shape or --input")
-    example = loaded.kwargs if loaded.kwargs and not loaded.args else dict(enumerate(loaded.args)) | loaded.kwargs
+    example = _example(loaded)
     tensors = {k: v for k, v in example.items() if hasattr(v, "shape")}
-    given = dict(data) if isinstance(data, Mapping) else dict(zip(tensors, data, strict=False))
-    count = len(given) if isinstance(data, Mapping) else len(data)
-    if count != len(tensors) or set(given) != set(tensors):
-        names = ", ".join(map(str, tensors))
-        raise UsageError(
-            f"--calibration {path}: it holds {', '.join(map(str, given))}; the model takes {len(tensors)} inputs: {names}"
-        )
+    given = _for_inputs(path, data, list(tensors))
     flat = [str(k) for k, t in given.items() if not t.ndim]
     if flat:
         raise UsageError(f"--calibration {path}: {', '.join(flat)} is a single number; its leading axis should count samples")
@@ -205,12 +185,12 @@ def _from_file(path: Path, loaded: Source) -> list[Any]:
             f"--calibration {path}: it holds {samples} samples, one batch of the example inputs has {size}; pass --batch 1"
         )
     return [
-        _call({**example, **{k: t[i : i + size] for k, t in given.items()}}, bool(loaded.args))
+        _call({**example, **{k: t[i : i + size] for k, t in given.items()}}, len(loaded.args))
         for i in range(0, samples - size + 1, size)
     ]
 
 
-def _batch_size(path: Path, given: dict[Any, "Tensor"], example: dict[Any, "Tensor"]) -> int:
+def _batch_size(path: Path, given: dict[str, "Tensor"], example: dict[str, "Tensor"]) -> int:
     sizes = {v.shape[0] for v in example.values() if v.ndim}
     if len(sizes) != 1:
         raise UsageError(f"--calibration {path}: the inputs of the model have no batch axis in common; use package.module:factory")
@@ -226,5 +206,33 @@ def _batch_size(path: Path, given: dict[Any, "Tensor"], example: dict[Any, "Tens
     return int(next(iter(sizes)))
 
 
-def _call(batch: dict[Any, Any], positional: bool) -> Any:
-    return tuple(v for k, v in batch.items() if isinstance(k, int)) if positional else batch
+def _example(loaded: Source) -> dict[str, Any]:
+    """The example inputs by the names of the model's parameters."""
+    names = list(inspect.signature(loaded.module.forward).parameters)
+    names += [f"arr_{i}" for i in range(len(names), len(loaded.args))]
+    return dict(zip(names, loaded.args, strict=False)) | loaded.kwargs
+
+
+def _for_inputs(path: Path, data: Any, wanted: list[str]) -> dict[str, Any]:
+    """The arrays of the file by the inputs that they are for; what no input takes is left out, with a warning."""
+    if not isinstance(data, Mapping):
+        if len(data) == len(wanted):
+            return dict(zip(wanted, data, strict=True))
+        raise UsageError(f"--calibration {path}: it holds {len(data)} arrays; the model takes {len(wanted)}: {', '.join(wanted)}")
+    if set(wanted) <= set(data):
+        if left := [k for k in data if k not in wanted]:
+            _log.warning("--calibration %s: %s left out, the model takes %s", path, ", ".join(left), ", ".join(wanted))
+        return {k: data[k] for k in wanted}
+    missing = [k for k in wanted if k not in data]
+    held = ", ".join(data)
+    names = ", ".join(f"{k}={k if k in data else '...'}" for k in wanted)
+    save = f"np.savez({path.name!r}, {names})"
+    raise UsageError(
+        f"--calibration {path}: it holds {held}; the model takes {', '.join(wanted)}, and {', '.join(missing)} "
+        f"{'is' if len(missing) == 1 else 'are'} missing{similar(missing[0], list(data))}; name the arrays as the inputs: {save}"
+    )
+
+
+def _call(batch: dict[str, Any], positional: int) -> Any:
+    """A tuple where the model is called by position, else a dictionary."""
+    return tuple(batch.values())[:positional] if positional == len(batch) else batch

@@ -83,12 +83,14 @@ def _compare(model: Model, other: str, tolerance: float | None, as_json: bool, q
     if not is_onnx(other) and Path(other).suffix not in (".pt2", *ENGINE_SUFFIXES):
         raise UsageError(f"{other}: expected an .onnx or .pt2 file, or an engine, to compare with {model.source}")
     if is_onnx(model.source):
+        weights = ""
         inputs: Any = file_inputs(Path(model.source), model.options)
         expected = run_file(Path(model.source), inputs)
     else:
         loaded = model.load(inputs_needed=True)
         inputs = loaded.kwargs if loaded.kwargs and not loaded.args else (*loaded.args, *loaded.kwargs.values())
         expected = _run(loaded.module, loaded.args, loaded.kwargs)
+        weights = loaded.weights
     engine = Path(other).suffix in ENGINE_SUFFIXES
     if engine:
         found = _run_engine(Path(other), inputs)
@@ -106,8 +108,9 @@ def _compare(model: Model, other: str, tolerance: float | None, as_json: bool, q
         data |= {"max_abs": error.max_abs, "max_rel": error.max_rel, "bound": bound}
         click.echo(json.dumps(data, indent=2))
     elif not quiet:
+        said = f" (weights: {weights})" if weights else ""
         click.echo(
-            f"{other} against {model.source}: {error.max_abs:.1e} absolute, {error.max_rel:.1e} relative (bound {bound:.0e})"
+            f"{other} against {model.source}{said}: {error.max_abs:.1e} absolute, {error.max_rel:.1e} relative (bound {bound:.0e})"
         )
     if failures:
         raise CheckFailed("; ".join(failures))

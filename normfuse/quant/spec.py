@@ -5,23 +5,16 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import fnmatch
+import functools
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from normfuse.errors import UsageError
 
-__all__ = ["ShiftQuant"]
+__all__ = ["ShiftQuant", "static_layers"]
 
-_CHOICES = {
-    "granularity": ("per_channel", "per_tensor"),
-    "activations": ("dynamic", "static"),
-    "exponents": ("search", "range"),
-    "observer": ("minmax", "percentile", "mse"),
-    "rounding": ("auto", "nearest", "stochastic", "gptq"),
-    "prefer": ("speed", "size"),
-}
 _PER_LAYER = (
     "weight_bits", "activation_bits", "groups", "group_size", "granularity", "activations", "exponents", "observer", "percentile",
     "rounding", "bias_correction",
@@ -72,12 +65,12 @@ class ShiftQuant:
     activation_bits: int = 8
     groups: int = 4
     group_size: int = 1
-    granularity: str = "per_channel"
-    activations: str = "dynamic"
-    exponents: str = "search"
-    observer: str = "minmax"
+    granularity: Literal["per_channel", "per_tensor"] = "per_channel"
+    activations: Literal["dynamic", "static"] = "dynamic"
+    exponents: Literal["search", "range"] = "search"
+    observer: Literal["minmax", "percentile", "mse"] = "minmax"
     percentile: float = 99.99
-    rounding: str = "auto"
+    rounding: Literal["auto", "nearest", "stochastic", "gptq"] = "auto"
     migration: bool = True
     bias_correction: bool = True
     attention: bool = False
@@ -86,7 +79,7 @@ class ShiftQuant:
     keep: tuple[str, ...] = ()
     size_budget: float | None = None
     sqnr_budget: float | None = None
-    prefer: str = "speed"
+    prefer: Literal["speed", "size"] = "speed"
     finetune_steps: int = 0
     seed: int = 0
 
@@ -99,7 +92,7 @@ class ShiftQuant:
         _integer("group_size", self.group_size, 1, 1 << 20)
         _integer("finetune_steps", self.finetune_steps, 0, 1 << 20)
         _integer("seed", self.seed, 0, (1 << 63) - 1)
-        for name, allowed in _CHOICES.items():
+        for name, allowed in _choices().items():
             value = getattr(self, name)
             if value not in allowed:
                 near = difflib.get_close_matches(str(value), allowed, 1)
@@ -173,3 +166,15 @@ def _overrides(value: Any) -> tuple[tuple[str, tuple[tuple[str, Any], ...]], ...
     except (TypeError, ValueError) as e:
         raise UsageError(f"ShiftQuant(overrides={value!r}): expected {{pattern: {{field: value}}}}") from e
     return tuple(found)
+
+
+@functools.cache
+def _choices() -> dict[str, tuple[str, ...]]:
+    """The fields that take one of a few words, which their types name."""
+    return {name: get_args(hint) for name, hint in get_type_hints(ShiftQuant).items() if get_origin(hint) is Literal}
+
+
+def static_layers(spec: ShiftQuant) -> bool:
+    """Does any layer take constant scales, which have to come from data?"""
+    values = [spec.activations, *(dict(found).get("activations") for _, found in spec.overrides)]
+    return "static" in values

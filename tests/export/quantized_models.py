@@ -206,7 +206,7 @@ def quantized(name: str, **spec: Any) -> tuple[nn.Module, Tensor]:
     torch.manual_seed(3)
     model, x = MODELS[name]().eval(), INPUTS[name]()
     options = {"prefer": "size", "exponents": "range", **spec}
-    fast = normfuse.optimize(model, (x,), quantize=normfuse.ShiftQuant(**options), verify="off")
+    fast = normfuse.optimize(model, (x,), quantize=normfuse.ShiftQuant(**options), calibration=[x], verify="off")
     return fast, x
 
 

@@ -170,7 +170,7 @@ class One(Stream):
         pytest.param(lambda m, x: m.head(m.norm(x.tanh())), 1, "has no weights", id="one centering for one norm"),
         pytest.param(lambda m, x: m.head(m.norm(m.conv(x.mT).mT)), 1, "has 2 groups", id="a grouped writer"),
         pytest.param(lambda m, x: (m.head(m.norm(x)), x), 1, "output of the model", id="an output"),
-        pytest.param(lambda m, x: m.head(m.norm(x)) + m.gate(x), 1, "gate (linear) sees its mean", id="a reader"),
+        pytest.param(lambda m, x: m.head(m.norm(x)) + m.gate(x), 1, "reads the residual stream without", id="a reader"),
         pytest.param(lambda m, x: m.head(m.norm(m.bare(x))), 1, "Post-LN", id="behind another norm"),
         pytest.param(lambda m, x: m.head(m.norm(torch.cat([x[..., :4], x[..., :4]], 2))), 1, "joins", id="joined features"),
     ],

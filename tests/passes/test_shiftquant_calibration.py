@@ -14,7 +14,7 @@ from tests.passes.quantized import SIZE, Mlp, draw, entries, made, sqnr
 def test_static_scales(observer):
     spec = ShiftQuant(weight_bits=8, activations="static", observer=observer, percentile=99.0, prefer="size")
     model, x = made(Mlp), draw(512, 24)
-    fast = normfuse.optimize(model, (x,), quantize=spec)
+    fast = normfuse.optimize(model, (x,), quantize=spec, calibration=[x])
     layers = entries(normfuse.report(fast))
     assert [e.activations for e in layers] == ["static", "static"]
     assert [e.clipped == 0 for e in layers] == [observer == "minmax"] * 2 if observer != "mse" else True
@@ -30,7 +30,7 @@ def test_the_scale_of_least_squares_clips_outliers():
     found = {}
     for observer in ("minmax", "mse"):
         spec = ShiftQuant(activation_bits=4, activations="static", observer=observer, prefer="size", migration=False)
-        gm = normfuse.optimize(nn.Linear(64, 8).eval(), (x,), quantize=spec)
+        gm = normfuse.optimize(nn.Linear(64, 8).eval(), (x,), quantize=spec, calibration=[x])
         found[observer] = next(float(t) for name, t in gm.state_dict().items() if name.endswith("input_scale"))
     assert found["minmax"] == pytest.approx(20 / 7)
     assert 2 / 7 < found["mse"] < 6 / 7

@@ -42,7 +42,9 @@ def _vit() -> tuple[nn.Module, torch.Tensor]:
 @functools.cache
 def _quantized(**spec: Any) -> nn.Module:
     model, x = _vit()
-    return normfuse.optimize(model, (x,), quantize=normfuse.ShiftQuant(prefer="size", exponents="range", **spec), verify="off")
+    return normfuse.optimize(
+        model, (x,), quantize=normfuse.ShiftQuant(prefer="size", exponents="range", **spec), calibration=[x], verify="off"
+    )
 
 
 def _engine(model: nn.Module, folder: Path, dtype: str, **options: Any) -> Engine:
@@ -127,7 +129,7 @@ def _net(**spec: Any) -> nn.Module:
     torch.manual_seed(0)
     x = torch.randn(2, 3, 32, 32)
     quantize = normfuse.ShiftQuant(prefer="size", exponents="range", **spec) if spec else None
-    return normfuse.optimize(ResNet().eval(), (x,), quantize=quantize, verify="off")
+    return normfuse.optimize(ResNet().eval(), (x,), quantize=quantize, calibration=[x], verify="off")
 
 
 def test_convolutions(tmp_path: Path) -> None:

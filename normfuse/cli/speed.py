@@ -1,0 +1,129 @@
+"""Is a quantized file faster than its float original here, in a runtime as everybody has it? A few seconds of measuring."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from normfuse.benchmark import Comparison, Schedule, Verdict, measure
+from normfuse.engines import export_original, onnxruntime_engine
+from normfuse.errors import NormfuseError
+from normfuse.onnx_domains import domains
+
+if TYPE_CHECKING:
+    from normfuse.sources import Source
+
+__all__ = ["Speed", "speed_of", "speed_option"]
+
+_SECONDS = 3.0
+_LARGEST = 2 << 30  # bytes of weights of the original: a larger model takes more than a few seconds to export and to run
+_REGISTER = """import onnxruntime
+from normfuse import native
+options = onnxruntime.SessionOptions()
+options.register_custom_ops_library(str(native.path()))
+session = onnxruntime.InferenceSession({path!r}, options)"""
+
+speed_option = click.option(
+    "--speed-check/--no-speed-check",
+    default=True,
+    show_default=True,
+    help="With --quantize, measure the file against the float original for a few seconds.",
+)
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What was measured, or why it was not.
+
+    Attributes:
+        path: the quantized file.
+        stock: the original in float against the file, both in ONNX Runtime as everybody has it; None if it was not measured.
+        library: the same with normfuse's library registered; None where the file has no op of it, or it is not built.
+        native: has the file ops that the library makes faster?
+        why_not: why nothing was measured.
+    """
+
+    path: Path
+    stock: Comparison | None = None
+    library: Comparison | None = None
+    native: bool = False
+    why_not: str = ""
+
+    @property
+    def slower(self) -> bool:
+        """Surely slower than the original in a stock runtime."""
+        return self.stock is not None and self.stock.verdict(1.0) is Verdict.FAILS
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data; latencies in milliseconds."""
+        found = {"stock": self.stock, "library": self.library}
+        return {k: None if c is None else c.to_dict() for k, c in found.items()} | {"slower": self.slower, "why_not": self.why_not}
+
+    def __str__(self) -> str:
+        """A few lines of at most 80 columns, and the lines of Python that register the library."""
+        if self.stock is None:
+            lines = [f"  speed      not measured: {self.why_not}"]
+        else:
+            lines = [
+                f"  speed      stock ONNX Runtime: {_words(self.stock)} the float original here,",
+                f"             {_figures(self.stock)}",
+            ]
+        if self.library is not None:
+            lines += [
+                f"             with normfuse's library: {_words(self.library)} it,",
+                f"             {_figures(self.library)}",
+            ]
+        if self.native and (self.stock is None or self.slower or self.library is not None):
+            lines += ["             the library is registered by", *_code(self.path)]
+        elif self.slower:
+            lines += ["             integers do not pay here: keep it in float, or export --form native"]
+        return "\n".join(lines)
+
+
+def speed_of(loaded: Source, path: Path) -> Speed:
+    """Measure the file at `path` against the model that it was made of, for a few seconds."""
+    native = "normfuse" in domains(path)
+    held = sum(t.numel() * t.element_size() for t in loaded.module.state_dict().values())
+    if held > _LARGEST:
+        return Speed(path, native=native, why_not=f"the original has {held / 1e9:.1f} GB; compare with normfuse bench")
+    inputs: Any = loaded.kwargs if loaded.kwargs and not loaded.args else (*loaded.args, *loaded.kwargs.values())
+    with tempfile.TemporaryDirectory(prefix="normfuse-speed-") as folder:
+        original = Path(folder, "original.onnx")
+        try:
+            export_original(loaded, original)
+            float_ = onnxruntime_engine("the float original", original, inputs)
+            engines = [float_, float_, onnxruntime_engine("the file", path, inputs, kernels=False)]
+            if native and _library():
+                engines.append(onnxruntime_engine("the file with the library", path, inputs))
+            found = measure(engines, Schedule(seconds=_SECONDS, warmup=0.2, turn=0.1, restarts=1))
+        except NormfuseError as e:
+            return Speed(path, native=native, why_not=str(e).splitlines()[0][:200])
+    return Speed(path, Comparison.of(found), Comparison.of(found, b=3) if len(engines) == 4 else None, native)
+
+
+def _library() -> bool:
+    from normfuse import native
+
+    return native.available()
+
+
+def _words(found: Comparison) -> str:
+    match found.verdict(1.0):
+        case Verdict.HOLDS:
+            return "faster than"
+        case Verdict.FAILS:
+            return "SLOWER than"
+        case _:
+            return "not to be told from"
+
+
+def _figures(found: Comparison) -> str:
+    return f"{found.b.median:.3g} ms against {found.a.median:.3g} ms, {found.speedup} times as fast"
+
+
+def _code(path: Path) -> list[str]:
+    return [f"               {line}" for line in _REGISTER.format(path=str(path)).splitlines()]
