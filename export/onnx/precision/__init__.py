@@ -9,12 +9,11 @@ from normfuse.errors import UsageError
 from normfuse.export.onnx.precision.islands import plan
 from normfuse.export.onnx.precision.ops import COMMON_DOMAINS, infer_dtypes
 from normfuse.export.onnx.precision.rewrite import Rewrite
+from normfuse.export.onnx.precision.spelling import DTYPES, spelled_dtype
 from normfuse.extras import need
 
 __all__ = ["DTYPES", "IO_DTYPES", "to_precision"]
 
-#: What a graph can compute in.
-DTYPES = ("fp32", "fp16", "bf16")
 #: What its inputs and outputs can be: float32 with one cast each, or the dtype that it computes in.
 IO_DTYPES = ("fp32", "low")
 
@@ -32,7 +31,7 @@ def to_precision(model: Any, dtype: str, *, io_dtype: str = "fp32") -> tuple[str
 
     Args:
         model: a finished model, with its names.
-        dtype: `fp16`, `bf16`; `fp32` changes nothing. A model that is half already stays as it is.
+        dtype: `fp16`, `bf16`; `fp32` and `fp64` change nothing. A model that is half already stays as it is.
         io_dtype: dtype of the float inputs and outputs of the graph: `fp32`, or `low` for that of the products.
 
     Returns: what the user should know: weights that stay in float32.
@@ -42,11 +41,10 @@ def to_precision(model: Any, dtype: str, *, io_dtype: str = "fp32") -> tuple[str
     """
     ir = need("onnx_ir", extra="onnx")
     need("onnx_ir.passes.common", extra="onnx")
-    if dtype not in DTYPES:
-        raise UsageError(f"unknown dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
+    dtype = spelled_dtype(dtype)
     if io_dtype not in IO_DTYPES:
         raise UsageError(f"unknown io_dtype {io_dtype!r}: expected one of {', '.join(IO_DTYPES)}")
-    if dtype == "fp32":
+    if dtype in ("fp32", "fp64"):
         return ()
     low = ir.DataType.FLOAT16 if dtype == "fp16" else ir.DataType.BFLOAT16
     ir.passes.common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
