@@ -188,7 +188,7 @@ def write_onnx(
                 bound = _bound(tolerance, ready, rounds)
                 proof, notes = _proven(found, plain, where, bound, threads, layers, rounds=rounds, kept=kept)
             notes = (*notes, "compared in float32, before the conversion to bfloat16")
-        notes = (*changed, *notes, *to_precision(ready, low, io_dtype=io_dtype))
+        notes = (*changed, *notes, *to_precision(ready, low, io_dtype=io_dtype, own_in_fp32=where.contrib))
         save_model(ready, temporary, limit=external_data_above)
         bound = _bound(tolerance, ready, rounds)
         run = verify and low != "bf16"

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from normfuse.described import dtype_name, first_line
 from normfuse.errors import ExportError
@@ -20,7 +20,7 @@ from normfuse.export.targets import Target
 from normfuse.modes import Float64, Stirred
 from normfuse.proof import moves
 
-__all__ = ["in_another_dtype"]
+__all__ = ["check_double", "in_another_dtype"]
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +56,19 @@ def in_another_dtype(found: Program, target: Target, asked: str | None, *, verif
         return (f"{text}; not compared: verify=False",)
     gap = _apart(given, found)
     return (f"{text} ({gap:.1e} relative from the model as it was given)" if gap is not None else text,)
+
+
+def check_double(model: Any, asked: str | None, target: Target) -> None:
+    """Complain before any work about a float64 file that the runtime could not run.
+
+    Raises:
+        ExportError: ONNX Runtime has no float64 kernel for a convolution of the model.
+    """
+    if asked != "fp64" or target.name == "tensorrt" or not isinstance(model, nn.Module):
+        return
+    name = next((n for n, m in model.named_modules() if isinstance(m, torch.nn.modules.conv._ConvNd)), None)
+    if name is not None:
+        raise ExportError(f"ONNX Runtime has no float64 kernel for convolutions on the CPU ({name}): export the model in fp32")
 
 
 def _now(found: Program) -> str:

@@ -20,7 +20,7 @@ IO_DTYPES = ("fp32", "low")
 _WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
 
-def to_precision(model: Any, dtype: str, *, io_dtype: str = "fp32") -> tuple[str, ...]:
+def to_precision(model: Any, dtype: str, *, io_dtype: str = "fp32", own_in_fp32: bool = False) -> tuple[str, ...]:
     """Change the float32 `onnx_ir.Model`, in place, to compute in `dtype` wherever that keeps its results.
 
     Weights, products, activations and the data of normalizations become half. What half cannot hold stays float32, between
@@ -33,6 +33,7 @@ def to_precision(model: Any, dtype: str, *, io_dtype: str = "fp32") -> tuple[str
         model: a finished model, with its names.
         dtype: `fp16`, `bf16`; `fp32` and `fp64` change nothing. A model that is half already stays as it is.
         io_dtype: dtype of the float inputs and outputs of the graph: `fp32`, or `low` for that of the products.
+        own_in_fp32: ops of normfuse stay in float32, which is what our kernels on the CPU take; those of plugins take half.
 
     Returns: what the user should know: weights that stay in float32.
 
@@ -59,7 +60,7 @@ def to_precision(model: Any, dtype: str, *, io_dtype: str = "fp32") -> tuple[str
         )
     if half is not None:
         return (f"the model computes in {half.name.lower()} already and stays as it is",)
-    made = plan(model, nodes, low)
+    made = plan(model, nodes, low, own_in_fp32=own_in_fp32)
     Rewrite(model, nodes, made).run(low_io=io_dtype == "low")
     ir.passes.common.RemoveUnusedFunctionsPass()(model)
     return tuple(made.notes)
