@@ -20,7 +20,7 @@ from normfuse.export.onnx.dims import axis_names, exportable
 from normfuse.export.onnx.recast import changes_for, computes_in, in_other_dtypes, is_quantized_graph, recast
 from normfuse.export.targets import Target
 from normfuse.record import record
-from normfuse.trees import children
+from normfuse.trees import children, named_leaves
 
 __all__ = ["Program", "program"]
 
@@ -118,8 +118,8 @@ def program(
     )
     if not inputs:
         raise ExportError("the model takes no tensor; an ONNX file of it would be a constant")
-    names = _output_names([path for path, _ in leaves], keep, taken=set(inputs))
-    dropped = [_label(path) or "output" for i, (path, _) in enumerate(leaves) if i not in keep]
+    names = _output_names([".".join(path) for path, _ in leaves], keep, taken=set(inputs))
+    dropped = [".".join(path) or "output" for i, (path, _) in enumerate(leaves) if i not in keep]
     notes = (f"outputs that are no tensors were left out: {', '.join(dropped)}",) if dropped else ()
     axes = axis_names(exported, args, kwargs, dynamic_shapes, inspect.signature(graph_module.forward))
     found = Program(exported, module, args, kwargs, inputs, names, axes, notes, native)
@@ -174,11 +174,11 @@ def _captured(
         raise ExportError(f"torch.export cannot capture the module on these inputs{hint}: {_first_lines(e)}{parts}") from e
 
 
-def _outputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[Any, Any]]:
+def _outputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[tuple[str, ...], Any]]:
     try:
         own_args, own_kwargs = pytree.tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, (args, kwargs))
         with torch.no_grad():
-            return pytree.tree_flatten_with_path(module(*own_args, **own_kwargs))[0]
+            return list(named_leaves(module(*own_args, **own_kwargs)))
     except Exception as e:
         raise UsageError(f"the module does not run on the example inputs: {_first_lines(e)}") from e
 
@@ -220,14 +220,12 @@ def _flat_inputs(exported: torch.export.ExportedProgram, args: tuple[Any, ...], 
     return pytree.tree_leaves((args, {name: kwargs[name] for name in names}))
 
 
-def _output_names(paths: list[Any], keep: Sequence[int], taken: set[str]) -> tuple[str, ...]:
+def _output_names(paths: list[str], keep: Sequence[int], taken: set[str]) -> tuple[str, ...]:
     """Names after the place of each tensor: `logits`, `past_key_values.0.0`, `output_1`; unique, also among the inputs."""
     names: list[str] = []
     for i in keep:
-        label = _label(paths[i])
-        if not label:
-            label = "output"
-        elif label[0].isdigit():
+        label = paths[i] or "output"
+        if label[0].isdigit():
             label = f"output_{label}"
         name, n = label, 1
         while name in taken:
@@ -235,16 +233,6 @@ def _output_names(paths: list[Any], keep: Sequence[int], taken: set[str]) -> tup
         taken.add(name)
         names.append(name)
     return tuple(names)
-
-
-def _label(path: Any) -> str:
-    parts = []
-    for key in path:
-        for attribute in ("key", "name", "idx"):
-            if hasattr(key, attribute):
-                parts.append(str(getattr(key, attribute)))
-                break
-    return ".".join(parts)
 
 
 def _first_lines(e: BaseException, lines: int = 3) -> str:

@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 from normfuse.dtypes import default_eps
 from normfuse.errors import ExportError
+from normfuse.export.onnx.experts import GROUPED, fallback
 from normfuse.export.onnx.precision.spelling import TORCH
 from normfuse.export.targets import Target
 from normfuse.guards import CheckedCodeGen
@@ -116,6 +117,7 @@ def _recast(gm: fx.GraphModule, changes: Changes, done: dict[int, Any]) -> fx.Gr
             if node.target is aten.view.dtype:
                 raise ExportError(f"{node.name} reads the bits of its input ({node.target}): the model has no other dtype than its own")
             _explicit(node, changes)
+            _experts(node, changes)
             node.args, node.kwargs = _mapped(node.args, changes), _mapped(node.kwargs, changes)
             _floats_of_integers(node, changes)
     if isinstance(graph._codegen, CheckedCodeGen):
@@ -183,6 +185,17 @@ def _explicit(node: fx.Node, changes: Changes) -> None:
     reads = any(isinstance(n.meta.get("val"), Tensor) and n.meta["val"].is_floating_point() for n in node.all_input_nodes)
     if asks and not reads and node.kwargs.get("dtype") is None:
         node.kwargs = {**node.kwargs, "dtype": val.dtype}
+
+
+def _experts(node: fx.Node, changes: Changes) -> None:
+    """On a CPU PyTorch multiplies sorted rows in bfloat16 alone; transformers has an operator for the other dtypes."""
+    if node.target is not GROUPED or node.meta["val"].dtype not in changes:
+        return
+    if fallback() is None:
+        raise ExportError(f"{node.name} ({GROUPED}) computes in bfloat16 alone; use another form of experts in the model")
+    x, weight, offs = (*node.args, None)[:3]
+    node.target = fallback()
+    node.args, node.kwargs = (x, weight, node.kwargs.get("offs", offs)), {}
 
 
 def _floats_of_integers(node: fx.Node, changes: Changes) -> None:
