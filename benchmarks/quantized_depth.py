@@ -1,8 +1,8 @@
 """Why a deep quantized file and its module differ: `python -m benchmarks.quantized_depth`.
 
-Each block of a random decoder stack, quantized to W8A8, is exported alone. File and module get the same input, and what they round to
-integers is compared code by code; then each goes on with its own output. Beside them runs the module on an input that differs in the
-last place.
+Each block of a random decoder stack, quantized to W8A8, is exported alone. File and module get the same input, and what they
+round to integers is compared code by code; then each goes on with its own output. Beside them runs the module on an input that
+differs by little.
 """
 
 from __future__ import annotations
@@ -143,7 +143,11 @@ def main() -> None:
     module, file, reference = x, x, x
     moved = [x * (1 + e * torch.randn_like(x).sign()) for e in _PERTURBATIONS]
     print("dB; `alone`: file and module get the same input; the others go on with their own output")
-    print("| block | alone | codes that differ | file / module | " + " | ".join(f"module, input ± {e:g}" for e in _PERTURBATIONS) + " | W8A8 / float |")
+    print(
+        "| block | alone | codes that differ | file / module | "
+        + " | ".join(f"module, input ± {e:g}" for e in _PERTURBATIONS)
+        + " | W8A8 / float |"
+    )
     print("|---|---|---|---|" + "---|" * len(_PERTURBATIONS) + "---|")
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         for i, (block, gm, call) in enumerate(zip(blocks, quantized, _files(quantized, Path(folder)), strict=True)):

@@ -34,7 +34,7 @@ def named_leaves(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple
         yield from named_leaves(inner, (*path, name))
 
 
-_NAMED = namedtuple  # the function, under which PyTorch keeps all named tuples
+_NAMED: Any = namedtuple  # the function, under which PyTorch keeps all named tuples
 
 
 def _names(value: Any, held: list[Any], context: Any) -> list[str]:
@@ -43,9 +43,9 @@ def _names(value: Any, held: list[Any], context: Any) -> list[str]:
     if isinstance(value, Mapping):
         # some flatten in another order than they iterate in, and keep the keys as their context
         for keys in (context, list(value)):
-            if isinstance(keys, (list, tuple)) and len(keys) == len(held):
-                if all(k in value and value[k] is v for k, v in zip(keys, held, strict=True)):
-                    return [str(k) for k in keys]
+            listed = isinstance(keys, (list, tuple)) and len(keys) == len(held)
+            if listed and all(k in value and value[k] is v for k, v in zip(keys, held, strict=True)):
+                return [str(k) for k in keys]
     if dataclasses.is_dataclass(value):
         fields = [f.name for f in dataclasses.fields(value) if hasattr(value, f.name)]
         found: list[str] = []

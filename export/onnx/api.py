@@ -161,8 +161,8 @@ def write_onnx(
         model = _translated(found, where, version)
     elif lacking is not None and verify:
         raise ExportError(
-            f"ONNX Runtime has no float64 kernels on the CPU for this model ({lacking}); export it in float32, or pass verify=False "
-            "to write it for another device"
+            f"ONNX Runtime has no float64 kernels on the CPU for this model ({lacking}); export it in float32, or pass "
+            "verify=False to write it for another device"
         )
     changed = in_another_dtype(found, where, asked, verify=verify)
     low = asked or "fp32"

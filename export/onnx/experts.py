@@ -2,8 +2,8 @@
 
     y[s] = x[s] W[e]   for offs[e − 1] ≤ s < offs[e]
 
-In ONNX: rows are cut out at the offsets, each part is multiplied with its own weight, and the parts are joined. No row is multiplied
-with the weight of another expert, and no weight is copied for a row.
+In ONNX: rows are cut out at the offsets, each part is multiplied with its own weight, and the parts are joined. No row is
+multiplied with the weight of another expert, and no weight is copied for a row.
 """
 
 from __future__ import annotations

@@ -165,13 +165,13 @@ def _remedy(operator: str) -> str:
 
 def _place(e: BaseException, program: Program) -> str:
     """Where in the model the operator stands that an error is about."""
-    said = e
+    said: BaseException | None = e
     while said is not None:
         named = re.search(r"translating node %?(\w+)", str(said))
         if named is not None:
             nodes = list(program.exported.graph.nodes)
             # the exporter takes operators apart, and the parts are called after what they compute
-            near = [n for n in nodes if n.name == named[1]] or [n for n in nodes if n.name.startswith(named[1].rstrip("_0123456789"))]
+            near = [n for n in nodes if n.name == named[1]] or [n for n in nodes if named[1].rstrip("_0123456789") in n.name]
             stack = near[0].meta.get("nn_module_stack") if near else None
             path = next((p for p, _ in reversed(list((stack or {}).values())) if p), "")
             return f" (in {path})" if path else ""

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from normfuse.described import dtype_name, first_line
 from normfuse.errors import ExportError
 from normfuse.export.onnx.compare import MARGIN, MIN_SQNR, TOLERANCE, deviation, sqnr, tolerance_for
-from normfuse.export.onnx.program import Program
 from normfuse.export.onnx.precision.spelling import TORCH
+from normfuse.export.onnx.program import Program
 from normfuse.export.onnx.recast import is_quantized_graph
 from normfuse.export.targets import Target
 from normfuse.modes import Float64, Stirred

@@ -79,7 +79,12 @@ def _shaken(t: Tensor, by: float) -> Tensor:
 
 
 def program(
-    module: nn.Module, example_inputs: Any = None, dynamic_shapes: Any = None, *, dtype: str | None = None, target: Target | None = None
+    module: nn.Module,
+    example_inputs: Any = None,
+    dynamic_shapes: Any = None,
+    *,
+    dtype: str | None = None,
+    target: Target | None = None,
 ) -> Program:
     """Capture `module` for export; what is not given comes from the record that `normfuse.optimize` left.
 

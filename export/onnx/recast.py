@@ -63,7 +63,7 @@ def computes_in(gm: fx.GraphModule, inputs: Any) -> torch.dtype:
 def changes_for(native: torch.dtype, asked: str | None, target: Target, *, quantized: bool) -> dict[torch.dtype, torch.dtype]:
     """What has to change in a model that computes in `native` so that the file can be in the dtype that is `asked` for.
 
-    float16 and bfloat16 files are made of float32 ones, which have what the conversion looks at: see `normfuse.export.onnx.precision`.
+    float16 and bfloat16 files are made of float32 ones, which have what the conversion looks at (`normfuse.export.onnx.precision`).
     A model that computes in that dtype already stays as its author wrote it. ONNX Runtime has next to no kernels for bfloat16 on
     the CPU, so that nothing there stays in it.
 
@@ -87,7 +87,7 @@ def changes_for(native: torch.dtype, asked: str | None, target: Target, *, quant
     if native is torch.float32:
         return no_bf16
     if native in _HALF:  # float64 within a half model is there for a reason
-        return {d: torch.float32 for d in _HALF}
+        return dict.fromkeys(_HALF, torch.float32)
     return everything
 
 
@@ -115,7 +115,9 @@ def _recast(gm: fx.GraphModule, changes: Changes, done: dict[int, Any]) -> fx.Gr
             _replace(new, str(node.target), changes, done)
         elif node.op == "call_function":
             if node.target is aten.view.dtype:
-                raise ExportError(f"{node.name} reads the bits of its input ({node.target}): the model has no other dtype than its own")
+                raise ExportError(
+                    f"{node.name} reads the bits of its input ({node.target}): the model has no other dtype than its own"
+                )
             _explicit(node, changes)
             _experts(node, changes)
             node.args, node.kwargs = _mapped(node.args, changes), _mapped(node.kwargs, changes)

@@ -98,7 +98,9 @@ def to_tensorrt(
             verify=verify, tolerance=tolerance, progress=progress,
         )  # fmt: skip
         del gm
-        return _built(ready, path, stated, dtype=_short(dtype), flavour=flavour, capabilities=capabilities, force=force, progress=progress)
+        return _built(
+            ready, path, stated, dtype=_short(dtype), flavour=flavour, capabilities=capabilities, force=force, progress=progress
+        )
 
 
 @dataclass(frozen=True)
@@ -205,7 +207,9 @@ def build_onnx(
     stated = parse_shapes(shapes)
     with workspace(path) as folder:
         ready = file_as_onnx(file, folder, dtype=dtype, io_dtype=io_dtype)
-        return _built(ready, path, stated, dtype=_short(dtype), flavour=flavour, capabilities=capabilities, force=force, progress=progress)
+        return _built(
+            ready, path, stated, dtype=_short(dtype), flavour=flavour, capabilities=capabilities, force=force, progress=progress
+        )
 
 
 def check_arguments(

@@ -116,7 +116,9 @@ def run(file: Path, feeds: dict[str, Any]) -> dict[str, Any]:
     return dict(zip([o.name for o in opened.get_outputs()], opened.run(None, feeds), strict=True))
 
 
-@pytest.mark.parametrize("build", [pytest.param(f, id=f.__name__) for f in (bert, distilbert, electra, roberta, clip_text, t5_encoder)])
+@pytest.mark.parametrize(
+    "build", [pytest.param(f, id=f.__name__) for f in (bert, distilbert, electra, roberta, clip_text, t5_encoder)]
+)
 def test_a_tokenizer_feeds_the_file(build: Any, tmp_path: Path, export: Any) -> None:
     tokenizer, model = build(tmp_path)
     folder = tmp_path / "model"
