@@ -65,8 +65,8 @@ def resnet(small: bool = False) -> tuple[nn.Module, Any]:
 
 def _decoder(small: bool) -> dict[str, Any]:
     return {
-        "vocab_size": 500, "hidden_size": 32 if small else 256, "intermediate_size": 64 if small else 512,
-        "num_hidden_layers": 2 if small else 8, "num_attention_heads": 4, "num_key_value_heads": 2, "use_cache": False,
+        "vocab_size": 500, "hidden_size": 32 if small else 128, "intermediate_size": 64 if small else 256,
+        "num_hidden_layers": 1 if small else 4, "num_attention_heads": 4, "num_key_value_heads": 2, "use_cache": False,
     }  # fmt: skip
 
 

@@ -24,6 +24,8 @@ __all__ = ["check_double", "in_another_dtype"]
 
 log = logging.getLogger(__name__)
 
+_TRIALS = 6
+
 
 def in_another_dtype(found: Program, target: Target, asked: str | None, *, verify: bool) -> tuple[str, ...]:
     """What the user should know of a program that is in other dtypes than its module; () for one that is not.
@@ -88,8 +90,11 @@ def _apart(given: Program, found: Program) -> float | None:
     want, have = given.reference(flat), found.reference(found.flat_inputs())
     own = [b.to(a.dtype) if a.is_floating_point() else b for a, b in zip(want, have, strict=True)]
     if is_quantized_graph(found.exported.graph_module):  # a rounding in front of a quantization moves a code
-        quality = sqnr(want, own)
-        least = min(MIN_SQNR, *(sqnr(want, _stirred(given, flat, seed)) - MARGIN for seed in range(2)))
+        quality, least = sqnr(want, own), MIN_SQNR
+        for seed in range(_TRIALS):  # the later ones are larger: one code that moves is all that it takes
+            if quality >= least:
+                break
+            least = min(least, sqnr(want, _stirred(given, flat, seed, 4.0 if seed else 1.0)) - MARGIN)
         if quality < least:
             raise ExportError(
                 f"in {_now(found)} the quantized model has {quality:.0f} dB against the one in {dtype_name(found.dtype)}, and "
@@ -126,6 +131,8 @@ def _same_in_float64(given: Program, flat: Sequence[Any], have: Sequence[Tensor]
         return False
 
 
-def _stirred(given: Program, flat: Sequence[Any], seed: int) -> list[Tensor]:
-    with Stirred(seed):
+def _stirred(given: Program, flat: Sequence[Any], seed: int, times: float = 1.0) -> list[Tensor]:
+    """Outputs of the module with roundings of the coarser of the two dtypes."""
+    unit = max(torch.finfo(d).eps for d in (given.dtype, torch.float32))
+    with Stirred(seed, times * unit):
         return given.reference(flat)

@@ -88,8 +88,8 @@ def _spelled(ctx: click.Context, param: click.Parameter, value: str | None) -> s
 @verbosity
 def export(
     model: Model, pipeline: Pipeline, output: Path | None, target: str | None, opset: int | None, form: str, int4: bool,
-    dtype: str | None, io_dtype: str, profiles: tuple[str, ...], flavour: str | None, capabilities: tuple[str, ...], plugins: str | None,
-    dry_run: bool, repository: Path | None, name: str | None, model_version: str | None,
+    dtype: str | None, io_dtype: str, profiles: tuple[str, ...], flavour: str | None, capabilities: tuple[str, ...],
+    plugins: str | None, dry_run: bool, repository: Path | None, name: str | None, model_version: str | None,
     backend: str | None, report_path: Path | None, force: bool, as_json: bool, quiet: bool,
 ) -> None:  # fmt: skip
     """Optimize SOURCE, export it, and prove the file in its runtime.

@@ -70,7 +70,7 @@ def test_a_linear_layer_is_its_float_product(spec: dict[str, Any], kind: str, tm
     torch.manual_seed(0)
     model = linear(**spec).eval()
     x = torch.randn(2, 5, spec["k"])
-    file = exported(model, (x,), tmp_path, target="tensorrt", form="weight_only", dtype="fp64")
+    file = exported(model, (x,), tmp_path, target="tensorrt", form="weight_only")
     assert file.form == "weight_only"
     assert _kinds(file.path) == {kind}
     assert not {n.domain for n in onnx.load(file.path).graph.node} - {""}
@@ -86,7 +86,7 @@ def test_a_convolution_is_its_float_product(group: int, bits: int, tmp_path: Pat
     torch.manual_seed(0)
     x = torch.randn(2, 12, 9, 7)
     model = conv(24, 12, group, bits, 4, padding=(1, 0, 0, 1), stride=(2, 1), epilogue="relu").eval()
-    file = exported(model, (x,), tmp_path, target="tensorrt", form="weight_only", dtype="fp64")
+    file = exported(model, (x,), tmp_path, target="tensorrt", form="weight_only")
     assert file.error is not None
     assert file.error.max_rel < 1e-5
     assert _kinds(file.path) == {"INT8"}
@@ -97,7 +97,7 @@ def test_rows_of_a_table(tmp_path: Path) -> None:
     bits = 4
     torch.manual_seed(0)
     model, ids = embedding(30, 10, bits).eval(), torch.randint(0, 30, (2, 5))
-    file = exported(model, (ids,), tmp_path, target="tensorrt", form="weight_only", dtype="fp64")
+    file = exported(model, (ids,), tmp_path, target="tensorrt", form="weight_only")
     assert _kinds(file.path) == {"INT4"}
     want = (unpack_rows(model.c, 10, bits).double() * model.s.double()[:, None])[ids]
     _close(outputs(file, ids, config=AS_WRITTEN)[0], want)
@@ -105,7 +105,7 @@ def test_rows_of_a_table(tmp_path: Path) -> None:
 
 def test_attention_is_in_float(tmp_path: Path) -> None:
     x = torch.randn(2, 4, 6, 8)
-    file = exported(attention(causal=True).eval(), (x,), tmp_path, target="tensorrt", form="weight_only", dtype="fp64")
+    file = exported(attention(causal=True).eval(), (x,), tmp_path, target="tensorrt", form="weight_only")
     q, k, v = x, x.roll(1, 2), x
     _close(outputs(file, x)[0], F.scaled_dot_product_attention(q.double(), k.double(), v.double(), is_causal=True, scale=0.3))
     assert file.attention_sites == {"decomposed": 1}
@@ -163,7 +163,7 @@ FRONTS: list[Any] = [
 def test_exponents_go_into_what_is_in_front(front: Callable[[], nn.Module], multiplications: int, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model, x = Front(front()).eval(), torch.randn(3, 5, 16)
-    file = exported(model, (x,), tmp_path, target="tensorrt", form="weight_only", dtype="fp64")
+    file = exported(model, (x,), tmp_path, target="tensorrt", form="weight_only")
     assert file.error is not None
     assert file.error.max_rel < 1e-5
     vectors = [
@@ -193,7 +193,7 @@ def test_exponents_stay_where_something_else_reads_the_norm(tmp_path: Path) -> N
             y = self.norm(x)
             return self.first(y), self.second(y), y
 
-    file = exported(Two().eval(), (torch.randn(3, 32),), tmp_path, target="tensorrt", form="weight_only", dtype="fp64")
+    file = exported(Two().eval(), (torch.randn(3, 32),), tmp_path, target="tensorrt", form="weight_only")
     assert file.ops["Mul"] == 2
     assert file.error is not None
     assert file.error.max_rel < 1e-5
@@ -219,7 +219,7 @@ def test_a_wrong_weight_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(weight_only, "_dequantized", wrong)
     with pytest.raises(ExportError, match="deviates from the module"):
-        exported(linear(20, 40).eval(), (torch.randn(2, 40),), tmp_path, target="tensorrt", form="weight_only", dtype="fp64")
+        exported(linear(20, 40).eval(), (torch.randn(2, 40),), tmp_path, target="tensorrt", form="weight_only")
     assert not list(tmp_path.glob("*.onnx"))
 
 
@@ -248,5 +248,5 @@ def test_layers_share_their_factors(tmp_path: Path) -> None:
     for name in layer.names:
         model.register_buffer(name, getattr(layer, name))
     model.names = layer.names
-    file = exported(model.eval(), (torch.randn(3, 32),), tmp_path, target="tensorrt", form="weight_only", dtype="fp64")
+    file = exported(model.eval(), (torch.randn(3, 32),), tmp_path, target="tensorrt", form="weight_only")
     assert file.ops["Mul"] == 1
