@@ -26,10 +26,12 @@ from normfuse.original import Call, Original
 from normfuse.partial import whole_or_parts
 from normfuse.passes import PASSES
 from normfuse.passes.folding import known_values
+from normfuse.passes.quantize.nothing import check_quantized
 from normfuse.passes.quantize.ranks import everywhere, several_ranks
 from normfuse.prove import Proof, run
 from normfuse.quant.spec import ShiftQuant, static_layers
 from normfuse.record import Record
+from normfuse.record import report as report_of
 from normfuse.report import Calibration, PassReport, Report
 from normfuse.returned import settle
 from normfuse.surroundings import undisturbed
@@ -108,12 +110,23 @@ def optimize(
 
     Raises:
         CaptureError: the model could not be traced.
-        UsageError: an argument is wrong.
+        UsageError: an argument is wrong, or `quantize` has quantized no layer at all; the message says why.
     """
+    options: dict[str, Any] = {"passes": passes, "quantize": quantize, "verify": verify}
+    options["allow_random_calibration"] = allow_random_calibration
     if partial:
-        random = {"allow_random_calibration": allow_random_calibration}
-        options = {"passes": passes, "quantize": quantize, "verify": verify, **random}
-        return whole_or_parts(optimize, model, example_inputs, dynamic_shapes, calibration, options)  # type: ignore[no-any-return]
+        made = whole_or_parts(_optimize, model, example_inputs, dynamic_shapes, calibration, options)
+    else:
+        made = _optimize(model, example_inputs, dynamic_shapes=dynamic_shapes, calibration=calibration, **options)
+    if quantize is not None:
+        check_quantized(report_of(made))
+    return made  # type: ignore[no-any-return]
+
+
+def _optimize(
+    model: Any, example_inputs: Any = None, *, dynamic_shapes: Any = None, passes: Sequence[str | Pass] | None = None,
+    quantize: Any = None, calibration: Any = None, verify: str = "end", allow_random_calibration: bool = False,
+) -> fx.GraphModule:  # fmt: skip
     start = perf_counter()
     pipeline = [*_pipeline(passes), *_quantization(quantize)]
     if verify not in _VERIFY:

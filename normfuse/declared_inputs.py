@@ -19,6 +19,7 @@ __all__ = ["declared_inputs"]
 
 _TOKENS = 16  # default sequence length: long enough for every relative position bucket that matters, cheap to run
 _DETECTED = (3, 320, 320)  # of one image; detectors resize each by themselves
+_LARGEST = 4096  # side of an image; a folder may say anything
 _LONGEST_AUDIO = 16_000  # samples: one second
 
 
@@ -127,7 +128,7 @@ def _hugging_face(model: nn.Module, config: Any, like: _Like, batch: int, tokens
         if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in takes:
             inputs["decoder_input_ids"] = like.ids(batch, length, text)
     if main == "pixel_values" or (main == "input_ids" and {"pixel_values", "return_loss"} <= takes.keys()):
-        size = _pixels(config)
+        size = _pixels(model, config)
         if size is None:
             return None
         inputs["pixel_values"] = like.image(batch, *size)
@@ -189,13 +190,29 @@ def _positions(config: Any) -> int:
     return max(1, longest - 2)  # position tables of the RoBERTa family are two longer than the texts that they hold
 
 
-def _pixels(config: Any) -> tuple[int, int, int] | None:
+def _pixels(model: nn.Module, config: Any) -> tuple[int, int, int] | None:
+    """(channels, height, width) that the processor in the model's folder gives, else those of the configuration.
+
+    A processor that only scales the shorter side is asked last: it does not say what becomes of the other.
+    """
     vision = config if hasattr(config, "image_size") else getattr(config, "vision_config", None)
-    side = getattr(vision, "image_size", None)
-    if side is None:
+    given = _settings(model, "preprocessor_config.json") or _settings(model, "processor_config.json").get("image_processor", {})
+    given = given if isinstance(given, Mapping) else {}
+    crop = given.get("crop_size") if given.get("do_center_crop", True) else None
+    size = given.get("size")
+    shorter = size.get("shortest_edge") if isinstance(size, Mapping) and not size.get("longest_edge") else None
+    plane = next((p for s in (crop, size, getattr(vision, "image_size", None), shorter) if (p := _plane(s)) is not None), None)
+    if plane is None:
         return None
-    height, width = (side, side) if isinstance(side, int) else (int(side[0]), int(side[1]))
-    return int(getattr(vision, "num_channels", 3)), height, width
+    return int(getattr(vision or config, "num_channels", 3)), *plane
+
+
+def _plane(size: Any) -> tuple[int, int] | None:
+    """(height, width) of a size as configurations spell it."""
+    if isinstance(size, Mapping):
+        size = (size.get("height"), size.get("width"))
+    sides = (size, size) if isinstance(size, int) else tuple(size) if isinstance(size, (list, tuple)) else ()
+    return (sides[0], sides[1]) if len(sides) == 2 and all(isinstance(s, int) and 0 < s <= _LARGEST for s in sides) else None
 
 
 def _spectrogram(config: Any) -> tuple[int, int] | None:

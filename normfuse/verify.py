@@ -28,6 +28,9 @@ EXACT_BOUND = 1e-9
 """Relative error in float64 above which a rewrite is not an identity: 2⁻⁵² times 10⁶ for a deep network's conditioning."""
 
 
+_KEPT = 1 << 16  # values of a constant that more than one operator reads
+
+
 def evaluate(graph: Graph, inputs: Sequence[Any], *, exact: bool, known: Mapping[fx.Node, Any] | None = None) -> list[Tensor]:
     """Run the graph node by node; every value is freed after its last use, every constant after each use.
 
@@ -50,6 +53,11 @@ def evaluate(graph: Graph, inputs: Sequence[Any], *, exact: bool, known: Mapping
         if exact:
             stack.enter_context(Float64())
         for node in graph.fx.nodes:
+            if node.op == "get_attr":
+                continue  # made where it is read: captured graphs name all their constants first
+            for n in node.all_input_nodes:
+                if n not in env:
+                    env[n] = _constant(known[n], exact) if known and n in known else _value(graph, n, env, feed, exact)
             if node.op == "output":
                 result = [v for v in pytree.tree_leaves(fx.node.map_arg(node.args[0], env.__getitem__)) if isinstance(v, Tensor)]
             elif known is not None and node in known:
@@ -57,11 +65,17 @@ def evaluate(graph: Graph, inputs: Sequence[Any], *, exact: bool, known: Mapping
             else:
                 env[node] = _value(graph, node, env, feed, exact)
             for n in node.all_input_nodes:
-                if last[n] is node:
-                    del env[n]
+                if last[n] is node or (n.op == "get_attr" and not _cheap(graph, n)):
+                    env.pop(n, None)
             if node not in last:
                 env.pop(node, None)
     return result
+
+
+def _cheap(graph: Graph, node: fx.Node) -> bool:
+    """A constant that is worth keeping until it is read again."""
+    constant = graph.constants.get(str(node.target))
+    return constant is None or constant.numel <= _KEPT
 
 
 def _value(graph: Graph, node: fx.Node, env: dict[fx.Node, Any], feed: Any, exact: bool) -> Any:

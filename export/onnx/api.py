@@ -26,9 +26,11 @@ from normfuse.export.onnx.compare import compare, tolerance_for
 from normfuse.export.onnx.inspect import norm_counts, op_counts
 from normfuse.export.onnx.lower import finished, translated
 from normfuse.export.onnx.mixed_norms import one_dtype_norms
+from normfuse.export.onnx.other_dtype import in_another_dtype
 from normfuse.export.onnx.precision import to_precision
+from normfuse.export.onnx.precision.spelling import spelled_dtype
 from normfuse.export.onnx.program import Program, program
-from normfuse.export.onnx.quantized.forms import possible_forms
+from normfuse.export.onnx.quantized.forms import is_quantized, possible_forms
 from normfuse.export.onnx.quantized.native import keep_nodes
 from normfuse.export.onnx.quantized.weights_alone import AS_WRITTEN, weights_alone
 from normfuse.export.onnx.runtime import session
@@ -63,7 +65,7 @@ def to_onnx(
     threads: int | None = None,
     measure_seconds: float = 10.0,
     external_data_above: int = MAX_PROTO,
-    dtype: str = "fp32",
+    dtype: str | torch.dtype | None = None,
     io_dtype: str = "fp32",
     force: bool = False,
     progress: bool = True,
@@ -94,9 +96,12 @@ def to_onnx(
         threads: threads of ONNX Runtime for measuring; by default the CPUs of the process.
         measure_seconds: about how long to measure forms of attention in all.
         external_data_above: weights above this many bytes go to a second file, `<name>.<hash>.data`.
-        dtype: `fp32` leaves a model as it is; `fp16` and `bf16` turn one in float32 into mixed precision, with statistics of norms
-            in float32 (see `normfuse.export.onnx.precision`). A file in bf16 is compared before it is converted: ONNX Runtime
-            cannot run it on the CPU.
+        dtype: what the file computes in: `fp32`, `fp16`, `bf16` or `fp64` (also `float16`, `half`, `torch.float16` and so on).
+            `fp16` and `bf16` are mixed precision, with statistics of norms in float32 (see `normfuse.export.onnx.precision`); a
+            float16 model stays as it is written. A file in bf16 is compared before it is converted: ONNX Runtime cannot run it on
+            the CPU. By default the dtype of the model, or float32 where the target cannot compute in it: bfloat16, and float64
+            with operators such as Conv, Erf or Gelu, in ONNX Runtime; quantized layers are always scaled in float32. A note says
+            so, and the file is held against the model as it was given.
         io_dtype: `fp32` keeps inputs and outputs in float32; `low` makes them as narrow as the rest.
         force: replace an existing file.
         progress: show a bar while measuring, on a terminal.
@@ -131,7 +136,7 @@ def write_onnx(
     threads: int | None,
     measure_seconds: float,
     external_data_above: int,
-    dtype: str,
+    dtype: str | torch.dtype | None,
     io_dtype: str,
     force: bool,
     progress: bool,
@@ -144,14 +149,24 @@ def write_onnx(
     """
     where = target_named(target)
     version = opset_for(where, opset)
+    asked = None if dtype is None else spelled_dtype(dtype)
     _forms(where, version, attention, native=True)
     path = check_target(path, force=force)
     for module in ("onnx", "onnxscript", "onnxruntime"):
         need(module, extra="onnx")
-    found = program(gm, example_inputs, dynamic_shapes)
-    simplify_masks(found.exported)
-    one_dtype_norms(found.exported)
-    model = translated(found, version, contrib=where.contrib and _is_float32(found))
+    found = program(gm, example_inputs, dynamic_shapes, dtype=asked, target=where)
+    model = _translated(found, where, version)
+    lacking = _lacks_double(model, found, where, version)
+    if lacking is not None and asked is None:
+        found = program(gm, example_inputs, dynamic_shapes, dtype="fp32", target=where)
+        model = _translated(found, where, version)
+    elif lacking is not None and verify:
+        raise ExportError(
+            f"ONNX Runtime has no float64 kernels on the CPU for this model ({lacking}); export it in float32, or pass "
+            "verify=False to write it for another device"
+        )
+    changed = in_another_dtype(found, where, asked, verify=verify)
+    low = asked or "fp32"
     integers = keep_nodes(model, [name for name in kept if name in _ROUNDS])
     keep_nodes(model, kept)
     quantized = possible_forms(model, where, version, form, int4=int4_initializers)
@@ -167,19 +182,19 @@ def write_onnx(
         rounds = integers > 0 or layers not in (None, "weight_only")
         proof: tuple[Error, float] | None = None
         notes: tuple[str, ...] = ()
-        if dtype == "bf16" and verify:  # ONNX Runtime has no kernels for it: what is converted is proven
+        if low == "bf16" and verify:  # ONNX Runtime has no kernels for it: what is converted is proven
             with tempfile.TemporaryDirectory(dir=temporary.parent) as folder:
                 plain = Path(folder, "float32.onnx")
                 save_model(ready, plain, limit=external_data_above)
                 bound = _bound(tolerance, ready, rounds)
                 proof, notes = _proven(found, plain, where, bound, threads, layers, rounds=rounds, kept=kept)
             notes = (*notes, "compared in float32, before the conversion to bfloat16")
-        notes = (*notes, *to_precision(ready, dtype, io_dtype=io_dtype))
+        notes = (*changed, *notes, *to_precision(ready, low, io_dtype=io_dtype, own_in_fp32=where.contrib))
         save_model(ready, temporary, limit=external_data_above)
         bound = _bound(tolerance, ready, rounds)
-        run = verify and dtype != "bf16"
+        run = verify and low != "bf16"
         again, more = _proven(
-            found, temporary, where, bound, threads, layers, rounds=rounds, kept=kept, verify=run, half=dtype == "fp16"
+            found, temporary, where, bound, threads, layers, rounds=rounds, kept=kept, verify=run, half=low == "fp16"
         )
         proof, notes = (proof, notes) if proof is not None else (again, (*notes, *more))
         error, sqnr = (None, None) if proof is None else proof
@@ -209,6 +224,27 @@ def write_onnx(
         )
     drop_stale(replaced, path)
     return result, found
+
+
+def _translated(found: Program, target: Target, opset: int) -> Any:
+    simplify_masks(found.exported)
+    one_dtype_norms(found.exported)
+    return translated(found, opset, contrib=target.contrib and _is_float32(found))
+
+
+def _lacks_double(model: Any, found: Program, target: Target, opset: int) -> str | None:
+    """What the runtime says of the plain form of a model in float64, before any work goes into it; None where it takes it."""
+    if torch.float64 not in _tensor_dtypes(found) or target.name == "tensorrt" or is_quantized(model):
+        return None
+    plain, _ = finished(model, found, target, opset, "decomposed")
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "float64.onnx")
+        save_model(plain, file, limit=MAX_PROTO)
+        try:
+            session(file, threads=1, optimized=False)
+        except ExportError as e:
+            return str(e) if "NOT_IMPLEMENTED" in str(e) else None
+    return None
 
 
 def _bound(tolerance: float | None, model: Any, rounds: bool) -> float:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import logging
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-from normfuse.errors import ExportError
+from normfuse.errors import ExportError, NormfuseError
 from normfuse.export.onnx.attention import lower_attention
 from normfuse.export.onnx.build import dims
 from normfuse.export.onnx.eager_attention import mark_attention
+from normfuse.export.onnx.experts import grouped_products
 from normfuse.export.onnx.names import name_graph
 from normfuse.export.onnx.opset17 import to_opset_17
 from normfuse.export.onnx.program import Program
@@ -31,6 +35,8 @@ __all__ = ["finished", "translated"]
 
 log = logging.getLogger(__name__)
 
+_LONGEST = 300  # letters of somebody else's message
+
 _TRANSLATED_OPSET = 18  # the oldest one that torch translates to; below it the result is converted
 
 
@@ -41,12 +47,13 @@ def translated(program: Program, opset: int, *, contrib: bool = False) -> Any:
         ExportError: torch has no translation for an op of the model; the message names it.
     """
     need("onnxscript", extra="onnx")
+    version = max(opset, _TRANSLATED_OPSET)
     try:
         with quiet(), torch.no_grad():
             out = torch.onnx.export(
                 program.exported,
-                opset_version=max(opset, _TRANSLATED_OPSET),
-                custom_translation_table=table(opset, contrib=contrib) | markers(),
+                opset_version=version,
+                custom_translation_table=table(opset, contrib=contrib) | markers() | grouped_products(version),
                 optimize=False,
                 verbose=False,
             )
@@ -55,9 +62,10 @@ def translated(program: Program, opset: int, *, contrib: bool = False) -> Any:
             with kept_exact(out.model):
                 out.optimize()
     except Exception as e:
-        raise ExportError(f"torch cannot translate the model to ONNX opset {opset}: {_cause(e)}") from e
-    _keep_constants(out.model.graph)
-    mark_attention(out.model)
+        raise ExportError(f"torch cannot translate the model to ONNX opset {opset}: {_cause(e)}{_place(e, program)}") from e
+    with _in_one_line("marked"):
+        _keep_constants(out.model.graph)
+        mark_attention(out.model)
     return out.model
 
 
@@ -74,8 +82,8 @@ def finished(
     ir = need("onnx_ir", extra="onnx")
     need("onnx_ir.passes.common", extra="onnx")
     common = ir.passes.common
-    model = model.clone()
-    with quiet():
+    with _in_one_line("written"), quiet():
+        model = model.clone()
         full_rotary_tables(model)
         if quantized == "weight_only":
             float_attention(model)
@@ -117,6 +125,18 @@ def _cast_outputs(graph: Any, program: Program) -> None:
         graph.outputs[i] = cast.outputs[0]
 
 
+@contextmanager
+def _in_one_line(what: str) -> Iterator[None]:
+    """An error of the libraries that handle graphs may print the whole graph."""
+    try:
+        yield
+    except NormfuseError:
+        raise
+    except Exception as e:
+        log.debug("the graph cannot be %s", what, exc_info=e)
+        raise ExportError(f"the ONNX graph cannot be {what}: {type(e).__name__}: {_cause(e)}; please report it") from e
+
+
 def _keep_constants(graph: Any) -> None:
     """Put into the graph what its nodes read: the optimizer names new constants after a value, twice if it is read twice."""
     for node in graph:
@@ -148,4 +168,28 @@ def _cause(e: BaseException) -> str:
         chain.append(inner)
     own = [x for x in chain if isinstance(x, ExportError)]
     text = " ".join(str((own or chain)[-1]).split())
-    return text[:500] or type(chain[-1]).__name__
+    missing = re.search(r"No ONNX function found for <OpOverload\(op='([\w.]+)', overload='(\w+)'\)>", text)
+    if missing is not None:
+        return f"there is no ONNX form of {missing[1]}{_remedy(missing[1])}"
+    return text[:_LONGEST] or type(chain[-1]).__name__
+
+
+def _remedy(operator: str) -> str:
+    library = operator.partition(".")[0]
+    return "" if library in ("aten", "prims", "prim") else f", which {library} has made; use its form of plain PyTorch operators"
+
+
+def _place(e: BaseException, program: Program) -> str:
+    """Where in the model the operator stands that an error is about."""
+    said: BaseException | None = e
+    while said is not None:
+        named = re.search(r"translating node %?(\w+)", str(said))
+        if named is not None:
+            nodes = list(program.exported.graph.nodes)
+            # the exporter takes operators apart, and the parts are called after what they compute
+            near = [n for n in nodes if n.name == named[1]] or [n for n in nodes if named[1].rstrip("_0123456789") in n.name]
+            stack = near[0].meta.get("nn_module_stack") if near else None
+            path = next((p for p, _ in reversed(list((stack or {}).values())) if p), "")
+            return f" (in {path})" if path else ""
+        said = said.__cause__ or said.__context__
+    return ""

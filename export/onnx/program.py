@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import inspect
 import warnings
 from collections.abc import Mapping, Sequence
@@ -16,8 +17,10 @@ from torch.utils import _pytree as pytree
 from normfuse.capture_errors import IN_PARTS
 from normfuse.errors import ExportError, UsageError
 from normfuse.export.onnx.dims import axis_names, exportable
+from normfuse.export.onnx.recast import changes_for, computes_in, in_other_dtypes, is_quantized_graph, recast
+from normfuse.export.targets import Target
 from normfuse.record import record
-from normfuse.trees import children
+from normfuse.trees import children, named_leaves
 
 __all__ = ["Program", "program"]
 
@@ -34,6 +37,8 @@ class Program:
         outputs: names of the tensor outputs, in order.
         axes: readable name of each symbolic size, by symbol.
         notes: outputs that are no tensors and were left out.
+        dtype: what the products of the module compute in, as it was given.
+        given: the same program of the module as it was given, where `module` is a copy in other dtypes.
     """
 
     exported: torch.export.ExportedProgram
@@ -44,6 +49,8 @@ class Program:
     outputs: tuple[str, ...]
     axes: dict[str, str]
     notes: tuple[str, ...]
+    dtype: torch.dtype = torch.float32
+    given: Program | None = None
 
     def flat_inputs(self) -> tuple[Any, ...]:
         """Leaves of the example inputs in the order of the program, those that are no tensors included."""
@@ -71,8 +78,20 @@ def _shaken(t: Tensor, by: float) -> Tensor:
     return t * (1 + by * (2 * torch.rand_like(t) - 1))
 
 
-def program(module: nn.Module, example_inputs: Any = None, dynamic_shapes: Any = None) -> Program:
+def program(
+    module: nn.Module,
+    example_inputs: Any = None,
+    dynamic_shapes: Any = None,
+    *,
+    dtype: str | None = None,
+    target: Target | None = None,
+) -> Program:
     """Capture `module` for export; what is not given comes from the record that `normfuse.optimize` left.
+
+    Args:
+        dtype: what the file is to compute in, a name of `normfuse.export.onnx.precision.spelling`; None for the nearest that the
+            target takes.
+        target: what the file is for; without one the program stays in the dtypes of the module.
 
     Raises:
         UsageError: there are no example inputs, or they do not fit.
@@ -87,6 +106,12 @@ def program(module: nn.Module, example_inputs: Any = None, dynamic_shapes: Any =
     if not isinstance(graph_module, fx.GraphModule):
         raise ExportError(f"cannot export {type(module).__name__}: torch.export did not return a graph")
     leaves = _outputs(module, args, kwargs)
+    native = computes_in(graph_module, (args, kwargs))
+    changes = {} if target is None else changes_for(native, dtype, target, quantized=is_quantized_graph(graph_module))
+    given = (module, args, kwargs)
+    if changes and _holds(graph_module, (args, kwargs), changes):
+        graph_module = recast(graph_module, changes)
+        module, (args, kwargs) = graph_module, in_other_dtypes((args, kwargs), changes)
     keep = [i for i, (_, leaf) in enumerate(leaves) if isinstance(leaf, Tensor)]
     if not keep:
         raise ExportError("the model returns no tensor; an ONNX file needs at least one")
@@ -98,11 +123,21 @@ def program(module: nn.Module, example_inputs: Any = None, dynamic_shapes: Any =
     )
     if not inputs:
         raise ExportError("the model takes no tensor; an ONNX file of it would be a constant")
-    names = _output_names([path for path, _ in leaves], keep, taken=set(inputs))
-    dropped = [_label(path) or "output" for i, (path, _) in enumerate(leaves) if i not in keep]
+    names = _output_names([".".join(path) for path, _ in leaves], keep, taken=set(inputs))
+    dropped = [".".join(path) or "output" for i, (path, _) in enumerate(leaves) if i not in keep]
     notes = (f"outputs that are no tensors were left out: {', '.join(dropped)}",) if dropped else ()
     axes = axis_names(exported, args, kwargs, dynamic_shapes, inspect.signature(graph_module.forward))
-    return Program(exported, module, args, kwargs, inputs, names, axes, notes)
+    found = Program(exported, module, args, kwargs, inputs, names, axes, notes, native)
+    if module is given[0]:
+        return found
+    return dataclasses.replace(found, given=dataclasses.replace(found, module=given[0], args=given[1], kwargs=given[2]))
+
+
+def _holds(gm: fx.GraphModule, inputs: Any, changes: Mapping[torch.dtype, torch.dtype]) -> bool:
+    """Any value, weight or input is of a dtype that changes."""
+    values = (leaf for node in gm.graph.nodes for leaf in pytree.tree_leaves(node.meta.get("val")))
+    held = [*gm.parameters(), *gm.buffers(), *pytree.tree_leaves(inputs), *values]
+    return any(isinstance(t, Tensor) and t.dtype in changes for t in held)
 
 
 def _inputs(module: nn.Module, example_inputs: Any, dynamic_shapes: Any) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
@@ -144,11 +179,11 @@ def _captured(
         raise ExportError(f"torch.export cannot capture the module on these inputs{hint}: {_first_lines(e)}{parts}") from e
 
 
-def _outputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[Any, Any]]:
+def _outputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[tuple[str, ...], Any]]:
     try:
         own_args, own_kwargs = pytree.tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, (args, kwargs))
         with torch.no_grad():
-            return pytree.tree_flatten_with_path(module(*own_args, **own_kwargs))[0]
+            return list(named_leaves(module(*own_args, **own_kwargs)))
     except Exception as e:
         raise UsageError(f"the module does not run on the example inputs: {_first_lines(e)}") from e
 
@@ -190,14 +225,12 @@ def _flat_inputs(exported: torch.export.ExportedProgram, args: tuple[Any, ...], 
     return pytree.tree_leaves((args, {name: kwargs[name] for name in names}))
 
 
-def _output_names(paths: list[Any], keep: Sequence[int], taken: set[str]) -> tuple[str, ...]:
+def _output_names(paths: list[str], keep: Sequence[int], taken: set[str]) -> tuple[str, ...]:
     """Names after the place of each tensor: `logits`, `past_key_values.0.0`, `output_1`; unique, also among the inputs."""
     names: list[str] = []
     for i in keep:
-        label = _label(paths[i])
-        if not label:
-            label = "output"
-        elif label[0].isdigit():
+        label = paths[i] or "output"
+        if label[0].isdigit():
             label = f"output_{label}"
         name, n = label, 1
         while name in taken:
@@ -205,16 +238,6 @@ def _output_names(paths: list[Any], keep: Sequence[int], taken: set[str]) -> tup
         taken.add(name)
         names.append(name)
     return tuple(names)
-
-
-def _label(path: Any) -> str:
-    parts = []
-    for key in path:
-        for attribute in ("key", "name", "idx"):
-            if hasattr(key, attribute):
-                parts.append(str(getattr(key, attribute)))
-                break
-    return ".".join(parts)
 
 
 def _first_lines(e: BaseException, lines: int = 3) -> str:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from normfuse.errors import ExportError, UsageError
 from normfuse.export.onnx.inspect import provenance, read_model
-from normfuse.export.onnx.precision import DTYPES, IO_DTYPES, to_precision
+from normfuse.export.onnx.precision import IO_DTYPES, to_precision
+from normfuse.export.onnx.precision.spelling import spelled_dtype
 from normfuse.export.tensorrt.builder import ask
 from normfuse.export.tensorrt.engine import Engine, Tensor, log_path, manifest_path, sha256
 from normfuse.export.tensorrt.flavour import find
@@ -40,7 +41,7 @@ def to_tensorrt(
     gm: nn.Module,
     path: str | Path,
     *,
-    dtype: str = "fp32",
+    dtype: str | None = None,
     io_dtype: str = "fp32",
     shapes: Shapes = None,
     flavour: str | None = None,
@@ -64,8 +65,8 @@ def to_tensorrt(
     Args:
         gm: what `normfuse.optimize` returned; any other module in eval mode works with `example_inputs`.
         path: the engine file to write, e.g. `model.engine`.
-        dtype: of weights and products: `fp32` leaves the model as it is, `fp16` and `bf16` convert one in float32; statistics of
-            norms stay in float32.
+        dtype: of weights and products: `fp32`, `fp16` or `bf16`, also spelt out; statistics of norms stay in float32. By default
+            that of the model, float32 for one in float64.
         io_dtype: `fp32` keeps inputs and outputs in float32; `low` makes them as narrow as the rest.
         shapes: for inputs whose size may vary the smallest, usual and largest one: {"x": ((1, 3, 224, 224), (8, ...), (64, ...))},
             or strings as on the command line. By default from the captured range, or 1 to 8 times the example.
@@ -97,7 +98,9 @@ def to_tensorrt(
             verify=verify, tolerance=tolerance, progress=progress,
         )  # fmt: skip
         del gm
-        return _built(ready, path, stated, dtype=dtype, flavour=flavour, capabilities=capabilities, force=force, progress=progress)
+        return _built(
+            ready, path, stated, dtype=_short(dtype), flavour=flavour, capabilities=capabilities, force=force, progress=progress
+        )
 
 
 @dataclass(frozen=True)
@@ -125,7 +128,7 @@ def module_as_onnx(
     gm: nn.Module,
     folder: Path,
     *,
-    dtype: str = "fp32",
+    dtype: str | None = None,
     io_dtype: str = "fp32",
     stated: Mapping[str, Profile] | None = None,
     capabilities: Sequence[str] = (),
@@ -161,14 +164,15 @@ def module_as_onnx(
         kept=(*_ops(plugins), *(p for p in plugins if p == _QUANTIZED)),
     )  # fmt: skip
     sizes = _sizes(file, program)
-    placed = _place(file, plugins, dtype, capabilities, sizes, stated or {}) if plugins else {}
+    placed = _place(file, plugins, _short(dtype), capabilities, sizes, stated or {}) if plugins else {}
     return Ready(file, sizes, placed, exported.form, exported.error, exported.notes)
 
 
-def file_as_onnx(file: str | Path, folder: Path, *, dtype: str = "fp32", io_dtype: str = "fp32") -> Ready:
+def file_as_onnx(file: str | Path, folder: Path, *, dtype: str | None = None, io_dtype: str = "fp32") -> Ready:
     """The file that `build_onnx` builds from: the one that is given, or its conversion in `folder`."""
     file = Path(file)
     sizes = _sizes(file)
+    dtype = _short(dtype)
     if dtype == "fp32":
         return Ready(file, sizes)
     from normfuse.export.onnx.save import save_model
@@ -184,7 +188,7 @@ def build_onnx(
     file: str | Path,
     path: str | Path,
     *,
-    dtype: str = "fp32",
+    dtype: str | None = None,
     io_dtype: str = "fp32",
     shapes: Shapes = None,
     flavour: str | None = None,
@@ -203,12 +207,14 @@ def build_onnx(
     stated = parse_shapes(shapes)
     with workspace(path) as folder:
         ready = file_as_onnx(file, folder, dtype=dtype, io_dtype=io_dtype)
-        return _built(ready, path, stated, dtype=dtype, flavour=flavour, capabilities=capabilities, force=force, progress=progress)
+        return _built(
+            ready, path, stated, dtype=_short(dtype), flavour=flavour, capabilities=capabilities, force=force, progress=progress
+        )
 
 
 def check_arguments(
     path: str | Path,
-    dtype: str,
+    dtype: str | None,
     io_dtype: str,
     flavour: str | None,
     capabilities: Sequence[str],
@@ -225,8 +231,7 @@ def check_arguments(
     path = check_target(path, force=force)
     for beside in (manifest_path(path), log_path(path)):
         check_target(beside, force=force)
-    if dtype not in DTYPES:
-        raise UsageError(f"unknown dtype {dtype!r}: expected {', '.join(DTYPES)}")
+    _short(dtype)
     if io_dtype not in IO_DTYPES:
         raise UsageError(f"unknown io_dtype {io_dtype!r}: expected {' or '.join(IO_DTYPES)}")
     unknown = [name for name in plugins if name not in PLUGINS]
@@ -237,6 +242,11 @@ def check_arguments(
             raise UsageError(f"unknown compute capability {text!r}: expected numbers like 8.6, as NVIDIA lists them for each GPU")
     find(flavour)
     return path
+
+
+def _short(dtype: str | None) -> str:
+    """The name of a dtype that engines have."""
+    return "fp32" if dtype is None else spelled_dtype(dtype, known=("fp32", "fp16", "bf16"))
 
 
 def _graph(gm: nn.Module) -> Any:

@@ -28,7 +28,7 @@ __all__ = ["EngineOptions", "dry", "to_engine"]
 class EngineOptions:
     """The flags of an engine; see `normfuse.export.to_tensorrt`."""
 
-    dtype: str = "fp32"
+    dtype: str | None = None
     io_dtype: str = "fp32"
     shapes: tuple[str, ...] = ()
     flavour: str | None = None

@@ -29,6 +29,15 @@ _ENGINE_ONLY = {
 }  # fmt: skip
 
 
+def _spelled(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+    """The usual name of a dtype, however it is spelt."""
+    if value is None:
+        return None
+    from normfuse.export.onnx.precision.spelling import spelled_dtype
+
+    return spelled_dtype(value)
+
+
 @click.command(short_help="Optimize SOURCE and export it to ONNX or TensorRT.")
 @model_options
 @pipeline_options
@@ -47,10 +56,9 @@ _ENGINE_ONLY = {
 @click.option("--int4", is_flag=True, help="Keep 4-bit weights as INT4 in integer and qdq files: smaller, slower to load.")
 @click.option(
     "--dtype",
-    type=click.Choice(("fp32", "fp16", "bf16")),
-    default="fp32",
-    show_default=True,
-    help="Of weights and products; statistics of norms stay in fp32.",
+    metavar="fp32|fp16|bf16|fp64",
+    callback=_spelled,
+    help="Of weights and products; statistics of norms stay in fp32.  [default: the model's, or the nearest that the target takes]",
 )
 @click.option("--io-dtype", type=click.Choice(("fp32", "low")), default="fp32", show_default=True, help="Of inputs and outputs.")
 @click.option(
@@ -82,9 +90,9 @@ _ENGINE_ONLY = {
 @json_option
 @verbosity
 def export(
-    model: Model, pipeline: Pipeline, output: Path | None, target: str | None, opset: int | None, form: str, int4: bool, dtype: str,
-    io_dtype: str, profiles: tuple[str, ...], flavour: str | None, capabilities: tuple[str, ...], plugins: str | None,
-    dry_run: bool, repository: Path | None, name: str | None, model_version: str | None,
+    model: Model, pipeline: Pipeline, output: Path | None, target: str | None, opset: int | None, form: str, int4: bool,
+    dtype: str | None, io_dtype: str, profiles: tuple[str, ...], flavour: str | None, capabilities: tuple[str, ...],
+    plugins: str | None, dry_run: bool, repository: Path | None, name: str | None, model_version: str | None,
     backend: str | None, speed_check: bool, report_path: Path | None, force: bool, as_json: bool, quiet: bool,
 ) -> None:  # fmt: skip
     """Optimize SOURCE, export it, and prove the file in its runtime.
@@ -146,27 +154,32 @@ def export(
 
 
 def _to_onnx(
-    model: Model, pipeline: Pipeline, output: Path, target: str, opset: int | None, form: str, int4: bool, dtype: str,
+    model: Model, pipeline: Pipeline, output: Path, target: str, opset: int | None, form: str, int4: bool, dtype: str | None,
     io_dtype: str, speed_check: bool, report_path: Path | None, force: bool, as_json: bool, quiet: bool,
 ) -> None:  # fmt: skip
     check_target(output, force=force)
     check_report(report_path, force=force)
 
     from normfuse.export import to_onnx
+    from normfuse.export.onnx.other_dtype import check_double
     from normfuse.export.targets import opset_for, target_named
     from normfuse.record import report
 
     opset_for(target_named(target), opset)  # a misspelt target costs a second and not a minute
     loaded = model.load(inputs_needed=True)
+    check_double(loaded.model, dtype, target_named(target))
     fast = pipeline.run(model, loaded)
+    original = loaded if speed_check and pipeline.quantize is not None else None  # a copy of the weights, kept where it is measured
+    del loaded
     exported = to_onnx(
         fast, output, target=target, opset=opset, form=form, int4_initializers=int4, dtype=dtype, io_dtype=io_dtype, force=force
     )
     text, data = str(exported), {"export": dataclasses.asdict(exported)}
-    if speed_check and exported.form not in (None, "weight_only") and target == "onnxruntime" and (report_path or not quiet):
+    measured = exported.form not in (None, "weight_only") and target == "onnxruntime" and (report_path or not quiet)
+    if original is not None and measured:
         from normfuse.cli.speed import speed_of
 
-        speed = speed_of(loaded, output)
+        speed = speed_of(original, output)
         text, data = f"{text}\n{speed}", data | {"speed": speed.to_dict()}
     found = dataclasses.replace(report(fast), files=(text,))
     write_report(found, report_path, force=force)

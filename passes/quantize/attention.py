@@ -10,6 +10,7 @@ from torch import Tensor, fx
 
 import normfuse.ops  # noqa: F401 - registers the operators
 from normfuse.constants import Constant
+from normfuse.dtypes import FLOATS
 from normfuse.graph import Graph, Refuse
 from normfuse.passes.quantize.sites import RULE
 from normfuse.quant.spec import ShiftQuant
@@ -59,9 +60,8 @@ def _arguments(graph: Graph, node: fx.Node, spec: ShiftQuant) -> tuple[Any, ...]
     val = node.meta.get("val")
     if not isinstance(val, Tensor) or val.ndim != 4:
         raise Refuse("its inputs are not known to be (batch, heads, tokens, features)", remedy="pass example_inputs")
-    if val.dtype is not torch.float32:
-        name = str(val.dtype).removeprefix("torch.")
-        raise Refuse(f"it computes in {name}; quantized layers compute in float32", remedy="convert it: model.float()")
+    if val.dtype not in FLOATS:
+        raise Refuse(f"it computes in {str(val.dtype).removeprefix('torch.')}; quantized attention multiplies real floats")
     if op.dropout:
         raise Refuse("it drops values at random")
     if op.causal and _tokens(op.q) != _tokens(op.k):

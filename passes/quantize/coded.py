@@ -119,6 +119,8 @@ class Coded:
         new = graph.call(target, args, before, layer.node)
         if layer.unit_axis:
             new = graph.call(aten.squeeze.dim, (new, 2), before, layer.node)
+        if layer.kind == "embedding" and layer.weight.dtype is not torch.float32:  # rows come in the dtype of their scales
+            new = graph.call(aten.to.dtype, (new, layer.weight.dtype), before, layer.node)
         layer.tail.replace_all_uses_with(new)
         return new
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, fx
 
 from normfuse.constants import Constant
+from normfuse.dtypes import dtype_of
 from normfuse.graph import Graph, Refuse
 from normfuse.passes.quantize.coded import Coded, encode
 from normfuse.passes.quantize.measure import sqnr
@@ -195,7 +196,7 @@ def _moved(graph: Graph, carrier: _Carrier, shift: Tensor, now: dict[fx.Node, La
 def _scaled_norm(graph: Graph, node: fx.Node, down: Tensor) -> fx.Node:
     op = graph.view(node, 2)
     assert isinstance(op, (LayerNorm, RmsNorm))
-    fresh = Constant.of(down, f"{graph.path(node)}.weight").cast(torch.float32)
+    fresh = Constant.of(down, f"{graph.path(node)}.weight").cast(dtype_of(node) or torch.float32)
     gamma = fresh if op.gamma is None else op.gamma * down
     moved = dataclasses.replace(op, node=None, gamma=gamma)
     if isinstance(moved, LayerNorm) and moved.beta is not None:

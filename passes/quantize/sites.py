@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from normfuse.constants import Constant
+from normfuse.dtypes import FLOATS
 from normfuse.graph import Graph, Refuse
 from normfuse.quant.spec import ShiftQuant
 from normfuse.views import Addmm, Conv, Embedding, Linear, MatMul, Value
@@ -215,16 +216,10 @@ def _node(value: Value | Constant | float) -> fx.Node:
 
 
 def _check_numbers(layer: Layer) -> None:
-    dtype = layer.weight.dtype
-    if dtype is not torch.float32:
-        name = str(dtype).removeprefix("torch.")
-        raise Refuse(
-            f"its weight is {name}; the sums of quantized layers are scaled in float32", remedy="convert it: model.float()"
-        )
     val = layer.node.meta.get("val")
-    if isinstance(val, Tensor) and val.dtype is not torch.float32:
-        name = str(val.dtype).removeprefix("torch.")
-        raise Refuse(f"it computes in {name}; quantized layers compute in float32", remedy="convert it: model.float()")
+    for what, dtype in (("its weight is", layer.weight.dtype), ("it computes in", getattr(val, "dtype", layer.weight.dtype))):
+        if dtype not in FLOATS:  # codes, scales and sums are made in float32, whatever the float
+            raise Refuse(f"{what} {str(dtype).removeprefix('torch.')}; quantized layers multiply real floats")
     if not bool(layer.weight.value.isfinite().all()):
         raise Refuse("its weight holds NaN or Inf", remedy="look for the step of training at which it diverged")
     if layer.weight.numel == 0:

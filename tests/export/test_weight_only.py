@@ -237,7 +237,7 @@ def test_refusals(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="leaves activations in float"):
         possible_forms(codes, TARGETS["tensorrt"], 23, "auto")
     with pytest.raises(ExportError, match="float64"):
-        exported(linear(20, 40).double().eval(), (x.double(),), tmp_path, target="tensorrt", form="weight_only")
+        exported(linear(20, 40).double().eval(), (x.double(),), tmp_path, target="tensorrt", form="weight_only", dtype="fp64")
 
 
 def test_layers_share_their_factors(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from operator import getitem
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -398,7 +399,8 @@ def _exported(spec: Spec, model: Model, fast: nn.Module, outcome: Outcome) -> No
             for i, v in zip([i for i in spec.inputs if i.given], [*args, *kwargs.values()], strict=True)
             if i.is_tensor
         }
-        feed = {i.name: feed[i.name] for i in session.get_inputs() if i.name in feed}
+        kinds = {"tensor(float)": np.float32, "tensor(double)": np.float64}  # a float64 model may have a file in float32
+        feed = {i.name: feed[i.name].astype(kinds.get(i.type, feed[i.name].dtype)) for i in session.get_inputs() if i.name in feed}
         expected = tensors(model.module(*args, **kwargs))
         try:
             found = [torch.as_tensor(v) for v in session.run(None, feed)]

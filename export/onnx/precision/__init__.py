@@ -9,19 +9,18 @@ from normfuse.errors import UsageError
 from normfuse.export.onnx.precision.islands import plan
 from normfuse.export.onnx.precision.ops import COMMON_DOMAINS, infer_dtypes
 from normfuse.export.onnx.precision.rewrite import Rewrite
+from normfuse.export.onnx.precision.spelling import DTYPES, spelled_dtype
 from normfuse.extras import need
 
 __all__ = ["DTYPES", "IO_DTYPES", "to_precision"]
 
-#: What a graph can compute in.
-DTYPES = ("fp32", "fp16", "bf16")
 #: What its inputs and outputs can be: float32 with one cast each, or the dtype that it computes in.
 IO_DTYPES = ("fp32", "low")
 
 _WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
 
-def to_precision(model: Any, dtype: str, *, io_dtype: str = "fp32") -> tuple[str, ...]:
+def to_precision(model: Any, dtype: str, *, io_dtype: str = "fp32", own_in_fp32: bool = False) -> tuple[str, ...]:
     """Change the float32 `onnx_ir.Model`, in place, to compute in `dtype` wherever that keeps its results.
 
     Weights, products, activations and the data of normalizations become half. What half cannot hold stays float32, between
@@ -32,8 +31,9 @@ def to_precision(model: Any, dtype: str, *, io_dtype: str = "fp32") -> tuple[str
 
     Args:
         model: a finished model, with its names.
-        dtype: `fp16`, `bf16`; `fp32` changes nothing. A model that is half already stays as it is.
+        dtype: `fp16`, `bf16`; `fp32` and `fp64` change nothing. A model that is half already stays as it is.
         io_dtype: dtype of the float inputs and outputs of the graph: `fp32`, or `low` for that of the products.
+        own_in_fp32: ops of normfuse stay in float32, which is what our kernels on the CPU take; those of plugins take half.
 
     Returns: what the user should know: weights that stay in float32.
 
@@ -42,11 +42,10 @@ def to_precision(model: Any, dtype: str, *, io_dtype: str = "fp32") -> tuple[str
     """
     ir = need("onnx_ir", extra="onnx")
     need("onnx_ir.passes.common", extra="onnx")
-    if dtype not in DTYPES:
-        raise UsageError(f"unknown dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
+    dtype = spelled_dtype(dtype)
     if io_dtype not in IO_DTYPES:
         raise UsageError(f"unknown io_dtype {io_dtype!r}: expected one of {', '.join(IO_DTYPES)}")
-    if dtype == "fp32":
+    if dtype in ("fp32", "fp64"):
         return ()
     low = ir.DataType.FLOAT16 if dtype == "fp16" else ir.DataType.BFLOAT16
     ir.passes.common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
@@ -61,7 +60,7 @@ def to_precision(model: Any, dtype: str, *, io_dtype: str = "fp32") -> tuple[str
         )
     if half is not None:
         return (f"the model computes in {half.name.lower()} already and stays as it is",)
-    made = plan(model, nodes, low)
+    made = plan(model, nodes, low, own_in_fp32=own_in_fp32)
     Rewrite(model, nodes, made).run(low_io=io_dtype == "low")
     ir.passes.common.RemoveUnusedFunctionsPass()(model)
     return tuple(made.notes)

@@ -58,13 +58,14 @@ class Plan:
         return node in self.places and node not in self.high
 
 
-def plan(model: Any, nodes: list[Any], low: Any) -> Plan:
-    """Decide for `nodes`, in topological order, those of subgraphs before the node that they belong to."""
-    return _Planner(model, nodes, low).run()
+def plan(model: Any, nodes: list[Any], low: Any, *, own_in_fp32: bool = False) -> Plan:
+    """Decide for `nodes`, in topological order, those of subgraphs before the node that they belong to; `own_in_fp32` keeps the ops
+    of normfuse in float32."""
+    return _Planner(model, nodes, low, own_in_fp32).run()
 
 
 class _Planner:
-    def __init__(self, model: Any, nodes: list[Any], low: Any) -> None:
+    def __init__(self, model: Any, nodes: list[Any], low: Any, own_in_fp32: bool) -> None:
         self.ir = need("onnx_ir", extra="onnx")
         self.nodes = nodes
         self.inputs = set(model.graph.inputs)
@@ -72,7 +73,7 @@ class _Planner:
         self.made = Plan(low)
         for node in nodes:
             places = flexible(node, opset, low)
-            if places[0] or places[1]:
+            if (places[0] or places[1]) and not (own_in_fp32 and node.domain == DOMAIN):
                 self.made.places[node] = places
         self.origin: dict[Any, Origin] = {}
         #: statistics: few numbers each of which stands for many
