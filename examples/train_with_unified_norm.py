@@ -112,7 +112,7 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         path = options.out or Path(folder) / "digits.onnx"
-        exported = to_onnx(fast, path, force=True, measure_seconds=1.0)
+        exported = to_onnx(fast, path, force=True)
         got = run(session(path), {exported.inputs[0]: images[test]})[exported.outputs[0]]
     same = int((got.argmax(1) == logits.argmax(1)).sum())
     means = sum(count for op, count in exported.ops.items() if op.startswith("Reduce"))

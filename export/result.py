@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from normfuse.export.onnx.oldest import Input
 from normfuse.report import Error
 
 __all__ = ["Exported"]
@@ -29,6 +30,8 @@ class Exported:
         ratios: latency of the plain form over latency of each form that was measured; above 1 is faster than plain.
         form: what the quantized layers became: `native`, `integer`, `qdq` or `weight_only`; None when the model has none.
         sqnr: 10 log10(Σ expected² / Σ difference²) of the file against the module, in dB; None unless it is quantized and was run.
+        runtime: the oldest ONNX Runtime that the file needs, e.g. "1.23"; it stands in the file's metadata, too.
+        signature: name, element type and sizes of each input.
         notes: what else the user should know, e.g. outputs that are no tensors and were left out.
     """
 
@@ -48,11 +51,39 @@ class Exported:
     ratios: dict[str, float] = field(default_factory=dict)
     form: str | None = None
     sqnr: float | None = None
+    runtime: str = ""
+    signature: tuple[Input, ...] = ()
     notes: tuple[str, ...] = ()
+
+    @property
+    def how_to_run(self) -> str:
+        """Python that runs the file in ONNX Runtime, on zeros; for a native file with the kernel library.
+
+        Where the library was not built, the line that registers it is left out, and the functions in the file run.
+        """
+        from normfuse import native
+
+        kernels = self.form == "native" and native.available()
+        lines = ["import numpy as np", "import onnxruntime as ort"]
+        if kernels:
+            lines += ["", "from normfuse import native"]
+        lines += ["", "options = ort.SessionOptions()"]
+        if kernels:
+            lines.append("options.register_custom_ops_library(str(native.path()))")
+        lines.append(f"session = ort.InferenceSession({str(self.path)!r}, options, providers=['CPUExecutionProvider'])")
+        lines.append("outputs = session.run(None, {")
+        for value in self.signature:
+            free = [n for n in value.sizes if isinstance(n, str)]
+            sizes = tuple(n if isinstance(n, int) else 1 for n in value.sizes)
+            comment = f"  # {', '.join(free)}: any size" if free else ""
+            lines.append(f"    {value.name!r}: np.zeros({sizes}, {value.dtype!r}),{comment}")
+        return "\n".join([*lines, "})", ""])
 
     def __str__(self) -> str:
         """A few lines of at most 80 columns."""
         lines = [f"{self.path}: {self.target}, opset {self.opset}, {self.bytes / 1e6:.1f} MB, {sum(self.ops.values())} nodes"]
+        if self.runtime:
+            lines.append(f"  needs      ONNX Runtime {self.runtime} or newer")
         norms = ", ".join(f"{n} {k}" for k, n in self.norms.items()) or "none"
         lines.append(f"  norms      {norms}")
         if self.attention is not None:

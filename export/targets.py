@@ -4,6 +4,7 @@ import difflib
 from dataclasses import dataclass
 
 from normfuse.errors import UsageError
+from normfuse.export.runtimes import newest_opset, parse_runtime
 
 __all__ = [
     "ATTENTION_FORMS",
@@ -115,14 +116,19 @@ def target_named(name: str) -> Target:
     raise UsageError(f"unknown target {name!r}{hint} Known targets: {', '.join(TARGETS)}")
 
 
-def opset_for(target: Target, opset: int | None) -> int:
-    """`opset`, or the default of `target`.
+def opset_for(target: Target, opset: int | None, runtime: str | None = None) -> int:
+    """`opset`, or the default of `target`; the newest that ONNX Runtime `runtime` reads, where that is older.
 
     Raises:
-        UsageError: torch cannot export to it.
+        UsageError: torch cannot export to it, or `runtime` does not read it.
     """
+    newest = MAX_OPSET if runtime is None else newest_opset(parse_runtime(runtime))
     if opset is None:
-        return target.opset
+        return min(target.opset, newest)
     if isinstance(opset, bool) or not isinstance(opset, int) or not MIN_OPSET <= opset <= MAX_OPSET:
         raise UsageError(f"opset {opset!r} is not supported: expected an integer from {MIN_OPSET} to {MAX_OPSET}")
+    if opset > newest:
+        raise UsageError(
+            f"opset {opset}: ONNX Runtime {runtime} reads opsets up to {newest}; leave opset out, or name a newer runtime"
+        )
     return opset

@@ -110,5 +110,7 @@ NF_EXPORT const char* nf_attend(const nf_threads*, const nf_attention*, const fl
 NF_EXPORT const char* nf_isa_available();
 NF_EXPORT const char* nf_isa();
 NF_EXPORT const char* nf_force_isa(const char* name);  // an error message if this machine does not have it
+// The operators that RegisterCustomOps adds to ONNX Runtime, under all their names, one a line.
+NF_EXPORT const char* nf_operators();
 // A pool of `count` threads of our own (the caller is one of them), for Python; it lives until the process ends.
 NF_EXPORT const nf_threads* nf_pool(int32_t count);

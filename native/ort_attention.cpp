@@ -36,8 +36,9 @@ struct Attention {
     a.scale = scale;
     a.causal = causal;
     a.bits = bits;
-    require(layout == kPacked ? !k && !v : k && v,
-            c.at("k, v") + (layout == kPacked ? ": layout packed has none" : ": the inputs are missing"));
+    const bool same = (!k || k.data == q.data) && (!v || v.data == q.data);
+    require(layout == kPacked ? same : k && v,
+            c.at("k, v") + (layout == kPacked ? ": layout packed has none besides q" : ": the inputs are missing"));
     if (layout == kHeadsFirst) heads_first(c, q.shape, k.shape, v.shape, &a);
     else tokens_first(c, q.shape, layout == kPacked ? q.shape : k.shape, layout == kPacked ? q.shape : v.shape, &a);
     if (scale == 0) a.scale = 1 / std::sqrt(float(a.head_dim));

@@ -56,8 +56,8 @@ struct NormQuantize {
   }
 
   void compute(const Context& c) const {
-    const Tensor x = c.input(0), residual = c.input(1);
-    const Features f = features(c, x, residual, c.input(2), c.input(3));
+    const Tensor x = c.input(0), residual = c.input(3);
+    const Features f = features(c, x, residual, c.input(1), c.input(2));
     const Tensor q = c.output(0, x.shape), scale = c.output(1, x.shape.with_last(1)), sum = c.output(2, x.shape);
     if (!x.shape.rows()) return;
     done(nf_norm_quantize(c.threads(), kind, x.as<float>(), f.residual, x.shape.rows(), x.shape.last(), f.gain, f.shift, eps,
@@ -79,7 +79,6 @@ struct Softmax {
 const Port kScaled[] = {{"x", kFloat, false}, {"gain", kFloat, true}, {"residual", kFloat, true}};
 const Port kShifted[] = {{"x", kFloat, false}, {"gain", kFloat, true}, {"shift", kFloat, true}, {"residual", kFloat, true}};
 const Port kNormed[] = {{"y", kFloat, false}, {"sum", kFloat, true}};
-const Port kQuantize[] = {{"x", kFloat, false}, {"residual", kFloat, true}, {"gain", kFloat, true}, {"shift", kFloat, true}};
 const Port kCodes[] = {{"q", kInt8, false}, {"scale", kFloat, false}, {"sum", kFloat, true}};
 const Port kX[] = {{"x", kFloat, false}};
 const Port kY[] = {{"y", kFloat, false}};
@@ -90,7 +89,7 @@ const std::vector<const Op*>& norm_ops() {
   static const Op rms = make<Norm<NF_RMS>>("RmsNorm", kScaled, kNormed);
   static const Op crms = make<Norm<NF_CRMS>>("CrmsNorm", kScaled, kNormed);
   static const Op l1 = make<Norm<NF_L1>>("L1Norm", kShifted, kNormed);
-  static const Op quantize = make<NormQuantize>("NormQuantize", kQuantize, kCodes);
+  static const Op quantize = make<NormQuantize>("NormQuantize", kShifted, kCodes);
   static const Op softmax = make<Softmax>("TwoPassSoftmax", kX, kY);
   static const std::vector<const Op*> all = {&rms, &crms, &l1, &quantize, &softmax};
   return all;

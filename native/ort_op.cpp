@@ -184,7 +184,7 @@ const Op& self(const OrtCustomOp* op) { return *static_cast<const Op*>(op); }
 
 void fill(Op& op) {
   op.version = kApiVersion;
-  op.GetName = [](const OrtCustomOp* o) { return self(o).name; };
+  op.GetName = [](const OrtCustomOp* o) { return self(o).variant; };
   op.GetExecutionProviderType = [](const OrtCustomOp*) -> const char* { return nullptr; };  // the CPU's
   op.GetInputType = [](const OrtCustomOp* o, size_t i) { return self(o).in[i].type; };
   op.GetInputTypeCount = [](const OrtCustomOp* o) { return self(o).ins; };

@@ -81,7 +81,8 @@ struct Port {
 };
 
 struct Op : OrtCustomOp {
-  const char* name;
+  const char* name;     // in messages
+  const char* variant;  // in files: see ort_names.cpp
   const Port* in;
   size_t ins;
   const Port* out;
@@ -174,7 +175,7 @@ template <class K, size_t I, size_t O>
 Op make(const char* name, const Port (&in)[I], const Port (&out)[O]) {
   Op op{};
   fill(op);
-  op.name = name;
+  op.name = op.variant = name;
   op.in = in;
   op.ins = I;
   op.out = out;
@@ -226,5 +227,7 @@ const std::vector<const Op*>& norm_ops();
 const std::vector<const Op*>& conv_ops();
 const std::vector<const Op*>& attention_ops();
 const std::vector<const Op*>& cached_attention_ops();
+// All of them under every name that a file may give them.
+const std::vector<Op>& named_ops();
 
 }  // namespace nf::ort

@@ -43,9 +43,8 @@ OrtStatus* domain_of(const OrtApi& api, OrtCustomOpDomain** out) {
     }
   OrtCustomOpDomain* domain = nullptr;
   if (OrtStatus* failed = api.call<OrtStatus*>(kCreateCustomOpDomain, "normfuse", &domain)) return failed;
-  for (const std::vector<const Op*>* ops : {&linear_ops(), &norm_ops(), &conv_ops(), &attention_ops(), &cached_attention_ops()})
-    for (const Op* op : *ops)
-      if (OrtStatus* failed = api.call<OrtStatus*>(kCustomOpDomain_Add, domain, static_cast<const OrtCustomOp*>(op))) return failed;
+  for (const Op& op : named_ops())
+    if (OrtStatus* failed = api.call<OrtStatus*>(kCustomOpDomain_Add, domain, static_cast<const OrtCustomOp*>(&op))) return failed;
   known.push_back({&api, domain});
   *out = domain;
   return nullptr;

@@ -126,7 +126,7 @@ def _one(console: Console, name: str, images: "Tensor", labels: "Tensor", folder
 
     before, after = folder / f"{name}.original.onnx", folder / f"{name}.onnx"
     export_original(Source(name, model, batch), before, dynamic_shapes=any_batch)
-    exported = to_onnx(fast, after, measure_seconds=2.0, progress=console.is_terminal and not console.quiet)
+    exported = to_onnx(fast, after, progress=console.is_terminal and not console.quiet)
     logits = {
         "original": _torch(model, images),
         "optimized": _torch(fast, images),

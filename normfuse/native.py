@@ -25,8 +25,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 from normfuse.errors import NormfuseError, UsageError
 
 __all__ = [
-    "EPILOGUES", "KINDS", "Attention", "Conv", "Weight", "available", "call", "force_isa", "isa", "isas", "library", "path",
-    "sorted_channels", "threads", "weight", "why_not",
+    "EPILOGUES", "KINDS", "Attention", "Conv", "Weight", "available", "call", "force_isa", "isa", "isas", "library", "operators",
+    "path", "sorted_channels", "threads", "weight", "why_not",
 ]  # fmt: skip
 
 EPILOGUES = {"none": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
@@ -215,6 +215,11 @@ def threads() -> int | None:
     return found
 
 
+def operators() -> tuple[str, ...]:
+    """The ops of the domain `normfuse` that the library registers in ONNX Runtime, under all names that files give them."""
+    return tuple(library().nf_operators().decode().split())
+
+
 def isas() -> tuple[str, ...]:
     """The instruction sets of this machine that there are kernels for, best first; the last is "scalar"."""
     return tuple(library().nf_isa_available().decode().split())
@@ -315,6 +320,7 @@ def _load() -> ctypes.CDLL | str:
             ("nf_packed_bytes", c_int64, (c_int64, c_int32, c_int32, c_void_p)),
             ("nf_pool", c_void_p, (c_int32,)),
             ("nf_isa_available", c_char_p, ()),
+            ("nf_operators", c_char_p, ()),
             ("nf_isa", c_char_p, ()),
             ("nf_force_isa", c_char_p, (c_char_p,)),
         ):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import itertools
 import json
 import logging
@@ -10,7 +11,7 @@ import math
 import operator
 import re
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,16 @@ from torch import nn
 
 import normfuse
 from normfuse import native
+from normfuse.benchmark.machine import cpu_model
+from normfuse.cache import measurement, remember
 from normfuse.errors import ExportError, UsageError
+from normfuse.export.onnx.build import dims
 from normfuse.export.onnx.choose import fastest
 from normfuse.export.onnx.compare import compare, tolerance_for
 from normfuse.export.onnx.inspect import norm_counts, op_counts
 from normfuse.export.onnx.lower import finished, translated
 from normfuse.export.onnx.mixed_norms import one_dtype_norms
+from normfuse.export.onnx.oldest import needs, signature
 from normfuse.export.onnx.other_dtype import in_another_dtype
 from normfuse.export.onnx.precision import to_precision
 from normfuse.export.onnx.precision.spelling import spelled_dtype
@@ -33,11 +38,13 @@ from normfuse.export.onnx.program import Program, program
 from normfuse.export.onnx.quantized.forms import is_quantized, possible_forms
 from normfuse.export.onnx.quantized.native import keep_nodes
 from normfuse.export.onnx.quantized.weights_alone import AS_WRITTEN, weights_alone
-from normfuse.export.onnx.runtime import session
+from normfuse.export.onnx.runtime import default_threads, session
 from normfuse.export.onnx.save import MAX_PROTO, data_files, drop_stale, save_model, sha256_of_tensors, weights_sha256
 from normfuse.export.onnx.static_masks import simplify_masks
+from normfuse.export.onnx.table import attention_by_table, layers_by_table
 from normfuse.export.result import Exported
-from normfuse.export.targets import ATTENTION_FORMS, NATIVE_ATTENTION, Target, opset_for, target_named
+from normfuse.export.runtimes import Release, parse_runtime, spelled_runtime
+from normfuse.export.targets import ATTENTION_FORMS, MIN_OPSET, NATIVE_ATTENTION, Target, opset_for, target_named
 from normfuse.extras import need
 from normfuse.files import atomic, check_target, spelled
 from normfuse.record import record
@@ -63,6 +70,8 @@ def to_onnx(
     verify: bool = True,
     tolerance: float | None = None,
     threads: int | None = None,
+    runtime: str | None = None,
+    tune: bool = False,
     measure_seconds: float = 10.0,
     external_data_above: int = MAX_PROTO,
     dtype: str | torch.dtype | None = None,
@@ -78,23 +87,26 @@ def to_onnx(
         target: `onnxruntime` (the form that is fastest on its CPU, contrib ops included), `tensorrt` or `portable`
             (standard ops alone).
         opset: 17 to 23; each target has a default. RMSNormalization exists from 23 on and is spelt out below.
+        runtime: the oldest ONNX Runtime that must run the file, e.g. "1.20"; the opset, the version of the format and the ops are
+            chosen for it. Every file says which one it needs: `Exported.runtime`, and its metadata.
         example_inputs: a tuple of positional inputs or a dict of keyword inputs; by default those of `normfuse.optimize`.
         dynamic_shapes: as in `torch.export.export`; by default those of `normfuse.optimize`.
         form: of quantized layers: `native` (ops of normfuse's kernels; a stock ONNX Runtime runs the functions beside them),
             `integer` (standard integer ops), `qdq` (QuantizeLinear and DequantizeLinear, static scales), or `auto`: for ONNX
-            Runtime `native` where the kernels are built and else what measures fastest, for other targets `qdq` where scales
-            are static and else `integer`.
+            Runtime `native` where the kernels are built; else `qdq` where scales are static, and else `integer`.
         int4_initializers: keep weights of up to 4 bits as INT4 in an `integer` or `qdq` file; the runtime expands them to bytes
             when it loads, which takes it longer and more memory.
-        attention: `decomposed`, `attention23`, `mha`, `qkv`, `native`, or `auto`: for ONNX Runtime the one that measures
-            fastest on the example inputs, for other targets their default.
+        attention: `decomposed`, `attention23`, `mha`, `qkv`, `native`, or `auto`: for ONNX Runtime by a table of measurements
+            (`normfuse.export.onnx.table`), for other targets their default.
         verify: run the file in ONNX Runtime and compare it with `gm` on the example inputs, on random ones and, where
             axes may vary, at another size. Without it the file is only checked.
         tolerance: bound on max |difference| / max |expected|; by default 1e-9, 1e-4, 2e-2, 1e-1 for float64, float32,
             float16, bfloat16. A quantized model is held to an SQNR instead: 40 dB, or 10 dB below what roundings of its
             weights alone lead to, because a float on a tie in front of a quantization may get the neighbouring code.
         threads: threads of ONNX Runtime for measuring; by default the CPUs of the process.
-        measure_seconds: about how long to measure forms of attention in all.
+        tune: measure, on the example inputs, which form of attention (and, without kernels, of quantized layers) is fastest,
+            instead of asking the table. What was found is kept for this machine, model and runtime (`normfuse.cache`).
+        measure_seconds: about how long to measure in all, with `tune`.
         external_data_above: weights above this many bytes go to a second file, `<name>.<hash>.data`.
         dtype: what the file computes in: `fp32`, `fp16`, `bf16` or `fp64` (also `float16`, `half`, `torch.float16` and so on).
             `fp16` and `bf16` are mixed precision, with statistics of norms in float32 (see `normfuse.export.onnx.precision`); a
@@ -114,8 +126,8 @@ def to_onnx(
     return write_onnx(
         gm, path, target=target, opset=opset, example_inputs=example_inputs, dynamic_shapes=dynamic_shapes, form=form,
         int4_initializers=int4_initializers, attention=attention, verify=verify, tolerance=tolerance, threads=threads,
-        measure_seconds=measure_seconds, external_data_above=external_data_above, dtype=dtype, io_dtype=io_dtype, force=force,
-        progress=progress,
+        runtime=runtime, tune=tune, measure_seconds=measure_seconds, external_data_above=external_data_above, dtype=dtype,
+        io_dtype=io_dtype, force=force, progress=progress,
     )[0]  # fmt: skip
 
 
@@ -134,6 +146,8 @@ def write_onnx(
     verify: bool,
     tolerance: float | None,
     threads: int | None,
+    runtime: str | None,
+    tune: bool,
     measure_seconds: float,
     external_data_above: int,
     dtype: str | torch.dtype | None,
@@ -148,18 +162,16 @@ def write_onnx(
         kept: names in `torch.ops.normfuse` that stay nodes of the domain `normfuse`, each with a function body.
     """
     where = target_named(target)
-    version = opset_for(where, opset)
+    newest = opset_for(where, opset, runtime)
     asked = None if dtype is None else spelled_dtype(dtype)
-    _forms(where, version, attention, native=True)
+    _forms(where, newest, attention, native=True)
     path = check_target(path, force=force)
     for module in ("onnx", "onnxscript", "onnxruntime"):
         need(module, extra="onnx")
     found = program(gm, example_inputs, dynamic_shapes, dtype=asked, target=where)
-    model = _translated(found, where, version)
-    lacking = _lacks_double(model, found, where, version)
+    lacking = _lacks_double(found, where, newest)
     if lacking is not None and asked is None:
         found = program(gm, example_inputs, dynamic_shapes, dtype="fp32", target=where)
-        model = _translated(found, where, version)
     elif lacking is not None and verify:
         raise ExportError(
             f"ONNX Runtime has no float64 kernels on the CPU for this model ({lacking}); export it in float32, or pass "
@@ -167,18 +179,26 @@ def write_onnx(
         )
     changed = in_another_dtype(found, where, asked, verify=verify)
     low = asked or "fp32"
-    integers = keep_nodes(model, [name for name in kept if name in _ROUNDS])
-    keep_nodes(model, kept)
-    quantized = possible_forms(model, where, version, form, int4=int4_initializers)
-    forms = _forms(where, version, attention, native="native" in quantized)
     replaced = data_files(path) if path.exists() else ()
     with atomic(path, force=force) as temporary:
-        with tempfile.TemporaryDirectory(dir=temporary.parent) as folder:
-            (layers, chosen), sites, ratios, ready = _chosen(
-                model, found, where, version, Candidates(quantized, forms, int4_initializers), Path(folder), threads,
-                measure_seconds, progress, external_data_above,
-            )  # fmt: skip
-        del model
+        # an op may have come to the runtime later than its opset did: then an older one
+        for version in range(newest, MIN_OPSET - 1, -1) if opset is None and runtime is not None else (newest,):
+            model = _translated(found, where, version)
+            integers = keep_nodes(model, [name for name in kept if name in _ROUNDS])
+            keep_nodes(model, kept)
+            quantized = possible_forms(model, where, version, form, int4=int4_initializers)
+            forms = _forms(where, version, attention, native="native" in quantized)
+            with tempfile.TemporaryDirectory(dir=temporary.parent) as folder:
+                (layers, chosen), sites, ratios, ready = _chosen(
+                    model, found, where, version, Candidates(quantized, forms, int4_initializers), Path(folder), threads,
+                    measure_seconds if tune else None, progress, external_data_above,
+                )  # fmt: skip
+            del model
+            oldest, reason = max(needs(ready))
+            if runtime is None or oldest <= parse_runtime(runtime):
+                break
+        else:
+            raise _too_new(runtime, oldest, reason)
         rounds = integers > 0 or layers not in (None, "weight_only")
         proof: tuple[Error, float] | None = None
         notes: tuple[str, ...] = ()
@@ -190,6 +210,9 @@ def write_onnx(
                 proof, notes = _proven(found, plain, where, bound, threads, layers, rounds=rounds, kept=kept)
             notes = (*notes, "compared in float32, before the conversion to bfloat16")
         notes = (*changed, *notes, *to_precision(ready, low, io_dtype=io_dtype, own_in_fp32=where.contrib))
+        oldest, reason = max(needs(ready))
+        if runtime is not None and oldest > parse_runtime(runtime):
+            raise _too_new(runtime, oldest, reason)
         save_model(ready, temporary, limit=external_data_above)
         bound = _bound(tolerance, ready, rounds)
         run = verify and low != "bf16"
@@ -201,12 +224,15 @@ def write_onnx(
         facts = _facts(gm, found, ready, where, version, chosen if sites else None, error, bound)
         if layers is not None:
             facts["normfuse.form"] = layers
+        facts["normfuse.runtime"] = spelled_runtime(oldest)
         _append_metadata(temporary, facts)
         size = sum(f.stat().st_size for f in temporary.parent.iterdir())
         result = Exported(
             path=path,
             target=where.name,
             opset=version,
+            runtime=spelled_runtime(oldest),
+            signature=signature(ready),
             bytes=size,
             weight_bytes=sum(v.const_value.nbytes for v in ready.graph.initializers.values() if v.const_value is not None),
             ops=op_counts(temporary),
@@ -232,9 +258,12 @@ def _translated(found: Program, target: Target, opset: int) -> Any:
     return translated(found, opset, contrib=target.contrib and _is_float32(found))
 
 
-def _lacks_double(model: Any, found: Program, target: Target, opset: int) -> str | None:
+def _lacks_double(found: Program, target: Target, opset: int) -> str | None:
     """What the runtime says of the plain form of a model in float64, before any work goes into it; None where it takes it."""
-    if torch.float64 not in _tensor_dtypes(found) or target.name == "tensorrt" or is_quantized(model):
+    if torch.float64 not in _tensor_dtypes(found) or target.name == "tensorrt":
+        return None
+    model = _translated(found, target, opset)
+    if is_quantized(model):
         return None
     plain, _ = finished(model, found, target, opset, "decomposed")
     with tempfile.TemporaryDirectory() as folder:
@@ -245,6 +274,10 @@ def _lacks_double(model: Any, found: Program, target: Target, opset: int) -> str
         except ExportError as e:
             return str(e) if "NOT_IMPLEMENTED" in str(e) else None
     return None
+
+
+def _too_new(runtime: str | None, oldest: Release, reason: str) -> UsageError:
+    return UsageError(f"runtime={runtime!r}: the file needs ONNX Runtime {spelled_runtime(oldest)}, for {reason}")
 
 
 def _bound(tolerance: float | None, model: Any, rounds: bool) -> float:
@@ -296,11 +329,27 @@ def _chosen(
     candidates: Candidates,
     folder: Path,
     threads: int | None,
-    seconds: float,
+    seconds: float | None,
     progress: bool,
     limit: int,
 ) -> tuple[tuple[str | None, str], dict[str, int], dict[str, float], Any]:
-    """Names of the forms of quantized layers and attention, sites by form, measured ratios, and the model to write."""
+    """Names of the forms of quantized layers and attention, sites by form, measured ratios, and the model to write.
+
+    Without `seconds` the table chooses.
+    """
+    if seconds is None:
+        layers = layers_by_table(candidates.quantized)
+        form = attention_by_table(model, tuple(candidates.attention))
+        ready, sites = finished(model, found, target, opset, form, layers, int4=candidates.int4)
+        return (layers, form), sites, {}, ready
+    return _measured(model, found, target, opset, candidates, folder, threads, seconds, progress, limit)
+
+
+def _measured(
+    model: Any, found: Program, target: Target, opset: int, candidates: Candidates, folder: Path, threads: int | None,
+    seconds: float, progress: bool, limit: int,
+) -> tuple[tuple[str | None, str], dict[str, int], dict[str, float], Any]:  # fmt: skip
+    """The same by measuring."""
     ready: dict[tuple[str | None, str], tuple[Any, dict[str, int]]] = {}
     for quantized, form in candidates:
         candidate = finished(model, found, target, opset, form, quantized, int4=candidates.int4)
@@ -318,9 +367,31 @@ def _chosen(
         files[names[key]] = place / "model.onnx"
         save_model(candidate, files[names[key]], limit=limit)
     feeds = found.feeds(found.flat_inputs())
-    name, ratios = fastest(names[plain], files, feeds, threads=threads, seconds=seconds, progress=progress)
+    question = _measured_for(ready[plain][0], list(files), feeds, threads)
+    known = measurement("forms", question)
+    if known is None or known[0] not in files:
+        known = fastest(names[plain], files, feeds, threads=threads, seconds=seconds, progress=progress)
+        remember("forms", question, known)
+    name, ratios = known
     chosen = next(key for key in ready if names[key] == name)
     return chosen, ready[chosen][1], ratios, ready[chosen][0]
+
+
+def _measured_for(plain: Any, forms: list[str], feeds: Mapping[str, torch.Tensor], threads: int | None) -> dict[str, Any]:
+    """What a measurement of forms depends on: machine, runtime, threads, inputs, and the ops of the model with their sizes."""
+    ort = need("onnxruntime", extra="onnx")
+    digest = hashlib.sha256()
+    for node in plain.graph:
+        digest.update(repr((node.domain, node.op_type, [dims(v) for v in node.inputs])).encode())
+    return {
+        "cpu": cpu_model(),
+        "threads": default_threads() if threads is None else threads,
+        "onnxruntime": ort.__version__,
+        "normfuse": normfuse.__version__,
+        "forms": forms,
+        "inputs": {name: [str(x.dtype), *x.shape] for name, x in feeds.items()},
+        "model": digest.hexdigest(),
+    }
 
 
 def _proven(

@@ -19,7 +19,7 @@ from normfuse.export.onnx.quantized.native import native_node
 from normfuse.export.onnx.translate import MARKER_DOMAIN, SDPA
 from normfuse.export.onnx.views import Heads, heads
 
-__all__ = ["Site", "count_sites", "in_kernel", "lower_attention"]
+__all__ = ["Site", "count_sites", "in_kernel", "lower_attention", "widths"]
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +27,10 @@ _CONTRIB = "com.microsoft"
 _HEADS_LAST = (0, 2, 1, 3)  # (B, H, L, D) <-> (B, L, H, D)
 # ONNX Runtime hides a future token by adding this instead of -inf; its own default, -10000, does not hide large scores
 _HIDDEN = float(np.finfo(np.float32).min) / 2
+
+# Up to 1.20 ONNX Runtime refuses a mask that broadcasts over heads, or takes wrong numbers from it without a word; 1.21 came with
+# this opset, which older ones do not read.
+_BIAS_OPSET = 22
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,12 @@ class Site:
 def count_sites(model: Any) -> int:
     """Number of attention markers."""
     return sum(_is_marker(n) for n in model.graph)
+
+
+def widths(model: Any) -> list[int]:
+    """Channels of the queries of all heads together, of each marker where that is known."""
+    found = [_site(n) for n in model.graph if _is_marker(n)]
+    return [site.sizes[0] * site.sizes[1] for site in found if site.four]
 
 
 def lower_attention(model: Any, form: str) -> dict[str, int]:
@@ -225,7 +235,10 @@ def _native(site: Site, at: Build) -> bool:
     if not all(s is not None and same_size(s[0], sizes[0][0] if sizes[0] else None) for s in sizes):
         return False
     packed = _side_by_side(site)
-    operands = (packed, None, None) if packed is not None else tuple(_heads_last(v, at) for v in (site.query, site.key, site.value))
+    if packed is None:
+        operands = tuple(_heads_last(v, at) for v in (site.query, site.key, site.value))
+    else:  # no gap in front of a mask: see `native_node`
+        operands = (packed, *[None if bias.values is None else packed] * 2)
     facts = {
         "scale": site.scale,
         "causal": int(site.causal),
@@ -263,6 +276,7 @@ def _contrib_takes(site: Site, at: Build) -> bool:
         and site.one_head_count
         and site.query.dtype == at.ir.DataType.FLOAT
         and (not site.causal or (site.square and site.mask is None))
+        and (site.mask is None or at.opset >= _BIAS_OPSET)
     )
 
 

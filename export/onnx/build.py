@@ -23,6 +23,7 @@ class Build:
     def __init__(self, model: Any, before: Any, shared: dict[Any, Any] | None = None) -> None:
         self.ir = need("onnx_ir", extra="onnx")
         self.graph = model.graph
+        self.opset: int = model.opset_imports.get("", 18)
         self.before = before
         self.shared = {} if shared is None else shared
 

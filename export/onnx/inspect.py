@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from normfuse.errors import UsageError
+from normfuse.export.onnx.variants import base_name
+from normfuse.export.ops import DOMAIN
 from normfuse.extras import need
 from normfuse.onnx_tensors import check_tensors
 
@@ -93,15 +95,15 @@ def _type(value: Any) -> str:
 def op_counts(model: str | Path | Any) -> dict[str, int]:
     """Number of nodes by op type, the most frequent first; subgraphs and functions count once.
 
-    Ops of another domain than ONNX's own carry it: `com.microsoft.Attention`. Functions of the domain `normfuse` do not count:
-    they say what its ops mean to a runtime without them.
+    Ops of another domain than ONNX's own carry it: `com.microsoft.Attention`. Variants of an op of normfuse count as that op, and
+    functions of its domain do not count: they say what its ops mean to a runtime without them.
 
     Raises:
         UsageError: the file is missing or is no ONNX model.
     """
     proto = read_model(model)
-    nodes = [*_nodes(proto.graph.node), *(n for f in proto.functions if f.domain != "normfuse" for n in _nodes(f.node))]
-    counts = Counter(f"{n.domain}.{n.op_type}" if n.domain not in ("", "ai.onnx") else n.op_type for n in nodes)
+    nodes = [*_nodes(proto.graph.node), *(n for f in proto.functions if f.domain != DOMAIN for n in _nodes(f.node))]
+    counts = Counter(map(_label, nodes))
     return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
 
 
@@ -135,6 +137,12 @@ def read_model(model: str | Path | Any) -> Any:
         raise UsageError(f"{path} is not an ONNX model: it holds no graph")
     check_tensors(proto, path)
     return proto
+
+
+def _label(node: Any) -> str:
+    if node.domain in ("", "ai.onnx"):
+        return str(node.op_type)
+    return f"{node.domain}.{base_name(node.op_type) if node.domain == DOMAIN else node.op_type}"
 
 
 def _nodes(nodes: Iterable[Any]) -> Iterable[Any]:

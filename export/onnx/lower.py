@@ -28,6 +28,7 @@ from normfuse.export.onnx.residual import keep_layer_norm_apart
 from normfuse.export.onnx.rotary import full_rotary_tables
 from normfuse.export.onnx.small_numbers import kept_exact
 from normfuse.export.onnx.translate import MARKER_DOMAIN, table
+from normfuse.export.runtimes import format_of
 from normfuse.export.targets import Target
 from normfuse.extras import need
 
@@ -106,6 +107,7 @@ def finished(
         add_functions(model, opset)
         common.RemoveUnusedOpsetsPass()(model)
         common.OutputFixPass()(model)
+        model.ir_version = format_of(opset)
         name_graph(model, program.inputs, program.outputs, program.axes)
     return model, sites
 

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from normfuse.export.onnx.variants import one_name_each
 from normfuse.extras import need
 from normfuse.onnx_tensors import mentions
 
@@ -30,10 +31,12 @@ def save_model(model: Any, path: Path, *, limit: int = MAX_PROTO) -> None:
     ir = need("onnx_ir", extra="onnx")
     size = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
     if size <= limit:
-        ir.save(model, path)
+        with one_name_each(model):
+            ir.save(model, path)
         return
     name = f"{path.name}.{weights_sha256(model)[:8]}.data"
-    ir.save(model, path, external_data=name)
+    with one_name_each(model):
+        ir.save(model, path, external_data=name)
     log.info("weights of %d bytes stand in %s", size, name)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from normfuse.export.ops.activations import ZERO, dynamic_codes
-from normfuse.export.ops.emitter import Emitter, Op
+from normfuse.export.ops.emitter import Emitter, Op, number
 
 __all__ = ["ATTENTION"]
 
@@ -19,21 +19,24 @@ def _expand(at: Emitter, inputs: tuple[Any, ...], facts: Mapping[str, Any]) -> t
 
     y[i] = softmax((scale · s[i] · t[j]) · Σ_d A[i, d] C[j, d] + mask[i, j]) v[j];   A, s and C, t are q and k by rows.
 
-    `layout` "bhtd": q (B, H, L, D), k and v (B, KV, S, D). "bthd": (B, L, H·D), (B, S, KV·D). "packed": (B, L, (H + 2 KV)·D).
+    `layout` "bhtd": q (B, H, L, D), k and v (B, KV, S, D). "bthd": (B, L, H·D), (B, S, KV·D). "packed": (B, L, (H + 2 KV)·D),
+    which k and v may name again.
     The result is laid out as q, without the columns of k and v.
     """
     q, k, v, mask = inputs
-    heads, kv_heads, layout = facts["heads"], facts["kv_heads"], facts["layout"]
+    heads, kv_heads, layout = number(at, facts["heads"]), number(at, facts["kv_heads"]), facts["layout"]
     if layout == "packed":
-        cuts = (0, heads, heads + kv_heads, heads + 2 * kv_heads)
-        every = _heads_first(at, q, heads + 2 * kv_heads)
-        q, k, v = (_some_heads(at, every, low, high) for low, high in itertools.pairwise(cuts))
+        ends = [at.op("Add", heads, at.op("Mul", kv_heads, at.const(np.int64(n)))) for n in (1, 2)]
+        cuts = (at.const(np.int64(0)), heads, *ends)
+        every = _heads_first(at, q, ends[1])
+        each_of = (every, *(every if x is None else _heads_first(at, x, ends[1]) for x in (k, v)))
+        q, k, v = (_some_heads(at, x, low, high) for x, (low, high) in zip(each_of, itertools.pairwise(cuts), strict=True))
     elif layout == "bthd":
         q, k, v = _heads_first(at, q, heads), _heads_first(at, k, kv_heads), _heads_first(at, v, kv_heads)
-    shared = heads != kv_heads  # head h reads the keys h // (heads / kv_heads)
-    each = heads // kv_heads if shared else 0
+    shared = facts["shared"]  # head h reads the keys h // (heads / kv_heads)
+    each = at.op("Div", heads, kv_heads) if shared else None
     v = _unsqueezed(at, v) if shared else v
-    scores = _sums(at, q, k, facts, kv_heads, each) if facts.get("bits") else _products(at, q, k, facts, kv_heads, each)
+    scores = _sums(at, q, k, facts, kv_heads, each) if facts["codes"] else _products(at, q, k, facts, kv_heads, each)
     scores = _joined(at, scores, heads) if shared else scores
     if mask is not None:
         scores = at.op("Add", scores, mask)
@@ -46,18 +49,18 @@ def _expand(at: Emitter, inputs: tuple[Any, ...], facts: Mapping[str, Any]) -> t
     return (at.op("Reshape", at.op("Transpose", y, perm=[0, 2, 1, 3]), at.const(np.array([0, 0, -1], np.int64))),)
 
 
-def _products(at: Emitter, q: Any, k: Any, facts: Mapping[str, Any], kv_heads: int, each: int) -> Any:
+def _products(at: Emitter, q: Any, k: Any, facts: Mapping[str, Any], kv_heads: Any, each: Any | None) -> Any:
     """scale · q kᵀ, (B, H, L, S); with `each` queries a key (B, KV, each, L, S)."""
-    if each:
+    if each is not None:
         q, k = _grouped(at, q, kv_heads, each), _unsqueezed(at, k)
     return at.op("Mul", at.op("MatMul", q, _transposed(at, k, each)), facts["scale"])
 
 
-def _sums(at: Emitter, q: Any, k: Any, facts: Mapping[str, Any], kv_heads: int, each: int) -> Any:
+def _sums(at: Emitter, q: Any, k: Any, facts: Mapping[str, Any], kv_heads: Any, each: Any | None) -> Any:
     """The same from the codes of q and k."""
     (a, s), (c, t) = dynamic_codes(at, q, facts["bits"]), dynamic_codes(at, k, facts["bits"])
     s = at.op("Mul", s, facts["scale"])
-    if each:
+    if each is not None:
         a, s = (_grouped(at, x, kv_heads, each) for x in (a, s))
         c, t = _unsqueezed(at, c), _unsqueezed(at, t)
     sums = at.op("MatMulInteger", a, _transposed(at, c, each), at.const(ZERO), at.const(ZERO))
@@ -88,18 +91,26 @@ def _causal(at: Emitter, scores: Any) -> Any:
 # -- axes --------------------------------------------------------------------------------------------------------------
 
 
-def _heads_first(at: Emitter, x: Any, heads: int) -> Any:
+def _heads_first(at: Emitter, x: Any, heads: Any) -> Any:
     """(B, T, H · D) as (B, H, T, D)."""
-    four = at.op("Reshape", x, at.const(np.array([0, 0, heads, -1], np.int64)))
+    four = at.op("Reshape", x, _shape(at, np.array([0, 0]), heads, np.array([-1])))
     return at.op("Transpose", four, perm=[0, 2, 1, 3])
 
 
-def _some_heads(at: Emitter, x: Any, low: int, high: int) -> Any:
-    return at.op("Slice", x, *(at.const(np.array([i], np.int64)) for i in (low, high, 1)))
+def _some_heads(at: Emitter, x: Any, low: Any, high: Any) -> Any:
+    first = at.const(np.array([1], np.int64))  # axis
+    return at.op("Slice", x, _shape(at, low), _shape(at, high), first)
 
 
-def _transposed(at: Emitter, x: Any, each: int) -> Any:
-    return at.op("Transpose", x, perm=[0, 1, 2, 4, 3] if each else [0, 1, 3, 2])
+def _shape(at: Emitter, *sizes: Any) -> Any:
+    """Single sizes and lists of sizes as one list."""
+    last = at.const(np.array([0], np.int64))
+    lists = [at.const(s.astype(np.int64)) if isinstance(s, np.ndarray) else at.op("Unsqueeze", s, last) for s in sizes]
+    return at.op("Concat", *lists, axis=0) if len(lists) > 1 else lists[0]
+
+
+def _transposed(at: Emitter, x: Any, each: Any | None) -> Any:
+    return at.op("Transpose", x, perm=[0, 1, 3, 2] if each is None else [0, 1, 2, 4, 3])
 
 
 def _unsqueezed(at: Emitter, x: Any) -> Any:
@@ -107,14 +118,14 @@ def _unsqueezed(at: Emitter, x: Any) -> Any:
     return at.op("Unsqueeze", x, at.const(np.array([2], np.int64)))
 
 
-def _grouped(at: Emitter, x: Any, kv_heads: int, each: int) -> Any:
+def _grouped(at: Emitter, x: Any, kv_heads: Any, each: Any | None) -> Any:
     """(B, H, ...) as (B, KV, H / KV, ...)."""
-    return at.op("Reshape", x, at.op("Concat", at.const(np.array([0, kv_heads, each])), at.op("Shape", x, start=2), axis=0))
+    return at.op("Reshape", x, at.op("Concat", _shape(at, np.array([0]), kv_heads, each), at.op("Shape", x, start=2), axis=0))
 
 
-def _joined(at: Emitter, x: Any, heads: int) -> Any:
+def _joined(at: Emitter, x: Any, heads: Any) -> Any:
     """(B, KV, H / KV, ...) as (B, H, ...)."""
-    return at.op("Reshape", x, at.op("Concat", at.const(np.array([0, heads])), at.op("Shape", x, start=3), axis=0))
+    return at.op("Reshape", x, at.op("Concat", _shape(at, np.array([0]), heads), at.op("Shape", x, start=3), axis=0))
 
 
 ATTENTION = Op(
@@ -123,4 +134,7 @@ ATTENTION = Op(
     ("y",),
     {"scale": "FLOAT", "causal": "INT", "heads": "INT", "kv_heads": "INT", "layout": "STRING", "bits": "INT"},
     _expand,
+    words=lambda facts: (facts["layout"], *(word for word in ("causal", "shared", "codes") if facts[word])),
+    told=("causal", "layout"),
+    derived={"shared": lambda facts: facts["heads"] != facts["kv_heads"], "codes": lambda facts: bool(facts["bits"])},
 )

@@ -44,7 +44,7 @@ def _affine(at: Emitter, y: Any, gain: Any, shift: Any) -> Any:
 
 def _norm_quantize(at: Emitter, inputs: tuple[Any, ...], facts: Mapping[str, Any]) -> tuple[Any, Any, Any]:
     """sum = x + residual;   q, scale = QuantizeRows(norm(sum) · gain + shift)"""
-    x, residual, gain, shift = inputs
+    x, gain, shift, residual = inputs
     total = at.op("Identity", x) if residual is None else at.op("Add", x, residual)
     codes, scale = dynamic_codes(at, _affine(at, _normalized(at, total, facts["kind"], facts), gain, shift), facts["bits"])
     return signed(at, codes), scale, total
@@ -64,11 +64,13 @@ _SCALED, _SHIFTED = ("x", "gain?", "residual?"), ("x", "gain?", "shift?", "resid
 _FLOATS = {"eps": "FLOAT", "scale_const": "FLOAT"}
 NORM_QUANTIZE = Op(
     "NormQuantize",
-    ("x", "residual?", "gain?", "shift?"),
-    ("q", "scale", "sum"),
+    _SHIFTED,
+    ("q", "scale", "sum?"),
     {"kind": "STRING", "bits": "INT", **_FLOATS},
     _norm_quantize,
+    words=lambda facts: (facts["kind"],),
+    told=("kind",),
 )
-RMS_NORM = Op("RmsNorm", _SCALED, ("y", "sum"), {"eps": "FLOAT"}, _norm("rms"))
-CRMS_NORM = Op("CrmsNorm", _SCALED, ("y", "sum"), {"eps": "FLOAT"}, _norm("crms"))
-L1_NORM = Op("L1Norm", _SHIFTED, ("y", "sum"), _FLOATS, _norm("l1"))
+RMS_NORM = Op("RmsNorm", _SCALED, ("y", "sum?"), {"eps": "FLOAT"}, _norm("rms"))
+CRMS_NORM = Op("CrmsNorm", _SCALED, ("y", "sum?"), {"eps": "FLOAT"}, _norm("crms"))
+L1_NORM = Op("L1Norm", _SHIFTED, ("y", "sum?"), _FLOATS, _norm("l1"))

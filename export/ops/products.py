@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ from normfuse.export.ops.activations import ZERO
 from normfuse.export.ops.emitter import Emitter
 from normfuse.export.ops.weights import Operand
 
-__all__ = ["activated", "finished", "outer", "shifted", "sums"]
+__all__ = ["activated", "finished", "named", "outer", "shifted", "sums"]
 
 
 def sums(at: Emitter, codes: Any, operands: tuple[Operand, ...]) -> Any:
@@ -61,10 +62,31 @@ def activated(at: Emitter, y: Any, epilogue: str) -> Any:
         case "relu":
             return at.op("Relu", y)
         case "gelu":
-            return at.op("Gelu", y)
+            return at.op("Gelu", y) if at.opset >= _GELU else _gelu(at, y)
         case "gelu_tanh":
-            return at.op("Gelu", y, approximate="tanh")
+            return at.op("Gelu", y, approximate="tanh") if at.opset >= _GELU else _gelu_tanh(at, y)
         case "silu":
             return at.op("Mul", y, at.op("Sigmoid", y))
         case _:
             return y
+
+
+_GELU = 20  # the first opset that has it
+
+
+def _gelu(at: Emitter, y: Any) -> Any:
+    """y/2 · (1 + erf(y / √2))"""
+    half, one, root = (at.op("CastLike", at.const(np.float32(v)), y) for v in (0.5, 1, math.sqrt(2)))
+    return at.op("Mul", at.op("Mul", y, half), at.op("Add", one, at.op("Erf", at.op("Div", y, root))))
+
+
+def _gelu_tanh(at: Emitter, y: Any) -> Any:
+    """y/2 · (1 + tanh(√(2/π) · (y + 0.044715 y³)))"""
+    half, one, root, cubic = (at.op("CastLike", at.const(np.float32(v)), y) for v in (0.5, 1, math.sqrt(2 / math.pi), 0.044715))
+    inner = at.op("Add", y, at.op("Mul", cubic, at.op("Mul", y, at.op("Mul", y, y))))
+    return at.op("Mul", at.op("Mul", y, half), at.op("Add", one, at.op("Tanh", at.op("Mul", root, inner))))
+
+
+def named(epilogue: str) -> str:
+    """The word for an epilogue in the name of a variant."""
+    return "" if epilogue == "none" else epilogue

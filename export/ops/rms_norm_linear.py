@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from normfuse.export.ops.emitter import Emitter, Op
-from normfuse.export.ops.products import activated
+from normfuse.export.ops.products import activated, named
 
 __all__ = ["RMS_NORM_LINEAR"]
 
@@ -23,4 +23,12 @@ def _expand(at: Emitter, inputs: tuple[Any, ...], facts: Mapping[str, Any]) -> t
     return (activated(at, y if bias is None else at.op("Add", y, at.op("CastLike", bias, x)), facts["epilogue"]),)
 
 
-RMS_NORM_LINEAR = Op("RmsNormLinear", ("x", "weight", "bias?"), ("y",), {"eps": "FLOAT", "epilogue": "STRING"}, _expand)
+RMS_NORM_LINEAR = Op(
+    "RmsNormLinear",
+    ("x", "weight", "bias?"),
+    ("y",),
+    {"eps": "FLOAT", "epilogue": "STRING"},
+    _expand,
+    words=lambda facts: (named(facts["epilogue"]),),
+    told=("epilogue",),
+)

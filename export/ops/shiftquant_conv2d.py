@@ -9,9 +9,9 @@ import numpy as np
 import torch
 
 from normfuse.export.ops.activations import ZERO, dynamic_codes, static_codes
-from normfuse.export.ops.emitter import Emitter, Op
-from normfuse.export.ops.products import finished, shifted
-from normfuse.export.ops.weights import unpacked
+from normfuse.export.ops.emitter import Emitter, Op, number
+from normfuse.export.ops.products import finished, named, shifted
+from normfuse.export.ops.weights import unpacked, weight_words
 from normfuse.quant.packing import packed_bytes, unpack
 
 __all__ = ["SHIFTQUANT_CONV2D", "conv_codes", "conv_parts"]
@@ -76,17 +76,18 @@ def _expand(at: Emitter, inputs: tuple[Any, ...], facts: Mapping[str, Any]) -> t
 
 def _unpacked(at: Emitter, weight: Any, exponents: Any, scale: Any, facts: Mapping[str, Any]) -> list[tuple[Any, int]]:
     """The same for one group of channels, in nodes."""
-    (kh, kw), bits, groups = facts["kernel"], facts["bits"], facts["groups"]
-    columns = at.op("Tile", exponents, at.const(np.array([kh * kw], np.int64)))
+    kernel, bits, groups = number(at, facts["kernel"]), facts["bits"], facts["groups"]
+    taps = at.op("ReduceProd", kernel, keepdims=1)  # [1]
+    columns = at.op("Tile", exponents, taps)
     codes = unpacked(at, weight, columns, at.op("Shape", scale), bits, groups)  # (taps · C, N)
-    shape = at.op("Concat", at.const(np.array([kh, kw, -1], np.int64)), at.op("Shape", scale), axis=0)
+    shape = at.op("Concat", kernel, at.const(np.array([-1], np.int64)), at.op("Shape", scale), axis=0)
     codes = at.op("Transpose", at.op("Reshape", codes, shape), perm=[3, 2, 0, 1])
     found, width = [], max(1, 9 - bits)
     for low in range(0, groups, width):
         shift = [groups - 1 - e - low for e in range(groups)]
-        factor = np.array([2**s if 0 <= s < width else 0 for s in shift], np.int8).reshape(-1, 1, 1)
+        factor = np.array([2**s if 0 <= s < width else 0 for s in shift], np.int32).reshape(-1, 1, 1)
         value = at.op("Mul", codes, at.op("Gather", at.const(factor), at.op("Cast", exponents, to=6), axis=0))
-        found.append((at.op("Add", at.op("Cast", value, to=2), at.const(ZERO)), low))
+        found.append((at.op("Cast", at.op("Add", value, at.const(np.int32(ZERO))), to=2), low))
     return found
 
 
@@ -107,4 +108,6 @@ SHIFTQUANT_CONV2D = Op(
     },
     _expand,
     structure=("groups",),
+    words=lambda facts: (*weight_words(facts), named(facts["epilogue"]), "static" if facts["input_scale"] else ""),
+    told=("bits", "epilogue", "input_scale"),
 )

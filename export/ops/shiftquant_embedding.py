@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from normfuse.export.ops.emitter import Emitter, Op
+from normfuse.export.ops.emitter import Emitter, Op, number
 
 __all__ = ["SHIFTQUANT_EMBEDDING"]
 
@@ -20,12 +20,14 @@ def _expand(at: Emitter, inputs: tuple[Any, ...], facts: Mapping[str, Any]) -> t
     if bits == 8:
         u = row
     else:
-        bit = np.arange(dim, dtype=np.int64) * bits
-        first = bit // 8
-        second = np.minimum(first + 1, -(-dim * bits // 8) - 1)
-        low, high = (at.op("Cast", at.op("Gather", row, at.const(at_), axis=-1), to=12) for at_ in (first, second))
+        zero, one, eight = (at.const(np.int64(i)) for i in (0, 1, 8))
+        places = at.op("Mul", at.op("Range", zero, number(at, dim), one), at.const(np.int64(bits)))
+        first = at.op("Div", places, eight)
+        last = at.op("Sub", at.op("Shape", codes, start=1), one)  # [1]
+        second = at.op("Min", at.op("Add", first, one), last)
+        low, high = (at.op("Cast", at.op("Gather", row, byte, axis=-1), to=12) for byte in (first, second))
         both = at.op("BitwiseOr", low, at.op("BitShift", high, at.const(np.uint32(8)), direction="LEFT"))
-        u = at.op("BitShift", both, at.const((bit % 8).astype(np.uint32)), direction="RIGHT")
+        u = at.op("BitShift", both, at.op("Cast", at.op("Mod", places, eight), to=12), direction="RIGHT")
         u = at.op("BitwiseAnd", u, at.const(np.uint32(2**bits - 1)))
     c = at.op("Sub", at.op("Cast", u, to=1), at.const(np.float32(2 ** (bits - 1))))
     factor = at.op("Unsqueeze", at.op("Gather", scale, indices, axis=0), at.const(np.array([-1], np.int64)))
@@ -38,4 +40,6 @@ SHIFTQUANT_EMBEDDING = Op(
     ("y",),
     {"dim": "INT", "bits": "INT"},
     _expand,
+    words=lambda facts: (f"b{facts['bits']}",),
+    told=("bits",),
 )

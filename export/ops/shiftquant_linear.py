@@ -7,8 +7,8 @@ from typing import Any
 
 from normfuse.export.ops.activations import dynamic_codes, static_codes
 from normfuse.export.ops.emitter import Emitter, Op
-from normfuse.export.ops.products import finished, outer, sums
-from normfuse.export.ops.weights import operands
+from normfuse.export.ops.products import finished, named, outer, sums
+from normfuse.export.ops.weights import operands, weight_words
 
 __all__ = ["SHIFTQUANT_LINEAR"]
 
@@ -36,4 +36,6 @@ SHIFTQUANT_LINEAR = Op(
     {"bits": "INT", "activation_bits": "INT", "epilogue": "STRING", "input_scale": "FLOAT"},
     _expand,
     structure=("groups",),
+    words=lambda facts: (*weight_words(facts), named(facts["epilogue"]), "static" if facts["input_scale"] else ""),
+    told=("bits", "epilogue", "input_scale"),
 )

@@ -7,8 +7,8 @@ from typing import Any
 
 from normfuse.export.ops.activations import dynamic_codes, signed, unsigned
 from normfuse.export.ops.emitter import Emitter, Op
-from normfuse.export.ops.products import finished, outer, sums
-from normfuse.export.ops.weights import operands
+from normfuse.export.ops.products import finished, named, outer, sums
+from normfuse.export.ops.weights import operands, weight_words
 
 __all__ = ["SHIFTQUANT_MATMUL", "SHIFTQUANT_MATMUL_QUANTIZE"]
 
@@ -31,7 +31,20 @@ def _product_codes(at: Emitter, inputs: tuple[Any, ...], facts: Mapping[str, Any
     return signed(at, codes), scale
 
 
-SHIFTQUANT_MATMUL = Op("ShiftQuantMatMul", _INPUTS, ("y",), {"bits": "INT", "epilogue": "STRING"}, _product, structure=("groups",))
+def _words(facts: Mapping[str, Any]) -> tuple[str, ...]:
+    return (*weight_words(facts), named(facts["epilogue"]))
+
+
+SHIFTQUANT_MATMUL = Op(
+    "ShiftQuantMatMul",
+    _INPUTS,
+    ("y",),
+    {"bits": "INT", "epilogue": "STRING"},
+    _product,
+    structure=("groups",),
+    words=_words,
+    told=("bits", "epilogue"),
+)
 SHIFTQUANT_MATMUL_QUANTIZE = Op(
     "ShiftQuantMatMulQuantize",
     _INPUTS[:-1],
@@ -39,4 +52,6 @@ SHIFTQUANT_MATMUL_QUANTIZE = Op(
     {"bits": "INT", "epilogue": "STRING", "out_bits": "INT"},
     _product_codes,
     structure=("groups",),
+    words=_words,
+    told=("bits", "epilogue"),
 )

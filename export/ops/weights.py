@@ -8,6 +8,7 @@ With bits + groups <= 9 there is one part.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 from normfuse.export.ops.emitter import Emitter
 from normfuse.quant.packing import planes, unpack
 
-__all__ = ["SAFE", "Operand", "operands", "parts", "stored", "stretches", "unit_of", "unpacked"]
+__all__ = ["SAFE", "Operand", "operands", "parts", "stored", "stretches", "unit_of", "unpacked", "weight_words"]
 
 #: Signed operands up to this are exact with unsigned activations on AVX2 and AVX-512 without VNNI: their kernels add two
 #: products in 16 bits with saturation, and 2 · 255 · 64 < 2^15.
@@ -120,18 +121,17 @@ def _unpacked(at: Emitter, weight: Any, exponents: Any, scale: Any, bits: int, g
     codes = unpacked(at, weight, exponents, at.op("Shape", scale), bits, groups)
     found = []
     for low, high in stretches(bits, groups):
-        factor = np.array([2 ** (high - e) if low <= e <= high else 0 for e in range(groups)], np.int8)
+        factor = np.array([2 ** (high - e) if low <= e <= high else 0 for e in range(groups)], np.int32)
         factors = at.op("Gather", at.const(factor[:, None]), at.op("Cast", exponents, to=6), axis=0)  # (K, 1)
         value = at.op("Mul", codes, factors)
         zero = 0 if (2 ** (bits - 1) - 1) << (high - low) <= SAFE else 128
-        if zero:
-            value = at.op("Add", at.op("Cast", value, to=2), at.const(np.uint8(zero)))
+        value = at.op("Cast", at.op("Add", value, at.const(np.int32(zero))), to=2) if zero else at.op("Cast", value, to=3)
         found.append(Operand(value, zero, groups - 1 - high))
     return tuple(found)
 
 
 def unpacked(at: Emitter, weight: Any, exponents: Any, outputs: Any, bits: int, groups: int) -> Any:
-    """C as int8 [K, N], by the same steps as `normfuse.quant.packing.unpack`.
+    """C as int32 [K, N], by the same steps as `normfuse.quant.packing.unpack`.
 
     Every value here follows from constants: ONNX Runtime computes it once, when it loads the file.
 
@@ -162,7 +162,8 @@ def unpacked(at: Emitter, weight: Any, exponents: Any, outputs: Any, bits: int, 
     shape = at.op("Concat", at.const(np.array([-1], np.int64)), at.op("Mul", panels, panel), axis=0)
     columns = at.op("Slice", at.op("Reshape", columns, shape), at.const(np.array([0], np.int64)), outputs, one)
     columns = at.op("Gather", columns, _places(at, exponents, groups), axis=0)
-    return at.op("Cast", at.op("Sub", columns, at.const(np.uint8(2 ** (bits - 1)))), to=3)
+    # sums and products in int32: older runtimes have none of bytes
+    return at.op("Sub", at.op("Cast", columns, to=6), at.const(np.int32(2 ** (bits - 1))))
 
 
 def _places(at: Emitter, exponents: Any, groups: int) -> Any:
@@ -175,3 +176,8 @@ def _places(at: Emitter, exponents: Any, groups: int) -> Any:
     starts = at.op("CumSum", at.op("Mul", quads, four), at.const(np.int64(0)), exclusive=1)
     before = at.op("CumSum", mine, at.const(np.int64(1)), exclusive=1)
     return at.op("ReduceSum", at.op("Mul", mine, at.op("Add", starts, before)), at.const(np.array([0], np.int64)), keepdims=0)
+
+
+def weight_words(facts: Mapping[str, Any]) -> tuple[str, str]:
+    """What the unpacking of a weight depends on, in the name of a variant."""
+    return f"b{facts['bits']}", f"g{facts['groups']}"

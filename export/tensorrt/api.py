@@ -19,7 +19,6 @@ from normfuse.export.tensorrt.flavour import find
 from normfuse.export.tensorrt.layers import layers, memory
 from normfuse.export.tensorrt.plugins.plans import PLUGINS
 from normfuse.export.tensorrt.profiles import InputSize, Profile, complete, parse_shapes
-from normfuse.extras import need
 from normfuse.files import atomic, check_target, workspace
 from normfuse.report import Error
 
@@ -159,7 +158,8 @@ def module_as_onnx(
     file = folder / "model.onnx"
     exported, program = write_onnx(
         gm, file, target="tensorrt", opset=opset, example_inputs=example_inputs, dynamic_shapes=dynamic_shapes, form=form,
-        int4_initializers=False, attention=attention, verify=verify, tolerance=tolerance, threads=None, measure_seconds=0.0,
+        int4_initializers=False, attention=attention, verify=verify, tolerance=tolerance, threads=None, runtime=None, tune=False,
+        measure_seconds=0.0,
         external_data_above=_INLINE, dtype=dtype, io_dtype=io_dtype, force=False, progress=progress,
         kept=(*_ops(plugins), *(p for p in plugins if p == _QUANTIZED)),
     )  # fmt: skip
@@ -176,9 +176,9 @@ def file_as_onnx(file: str | Path, folder: Path, *, dtype: str | None = None, io
     if dtype == "fp32":
         return Ready(file, sizes)
     from normfuse.export.onnx.save import save_model
+    from normfuse.export.onnx.variants import load_model
 
-    ir = need("onnx_ir", extra="onnx")
-    model = ir.load(file)
+    model = load_model(file)
     notes = to_precision(model, dtype, io_dtype=io_dtype)
     save_model(model, folder / "model.onnx", limit=_INLINE)
     return Ready(folder / "model.onnx", sizes, notes=notes)
@@ -273,9 +273,9 @@ def _place(
 ) -> dict[str, int]:
     """Kernels into the nodes of `file`, in place; their tiles are chosen for the usual sizes of the profiles."""
     from normfuse.export.onnx.save import save_model
+    from normfuse.export.onnx.variants import load_model
     from normfuse.export.tensorrt.plugins import kernel_capabilities, place
 
-    ir = need("onnx_ir", extra="onnx")
     profiles = complete(inputs, stated)
     usual = {
         axis: profiles[wanted.name].opt[at]
@@ -283,7 +283,7 @@ def _place(
         for at, axis in enumerate(wanted.sizes)
         if isinstance(axis, str) and wanted.name in profiles
     }
-    model = ir.load(file)
+    model = load_model(file)
     placed: dict[str, int] = place(model, plugins, dtype=dtype, capabilities=kernel_capabilities(capabilities), sizes=usual)
     if not placed:
         raise UsageError(f"plugins={tuple(plugins)}: the optimized model has no place for any of them")

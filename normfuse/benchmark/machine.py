@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-__all__ = ["Machine", "QuietClock", "cores"]
+__all__ = ["Machine", "QuietClock", "cores", "cpu_model"]
 
 _LIBRARIES = ("normfuse", "torch", "onnxruntime", "onnx", "numpy", "timm", "transformers")
 
@@ -33,7 +33,7 @@ class Machine:
 
     @classmethod
     def here(cls) -> "Machine":
-        return cls(_cpu_model(), len(cores()), f"{platform.system()} {platform.machine()}", platform.python_version(), _versions())
+        return cls(cpu_model(), len(cores()), f"{platform.system()} {platform.machine()}", platform.python_version(), _versions())
 
 
 def cores() -> tuple[int, ...]:
@@ -74,7 +74,7 @@ def _busy_seconds() -> float:
         return 0.0
 
 
-def _cpu_model() -> str:
+def cpu_model() -> str:
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
             if line.startswith("model name"):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from normfuse.cli.engine_export import EngineOptions, to_engine
-from normfuse.cli.onnx_files import is_onnx
+from normfuse.cli.onnx_files import FileOptions, is_onnx
 from normfuse.cli.options import Model, Pipeline
 from normfuse.errors import UsageError
 
@@ -33,7 +33,7 @@ class Deployment:
 
 
 def deploy(
-    model: Model, pipeline: Pipeline, options: EngineOptions, where: Deployment, target: str | None, *,
+    model: Model, pipeline: Pipeline, options: EngineOptions, where: Deployment, target: str | None, files: FileOptions, *,
     int4: bool, force: bool, as_json: bool, quiet: bool,
 ) -> None:  # fmt: skip
     """Export to a temporary folder, and from there into the repository.
@@ -70,7 +70,7 @@ def deploy(
             fast = pipeline.run(model, model.load(inputs_needed=True))
             told = to_onnx(
                 fast, file, target=target or "onnxruntime", opset=options.opset, form=options.form, int4_initializers=int4,
-                dtype=options.dtype, io_dtype=options.io_dtype,
+                dtype=options.dtype, io_dtype=options.io_dtype, **dataclasses.asdict(files),
             )  # fmt: skip
         served = write_repository(
             where.folder, name, file, version=version, force=force, accelerator="tensorrt" if accelerator else None,

@@ -2,17 +2,20 @@
 
 import dataclasses
 import json
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from normfuse.cli.columns import columns, differences
-from normfuse.cli.onnx_files import is_onnx
+from normfuse.cli.onnx_files import FileOptions, is_onnx
 from normfuse.cli.options import Model, Pipeline, force_option, json_option, model_options, pipeline_options, verbosity
 from normfuse.cli.reports import check_report, report_option, write_report
 from normfuse.cli.speed import speed_option
 from normfuse.errors import UsageError
+from normfuse.export.runtimes import parse_runtime
+from normfuse.export.targets import ATTENTION_FORMS, NATIVE_ATTENTION
 from normfuse.files import check_target
 
 if TYPE_CHECKING:
@@ -46,6 +49,15 @@ def _spelled(ctx: click.Context, param: click.Parameter, value: str | None) -> s
     "--target", help="onnxruntime, tensorrt or portable (standard ops only).  [default: onnxruntime; tensorrt for engines]"
 )
 @click.option("--opset", type=int, help="ONNX opset.  [default: the best one for the target]")
+@click.option("--runtime", metavar="X.Y", help="The oldest ONNX Runtime that must run the file, e.g. 1.20.  [default: any]")
+@click.option(
+    "--attention",
+    type=click.Choice(("auto", *ATTENTION_FORMS, NATIVE_ATTENTION)),
+    default="auto",
+    show_default=True,
+    help="How attention is written; auto goes by a table of measurements, and with --tune by measuring here.",
+)
+@click.option("--tune", is_flag=True, help="Measure which forms are fastest on this machine; found once, then remembered.")
 @click.option(
     "--form",
     type=click.Choice(("auto", "native", "integer", "qdq", "weight_only")),
@@ -90,9 +102,10 @@ def _spelled(ctx: click.Context, param: click.Parameter, value: str | None) -> s
 @json_option
 @verbosity
 def export(
-    model: Model, pipeline: Pipeline, output: Path | None, target: str | None, opset: int | None, form: str, int4: bool,
-    dtype: str | None, io_dtype: str, profiles: tuple[str, ...], flavour: str | None, capabilities: tuple[str, ...],
-    plugins: str | None, dry_run: bool, repository: Path | None, name: str | None, model_version: str | None,
+    model: Model, pipeline: Pipeline, output: Path | None, target: str | None, opset: int | None, runtime: str | None,
+    attention: str, tune: bool, form: str, int4: bool, dtype: str | None, io_dtype: str, profiles: tuple[str, ...],
+    flavour: str | None, capabilities: tuple[str, ...], plugins: str | None,
+    dry_run: bool, repository: Path | None, name: str | None, model_version: str | None,
     backend: str | None, speed_check: bool, report_path: Path | None, force: bool, as_json: bool, quiet: bool,
 ) -> None:  # fmt: skip
     """Optimize SOURCE, export it, and prove the file in its runtime.
@@ -103,6 +116,9 @@ def export(
     from normfuse.cli.engine_export import EngineOptions, dry, to_engine
 
     engine = EngineOptions(dtype, io_dtype, profiles, flavour, capabilities, _names(plugins), opset, form)
+    if runtime is not None:
+        parse_runtime(runtime)  # a misspelt release costs a second and not a minute
+    files = FileOptions(runtime, attention, tune)
     if repository is not None:
         from normfuse.cli.deploy import Deployment, deploy
 
@@ -113,7 +129,7 @@ def export(
         if report_path is not None:
             raise UsageError("--report goes with -o; --json tells what --repository wrote")
         where = Deployment(repository, name, model_version or "1", backend)
-        deploy(model, pipeline, engine, where, target, int4=int4, force=force, as_json=as_json, quiet=quiet)
+        deploy(model, pipeline, engine, where, target, files, int4=int4, force=force, as_json=as_json, quiet=quiet)
         return
     for flag, value in (("--name", name), ("--backend", backend), ("--model-version", model_version)):
         if value is not None:
@@ -123,6 +139,8 @@ def export(
     if output.suffix in ENGINE_SUFFIXES:
         if target not in (None, "tensorrt"):
             raise UsageError(f"-o {output} is an engine, and --target is {target}: leave --target out")
+        if files != FileOptions():
+            raise UsageError("--runtime, --attention and --tune are for ONNX files, and -o names an engine")
         if int4:
             raise UsageError("--int4 is for ONNX files; an engine packs 4-bit weights anyway")
         check_report(report_path, force=force)
@@ -148,14 +166,14 @@ def export(
     if is_onnx(model.source):
         raise UsageError(f"{model.source} is an ONNX file already; name an engine (-o NAME.engine) to build one of it")
     _to_onnx(
-        model, pipeline, output, target or "onnxruntime", opset, form, int4, dtype, io_dtype, speed_check, report_path, force,
-        as_json, quiet,
+        model, pipeline, output, target or "onnxruntime", opset, files, form, int4, dtype, io_dtype, speed_check, report_path,
+        force, as_json, quiet,
     )  # fmt: skip
 
 
 def _to_onnx(
-    model: Model, pipeline: Pipeline, output: Path, target: str, opset: int | None, form: str, int4: bool, dtype: str | None,
-    io_dtype: str, speed_check: bool, report_path: Path | None, force: bool, as_json: bool, quiet: bool,
+    model: Model, pipeline: Pipeline, output: Path, target: str, opset: int | None, files: FileOptions, form: str, int4: bool,
+    dtype: str | None, io_dtype: str, speed_check: bool, report_path: Path | None, force: bool, as_json: bool, quiet: bool,
 ) -> None:  # fmt: skip
     check_target(output, force=force)
     check_report(report_path, force=force)
@@ -165,15 +183,16 @@ def _to_onnx(
     from normfuse.export.targets import opset_for, target_named
     from normfuse.record import report
 
-    opset_for(target_named(target), opset)  # a misspelt target costs a second and not a minute
+    opset_for(target_named(target), opset, files.runtime)  # a misspelt target costs a second and not a minute
     loaded = model.load(inputs_needed=True)
     check_double(loaded.model, dtype, target_named(target))
     fast = pipeline.run(model, loaded)
     original = loaded if speed_check and pipeline.quantize is not None else None  # a copy of the weights, kept where it is measured
     del loaded
     exported = to_onnx(
-        fast, output, target=target, opset=opset, form=form, int4_initializers=int4, dtype=dtype, io_dtype=io_dtype, force=force
-    )
+        fast, output, target=target, opset=opset, form=form, int4_initializers=int4, dtype=dtype, io_dtype=io_dtype, force=force,
+        **dataclasses.asdict(files),
+    )  # fmt: skip
     text, data = str(exported), {"export": dataclasses.asdict(exported)}
     measured = exported.form not in (None, "weight_only") and target == "onnxruntime" and (report_path or not quiet)
     if original is not None and measured:
@@ -181,6 +200,7 @@ def _to_onnx(
 
         speed = speed_of(original, output)
         text, data = f"{text}\n{speed}", data | {"speed": speed.to_dict()}
+    text = f"{text}\n\nrun it:\n\n{textwrap.indent(exported.how_to_run.rstrip(), '    ')}"
     found = dataclasses.replace(report(fast), files=(text,))
     write_report(found, report_path, force=force)
     _tell(found, data, text, as_json, quiet)

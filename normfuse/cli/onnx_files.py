@@ -1,5 +1,6 @@
-"""`.onnx` files given where a model is expected."""
+"""`.onnx` files given where a model is expected, and how one is to be written."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,9 +11,18 @@ from normfuse.sources import Options
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["file_inputs", "is_onnx", "run_file"]
+__all__ = ["FileOptions", "file_inputs", "is_onnx", "run_file"]
 
 _TYPES = {"float": "float32", "float16": "float16", "double": "float64", "int64": "int64", "int32": "int32", "bool": "bool"}
+
+
+@dataclass(frozen=True)
+class FileOptions:
+    """The flags of `normfuse.export.to_onnx` that an engine has not."""
+
+    runtime: str | None = None
+    attention: str = "auto"
+    tune: bool = False
 
 
 def is_onnx(source: str) -> bool:

@@ -21,12 +21,6 @@ __all__ = ["Speed", "speed_of", "speed_option"]
 
 _SECONDS = 3.0
 _LARGEST = 2 << 30  # bytes of weights of the original: a larger model takes more than a few seconds to export and to run
-_REGISTER = """import onnxruntime
-from normfuse import native
-options = onnxruntime.SessionOptions()
-options.register_custom_ops_library(str(native.path()))
-session = onnxruntime.InferenceSession({path!r}, options)"""
-
 speed_option = click.option(
     "--speed-check/--no-speed-check",
     default=True,
@@ -64,7 +58,7 @@ class Speed:
         return {k: None if c is None else c.to_dict() for k, c in found.items()} | {"slower": self.slower, "why_not": self.why_not}
 
     def __str__(self) -> str:
-        """A few lines of at most 80 columns, and the lines of Python that register the library."""
+        """A few lines of at most 80 columns."""
         if self.stock is None:
             lines = [f"  speed      not measured: {self.why_not}"]
         else:
@@ -78,7 +72,7 @@ class Speed:
                 f"             {_figures(self.library)}",
             ]
         if self.native and (self.stock is None or self.slower or self.library is not None):
-            lines += ["             the library is registered by", *_code(self.path)]
+            lines.append("             the lines below register the library")
         elif self.slower:
             lines += ["             integers do not pay here: keep it in float, or export --form native"]
         return "\n".join(lines)
@@ -123,7 +117,3 @@ def _words(found: Comparison) -> str:
 
 def _figures(found: Comparison) -> str:
     return f"{found.b.median:.3g} ms against {found.a.median:.3g} ms, {found.speedup} times as fast"
-
-
-def _code(path: Path) -> list[str]:
-    return [f"               {line}" for line in _REGISTER.format(path=str(path)).splitlines()]

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import atexit
-import functools
 import hashlib
 import json
 import logging
 import os
 import re
-import shutil
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -18,11 +15,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from normfuse.cache import cache_folder
 from normfuse.errors import NormfuseError, UsageError
 from normfuse.gpu.launch import Launch
 from normfuse.gpu.source import OPTIONS, arguments, function, interpreted, source_hash, toolchain
 
-__all__ = ["CAPABILITIES", "Image", "cache_folder", "compiled", "content_hash"]
+__all__ = ["CAPABILITIES", "Image", "compiled", "content_hash"]
 
 #: Compute capabilities that images are made for, times ten. One for 80 or 89 also runs on everything newer, compiled again by the
 #: driver; Triton writes those from 90 on for that architecture alone (sm_90a).
@@ -78,24 +76,6 @@ def compiled(launch: Launch, capability: int) -> Image:
         found = _compile(launch, capability)
         _write(path, found)
     return found
-
-
-def cache_folder() -> Path:
-    """$NORMFUSE_CACHE, or ~/.cache/normfuse ($XDG_CACHE_HOME/normfuse)."""
-    if given := os.environ.get("NORMFUSE_CACHE"):
-        return Path(given)
-    try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "normfuse"
-    except RuntimeError:  # no home folder; a folder in /tmp that others can guess is none to load code from
-        return _own_folder()
-
-
-@functools.cache
-def _own_folder() -> Path:
-    """For this process alone."""
-    folder = tempfile.mkdtemp(prefix="normfuse-")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return Path(folder)
 
 
 def content_hash(launch: Launch, capability: int) -> str:

@@ -106,12 +106,30 @@ def test_a_linear_that_is_read_elsewhere_is_still_exact(tmp_path):
         assert relative(have, want) < 1e-5
 
 
-def test_auto_measures_and_says_so(tmp_path):
-    result = exported(attention(), (torch.randn(2, 5, 32),), tmp_path)
+def test_auto_takes_the_table(tmp_path):
+    """Narrow models get `mha`, wide ones `qkv`, and no stopwatch has a say."""
+    x = torch.randn(2, 5, 32)
+    result = exported(attention(), (x,), tmp_path)
+    assert (result.attention, result.ratios) == ("mha", {})
+    (tmp_path / "wide").mkdir()
+    wide = exported(attention(width=64), (torch.randn(2, 5, 256),), tmp_path / "wide")
+    assert (wide.attention, wide.attention_sites) == ("qkv", {"qkv": 1})
+
+
+def test_tuning_measures_once_and_says_so(tmp_path, monkeypatch):
+    monkeypatch.setenv("NORMFUSE_CACHE", str(tmp_path / "cache"))
+    inputs = (torch.randn(2, 5, 32),)
+    result = exported(attention(), inputs, tmp_path, tune=True)
     assert set(result.ratios) == set(ATTENTION_FORMS)
     assert result.ratios["decomposed"] == 1
     assert result.attention == "decomposed" or result.ratios[result.attention] > 1
     assert result.attention in str(result)
+    assert len(list((tmp_path / "cache").rglob("*.json"))) == 1
+    monkeypatch.setattr("normfuse.export.onnx.api.fastest", None)  # what is known is not measured again
+    again = exported(attention(), inputs, tmp_path, tune=True, force=True)
+    assert (again.attention, again.ratios) == (result.attention, result.ratios)
+    with pytest.raises(TypeError):
+        exported(attention(), (torch.randn(3, 5, 32),), tmp_path, tune=True, force=True)  # another shape is another question
 
 
 def test_float64_attention_stays_standard(tmp_path):

@@ -31,16 +31,15 @@ def _run(kernel: bool, operands: list[Tensor | None], **facts: Any) -> Tensor:
     names = [n if there else "" for n, there in zip(NAMES, present, strict=True)]
     while not names[-1]:
         names.pop()
-    overload = op.overload(facts, present, 1)
-    node = helper.make_node("Attention", names, ["y"], domain="normfuse", **facts, **({} if kernel else {"overload": overload}))
+    node = helper.make_node("Attention", names, ["y"], domain="normfuse", **facts)
     given = {n: x for n, x in zip(NAMES, operands, strict=True) if x is not None}
     graph = helper.make_graph(
         [node], "one", [helper.make_tensor_value_info(n, 1, [f"{n}{a}" for a in range(x.ndim)]) for n, x in given.items()],
         [helper.make_tensor_value_info("y", 1, None)],
     )  # fmt: skip
-    bodies = [] if kernel else [ir.serde.serialize_function(FunctionBody(op, present, 20).function(overload, facts, 1))]
+    bodies = [] if kernel else [ir.serde.serialize_function(FunctionBody(op, present, 20).function("", facts, 1))]
     opsets = [helper.make_opsetid("", 20), helper.make_opsetid("normfuse", 1)]
-    model = helper.make_model(graph, opset_imports=opsets, functions=bodies, ir_version=10)
+    model = helper.make_model(graph, opset_imports=opsets, functions=bodies, ir_version=9)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     if kernel:

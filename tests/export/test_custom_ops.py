@@ -206,14 +206,14 @@ def test_norms_are_their_definition(op: str, residual: bool) -> None:
 @pytest.mark.parametrize("kind", ["layer", "rms", "crms", "l1"])
 def test_norm_quantize_is_both(kind: str) -> None:
     x, residual, gain, shift = torch.randn(6, 48), torch.randn(6, 48), torch.randn(48), torch.randn(48)
-    q, scale, total = _run("NormQuantize", [x, residual, gain, shift], [I8, F, F], kind=kind, eps=1e-5, scale_const=1.0, bits=8)
+    q, scale, total = _run("NormQuantize", [x, gain, shift, residual], [I8, F, F], kind=kind, eps=1e-5, scale_const=1.0, bits=8)
     assert scale.shape == (6, 1)
     assert torch.equal(total, x + residual)
     y = _norm(kind, x + residual, gain, shift, 1e-5, 1.0)
     expected, expected_scale = quantize_rows(y, 8)
     torch.testing.assert_close(scale, expected_scale, rtol=1e-5, atol=0)
     assert (q.int() - expected.int()).abs().max() <= 1  # y itself is rounded differently
-    bare = _run("NormQuantize", [x, residual, gain, shift], [I8, F], kind=kind, eps=1e-5, scale_const=1.0, bits=8)
+    bare = _run("NormQuantize", [x, gain, shift, residual], [I8, F], kind=kind, eps=1e-5, scale_const=1.0, bits=8)
     assert torch.equal(bare[0], q)
     assert torch.equal(bare[1], scale)
 
@@ -403,7 +403,7 @@ HOSTILE = {
     "heads": (("Attention", [torch.randn(1, 2, 9)] * 3, [F], {"layout": "bthd", "heads": 2}), "features of 2 heads"),
     "kv_heads": (("Attention", [torch.randn(1, 2, 9)] * 3, [F], {"layout": "bthd", "heads": 3, "kv_heads": 2}), "cannot share"),
     "no keys": (("Attention", [torch.randn(1, 2, 3, 4)], [F], {}), "inputs are missing"),
-    "packed keys": (("Attention", [torch.randn(1, 2, 6)] * 3, [F], {"layout": "packed", "heads": 1}), "has none"),
+    "packed keys": (("Attention", [torch.randn(1, 2, 6) for _ in "qkv"], [F], {"layout": "packed", "heads": 1}), "has none"),
     "values": (("Attention", [torch.randn(1, 2, 3, 4)] * 2 + [torch.randn(1, 2, 3, 5)], [F], {}), "v: found"),
     "query rank": (("Attention", [torch.randn(2, 3, 4)] * 3, [F], {}), "q: found"),
     "mask": (("Attention", [*[torch.randn(1, 2, 3, 4)] * 3, torch.zeros(3, 1)], [F], {}), "mask: found"),

@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 
 import normfuse
+from normfuse.cache import cache_folder
 from normfuse.errors import MissingExtra, NormfuseError, UsageError
 from normfuse.gpu import compile as ahead
 from normfuse.gpu import source
-from normfuse.gpu.compile import CAPABILITIES, Image, cache_folder, compiled, content_hash
+from normfuse.gpu.compile import CAPABILITIES, Image, compiled, content_hash
 from normfuse.gpu.launch import Launch, Operand
 from normfuse.gpu.norm import plan_norm
 from normfuse.gpu.rows import plan_rows

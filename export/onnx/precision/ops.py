@@ -113,7 +113,7 @@ def carries_activations(node: Any) -> tuple[frozenset[int], frozenset[int]]:
     outputs = frozenset(
         i
         for i, v in enumerate(node.outputs)
-        if v.dtype in (ir.DataType.FLOAT, None) and i < len(op.outputs) and op.outputs[i] in low
+        if v.dtype in (ir.DataType.FLOAT, None) and i < len(op.outputs) and op.outputs[i].removesuffix("?") in low
     )
     return inputs, outputs
 

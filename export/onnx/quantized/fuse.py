@@ -80,7 +80,7 @@ def _norm(model: Any, norm: Any) -> bool:
     a, b = tuple(add.inputs) if joined else (x, None)
     at = Build(model, add if joined else norm)  # before every reader of the sum
     facts = {"kind": kind, "eps": eps, "scale_const": scale_const, "bits": bits}
-    q, scale, *total = native_node(at, "NormQuantize", (a, b, gain, shift), facts, count=3 if joined else 2)
+    q, scale, *total = native_node(at, "NormQuantize", (a, gain, shift, b), facts, count=3 if joined else 2)
     _typed(at, norm.outputs[0], q, scale)
     if joined:
         take_over(x, total[0])

@@ -33,7 +33,8 @@ def expand(model: Any, site: Site, shared: dict[Any, Any], *, int4: bool = False
     first = site.inputs[0].dtype
     inputs = tuple(at.op("Cast", v, to=1) if v is not None and v.dtype in half else v for v in site.inputs)
     facts: dict[str, Any] = {
-        k: (at.const(np.float32(v)) if v else None) if site.op.attributes.get(k) == "FLOAT" else v for k, v in site.facts.items()
+        k: (at.const(np.float32(v)) if v else None) if site.op.attributes.get(k) == "FLOAT" else v
+        for k, v in site.op.complete(site.facts).items()
     }
     facts |= {"double": first == double and site.has_weight, "int4": int4}
     for old, new in zip(site.node.outputs[: site.count], site.op.expand(at, inputs, facts), strict=False):

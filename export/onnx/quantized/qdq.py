@@ -112,8 +112,8 @@ def _codes(at: Build, site: Site, unsigned: bool) -> tuple[Any, Any, Any]:
     """x as codes, their scale and zero point; what reads the same x shares them.
 
     For ONNX Runtime uint8: on an x86 it fuses int8 only if nothing else reads the codes. Behind a Relu the zero point is 0, so
-    that it takes the Relu into the layer in front, and Min keeps the bytes within the codes; elsewhere it is 128. Other runtimes
-    expect int8, and fuse that with a Relu.
+    that it takes the Relu into the layer in front; elsewhere it is 128. Behind the QuantizeLinear a Clip keeps the bytes within the
+    codes, where it is in no one's way. Other runtimes expect int8, and fuse that with a Relu and with a Clip of floats in front.
     """
     x, static, bits = site.inputs[0], np.float32(site.facts["input_scale"]), site.facts["activation_bits"]
     if x.dtype == at.ir.DataType.DOUBLE:
@@ -127,16 +127,24 @@ def _codes(at: Build, site: Site, unsigned: bool) -> tuple[Any, Any, Any]:
         if unsigned and maker is not None and maker.op_type == "Relu" and not maker.domain:
             zero = at.const(np.uint8(0))
             codes = at.op("QuantizeLinear", x, scale, zero, dtype=zero.dtype, shape=dims(x))
-            codes = at.op("Min", codes, at.const(np.uint8(top)), dtype=zero.dtype, shape=dims(x))
+            codes = _clipped(at, codes, 0, top)
         else:
             zero = at.const(ZERO if unsigned else np.int8(0))
             if bits < 8 or not unsigned:  # an int8 holds more codes, -128 among them
                 bounds = at.const(static * np.float32(-top)), at.const(static * np.float32(top))
                 x = at.op("Clip", x, *bounds, dtype=at.ir.DataType.FLOAT, shape=dims(x))
             codes = at.op("QuantizeLinear", x, scale, zero, dtype=zero.dtype, shape=dims(x))
+            if unsigned and bits == 8:
+                codes = _clipped(at, codes, 1, 255)  # no -128: the codes are those of every other form
         at.shared[key] = codes, scale, zero
     found: tuple[Any, Any, Any] = at.shared[key]
     return found
+
+
+def _clipped(at: Build, codes: Any, low: int, high: int) -> Any:
+    """The codes, uint8, within bounds; Min and Max of bytes came to ONNX Runtime in 1.24."""
+    bounds = at.const(np.uint8(low)), at.const(np.uint8(high))
+    return at.op("Clip", codes, *bounds, dtype=codes.dtype, shape=dims(codes))
 
 
 def _linear(at: Build, site: Site, unsigned: bool, int4: bool, one_scale: bool) -> Any:

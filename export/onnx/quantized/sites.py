@@ -48,7 +48,7 @@ class Site:
     @property
     def count(self) -> int:
         """Outputs that mean something: without a residual the sum of `NormQuantize` is empty in torch."""
-        return 2 if self.op.name == "NormQuantize" and self.inputs[1] is None else len(self.node.outputs)
+        return 2 if self.op.name == "NormQuantize" and self.input("residual") is None else len(self.node.outputs)
 
     @property
     def has_weight(self) -> bool:
@@ -133,7 +133,8 @@ def _rows(node: Any) -> Site:
 
 
 def _norm_quantize(node: Any) -> Site:
-    return Site(node, OPS["NormQuantize"], _tensors(node, 4), _attributes(node))
+    x, residual, gain, shift = _tensors(node, 4)
+    return Site(node, OPS["NormQuantize"], (x, gain, shift, residual), _attributes(node))
 
 
 def _matmul(node: Any) -> Site:
