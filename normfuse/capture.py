@@ -23,13 +23,13 @@ from normfuse.free_sizes import fixed_after_all, free_sizes, stated_minima
 from normfuse.guards import guarded_inputs, guards_of, guards_of_signature, set_guards
 from normfuse.importers import recognise
 from normfuse.model_kinds import check_kind, unwrapped, unwrapped_inside
-from normfuse.original import Call, loses_cache, without_cache
+from normfuse.original import Call, Original, loses_cache, without_cache
 from normfuse.record import record
 from normfuse.surroundings import undisturbed
 from normfuse.trees import children
 from normfuse.writes import is_write, writes
 
-__all__ = ["Captured", "arguments", "cache_notes", "calls_of", "capture", "flat_inputs", "shadow_of"]
+__all__ = ["Captured", "arguments", "as_given", "cache_notes", "calls_of", "capture", "flat_inputs", "shadow_of"]
 
 log = logging.getLogger(__name__)
 
@@ -164,6 +164,23 @@ def arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(example, (tuple, list)):
         return tuple(example), {}
     raise UsageError(f"example_inputs: expected a tuple of inputs or a dictionary of keyword inputs, got {type(example).__name__}")
+
+
+def as_given(model: Any, example_inputs: Any) -> Original | None:
+    """The model as it was given, once it ran on the inputs that were given; None for what `capture` refuses anyway."""
+    if isinstance(model, nn.Module):
+        model = unwrapped(model)
+        check_kind(model)
+    elif not isinstance(model, ExportedProgram):
+        return None
+    try:
+        original = Original(model)
+    except Exception as e:  # what cannot be copied cannot be captured either, and capture says so
+        log.debug("the model cannot be copied: %s", e)
+        return None
+    if example_inputs is not None:
+        original.first(Call(*arguments(example_inputs)))
+    return original
 
 
 def shadow_of(model: nn.Module) -> tuple[nn.Module, tuple[str, ...], list[Any]]:

@@ -124,7 +124,7 @@ class Known:
             if node.op == "get_attr" or not any(self._needed(user, stays) for user in node.users):
                 continue
             large = self._bytes(node) > max(_GROWTH, sum(self._bytes(n) for n in self._beneath[node]))
-            if large or (is_returned(node) and self._shares(node)):
+            if large or (is_returned(node) and self._shares(node)) or (self._graph.tree is not None and self._is_code(node)):
                 stays.add(node)
             else:
                 found.append(node)
@@ -145,6 +145,11 @@ class Known:
     def _bytes(self, node: fx.Node) -> int:
         c = self.constants[node]
         return c.numel * c.dtype.itemsize
+
+    def _is_code(self, node: fx.Node) -> bool:
+        """For a graph that is written back into modules: a table, or a part of a stored tensor, is what their code goes on computing."""
+        c = self.constants[node]
+        return sum(n > 1 for n in c.shape) > 1 or all(self.constants[n].numel > c.numel for n in self._beneath[node])
 
     def _shares(self, node: fx.Node) -> bool:
         """Is it a view or a copy of a constant, whose memory an output has to share, or not to share, as it does?"""
@@ -242,7 +247,7 @@ def _evaluated(target: Any, piece: int | None, args: Any, kwargs: Any, like: Ten
         out: Tensor = function(*a, **k)
         return out
 
-    value = Constant.decided(eager, like.shape, like.dtype, name)
+    value = Constant.decided(eager, like.shape, like.dtype, name, trained=any(c.trained for c in operands))
     if not (decides or jumps(target)) and _inexact(like.dtype) and any(_inexact(c.dtype) for c in operands):
         with suppress(*_OBJECTIONS):  # an operator without a form in float64
             precise = _precise(target, function, args, kwargs, like)
