@@ -29,7 +29,7 @@ from normfuse.surroundings import undisturbed
 from normfuse.trees import children
 from normfuse.writes import is_write, writes
 
-__all__ = ["Captured", "arguments", "as_given", "cache_notes", "calls_of", "capture", "flat_inputs", "shadow_of"]
+__all__ = ["Captured", "arguments", "as_given", "cache_notes", "calls_of", "capture", "flat_inputs", "program_shapes", "shadow_of"]
 
 log = logging.getLogger(__name__)
 
@@ -290,10 +290,10 @@ def _trace(model: nn.Module, notes: tuple[str, ...]) -> Captured:
 
 def _exported_program(program: ExportedProgram, given: tuple[tuple[Any, ...], dict[str, Any]] | None) -> Captured:
     args, kwargs = given or program.example_inputs or ((), {})
-    return Captured(canonical_module(program), tuple(args), dict(kwargs), bool(args or kwargs), _program_shapes(program), ())
+    return Captured(canonical_module(program), tuple(args), dict(kwargs), bool(args or kwargs), program_shapes(program), ())
 
 
-def _program_shapes(program: ExportedProgram) -> Any:
+def program_shapes(program: ExportedProgram) -> Any:
     """What varies in the inputs of a program, as `dynamic_shapes`; None when every size is fixed."""
     placeholders = {n.name: n.meta.get("val") for n in program.graph.find_nodes(op="placeholder")}
     inputs = [placeholders.get(name) for name in program.graph_signature.user_inputs if isinstance(name, str)]

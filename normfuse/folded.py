@@ -261,7 +261,7 @@ class _Folding:
         probe = self.original.copy()
         found = PASSES["recognise"](probe).applied
         reason = "it is written out in the forward of its module, which stays"
-        return [Site(s.rule, s.path, reason) for s in found]
+        return [Site(s.rule, s.path, reason) for s in found if "norm" in s.rule]
 
 
 def _unlike(model: Run, copy: Run) -> str:

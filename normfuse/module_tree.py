@@ -228,7 +228,8 @@ class ModuleTree:
             self._check_core(path, module, origin)
         elif any(kind not in (*_STATIC, *_ARITHMETIC) for kind in own):
             raise Refuse(f"it stands in the forward of {type(module).__name__}, which does more than that", blocker=node)
-        self._check_saved(path, "would do less")
+        if not isinstance(op.x, (LayerNorm, RmsNorm)) or self.why_no_rms_norm(path):  # an RMSNorm may be saved as a LayerNorm
+            self._check_saved(path, "would do less")
 
     def _check_once(self, path: str, module: nn.Module, origin: Any) -> None:
         held = [c for c in vars(origin).values() if isinstance(c, Constant)] if isinstance(origin, Op) else []
@@ -255,7 +256,6 @@ class ModuleTree:
         if not isinstance(module, nn.LayerNorm) or self.own.get(path) != Counter({LayerNorm: 1}):
             return f"{type(module).__name__} does more than an nn.LayerNorm, so that nn.RMSNorm cannot take its place"
         try:
-            self._check_saved(path, "would become an nn.RMSNorm")
             self._check_once(path, module, None)
         except Refuse as e:
             return e.reason

@@ -15,6 +15,7 @@ from normfuse.errors import CaptureError
 from normfuse.graph import Graph, identity_of
 from normfuse.module_tree import CORES, ModuleTree
 from normfuse.original import with_own_weights
+from normfuse.saved_norms import save_as_layer_norm
 from normfuse.views import RmsNorm
 
 __all__ = ["WrittenBack", "write_back"]
@@ -109,10 +110,15 @@ def _lighten(found: WrittenBack, tree: ModuleTree, path: str, rest: list[object]
         return
     gamma, beta = cores[0].gamma, getattr(cores[0], "beta", None)
     if isinstance(cores[0], RmsNorm) and isinstance(module, nn.LayerNorm):
-        _put(found, tree, path, _rms_norm(module, cores[0]))
+        new = _rms_norm(module, cores[0])
+        if tree.rebuilt(path):
+            save_as_layer_norm(new)
+        _put(found, tree, path, new)
         if gamma is not None:
             found.values[f"{path}.weight"] = gamma
         found.became[path] = f"{kind} is nn.RMSNorm"
+    elif gamma is None and beta is None and tree.rebuilt(path):
+        found.left[path] = f"it would stay a {kind}, and {tree.rebuilt(path)} is saved with the gain and shift of its norms"
     elif gamma is None and beta is None and any(p is not None for p in module._parameters.values()):
         for name in module._parameters:
             module.register_parameter(name, None)
