@@ -173,14 +173,15 @@ def summary(rows: Sequence[dict[str, Any]]) -> str:
         (r["norms_before"].get("layer_norm", 0) - r["norms_after"].get("layer_norm", 0),
          r["norms_before"].get("layer_norm", 0) - r["optimized"].get("layer_norm", 0)) for r in run
     ]  # fmt: skip
+    folded, same = (sum(r["status"] == kind for r in rows) for kind in ("folded", "same"))
     doubles = [r["double"] for r in run if r["double"] is not None]
     lines = [
         "| | |",
         "|---|---|",
         f"| models (families) | {len(rows)} ({len({r['family'] for r in rows})}) |",
-        f"| something folded; nothing to fold | {sum(r['status'] == 'folded' for r in rows)}; {sum(r['status'] == 'same' for r in rows)} |",
+        f"| a module became less; none did | {folded}; {same} |",
         f"| BatchNorms removed, of those that `optimize` removes | {sum(a for a, _ in batch)} of {sum(b for _, b in batch)} |",
-        f"| LayerNorms that are RMSNorms, of those that `optimize` converts | {sum(a for a, _ in layer)} of {sum(b for _, b in layer)} |",
+        f"| LayerNorms converted, of those that `optimize` converts | {sum(a for a, _ in layer)} of {sum(b for _, b in layer)} |",
         f"| largest error in float64 | {max(doubles, default=0):.1e} ({len(doubles)} models) |",
         f"| largest error in float32 | {max((r['native'] for r in run), default=0):.1e} |",
         f"| loads its own state dict | {sum(bool(r['state']) for r in run)} of {len(run)} |",

@@ -55,8 +55,8 @@ def fold(model: nn.Module, example_inputs: Any = None, *, dynamic_shapes: Any = 
         example_inputs: a tuple of positional inputs or a dictionary of keyword inputs. Without them, inputs that the model declares
             are used (timm, Hugging Face, torchvision), else it is traced without shapes, and nothing can be proven.
         dynamic_shapes: as in `torch.export.export`, for the proof. The copy takes what the model takes.
-        verify: "end" (or "each") compares the copy with the model in float64, in the model's own dtypes and at other sizes, and takes
-            back what is not exact; "off" compares nothing.
+        verify: "end" (or "each") compares the copy with the model in float64, in the model's own dtypes and at other sizes, and
+            takes back what is not exact; "off" compares nothing.
 
     Returns:
         A copy of the model in eval mode, with weights of its own. `normfuse.report` says what was done to it.

@@ -66,7 +66,7 @@ class ModuleTree:
         self._tied: dict[str, str] = {}
 
     def read(self, graph: Graph) -> None:
-        """Look at the graph of the model, cleaned up and not rewritten yet: where its constants live, who reads them, who computes what."""
+        """Look at the graph of the model, cleaned up and not rewritten: where constants live, who reads them, who computes what."""
         for key, constant in graph.constants.items():
             names = self._places.get(identity_of(constant.tensor), []) if constant.tensor is not None else []
             if not names:
@@ -89,7 +89,7 @@ class ModuleTree:
 
     def _shared(self, home: str) -> str:
         """Why the tensor may not take another value: somebody else reads it, or may; empty if nobody does."""
-        return self._tied.get(home) or self._read_often.get(home, "")
+        return self._read_often.get(home) or self._tied.get(home, "")
 
     # -- reading ------------------------------------------------------------------------------------------------------
 

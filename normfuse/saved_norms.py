@@ -1,8 +1,8 @@
 """State dicts of an RMSNorm that stands where a LayerNorm stood, for models that are rebuilt with a LayerNorm when they are loaded.
 
-`save_pretrained` of Hugging Face saves a state dict, and `from_pretrained` makes the classes of the configuration again. What reaches
-such a norm has no mean, because the weights that write it have none, so that the LayerNorm of the rebuilt model, with this gain and
-without a shift, computes what the RMSNorm did.
+`save_pretrained` of Hugging Face saves a state dict, and `from_pretrained` makes the classes of the configuration again. What
+reaches such a norm has no mean, because the weights that write it have none, so that the LayerNorm of the rebuilt model, with this
+gain and without a shift, computes what the RMSNorm did.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ def save_as_layer_norm(norm: nn.RMSNorm) -> None:
 
 def _say(norm: nn.RMSNorm, state: dict[str, Any], prefix: str, metadata: Any) -> None:
     weight: Tensor | None = norm.weight
-    like = {} if weight is None else {"dtype": weight.dtype, "device": weight.device}
     if weight is None:
-        state[f"{prefix}weight"] = torch.ones(norm.normalized_shape)
-    state[f"{prefix}bias"] = torch.zeros(norm.normalized_shape, **like)
+        weight = state[f"{prefix}weight"] = torch.ones(norm.normalized_shape)
+    state[f"{prefix}bias"] = torch.zeros_like(weight.detach())
 
 
-def _hear(
-    norm: nn.RMSNorm, state: dict[str, Any], prefix: str, metadata: Any, strict: bool, missing: Any, unexpected: Any, errors: list[str]
-) -> None:
+def _hear(norm: nn.RMSNorm, state: dict[str, Any], prefix: str, *told: Any) -> None:
+    errors: list[str] = told[-1]
     bias = state.pop(f"{prefix}bias", None)
     weight = state.pop(f"{prefix}weight", None) if norm.weight is None else None
     if (bias is not None and bool(bias.any())) or (weight is not None and bool((weight != 1).any())):
-        errors.append(f"{prefix.removesuffix('.')} is folded and takes no gain and shift: load the state dict into the model before fold")
+        errors.append(
+            f"{prefix.removesuffix('.')} is folded and takes no gain and shift: load the state dict into the model before fold"
+        )

@@ -147,7 +147,7 @@ class Known:
         return c.numel * c.dtype.itemsize
 
     def _is_code(self, node: fx.Node) -> bool:
-        """For a graph that is written back into modules: a table, or a part of a stored tensor, is what their code goes on computing."""
+        """In a graph that is written back into modules: is it a table, or a part of a tensor? Their code goes on computing it."""
         c = self.constants[node]
         return sum(n > 1 for n in c.shape) > 1 or all(self.constants[n].numel > c.numel for n in self._beneath[node])
 

@@ -7,6 +7,7 @@ For graphs that are written back into modules: the class of the module may do mo
 
 from __future__ import annotations
 
+from collections import Counter
 from time import perf_counter
 
 from torch import fx
@@ -44,7 +45,7 @@ class KeepLayerNorm:
 def _why(graph: Graph, node: fx.Node) -> str | None:
     """Why the module of a norm, which was a LayerNorm, cannot be an RMSNorm; None if it can, or was one all along."""
     path = graph.path(node)
-    if graph.tree is None or not graph.tree.own.get(path, {}).get(LayerNorm):
+    if graph.tree is None or not graph.tree.own.get(path, Counter())[LayerNorm]:
         return None
     shifted = any(isinstance(op, Affine) and not is_zero(op.t) for op in (graph.view(user, 1) for user in node.users))
     return graph.tree.why_no_rms_norm(path) or ("its β has no place to go, and nn.RMSNorm has none" if shifted else None)
