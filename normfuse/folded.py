@@ -19,7 +19,8 @@ from normfuse.graph import Graph
 from normfuse.model_kinds import check_kind, unwrapped
 from normfuse.module_tree import ModuleTree
 from normfuse.original import Call, Original, Run
-from normfuse.passes import PASSES, affine, mean_free
+from normfuse.passes import PASSES, affine, beside, mean_free
+from normfuse.passes.beside import Beside
 from normfuse.passes.folding import known_values
 from normfuse.passes.keep_layer_norm import KeepLayerNorm
 from normfuse.prove import Proof, run
@@ -34,11 +35,16 @@ __all__ = ["fold"]
 log = logging.getLogger(__name__)
 
 _PIPELINE = (
-    PASSES["expose"], PASSES["affine"], PASSES["mean_free"], PASSES["affine"], KeepLayerNorm(), PASSES["realise"],
+    PASSES["expose"], PASSES["affine"], Beside(), PASSES["mean_free"], PASSES["affine"], KeepLayerNorm(), PASSES["realise"],
 )  # fmt: skip
-_RULES = (affine.UP, affine.DOWN, mean_free.RULE)  # each of their sites is one that can be left out
-_TOLD = ("expose", "affine", "mean_free", KeepLayerNorm.name)  # of the others nothing is written back
+_RULES = (affine.UP, affine.DOWN, beside.RULE, mean_free.RULE)  # each of their sites is one that can be left out
+_TOLD = ("expose", "affine", Beside.name, "mean_free", KeepLayerNorm.name)  # of the others nothing is written back
 _ATTEMPTS = 8  # sites taken back one by one before all are
+
+_BETWEEN = (
+    "the outputs of such calls are proven; what flows between modules has changed, so that other calls which return it "
+    "(forward_features, output_hidden_states=True) give other values than the model"
+)
 
 Site_ = tuple[str, str]
 
@@ -208,12 +214,10 @@ class _Folding:
         if self.given is None or self.proof is None:
             return ""
         folded = Original(model)
-        fault = _unlike(self.given.first(self.call), folded.first(self.call))
-        for args, kwargs in variations(self.call.args, self.call.kwargs):
-            fault = fault or self._elsewhere(folded, Call(args, kwargs))
-        return fault
+        calls = [self.call, *(Call(*other) for other in variations(self.call.args, self.call.kwargs))]
+        return next((fault for call in calls if (fault := self._unlike_at(folded, call))), "")
 
-    def _elsewhere(self, folded: Original, call: Call) -> str:
+    def _unlike_at(self, folded: Original, call: Call) -> str:
         assert self.given is not None
         assert self.proof is not None
         try:
@@ -240,6 +244,8 @@ class _Folding:
             notes += (silent,) if silent else ()
         elif not self.captured.has_inputs:
             notes += ("not verified: the model was traced without example inputs",)
+        if attempt.sites:
+            notes += (_BETWEEN,)
         passes = [self._told(r, attempt.back) for r in last_word(attempt.reports) if r.name in _TOLD]
         passes.append(
             PassReport("write_back", refused=(*self.left.values(), *self._written_out()), undone=tuple(self.undone.values()))
