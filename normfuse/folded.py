@@ -174,6 +174,10 @@ class _Folding:
             sites = [s for s in dict.fromkeys(proven.graph.permitted) if s[0] in _RULES]
             paths = [s.path for r in proven.reports for s in r.applied if s.rule in _RULES]
             back = write_back(self.model, self.tree, proven.graph, paths)
+            if not any(s.rule == mean_free.RULE for r in proven.reports for s in r.applied):
+                back.left |= {
+                    p: "it would stay, as a multiplication by one" for n, p in self.tree.gains.items() if n in back.values
+                }
             unable = [s for s in sites if s[1] in back.left]
             if not unable:
                 return _Attempt(back, proven.graph, proven.reports, sites)

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from normfuse.constants import Constant
@@ -54,11 +55,14 @@ class ModuleTree:
     Attributes:
         model: the model.
         own: views of the operators that each module computes itself, not its children, by module path.
+        gains: stored gains that the code of a module multiplies by and that may become one, with the path of that module.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.own: dict[str, Counter[type]] = {}
+        self.gains: dict[str, str] = {}
+        self._stored: dict[str, Constant] = {}
         self._modules = dict(model.named_modules(remove_duplicate=False))
         self._places = _places(model)
         self._homes: dict[int, tuple[Constant, str]] = {}  # by id, which stands for an object as long as that is held here
@@ -72,7 +76,7 @@ class ModuleTree:
             if not names:
                 continue
             home = names[0]
-            self._homes[id(constant)] = constant, home
+            self._homes[id(constant)], self._stored[home] = (constant, home), constant
             owners = {(id(self._modules[owner]), leaf) for owner, _, leaf in (name.rpartition(".") for name in names)}
             if len(owners) > 1:
                 self._tied[home] = f"{home} is tied to {names[1]}"
@@ -113,6 +117,10 @@ class ModuleTree:
             name = self.home(constant)
             if name is not None and constant.tensor is None:
                 found[name] = constant
+        read = {self.home(c) for c in graph.constants.values()}
+        for name in self.gains.keys() - read:
+            of = self._stored[name]
+            found[name] = Constant.apply(torch.ones_like, of)
         return found
 
     def rebuilt(self, path: str) -> str:
@@ -217,19 +225,42 @@ class ModuleTree:
         path, op = graph.path(node), graph.view(node, 2)
         assert isinstance(op, Affine)
         module = self.module(path)
-        if not whole and not isinstance(op.x, RmsNorm):
+        core = isinstance(op.x, CORES) and op.x.node is not None and graph.path(op.x.node) == path
+        if not (whole or (core and isinstance(op.x, RmsNorm))):
             raise Refuse("a part of it would stay, for which its module has no code", blocker=node)
-        if module is None:
-            raise Refuse("it is arithmetic in the forward of the model, in no module of its own", blocker=node)
         origin = node.meta.get("origin")
+        if module is None:
+            gain = self._gain(op, origin)
+            if gain is None:
+                raise Refuse("it is arithmetic in the forward of the model, in no module of its own", blocker=node)
+            self.gains[gain] = path
+            return
         self._check_once(path, module, origin)
         own = self.own.get(path, Counter())
-        if isinstance(op.x, CORES):
+        if core:
             self._check_core(path, module, origin)
-        elif any(kind not in (*_STATIC, *_ARITHMETIC) for kind in own):
+            if self.why_no_rms_norm(path):  # an RMSNorm may be saved as a LayerNorm
+                self._check_saved(path, "would do less")
+            return
+        alone = all(kind in (*_STATIC, *_ARITHMETIC) for kind in own)
+        gain = None if alone and not self.rebuilt(path) else self._gain(op, origin)
+        if gain is not None:
+            self.gains[gain] = path
+        elif not alone:
             raise Refuse(f"it stands in the forward of {type(module).__name__}, which does more than that", blocker=node)
-        if not isinstance(op.x, (LayerNorm, RmsNorm)) or self.why_no_rms_norm(path):  # an RMSNorm may be saved as a LayerNorm
+        else:
             self._check_saved(path, "would do less")
+
+    def _gain(self, op: Affine, origin: Any) -> str | None:
+        """The stored gain of x γ in the code of the model, which may be one; None where it may not, or is none."""
+        if not isinstance(origin, Mul) or bool(op.t.value.any()):
+            return None
+        c = origin.y if isinstance(origin.y, Constant) else origin.x
+        try:
+            self.check_value(c, None)  # type: ignore[arg-type]
+        except (AttributeError, Refuse):
+            return None
+        return self.home(c)  # type: ignore[arg-type]
 
     def _check_once(self, path: str, module: nn.Module, origin: Any) -> None:
         held = [c for c in vars(origin).values() if isinstance(c, Constant)] if isinstance(origin, Op) else []

@@ -74,7 +74,11 @@ def write_back(model: nn.Module, tree: ModuleTree, graph: Graph, paths: Iterable
         if node.op == "call_function":
             own.setdefault(graph.path(node), []).append(node)
     _write_values(found, tree.written(graph))
+    gains = {tree.gains[name]: name for name in found.values if name in tree.gains}
     for path in dict.fromkeys(paths):
+        if path in gains:
+            found.became[path] = f"{gains[path].rpartition('.')[2]} is one"
+            continue
         _lighten(found, tree, path, [graph.view(n, 2) for n in own.get(path, [])])
     return found
 
