@@ -131,6 +131,10 @@ class Constant:
         new = Constant.of(value, self.name)
         return Constant(new._compute, new.shape, self.dtype, self.name, None, trained=self.trained)
 
+    def asking(self, trained: bool) -> Constant:
+        """The same values, trained or not."""
+        return Constant(self._compute, self.shape, self.dtype, self.name, self.tensor, self._eager, trained=trained)
+
     def named(self, name: str) -> Constant:
         """The same values under another name."""
         return Constant(self._compute, self.shape, self.dtype, name, self.tensor, self._eager, trained=self.trained)

@@ -18,7 +18,7 @@ from normfuse.figures import last_word, norm_counts, paired, tensor_sizes
 from normfuse.graph import Graph
 from normfuse.model_kinds import check_kind, unwrapped
 from normfuse.module_tree import ModuleTree
-from normfuse.original import Call, Original, Run
+from normfuse.original import Call, Original, Run, with_own_weights
 from normfuse.passes import PASSES, affine, beside, mean_free
 from normfuse.passes.beside import Beside
 from normfuse.passes.folding import known_values
@@ -26,6 +26,7 @@ from normfuse.passes.keep_layer_norm import KeepLayerNorm
 from normfuse.prove import Proof, run
 from normfuse.record import Record
 from normfuse.report import Error, PassReport, Report, Site
+from normfuse.shared_modules import called_often
 from normfuse.sizes import variations
 from normfuse.surroundings import undisturbed
 from normfuse.written_back import WrittenBack, write_back
@@ -79,7 +80,14 @@ def fold(model: nn.Module, example_inputs: Any = None, *, dynamic_shapes: Any = 
             f"fold: expected a torch.nn.Module, got {type(model).__name__}, which has no modules; use normfuse.optimize"
         )
     with undisturbed():
-        return _Folding(model, example_inputs, dynamic_shapes, proven=verify != "off").folded(start)
+        folding = _Folding(model, example_inputs, dynamic_shapes, proven=verify != "off")
+        try:
+            return folding.folded(start)
+        except RewriteError:
+            if not folding.inner:
+                raise
+            log.warning("what was folded in modules that are called more than once does not stand the proof of the whole model")
+        return _Folding(model, example_inputs, dynamic_shapes, proven=verify != "off", shared=False).folded(start)
 
 
 @dataclass(frozen=True)
@@ -112,18 +120,20 @@ class _Verdict:
 class _Folding:
     """A model, captured once, and everything that is tried with it."""
 
-    def __init__(self, model: nn.Module, example_inputs: Any, dynamic_shapes: Any, *, proven: bool) -> None:
+    def __init__(self, model: nn.Module, example_inputs: Any, dynamic_shapes: Any, *, proven: bool, shared: bool = True) -> None:
         self.model = unwrapped(model)
         check_kind(self.model)
         self.asked = example_inputs, dynamic_shapes
         self.given = as_given(self.model, example_inputs) if proven else None
         self.captured = capture(self.model, example_inputs, dynamic_shapes)
         self.original = Graph.of(self.captured.gm)
-        self.start = self.original.copy()
-        self.tree = self.start.tree = ModuleTree(self.model)
+        self.call = Call(self.captured.args, self.captured.kwargs or {})
+        self.inner = self._inner(proven) if shared and self.captured.has_inputs else {}
+        self.base = self._with_inner() if self.inner else self.model
+        self.start = Graph.of(capture(self.base, example_inputs, dynamic_shapes).gm) if self.inner else self.original.copy()
+        self.tree = self.start.tree = ModuleTree(self.base)
         PASSES["cleanup"](self.start)
         self.tree.read(self.start)
-        self.call = Call(self.captured.args, self.captured.kwargs or {})
         self.proof: Proof | None = None
         if proven and self.captured.has_inputs:
             inputs = flat_inputs(self.captured.gm, self.call.args, self.call.kwargs)
@@ -137,6 +147,42 @@ class _Folding:
         report = self._report(attempt, verdict, start)
         log.info("fold: %d applied, %d refused in %.1f s", len(report.applied), len(report.refused), report.seconds)
         return Record(has_inputs=False, report=report).attach(model)
+
+    # -- modules that are called more than once ------------------------------------------------------------------------
+
+    def _inner(self, proven: bool) -> dict[str, tuple[_Attempt, Report]]:
+        """Each of them folded on its own, where something became less; then it is the same function in all of its calls."""
+        found = {}
+        tree = ModuleTree(self.model)
+        try:
+            often = called_often(self.model, self.call)
+        except Exception as e:  # a model that counts its calls, say; it is folded as a whole
+            log.debug("the calls of submodules cannot be watched: %s", e)
+            return {}
+        for path, call in often.items():
+            if tree.rebuilt(path):
+                continue
+            begin = perf_counter()
+            try:
+                folding = _Folding(self.model.get_submodule(path), call.args or call.kwargs, None, proven=proven)
+                attempt, verdict = folding._settled()
+            except NormfuseError as e:
+                log.info("%s is not folded on its own: %s", path, e)
+                continue
+            if attempt.sites:
+                found[path] = attempt, folding._report(attempt, verdict, begin)
+        return found
+
+    def _with_inner(self) -> nn.Module:
+        base = with_own_weights(self.model).eval()
+        tree = ModuleTree(base)
+        for path, (attempt, _) in self.inner.items():
+            module = tree.module(path)
+            assert module is not None
+            for name in tree.paths(module):
+                parent, _, leaf = name.rpartition(".")
+                setattr(base.get_submodule(parent), leaf, attempt.back.model)
+        return base
 
     # -- what is kept --------------------------------------------------------------------------------------------------
 
@@ -173,7 +219,9 @@ class _Folding:
             proven = run(graph, _PIPELINE, None)
             sites = [s for s in dict.fromkeys(proven.graph.permitted) if s[0] in _RULES]
             paths = [s.path for r in proven.reports for s in r.applied if s.rule in _RULES]
-            back = write_back(self.model, self.tree, proven.graph, paths)
+            back = write_back(self.base, self.tree, proven.graph, paths)
+            for path, (attempt, _) in self.inner.items():
+                back.values |= {f"{path}.{name}": value for name, value in attempt.back.values.items()}
             if not any(s.rule == mean_free.RULE for r in proven.reports for s in r.applied):
                 back.left |= {
                     p: "it would stay, as a multiplication by one" for n, p in self.tree.gains.items() if n in back.values
@@ -200,7 +248,7 @@ class _Folding:
     def _judged(self, attempt: _Attempt) -> _Verdict:
         if self.proof is None:
             return _Verdict()
-        if not attempt.sites:
+        if not (attempt.sites or self.inner):
             same = self.proof.judge(self.original)
             return _Verdict("", same.exact, same.drift, self.original)
         back = attempt.back
@@ -248,12 +296,13 @@ class _Folding:
             notes += (silent,) if silent else ()
         elif not self.captured.has_inputs:
             notes += ("not verified: the model was traced without example inputs",)
-        if attempt.sites:
+        if attempt.sites or self.inner:
             notes += (_BETWEEN,)
         passes = [self._told(r, attempt.back) for r in last_word(attempt.reports) if r.name in _TOLD]
         passes.append(
             PassReport("write_back", refused=(*self.left.values(), *self._written_out()), undone=tuple(self.undone.values()))
         )
+        passes += [_below(path, p) for path, (_, report) in self.inner.items() for p in report.passes]
         return Report(
             tuple(passes), verdict.exact, verdict.drift, *paired(norm_counts(self.original), norm_counts(after)),
             *tensor_sizes(self.original, after, False), notes, perf_counter() - start, silent,
@@ -272,6 +321,18 @@ class _Folding:
         found = PASSES["recognise"](probe).applied
         reason = "it is written out in the forward of its module, which stays"
         return [Site(s.rule, s.path, reason) for s in found if "norm" in s.rule]
+
+
+def _below(path: str, report: PassReport) -> PassReport:
+    """The report of a submodule that was folded on its own, with the paths of the whole model."""
+
+    def placed(sites: Sequence[Site]) -> tuple[Site, ...]:
+        return tuple(replace(s, path=f"{path}.{s.path}" if s.path else path) for s in sites)
+
+    return replace(
+        report, name=f"{report.name} in {path}", applied=placed(report.applied), refused=placed(report.refused),
+        undone=placed(report.undone),
+    )  # fmt: skip
 
 
 def _unlike(model: Run, copy: Run) -> str:

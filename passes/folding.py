@@ -247,12 +247,25 @@ def _evaluated(target: Any, piece: int | None, args: Any, kwargs: Any, like: Ten
         out: Tensor = function(*a, **k)
         return out
 
-    value = Constant.decided(eager, like.shape, like.dtype, name, trained=any(c.trained for c in operands))
+    value = Constant.decided(eager, like.shape, like.dtype, name)
     if not (decides or jumps(target)) and _inexact(like.dtype) and any(_inexact(c.dtype) for c in operands):
         with suppress(*_OBJECTIONS):  # an operator without a form in float64
             precise = _precise(target, function, args, kwargs, like)
             value = precise.computed(eager) if _in_range(precise, eager) else value
-    return value.named(_as_weight(value.name)) if _runs(value) else None
+    return value.named(_as_weight(value.name)).asking(_differentiable(function, args, kwargs)) if _runs(value) else None
+
+
+def _differentiable(function: Any, args: Any, kwargs: Any) -> bool:
+    """Does a gradient flow from the result to a tensor that is trained? None does through `zeros_like` or `detach`."""
+    leaves = torch.utils._pytree.tree_leaves((args, kwargs))
+    if not any(isinstance(c, Constant) and c.trained for c in leaves):
+        return False
+    a, k = _mapped(lambda c: torch.empty(c.shape, dtype=c.dtype, device="meta").requires_grad_(c.trained), (args, kwargs))
+    try:
+        with torch.enable_grad():
+            return bool(function(*a, **k).requires_grad)
+    except (*_OBJECTIONS, AttributeError):
+        return True
 
 
 def _precise(target: Any, function: Any, args: Any, kwargs: Any, like: Tensor) -> Constant:

@@ -223,6 +223,41 @@ def test_without_inputs_nothing_is_proven():
     assert "not verified" in normfuse.report(made).notes[0]
 
 
+class TwoViews(nn.Module):
+    """One encoder for two inputs of different sizes."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU())
+        self.head = nn.Sequential(nn.Conv2d(4, 2, 1), nn.BatchNorm2d(2))
+
+    def forward(self, x):
+        return torch.cat([self.head(self.encoder(x)), self.head(self.encoder(x[..., 2:]))], -1)
+
+
+def test_modules_that_are_called_more_than_once_are_folded_on_their_own():
+    made = folded(TwoViews())
+    assert classes(made) == ["Conv2d", "Identity", "ReLU", "Conv2d", "Identity"]
+    assert {s.path for s in normfuse.report(made).applied} == {"encoder.1", "head.1"}
+    assert normfuse.report(made).norms_before == {"batch_norm": 4}
+
+
+def test_shared_module_stays_where_its_weight_is_read_elsewhere():
+    class Reading(TwoViews):
+        def __init__(self):
+            super().__init__()
+            self.again = nn.Conv2d(3, 4, 3, bias=False)
+            self.again.weight = self.encoder[0].weight
+
+        def forward(self, x):
+            return super().forward(x) + self.again(x).mean()
+
+    made = folded(Reading())
+    assert isinstance(made.encoder[1], nn.BatchNorm2d)
+    assert isinstance(made.head[1], nn.Identity)
+    assert made.again.weight is made.encoder[0].weight
+
+
 # -- what stays --------------------------------------------------------------------------------------------------------
 
 

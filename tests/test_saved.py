@@ -95,6 +95,21 @@ def test_a_folded_weight_is_trained_if_one_of_its_sources_was():
     assert asked == {"0.weight", "0.bias"}
 
 
+def test_what_no_gradient_reaches_is_not_trained():
+    class Zeros(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.rand(3))
+
+        def forward(self, x):
+            none, one = torch.zeros_like(self.weight), torch.ones_like(self.weight)
+            return nn.functional.batch_norm(x, none, one, self.weight, none).relu()
+
+    fast = normfuse.optimize(Zeros(), (X,))
+    fast(X).sum().backward()  # batch_norm takes no statistics that ask for gradients
+    assert fast.weight.grad is not None
+
+
 def test_integers_are_never_trained():
     fast = normfuse.optimize(network(), (X,), quantize=normfuse.ShiftQuant(weight_bits=8, activation_bits=8))
     assert all(p.is_floating_point() for p in fast.parameters() if p.requires_grad)
