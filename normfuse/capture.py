@@ -23,13 +23,25 @@ from normfuse.free_sizes import fixed_after_all, free_sizes, stated_minima
 from normfuse.guards import guarded_inputs, guards_of, guards_of_signature, set_guards
 from normfuse.importers import recognise
 from normfuse.model_kinds import check_kind, unwrapped, unwrapped_inside
+from normfuse.optimized import OptimizedGraph
 from normfuse.original import Call, Original, loses_cache, without_cache
 from normfuse.record import record
 from normfuse.surroundings import undisturbed
 from normfuse.trees import children
 from normfuse.writes import is_write, writes
 
-__all__ = ["Captured", "arguments", "as_given", "cache_notes", "calls_of", "capture", "flat_inputs", "program_shapes", "shadow_of"]
+__all__ = [
+    "Captured",
+    "arguments",
+    "as_given",
+    "cache_notes",
+    "calls_of",
+    "capture",
+    "flat_inputs",
+    "program_shapes",
+    "shadow_of",
+    "usable",
+]
 
 log = logging.getLogger(__name__)
 
@@ -192,7 +204,7 @@ def shadow_of(model: nn.Module) -> tuple[nn.Module, tuple[str, ...], list[Any]]:
     own = [
         t for m in model.modules() for t in vars(m).values() if isinstance(t, Tensor)
     ]  # plain attributes, e.g. of old weight norm
-    memo: dict[int, Any] = {id(t): _usable(t) for t in (*model.parameters(), *model.buffers(), *own)}
+    memo: dict[int, Any] = {id(t): usable(t) for t in (*model.parameters(), *model.buffers(), *own)}
     try:
         shadow = copy.deepcopy(model, memo)
     except Exception as e:
@@ -213,7 +225,7 @@ def cache_notes(shadow: nn.Module, caching: list[Any], args: tuple[Any, ...], kw
     return ("use_cache was switched off: the optimized model returns no past_key_values",) if lost else ()
 
 
-def _usable(tensor: Tensor) -> Tensor:
+def usable(tensor: Tensor) -> Tensor:
     """The tensor itself; a copy of one that was made under inference mode, which can be no parameter outside of it."""
     if not tensor.is_inference():
         return tensor
@@ -316,7 +328,7 @@ def _canonical(gm: fx.GraphModule) -> Captured | None:
         for n in calls
     )
     left = record(gm)
-    if not plain and left is None:
+    if not (plain or isinstance(gm, OptimizedGraph)):  # a graph of modules that `fold` returned carries a report too
         return None
     graph = fx.GraphModule(gm, copy.deepcopy(gm.graph))
     graph.meta = dict(gm.meta)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -11,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from normfuse.api import VERIFY
-from normfuse.capture import as_given, calls_of, capture, flat_inputs
+from normfuse.capture import as_given, calls_of, capture, flat_inputs, usable
 from normfuse.described import dtype_name, first_line
 from normfuse.errors import NormfuseError, RewriteError, UsageError
 from normfuse.figures import last_word, norm_counts, paired, tensor_sizes
@@ -24,7 +25,7 @@ from normfuse.passes.beside import Beside
 from normfuse.passes.folding import known_values
 from normfuse.passes.keep_layer_norm import KeepLayerNorm
 from normfuse.prove import Proof, run
-from normfuse.record import Record
+from normfuse.record import Record, record
 from normfuse.report import Error, PassReport, Report, Site
 from normfuse.shared_modules import called_often
 from normfuse.sizes import variations
@@ -121,7 +122,7 @@ class _Folding:
     """A model, captured once, and everything that is tried with it."""
 
     def __init__(self, model: nn.Module, example_inputs: Any, dynamic_shapes: Any, *, proven: bool, shared: bool = True) -> None:
-        self.model = unwrapped(model)
+        self.model = _usable(unwrapped(model))
         check_kind(self.model)
         self.asked = example_inputs, dynamic_shapes
         self.given = as_given(self.model, example_inputs) if proven else None
@@ -146,7 +147,8 @@ class _Folding:
         model = attempt.back.model
         report = self._report(attempt, verdict, start)
         log.info("fold: %d applied, %d refused in %.1f s", len(report.applied), len(report.refused), report.seconds)
-        return Record(has_inputs=False, report=report).attach(model)
+        known = record(self.model) or Record(has_inputs=False)
+        return replace(known, report=report).attach(model)
 
     # -- modules that are called more than once ------------------------------------------------------------------------
 
@@ -321,6 +323,12 @@ class _Folding:
         found = PASSES["recognise"](probe).applied
         reason = "it is written out in the forward of its module, which stays"
         return [Site(s.rule, s.path, reason) for s in found if "norm" in s.rule]
+
+
+def _usable(model: nn.Module) -> nn.Module:
+    """The model; a copy of one with tensors made under inference mode, which no module outside of it can hold."""
+    made = {id(t): usable(t) for t in (*model.parameters(), *model.buffers()) if t.is_inference()}
+    return copy.deepcopy(model, made) if made else model
 
 
 def _below(path: str, report: PassReport) -> PassReport:

@@ -324,6 +324,30 @@ def test_rewrite_that_is_wrong_in_the_tree_is_taken_back(monkeypatch):
     assert [s.path for s in normfuse.report(made).undone] == ["1"]
 
 
+def test_kinds_of_models_that_are_taken_as_they_come():
+    """Compiled, made under inference mode, in half precision, captured under autocast, traced by torch.fx, folded already."""
+
+    def model():
+        return randomise_norms(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()), seed=0).eval()
+
+    with torch.inference_mode():
+        frozen = model()
+    half = model().bfloat16()
+    made = [
+        normfuse.fold(torch.compile(model(), backend="eager"), (IMAGE,)),
+        normfuse.fold(frozen, (IMAGE,)),
+        normfuse.fold(half, (IMAGE.bfloat16(),)),
+        normfuse.fold(normfuse.fold(model(), (IMAGE,)), (IMAGE,)),
+    ]
+    with torch.autocast("cpu"):
+        made.append(normfuse.fold(model(), (IMAGE,)))
+    assert all(classes(m) == ["Conv2d", "Identity", "ReLU"] for m in made)
+    whole = model()
+    graph = normfuse.fold(torch.fx.symbolic_trace(whole), (IMAGE,))
+    again = normfuse.optimize(graph)  # without inputs it is traced like any module, not taken for a result of `optimize`
+    torch.testing.assert_close(again(IMAGE), whole(IMAGE), rtol=0, atol=1e-5)
+
+
 # -- what works on the copy --------------------------------------------------------------------------------------------
 
 
