@@ -218,6 +218,7 @@ class _Folding:
         while True:
             graph = self.start.copy()
             graph.skip = frozenset({*without, *self.left, *self.undone})
+            self.tree.gains.clear()
             proven = run(graph, _PIPELINE, None)
             sites = [s for s in dict.fromkeys(proven.graph.permitted) if s[0] in _RULES]
             paths = [s.path for r in proven.reports for s in r.applied if s.rule in _RULES]
@@ -250,7 +251,7 @@ class _Folding:
     def _judged(self, attempt: _Attempt) -> _Verdict:
         if self.proof is None:
             return _Verdict()
-        if not (attempt.sites or self.inner):
+        if not (attempt.back.values or attempt.back.became):
             same = self.proof.judge(self.original)
             return _Verdict("", same.exact, same.drift, self.original)
         back = attempt.back

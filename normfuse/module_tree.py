@@ -55,7 +55,7 @@ class ModuleTree:
     Attributes:
         model: the model.
         own: views of the operators that each module computes itself, not its children, by module path.
-        gains: stored gains that the code of a module multiplies by and that may become one, with the path of that module.
+        gains: stored gains that the code of a module multiplies by and that became one, with the path of that module.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -230,30 +230,38 @@ class ModuleTree:
             raise Refuse("a part of it would stay, for which its module has no code", blocker=node)
         origin = node.meta.get("origin")
         if module is None:
-            gain = self._gain(op, origin)
-            if gain is None:
+            if self._gain(op, origin) is None:
                 raise Refuse("it is arithmetic in the forward of the model, in no module of its own", blocker=node)
-            self.gains[gain] = path
             return
         self._check_once(path, module, origin)
-        own = self.own.get(path, Counter())
         if core:
             self._check_core(path, module, origin)
             if self.why_no_rms_norm(path):  # an RMSNorm may be saved as a LayerNorm
                 self._check_saved(path, "would do less")
             return
-        alone = all(kind in (*_STATIC, *_ARITHMETIC) for kind in own)
-        gain = None if alone and not self.rebuilt(path) else self._gain(op, origin)
-        if gain is not None:
-            self.gains[gain] = path
-        elif not alone:
+        if self._alone(path) and not self.rebuilt(path):
+            return
+        if self._gain(op, origin) is not None:
+            return
+        if not self._alone(path):
             raise Refuse(f"it stands in the forward of {type(module).__name__}, which does more than that", blocker=node)
-        else:
-            self._check_saved(path, "would do less")
+        self._check_saved(path, "would do less")
+
+    def released(self, graph: Graph, node: fx.Node) -> None:
+        """The affine at this node goes, as `check_release` allowed: a gain in the code of a module becomes one."""
+        path, op = graph.path(node), graph.view(node, 2)
+        if isinstance(op, Affine) and not (self.module(path) is not None and self._alone(path) and not self.rebuilt(path)):
+            gain = self._gain(op, node.meta.get("origin"))
+            if gain is not None:
+                self.gains[gain] = path
+
+    def _alone(self, path: str) -> bool:
+        """Does a module nothing but multiply and add constants, or normalize with constants?"""
+        return all(kind in (*_STATIC, *_ARITHMETIC) for kind in self.own.get(path, Counter()))
 
     def _gain(self, op: Affine, origin: Any) -> str | None:
         """The stored gain of x γ in the code of the model, which may be one; None where it may not, or is none."""
-        if not isinstance(origin, Mul) or bool(op.t.value.any()):
+        if isinstance(op.x, CORES) or not isinstance(origin, Mul) or bool(op.t.value.any()):
             return None
         c = origin.y if isinstance(origin.y, Constant) else origin.x
         try:

@@ -120,6 +120,8 @@ def _land(graph: Graph, node: fx.Node, refused: list[Site]) -> Site | None:
             continue
         if not graph.permit(rule, graph.path(node)):
             return None
+        if graph.tree is not None:
+            graph.tree.released(graph, node)
         stays = op.x.node
         if rest is not None:
             stays = graph.emit(AffineOp(op.x, *rest), node)

@@ -87,6 +87,17 @@ class Odd(nn.Module):
         return self.norm(F.pad(x, (0, 1)) if x.shape[-1] % 2 else x)
 
 
+class ResponseNorm(nn.Module):
+    """A gain and a shift in the code, on something that takes neither (the GRN of ConvNeXt V2)."""
+
+    def __init__(self):
+        super().__init__()
+        self.gain, self.shift = nn.Parameter(torch.rand(3, 1, 1) + 0.5), nn.Parameter(torch.rand(3, 1, 1))
+
+    def forward(self, x):
+        return self.gain * (x * x.norm(dim=(2, 3), keepdim=True)) + self.shift + x
+
+
 class Asking(nn.Module):
     """Reads an attribute that nn.Identity does not have."""
 
@@ -268,6 +279,9 @@ def test_shared_module_stays_where_its_weight_is_read_elsewhere():
         pytest.param(Twice, (IMAGE,), "conv is called more than once, and a module has one value for all", id="two-uses"),
         pytest.param(Tied, (torch.randn(4, 8),), "first.weight is read by first and last", id="tied"),
         pytest.param(lambda: Tied(read=False), (torch.randn(4, 8),), "first.weight is tied to last.weight", id="tied-elsewhere"),
+        pytest.param(
+            lambda: nn.Sequential(nn.Conv2d(3, 3, 1), ResponseNorm(), nn.BatchNorm2d(3)), (IMAGE,), "up: ", id="gain-that-stays"
+        ),
         pytest.param(Odd, (IMAGE,), "at [2, 3, 9, 11] it moves the outputs by", id="other-at-odd-sizes"),
         pytest.param(Asking, (IMAGE,), "'Identity' object has no attribute 'num_features'", id="attribute"),
         pytest.param(lambda: nn.Sequential(nn.BatchNorm2d(3), nn.ReLU(inplace=True)), (IMAGE,), "relu commutes only", id="nowhere"),
