@@ -28,7 +28,8 @@ from normfuse.report import Report, Site
 from normfuse.sources import randomise_norms
 
 __all__ = [
-    "Row", "counted", "error_between", "first_line", "in_float64", "measure", "normalized", "outputs_of", "without_cache",
+    "Row", "counted", "error_between", "first_line", "in_float64", "measure", "normalized", "outputs_of", "relative_error",
+    "without_cache",
 ]  # fmt: skip
 
 _FLOOR = {torch.float64: 1e-9, torch.float32: 1e-4}
@@ -184,7 +185,7 @@ def _in_float64(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
     truth, error, row.no_double = in_float64(
         model, args, kwargs, lambda twin, inputs: _optimize(twin, inputs, partial=parts, verify="off")
     )
-    row.noise = None if parts or truth is None else _error(truth, expected)
+    row.noise = None if parts or truth is None else relative_error(truth, expected)
     row.double += [] if error is None else [error]
 
 
@@ -239,14 +240,14 @@ def error_between(
     found = outputs_of(fast, args, kwargs)
     parts = {path: part for path, part in fast.named_modules() if isinstance(part, OptimizedPart)}
     if not parts:
-        return _error(expected, found)
+        return relative_error(expected, found)
     modules = {path: model.get_submodule(path) for path in parts}
     calls = calls_of(model, [(args, kwargs)], list(modules.values()), _CALLS)
     worst = 0.0
     for path, module in modules.items():
         for tensors in calls[module]:
             call = parts[path].signature.call(tensors)
-            worst = max(worst, _error(outputs_of(module, *call), outputs_of(parts[path], *call)))
+            worst = max(worst, relative_error(outputs_of(module, *call), outputs_of(parts[path], *call)))
     return worst
 
 
@@ -288,7 +289,7 @@ def _drawn(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ..
     return pytree.tree_map_only(Tensor, one, (args, kwargs))  # type: ignore[no-any-return]
 
 
-def _error(expected: list[Tensor], found: list[Tensor]) -> float:
+def relative_error(expected: list[Tensor], found: list[Tensor]) -> float:
     """Largest relative error over the outputs, in float64; infinite where number, shapes or places of NaN and Inf differ."""
     if [t.shape for t in expected] != [t.shape for t in found]:
         return float("inf")
