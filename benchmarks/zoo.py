@@ -11,6 +11,7 @@ what cannot be captured whole, by parts.
 
 from __future__ import annotations
 
+import functools
 import json
 import multiprocessing
 import queue
@@ -18,7 +19,7 @@ import resource
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,10 @@ from rich.console import Console
 from benchmarks.zoo_models import LIBRARIES, SIZES, Subject, sizes, subjects
 from normfuse.files import atomic
 
-__all__ = ["main"]
+__all__ = ["main", "read", "run", "run_all"]
+
+Task = Callable[[Subject, Callable[[dict[str, Any]], None]], dict[str, Any]]
+"""Makes the row of a subject, and tells what is known of it after each stage; a function of a module, or a partial of one."""
 
 ROOT = Path(__file__).parents[1]
 ROWS = ROOT / "benchmarks" / "results" / "zoo.jsonl"
@@ -49,16 +53,13 @@ def read(path: Path) -> list[dict[str, Any]]:
     return list(found.values())
 
 
-def _child(subject: Subject, export: bool, pipe: Any) -> None:
+def _child(subject: Subject, task: Task, pipe: Any) -> None:
     """Runs in a process of its own; what is known so far goes to the parent after every stage."""
     import logging
     import os
     import warnings
-    from dataclasses import asdict
 
     import torch
-
-    from benchmarks.zoo_measure import measure
 
     sys.stdout.flush()
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -67,21 +68,30 @@ def _child(subject: Subject, export: bool, pipe: Any) -> None:
     logging.disable(logging.CRITICAL)
     torch.set_num_threads(1)
     pipe.send((False, {}))
-    pipe.send((True, measure(subject, export=export, told=lambda row: pipe.send((False, asdict(row))))))
+    pipe.send((True, task(subject, lambda row: pipe.send((False, row)))))
     pipe.close()
 
 
-def run(subject: Subject, *, export: bool, seconds: float, memory: float) -> dict[str, Any]:
+def _measured(export: bool, subject: Subject, told: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    from benchmarks.zoo_measure import measure
+
+    return measure(subject, export=export, told=lambda row: told(asdict(row)))
+
+
+def run(subject: Subject, *, task: Task, seconds: float, memory: float) -> dict[str, Any]:
     """The row of one model; where its process is stopped or dies, what was known by then, and why.
 
     Args:
+        task: makes the row in that process.
         seconds: limit of wall time.
         memory: limit of resident memory in GiB.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(_PRELOADED))
     here, there = context.Pipe(duplex=False)
-    process = context.Process(target=_child, args=(subject, export, there), daemon=True)
+    process = context.Process(target=_child, args=(subject, task, there), daemon=True)
     row: dict[str, Any] = {}
     ended = "crashed"
     process.start()
@@ -127,7 +137,7 @@ def _in_turn(libraries: Sequence[Sequence[Subject]]) -> list[Subject]:
     return [s for _, s in sorted(paced, key=lambda pair: pair[0])]
 
 
-def _all(todo: Sequence[Subject], out: Path, jobs: int, **limits: Any) -> None:
+def run_all(todo: Sequence[Subject], out: Path, jobs: int, **limits: Any) -> None:
     waiting: queue.SimpleQueue[Subject] = queue.SimpleQueue()
     for s in todo:
         waiting.put(s)
@@ -206,7 +216,8 @@ def command(
         return
     known = set() if again else {row["name"] for row in read(out)}
     out.parent.mkdir(parents=True, exist_ok=True)
-    _all([s for s in found if s.name not in known], out, jobs, export=export, seconds=seconds, memory=memory)
+    task = functools.partial(_measured, export)
+    run_all([s for s in found if s.name not in known], out, jobs, task=task, seconds=seconds, memory=memory)
 
 
 def main(args: Sequence[str] | None = None) -> int:

@@ -27,7 +27,10 @@ from normfuse.prove import Proof
 from normfuse.report import Report, Site
 from normfuse.sources import randomise_norms
 
-__all__ = ["Row", "measure", "normalized"]
+__all__ = [
+    "Row", "counted", "error_between", "first_line", "in_float64", "measure", "normalized", "outputs_of", "relative_error",
+    "without_cache",
+]  # fmt: skip
 
 _FLOOR = {torch.float64: 1e-9, torch.float32: 1e-4}
 _CALLS = 4  # of a part, each of other sizes
@@ -98,11 +101,11 @@ def measure(subject: Subject, *, export: bool = False, told: Callable[[Row], Non
         model = randomise_norms(subject.build().eval(), seed=0)
         declared, args, kwargs = subject.inputs(model)
         row.parameters = sum(p.numel() for p in model.parameters())
-        plain = _without_cache(model)
+        plain = without_cache(model)
         kwargs.pop("use_cache", None)
-        expected = _outputs(plain, args, kwargs)
+        expected = outputs_of(plain, args, kwargs)
     except Exception as e:
-        row.status, row.message = "unusable", _first_line(e)
+        row.status, row.message = "unusable", first_line(e)
         return asdict(row)
     told(row)
     given = None if declared else (args or kwargs)
@@ -111,14 +114,14 @@ def measure(subject: Subject, *, export: bool = False, told: Callable[[Row], Non
         return asdict(row)
     told(row)
     try:
-        row.native.append(_between(plain, fast, args, kwargs, expected))
+        row.native.append(error_between(plain, fast, args, kwargs, expected))
     except Exception as e:
-        row.status, row.message = "raised", f"the result does not run: {_first_line(e)}"
+        row.status, row.message = "raised", f"the result does not run: {first_line(e)}"
         return asdict(row)
     other = _drawn(args, kwargs)
     with suppress(Exception):  # random inputs are an extra: a model may take none but its own
-        second = _outputs(plain, *other)
-        row.native.append(_between(plain, fast, *other, second))
+        second = outputs_of(plain, *other)
+        row.native.append(error_between(plain, fast, *other, second))
     told(row)
     _in_float64(plain, args, kwargs, expected, row)
     told(row)
@@ -126,7 +129,7 @@ def measure(subject: Subject, *, export: bool = False, told: Callable[[Row], Non
         try:
             row.again = len(normfuse.report(normfuse.optimize(fast, verify="off")).applied)
         except Exception as e:
-            row.status, row.message = "raised", f"the result cannot be optimized again: {_first_line(e)}"
+            row.status, row.message = "raised", f"the result cannot be optimized again: {first_line(e)}"
     if export:
         row.exported = _exported(fast)
     return asdict(row)
@@ -143,9 +146,9 @@ def _optimized(model: nn.Module, given: Any, row: Row) -> nn.Module | None:
                 row.status = "parts" if partial else "whole"
                 break
             except NormfuseError as e:
-                row.status, row.message = "refused", row.message or _first_line(e)
+                row.status, row.message = "refused", row.message or first_line(e)
             except Exception as e:
-                row.status, row.message = "raised", _first_line(e)
+                row.status, row.message = "raised", first_line(e)
                 break
     row.seconds, row.proving = perf_counter() - begin, proving[0]
     if fast is None:
@@ -154,7 +157,7 @@ def _optimized(model: nn.Module, given: Any, row: Row) -> nn.Module | None:
     row.norms_before, row.norms_after = dict(found.norms_before), dict(found.norms_after)
     row.exact = None if found.exact is None else found.exact.max_rel
     row.drift = None if found.drift is None else found.drift.max_rel
-    row.refused, row.undone, row.notes = _counted(found.refused), _counted(found.undone), list(found.notes)
+    row.refused, row.undone, row.notes = counted(found.refused), counted(found.undone), list(found.notes)
     row.parts = sum(part.report is not None for part in found.parts)
     if row.status == "parts" and not row.parts:
         row.status = "refused"
@@ -166,7 +169,7 @@ def _optimize(model: nn.Module, given: Any, *, partial: bool, verify: str = "end
     return normfuse.optimize(model, given, verify=verify, **({"partial": True} if partial else {}))  # type: ignore[arg-type]
 
 
-def _without_cache(model: nn.Module) -> nn.Module:
+def without_cache(model: nn.Module) -> nn.Module:
     """A copy that returns no cache, as what `optimize` returns."""
     plain = copy.deepcopy(model)
     for part in plain.modules():
@@ -178,22 +181,39 @@ def _without_cache(model: nn.Module) -> nn.Module:
 
 def _in_float64(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], expected: list[Tensor], row: Row) -> None:
     """Error of the rewrites alone: the model in float64 against its optimized self, nothing proven and nothing taken back."""
+    parts = row.status == "parts"
+    truth, error, row.no_double = in_float64(
+        model, args, kwargs, lambda twin, inputs: _optimize(twin, inputs, partial=parts, verify="off")
+    )
+    row.noise = None if parts or truth is None else relative_error(truth, expected)
+    row.double += [] if error is None else [error]
+
+
+def in_float64(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], make: Callable[[nn.Module, Any], nn.Module]
+) -> tuple[list[Tensor] | None, float | None, str]:
+    """Outputs of the model in float64, the error of what `make` makes of it there, and why there is none.
+
+    Args:
+        model: it is copied.
+        args, kwargs: what it is called with; one of them is empty.
+        make: takes the model in float64 and its inputs.
+    """
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
+    truth = None
     try:
         twin = copy.deepcopy(model).double()
         wide = pytree.tree_map_only(Tensor, _wide, (args, kwargs))
         with _Widened():
-            truth = _outputs(twin, *wide)
-        row.noise = None if row.status == "parts" else _error(truth, expected)
+            truth = outputs_of(twin, *wide)
         if not _wanted(truth):
-            row.no_double = "the model computes in a dtype of its own"
-            return
-        fast = _optimize(twin, wide[0] or wide[1], partial=row.status == "parts", verify="off")
+            return truth, None, "the model computes in a dtype of its own"
+        made = make(twin, wide[0] or wide[1])
         with _Widened():
-            row.double.append(_between(twin, fast, *wide, truth))
+            return truth, error_between(twin, made, *wide, truth), ""
     except Exception as e:
-        row.no_double = _first_line(e)
+        return truth, None, first_line(e)
     finally:
         torch.set_default_dtype(before)
 
@@ -210,22 +230,24 @@ def _wide_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype.is_floating_point else dtype
 
 
-def _between(model: nn.Module, fast: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], expected: list[Tensor]) -> float:
+def error_between(
+    model: nn.Module, fast: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], expected: list[Tensor]
+) -> float:
     """The error of the result; of its parts, on what they receive in the model, where it has some.
 
     Detectors choose boxes, and with random weights many have the same score: a rounding changes the choice, not the function.
     """
-    found = _outputs(fast, args, kwargs)
+    found = outputs_of(fast, args, kwargs)
     parts = {path: part for path, part in fast.named_modules() if isinstance(part, OptimizedPart)}
     if not parts:
-        return _error(expected, found)
+        return relative_error(expected, found)
     modules = {path: model.get_submodule(path) for path in parts}
     calls = calls_of(model, [(args, kwargs)], list(modules.values()), _CALLS)
     worst = 0.0
     for path, module in modules.items():
         for tensors in calls[module]:
             call = parts[path].signature.call(tensors)
-            worst = max(worst, _error(_outputs(module, *call), _outputs(parts[path], *call)))
+            worst = max(worst, relative_error(outputs_of(module, *call), outputs_of(parts[path], *call)))
     return worst
 
 
@@ -237,7 +259,7 @@ def _wide(x: Tensor) -> Tensor:
     return x.double() if x.is_floating_point() else x
 
 
-def _outputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+def outputs_of(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
     """The tensors of what the model returns; inputs are clones, random numbers the same each time."""
     args, kwargs = copy.deepcopy((args, kwargs))
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
@@ -267,7 +289,7 @@ def _drawn(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ..
     return pytree.tree_map_only(Tensor, one, (args, kwargs))  # type: ignore[no-any-return]
 
 
-def _error(expected: list[Tensor], found: list[Tensor]) -> float:
+def relative_error(expected: list[Tensor], found: list[Tensor]) -> float:
     """Largest relative error over the outputs, in float64; infinite where number, shapes or places of NaN and Inf differ."""
     if [t.shape for t in expected] != [t.shape for t in found]:
         return float("inf")
@@ -294,7 +316,7 @@ def _exported(fast: nn.Module) -> str:
         try:
             normfuse.export.to_onnx(fast, Path(folder) / "model.onnx")  # type: ignore[arg-type]
         except Exception as e:
-            return _first_line(e)
+            return first_line(e)
     return ""
 
 
@@ -332,11 +354,11 @@ def normalized(note: str) -> str:
     return re.sub(r"\d+(?:\.\d+)?(?:e-?\d+)?", "#", note)
 
 
-def _counted(sites: tuple[Site, ...]) -> list[tuple[str, str, int]]:
+def counted(sites: tuple[Site, ...]) -> list[tuple[str, str, int]]:
     counts = Counter((normalized(s.note), s.rule) for s in sites)
     return [(note, rule, n) for (note, rule), n in counts.most_common()]
 
 
-def _first_line(e: BaseException) -> str:
+def first_line(e: BaseException) -> str:
     line = next((line.strip() for line in str(e).splitlines() if line.strip()), "")
     return f"{type(e).__name__}: {line}"[:400]

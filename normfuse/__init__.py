@@ -30,10 +30,13 @@ __all__ = [
     "__version__",
     "bench",
     "export",
+    "fold",
+    "load",
     "nn",
     "optimize",
     "passes",
     "report",
+    "save",
 ]
 
 if TYPE_CHECKING:
@@ -41,13 +44,17 @@ if TYPE_CHECKING:
     from normfuse.api import optimize
     from normfuse.engines import bench
     from normfuse.errors import CaptureError, CheckFailed, ExportError, MissingExtra, NormfuseError, RewriteError, UsageError
+    from normfuse.folded import fold
     from normfuse.quant.spec import ShiftQuant
     from normfuse.record import report
     from normfuse.report import Error, LayerQuantization, PassReport, Report, Site
+    from normfuse.saved import load, save
 
 _HOMES = {
     "bench": "normfuse.engines",
+    "fold": "normfuse.folded",
     "optimize": "normfuse.api",
+    **dict.fromkeys(("load", "save"), "normfuse.saved"),
     "report": "normfuse.record",
     "ShiftQuant": "normfuse.quant.spec",
     **dict.fromkeys(("Error", "LayerQuantization", "PassReport", "Report", "Site"), "normfuse.report"),

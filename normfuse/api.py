@@ -6,23 +6,19 @@ import difflib
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
-from operator import getitem
 from time import perf_counter
 from typing import Any, Literal, Protocol, TypeVar
 
 from torch import Tensor, fx, nn
-from torch.export import ExportedProgram
 
 from normfuse.batches import Batches
-from normfuse.capture import Captured, arguments, calls_of, capture, flat_inputs
-from normfuse.census import census
+from normfuse.capture import Captured, arguments, as_given, calls_of, capture, flat_inputs
 from normfuse.errors import UsageError
 from normfuse.extra_entries import taken
+from normfuse.figures import last_word, norm_counts, operators, paired, tensor_sizes
 from normfuse.graph import Graph
-from normfuse.model_kinds import check_kind, unwrapped
 from normfuse.origin import origin_of
-from normfuse.original import Call, Original
+from normfuse.original import Call
 from normfuse.partial import whole_or_parts
 from normfuse.passes import PASSES
 from normfuse.passes.folding import known_values
@@ -35,9 +31,8 @@ from normfuse.record import report as report_of
 from normfuse.report import Calibration, PassReport, Report
 from normfuse.returned import settle
 from normfuse.surroundings import undisturbed
-from normfuse.wording import operator_name
 
-__all__ = ["DEFAULT", "Pass", "optimize"]
+__all__ = ["DEFAULT", "VERIFY", "Pass", "optimize"]
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +46,8 @@ DEFAULT = (
 leave its norm only when the norm has become an RMSNorm. `bake` runs twice: branches are one convolution only once their
 BatchNorms are in their weights. `recognise` runs twice: x ⊙ γ · σ(x) is SiLU only once γ has moved on."""
 
-_VERIFY = ("end", "each", "off")
+VERIFY = ("end", "each", "off")
+"""What `verify=` may say."""
 _CALIBRATION_BYTES = 1 << 31  # that batches may hold
 
 
@@ -129,8 +125,8 @@ def _optimize(
 ) -> fx.GraphModule:  # fmt: skip
     start = perf_counter()
     pipeline = [*_pipeline(passes), *_quantization(quantize)]
-    if verify not in _VERIFY:
-        raise UsageError(f"verify={verify!r}: expected one of {', '.join(map(repr, _VERIFY))}")
+    if verify not in VERIFY:
+        raise UsageError(f"verify={verify!r}: expected one of {', '.join(map(repr, VERIFY))}")
     if isinstance(quantize, ShiftQuant) and static_layers(quantize) and calibration is None and not allow_random_calibration:
         raise UsageError(
             "activations='static' takes its scales from data, and there is none: pass calibration=[batch, ...] "
@@ -150,7 +146,7 @@ def _optimized(
     verify: str,
     start: float,
 ) -> fx.GraphModule:
-    given = _original(model, example_inputs) if verify != "off" else None
+    given = as_given(model, example_inputs) if verify != "off" else None
     captured = capture(model, example_inputs, dynamic_shapes)
     capture_seconds = perf_counter() - start
     graph = Graph.of(captured.gm)
@@ -163,7 +159,7 @@ def _optimized(
     proven = run(graph, pipeline, proof, each=verify == "each")
     graph, reports = proven.graph, proven.reports
     verify_seconds = 0.0 if proof is None else max(0.0, perf_counter() - began - sum(r.seconds for r in reports))
-    before, after = _norm_counts(original), _norm_counts(graph) + _spelt_out(pipeline, reports)
+    before, after = norm_counts(original), norm_counts(graph) + _spelt_out(pipeline, reports)
     gm = graph.to_module(type(model).__name__ if not isinstance(model, fx.GraphModule) else "Optimized")
     notes = (*captured.notes, *_changes(pipeline, reports), *told, *proven.notes, *([silent] if silent else []))
     if given is not None and captured.has_inputs:
@@ -173,33 +169,16 @@ def _optimized(
         notes += ("not calibrated: quantized from the weights alone; pass example inputs or calibration=",)
     if verify != "off" and inputs is None:
         notes += ("not verified: the model was traced without example inputs",)
-    sizes = _sizes(original, graph, quantize is not None)
+    sizes = tensor_sizes(original, graph, quantize is not None)
     report = Report(
-        tuple(_last_word(reports)), proven.exact, proven.drift, *_norms(before, after), *sizes, notes,
+        tuple(last_word(reports)), proven.exact, proven.drift, *paired(before, after), *sizes, notes,
         perf_counter() - start, silent, origin=origin_of(model),
         calibration=_calibrated(graph, model, calibration, example_inputs) if quantize is not None else None,
         capture_seconds=capture_seconds, verify_seconds=verify_seconds,
-        operators_before=_operators(original), operators_after=_operators(graph),
+        operators_before=operators(original), operators_after=operators(graph),
     )  # fmt: skip
     log.info("optimize: %d applied, %d refused in %.1f s", len(report.applied), len(report.refused), report.seconds)
     return Record(captured.args, captured.kwargs or {}, captured.has_inputs, captured.dynamic_shapes, report).attach(gm)
-
-
-def _original(model: Any, example_inputs: Any) -> Original | None:
-    """The model as it was given, once it ran on the inputs that were given; None for what `capture` refuses anyway."""
-    if isinstance(model, nn.Module):
-        model = unwrapped(model)
-        check_kind(model)
-    elif not isinstance(model, ExportedProgram):
-        return None
-    try:
-        original = Original(model)
-    except Exception as e:  # what cannot be copied cannot be captured either, and capture says so
-        log.debug("the model cannot be copied: %s", e)
-        return None
-    if example_inputs is not None:
-        original.first(Call(*arguments(example_inputs)))
-    return original
 
 
 # -- pipeline ----------------------------------------------------------------------------------------------------------
@@ -330,27 +309,6 @@ def _named(name: str) -> Pass:
     raise UsageError(f"there is no pass {name!r}{hint} (passes: {', '.join(PASSES)})")
 
 
-def _last_word(reports: list[PassReport]) -> list[PassReport]:
-    """Of a pass that runs twice, only the last refusals stand: what it refused first may have succeeded since."""
-    last = {r.name: i for i, r in enumerate(reports)}
-    return [r if last[r.name] == i else replace(r, refused=()) for i, r in enumerate(reports)]
-
-
-# -- figures -----------------------------------------------------------------------------------------------------------
-
-
-def _norm_counts(graph: Graph) -> Counter[str]:
-    """Normalizations by kind, those written by hand included, whether or not the pipeline recognised them."""
-    probe = graph.copy()
-    PASSES["recognise"](probe)
-    return census(probe)
-
-
-def _operators(graph: Graph) -> dict[str, int]:
-    """Operators by name, the most frequent first."""
-    return dict(Counter(operator_name(n) for n in graph if n.op == "call_function" and n.target is not getitem).most_common())
-
-
 def _spelt_out(pipeline: Sequence[Pass], reports: Sequence[PassReport]) -> Counter[str]:
     """Norms for which PyTorch has no operator, so that passes write them as arithmetic: `Pass.writes` is their kind."""
     found: Counter[str] = Counter()
@@ -358,25 +316,3 @@ def _spelt_out(pipeline: Sequence[Pass], reports: Sequence[PassReport]) -> Count
         found[getattr(p, "writes", "")] += len(r.applied)
     del found[""]
     return found
-
-
-def _norms(before: Counter[str], after: Counter[str]) -> tuple[dict[str, int], dict[str, int]]:
-    kinds = sorted({*before, *after})
-    return {k: before[k] for k in kinds}, {k: after[k] for k in kinds}
-
-
-def _sizes(before: Graph, after: Graph, packed: bool) -> tuple[int, int, int, int]:
-    def of(graph: Graph, size: Callable[[Any], int]) -> int:
-        return sum(size(c) for c in graph.constants.values())
-
-    surplus = 0
-    if packed:
-        from normfuse.passes.quantize.summary import packed_surplus
-
-        surplus = packed_surplus(after)
-    return (
-        of(before, lambda c: c.numel),
-        of(after, lambda c: c.numel) - surplus,
-        of(before, lambda c: c.numel * c.dtype.itemsize),
-        of(after, lambda c: c.numel * c.dtype.itemsize),
-    )

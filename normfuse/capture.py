@@ -23,13 +23,25 @@ from normfuse.free_sizes import fixed_after_all, free_sizes, stated_minima
 from normfuse.guards import guarded_inputs, guards_of, guards_of_signature, set_guards
 from normfuse.importers import recognise
 from normfuse.model_kinds import check_kind, unwrapped, unwrapped_inside
-from normfuse.original import Call, loses_cache, without_cache
+from normfuse.optimized import OptimizedGraph
+from normfuse.original import Call, Original, loses_cache, without_cache
 from normfuse.record import record
 from normfuse.surroundings import undisturbed
 from normfuse.trees import children
 from normfuse.writes import is_write, writes
 
-__all__ = ["Captured", "arguments", "cache_notes", "calls_of", "capture", "flat_inputs", "shadow_of"]
+__all__ = [
+    "Captured",
+    "arguments",
+    "as_given",
+    "cache_notes",
+    "calls_of",
+    "capture",
+    "flat_inputs",
+    "program_shapes",
+    "shadow_of",
+    "usable",
+]
 
 log = logging.getLogger(__name__)
 
@@ -166,6 +178,23 @@ def arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     raise UsageError(f"example_inputs: expected a tuple of inputs or a dictionary of keyword inputs, got {type(example).__name__}")
 
 
+def as_given(model: Any, example_inputs: Any) -> Original | None:
+    """The model as it was given, once it ran on the inputs that were given; None for what `capture` refuses anyway."""
+    if isinstance(model, nn.Module):
+        model = unwrapped(model)
+        check_kind(model)
+    elif not isinstance(model, ExportedProgram):
+        return None
+    try:
+        original = Original(model)
+    except Exception as e:  # what cannot be copied cannot be captured either, and capture says so
+        log.debug("the model cannot be copied: %s", e)
+        return None
+    if example_inputs is not None:
+        original.first(Call(*arguments(example_inputs)))
+    return original
+
+
 def shadow_of(model: nn.Module) -> tuple[nn.Module, tuple[str, ...], list[Any]]:
     """A copy of the modules in eval mode that shares every tensor with the original; notes, and what `without_cache` changed."""
     notes: list[str] = []
@@ -175,7 +204,7 @@ def shadow_of(model: nn.Module) -> tuple[nn.Module, tuple[str, ...], list[Any]]:
     own = [
         t for m in model.modules() for t in vars(m).values() if isinstance(t, Tensor)
     ]  # plain attributes, e.g. of old weight norm
-    memo: dict[int, Any] = {id(t): _usable(t) for t in (*model.parameters(), *model.buffers(), *own)}
+    memo: dict[int, Any] = {id(t): usable(t) for t in (*model.parameters(), *model.buffers(), *own)}
     try:
         shadow = copy.deepcopy(model, memo)
     except Exception as e:
@@ -196,7 +225,7 @@ def cache_notes(shadow: nn.Module, caching: list[Any], args: tuple[Any, ...], kw
     return ("use_cache was switched off: the optimized model returns no past_key_values",) if lost else ()
 
 
-def _usable(tensor: Tensor) -> Tensor:
+def usable(tensor: Tensor) -> Tensor:
     """The tensor itself; a copy of one that was made under inference mode, which can be no parameter outside of it."""
     if not tensor.is_inference():
         return tensor
@@ -273,10 +302,10 @@ def _trace(model: nn.Module, notes: tuple[str, ...]) -> Captured:
 
 def _exported_program(program: ExportedProgram, given: tuple[tuple[Any, ...], dict[str, Any]] | None) -> Captured:
     args, kwargs = given or program.example_inputs or ((), {})
-    return Captured(canonical_module(program), tuple(args), dict(kwargs), bool(args or kwargs), _program_shapes(program), ())
+    return Captured(canonical_module(program), tuple(args), dict(kwargs), bool(args or kwargs), program_shapes(program), ())
 
 
-def _program_shapes(program: ExportedProgram) -> Any:
+def program_shapes(program: ExportedProgram) -> Any:
     """What varies in the inputs of a program, as `dynamic_shapes`; None when every size is fixed."""
     placeholders = {n.name: n.meta.get("val") for n in program.graph.find_nodes(op="placeholder")}
     inputs = [placeholders.get(name) for name in program.graph_signature.user_inputs if isinstance(name, str)]
@@ -299,7 +328,7 @@ def _canonical(gm: fx.GraphModule) -> Captured | None:
         for n in calls
     )
     left = record(gm)
-    if not plain and left is None:
+    if not (plain or isinstance(gm, OptimizedGraph)):  # a graph of modules that `fold` returned carries a report too
         return None
     graph = fx.GraphModule(gm, copy.deepcopy(gm.graph))
     graph.meta = dict(gm.meta)

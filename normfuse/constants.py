@@ -33,9 +33,10 @@ class Constant:
         dtype: the dtype it takes in the final module; an expression inherits it from its first operand.
         name: dotted name in the original model, or that of the first operand of the expression.
         tensor: the original tensor if this is one, None for an expression.
+        trained: does a parameter with `requires_grad` stand in it? What a rewrite makes of weights is trained if one of them was.
     """
 
-    __slots__ = ("_compute", "_eager", "dtype", "name", "shape", "tensor")
+    __slots__ = ("_compute", "_eager", "dtype", "name", "shape", "tensor", "trained")
 
     def __init__(
         self,
@@ -45,6 +46,8 @@ class Constant:
         name: str,
         tensor: Tensor | None = None,
         eager: Callable[[], Tensor] | None = None,
+        *,
+        trained: bool = False,
     ) -> None:
         self._compute = compute
         self._eager = eager
@@ -52,18 +55,21 @@ class Constant:
         self.dtype = dtype
         self.name = name
         self.tensor = tensor
+        self.trained = trained and (dtype.is_floating_point or dtype.is_complex)
 
     @classmethod
     def of(cls, tensor: Tensor, name: str = "") -> Constant:
         """An original tensor; it is referred to, not copied."""
-        tensor = tensor.detach()
-        return cls(lambda: _exact(tensor), tensor.shape, tensor.dtype, name, tensor)
+        trained, tensor = tensor.requires_grad, tensor.detach()
+        return cls(lambda: _exact(tensor), tensor.shape, tensor.dtype, name, tensor, trained=trained)
 
     @classmethod
-    def decided(cls, eager: Callable[[], Tensor], shape: torch.Size, dtype: torch.dtype, name: str) -> Constant:
+    def decided(
+        cls, eager: Callable[[], Tensor], shape: torch.Size, dtype: torch.dtype, name: str, *, trained: bool = False
+    ) -> Constant:
         """What the model computes in its own dtypes, where another precision would decide otherwise."""
         eager = _kept(eager, shape)
-        return cls(lambda: _exact(eager()), shape, dtype, name, eager=eager)
+        return cls(lambda: _exact(eager()), shape, dtype, name, eager=eager, trained=trained)
 
     @classmethod
     def apply(cls, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Constant:
@@ -75,17 +81,18 @@ class Constant:
             return _exact(function(*a, **k))
 
         first = next((c for c in operands if c.name), operands[0] if operands else None)
+        name, trained = first.name if first else "", any(c.trained for c in operands)
         size = max((c.numel for c in operands), default=0)
         if size <= _EAGER:
             value = compute()
-            return cls(lambda: value, value.shape, _stored(value, first), first.name if first else "")
+            return cls(lambda: value, value.shape, _stored(value, first), name, trained=trained)
         meta, kmeta = torch.utils._pytree.tree_map(lambda v: v.meta if isinstance(v, Constant) else _meta(v), (args, kwargs))
         result: Tensor = function(*meta, **kmeta)
         dtype = _stored(result, first)
         if result.numel() <= _EAGER:  # a bias computed from a weight: worth keeping, the weight is not
             value = compute()
-            return cls(lambda: value, result.shape, dtype, first.name if first else "")
-        return cls(compute, result.shape, dtype, first.name if first else "")
+            return cls(lambda: value, result.shape, dtype, name, trained=trained)
+        return cls(compute, result.shape, dtype, name, trained=trained)
 
     @property
     def value(self) -> Tensor:
@@ -117,19 +124,32 @@ class Constant:
 
     def cast(self, dtype: torch.dtype) -> Constant:
         """The same values, to be stored in `dtype`."""
-        return self if dtype == self.dtype else Constant(self._compute, self.shape, dtype, self.name)
+        return self if dtype == self.dtype else Constant(self._compute, self.shape, dtype, self.name, trained=self.trained)
+
+    def holding(self, value: Tensor) -> Constant:
+        """Another value for the same purpose: with this one's name and dtype, and trained if this one is."""
+        new = Constant.of(value, self.name)
+        return Constant(new._compute, new.shape, self.dtype, self.name, None, trained=self.trained)
+
+    def asking(self, trained: bool) -> Constant:
+        """The same values, trained or not."""
+        return Constant(self._compute, self.shape, self.dtype, self.name, self.tensor, self._eager, trained=trained)
 
     def named(self, name: str) -> Constant:
         """The same values under another name."""
-        return Constant(self._compute, self.shape, self.dtype, name, self.tensor, self._eager)
+        return Constant(self._compute, self.shape, self.dtype, name, self.tensor, self._eager, trained=self.trained)
 
     def computed(self, eager: Callable[[], Tensor]) -> Constant:
         """The same values, beside what the model computes for them in its own dtypes."""
-        return Constant(self._compute, self.shape, self.dtype, self.name, self.tensor, _kept(eager, self.shape))
+        return Constant(
+            self._compute, self.shape, self.dtype, self.name, self.tensor, _kept(eager, self.shape), trained=self.trained
+        )
 
     def rounded(self) -> Constant:
         """What the model has after its own roundings: an operator of a wider dtype sees them."""
-        return self if self._eager is None else Constant.decided(self._eager, self.shape, self.dtype, self.name)
+        if self._eager is None:
+            return self
+        return Constant.decided(self._eager, self.shape, self.dtype, self.name, trained=self.trained)
 
     def __mul__(self, other: Constant | Tensor | float) -> Constant:
         return Constant.apply(torch.mul, self, other)

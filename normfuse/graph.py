@@ -8,7 +8,7 @@ import logging
 import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import PurePath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -23,7 +23,10 @@ from normfuse.report import Site
 from normfuse.views import Op, Value, affine
 from normfuse.wording import operator_name
 
-__all__ = ["Graph", "Refuse", "path_of"]
+if TYPE_CHECKING:
+    from normfuse.module_tree import ModuleTree
+
+__all__ = ["Graph", "Refuse", "identity_of", "path_of"]
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +59,7 @@ class Graph:
         fuel: how many more rewrites are allowed; None for any number. Bisection lowers it.
         permitted: the sites that were allowed so far, in order.
         samples: what passes may calibrate on: one list a batch with one value a placeholder; empty if nothing was given.
+        tree: the modules that the result is to be written back into, which limits what rules may do; None for no such limit.
     """
 
     def __init__(self, graph: fx.Graph, constants: dict[str, Constant], owner: nn.Module) -> None:
@@ -65,6 +69,7 @@ class Graph:
         self.fuel: int | None = None
         self.permitted: list[tuple[str, str]] = []
         self.samples: list[list[Any]] = []
+        self.tree: ModuleTree | None = None
         self._owner = owner  # holds what is neither tensor nor operator: leaf modules, subgraphs of control flow
         self._fresh = 0
         self._keys = {id(c): key for key, c in constants.items()}
@@ -91,7 +96,7 @@ class Graph:
             tensor = _attribute(self._owner, str(node.target))
             if not isinstance(tensor, Tensor):
                 continue
-            key = _identity(tensor)
+            key = identity_of(tensor)
             if key in first:
                 node.replace_all_uses_with(first[key])
                 self.fx.erase_node(node)
@@ -108,7 +113,8 @@ class Graph:
         for old, new in zip(self.fx.nodes, graph.nodes, strict=True):
             new.meta, new.name = dict(old.meta), old.name
         made = Graph(graph, dict(self.constants), self._owner)
-        made.skip, made.fuel, made._fresh, made.samples = self.skip, self.fuel, self._fresh, self.samples
+        made.skip, made.fuel, made._fresh = self.skip, self.fuel, self._fresh
+        made.samples, made.tree = self.samples, self.tree
         return made
 
     @torch.inference_mode(False)
@@ -225,6 +231,15 @@ class Graph:
             self.fuel -= 1
         self.permitted.append((rule, path))
         return True
+
+    def check(self, old: Value, new: Op) -> None:
+        """May an operator become that one? Asked for each operator of a rewrite that is spread over many.
+
+        Raises:
+            Refuse: the result is to be written back into modules, and theirs cannot compute `new`.
+        """
+        if self.tree is not None:
+            self.tree.check(old, new)
 
     # -- writing -----------------------------------------------------------------------------------------------------
 
@@ -378,7 +393,7 @@ def _is_default(value: Any, argument: Any) -> bool:
     return type(value) is type(default) and not isinstance(value, fx.Node) and value == default
 
 
-def _identity(tensor: Tensor) -> Any:
+def identity_of(tensor: Tensor) -> Any:
     """Two tensors are one constant if they are one object, or plain and the same window on one storage, read alike."""
     if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout is not torch.strided or tensor.is_quantized:
         return id(tensor)
@@ -411,7 +426,7 @@ def _place(root: nn.Module, path: str, tensor: Tensor, owner: nn.Module, constan
         return
     original = _attribute(owner, constant.name) if constant.name else None
     if isinstance(original, nn.Parameter) or (original is None and tensor.is_floating_point()):
-        parent.register_parameter(leaf, nn.Parameter(tensor, requires_grad=False))
+        parent.register_parameter(leaf, nn.Parameter(tensor, requires_grad=constant.trained))
     else:
         parent.register_buffer(leaf, tensor)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -113,6 +113,27 @@ class Proof:
     def holds(self, graph: Graph) -> bool:
         """Is the graph the same function, up to rounding?"""
         return not self.judge(graph).fault
+
+    def differs(self, model: Original, call: Call, expected: Sequence[Tensor], found: Sequence[Tensor]) -> str:
+        """Why these are no outputs of the model for that call, which may be of any size; empty when they are.
+
+        In the model's own dtypes, within its bound, or else within what the model itself moves at that call.
+
+        Args:
+            model: as it was given.
+            call: what it was called with.
+            expected: its outputs.
+            found: outputs of what is held against it.
+        """
+        bound = self._bound(expected)
+        try:
+            error = measure(expected, found, "")
+            if error.max_rel > bound:
+                floors = [m / bound for m in moves(expected, lambda seed: model.stirred(call, seed, exact=False).outputs)]
+                error = measure(expected, found, "", floors)
+        except RewriteError as e:
+            return str(e)
+        return "" if error.max_rel <= bound else _reason(replace(error, dtype=_native(expected)), bound, exact=False)
 
     def sqnr(self, graph: Graph) -> float:
         """Signal to quantization noise ratio of the outputs in dB: 10 log₁₀ (Σ y² / Σ (y − ŷ)²), in float64 where there is one."""

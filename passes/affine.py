@@ -72,7 +72,7 @@ def _composed(graph: Graph, node: fx.Node) -> fx.Node | None:
     op = graph.view(node, 2)
     assert isinstance(op, AffineOp)
     inner = op.x
-    if isinstance(inner, AffineOp) and inner.node is not None and len(inner.node.users) == 1:
+    if isinstance(inner, AffineOp) and inner.node is not None and len(inner.node.users) == 1 and _one(graph, inner.node, node):
         origin = _weightiest(inner.node, node)
         dtype = _promoted(inner.s, op.s)
         both = AffineOp(inner.x, (inner.s * op.s).cast(dtype), (op.t + inner.t * op.s).cast(dtype))
@@ -95,6 +95,11 @@ def _promoted(*factors: Constant) -> torch.dtype:
     return functools.reduce(torch.promote_types, [c.dtype for c in factors if c.numel > 1] or [factors[0].dtype])
 
 
+def _one(graph: Graph, inner: fx.Node, outer: fx.Node) -> bool:
+    """May two affines be one? In a tree of modules each stands in its own."""
+    return graph.tree is None or graph.path(inner) == graph.path(outer)
+
+
 def _weightiest(*nodes: fx.Node) -> fx.Node:
     """Of several affines that become one, the one whose name a user looks for: a norm before a constant."""
     return next((n for n in nodes if _is_norm(n)), nodes[-1])
@@ -112,6 +117,8 @@ def _land(graph: Graph, node: fx.Node, refused: list[Site]) -> Site | None:
     reasons: list[tuple[str, Refuse]] = []
     for rule, s, t, rest in _ways(node, op):
         try:
+            if graph.tree is not None:
+                graph.tree.check_release(graph, node, whole=rest is None)
             plan = _upward(graph, op.x, s, t) if rule == UP else downward(graph, node, s, t)
             if rule == DOWN and isinstance(op.x, (LayerNorm, RmsNorm, GroupNorm)):
                 _cheaper(graph, plan)
@@ -120,6 +127,8 @@ def _land(graph: Graph, node: fx.Node, refused: list[Site]) -> Site | None:
             continue
         if not graph.permit(rule, graph.path(node)):
             return None
+        if graph.tree is not None:
+            graph.tree.released(graph, node)
         stays = op.x.node
         if rest is not None:
             stays = graph.emit(AffineOp(op.x, *rest), node)
@@ -157,7 +166,8 @@ def _refusal(graph: Graph, node: fx.Node, reasons: Sequence[tuple[str, Refuse]])
     told = {rule: next(e for r, e in reasons if r == rule) for rule, _ in reasons}
     last_rule, last = list(told.items())[-1] if told else (DOWN, Refuse("nothing can take it"))
     words = {UP: "up", DOWN: "down"}
-    reason = "; ".join(f"{words[r]}: {e.reason}" for r, e in told.items()) if len(told) > 1 else last.reason
+    apart = len({e.reason for e in told.values()}) > 1
+    reason = "; ".join(f"{words[r]}: {e.reason}" for r, e in told.items()) if apart else last.reason
     return graph.site(last_rule, node, Refuse(reason, blocker=last.blocker, remedy=last.remedy))
 
 
@@ -217,6 +227,7 @@ def _upward(graph: Graph, x: Value, s: Constant, t: Constant) -> Plan:
         if not nested or (isinstance(view, Op) and _changed(bare, view)):
             _affordable(graph, view, bare)
             in_range(view, bare)
+            graph.check(view, bare)
             plan[node] = bare
     return plan
 
@@ -271,6 +282,7 @@ def downward(graph: Graph, start: fx.Node, s: Constant, t: Constant, *, untie: b
         if isinstance(new, AffineOp):
             # the operator itself stays and reads the bare value, unless the rule built another one
             if isinstance(new.x, Op) and isinstance(view, Op) and _changed(new.x, view):
+                graph.check(view, new.x)
                 plan[node] = new.x
             pending[node] = AffineOp(Value(node=node), new.s, new.t)
             push(node)
@@ -279,6 +291,7 @@ def downward(graph: Graph, start: fx.Node, s: Constant, t: Constant, *, untie: b
         if not untie:
             _affordable(graph, view, new)
         in_range(view, new)
+        graph.check(view, new)
         plan[node] = new
     return plan
 

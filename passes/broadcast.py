@@ -102,7 +102,7 @@ def collapse(c: Constant) -> Constant:
         first = value.narrow(i, 0, 1) if value.shape[i] else value
         if value.shape[i] > 1 and (value.stride(i) == 0 or bool((value == first).all())):
             value = first
-    return Constant.of(value.clone(), c.name).cast(c.dtype)
+    return c.holding(value.clone())
 
 
 def fitted(c: Constant, rank: int) -> Constant:
@@ -142,7 +142,7 @@ def moved(op: Movement | Permute | Reshape, c: Constant) -> Constant:
     if shape is None or result is None or op.node is None:
         raise Refuse(UNKNOWN, remedy=PASS_INPUTS)
     out = replayed(op, c.value.expand([hint(d) for d in shape]))
-    return _static(collapse(Constant.of(out, c.name).cast(c.dtype)), result)
+    return _static(collapse(c.holding(out)), result)
 
 
 def unmoved(op: Movement | Permute | Reshape, c: Constant, rest: float) -> Constant:
@@ -157,13 +157,13 @@ def unmoved(op: Movement | Permute | Reshape, c: Constant, rest: float) -> Const
     if whole:
         laid = c.value.expand([hint(d) for d in result])
         back = laid.permute(_inverse(op.dims)) if isinstance(op, Permute) else laid.reshape(sizes)
-        return _static(collapse(Constant.of(back, c.name).cast(c.dtype)), shape)
+        return _static(collapse(c.holding(back)), shape)
     index = replayed(op, torch.arange(torch.Size(sizes).numel(), dtype=torch.float64).reshape(sizes)).long()
     full = torch.full((torch.Size(sizes).numel(),), rest, dtype=torch.float64)
     full[index] = c.value.expand(index.shape)
     if not torch.equal(full[index], c.value.expand(index.shape)):
         raise Refuse("elements are repeated, with another affine each time")
-    return _static(collapse(Constant.of(full.reshape(sizes), c.name).cast(c.dtype)), shape)
+    return _static(collapse(c.holding(full.reshape(sizes))), shape)
 
 
 def _inverse(dims: tuple[int, ...]) -> list[int]:

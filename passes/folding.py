@@ -124,7 +124,7 @@ class Known:
             if node.op == "get_attr" or not any(self._needed(user, stays) for user in node.users):
                 continue
             large = self._bytes(node) > max(_GROWTH, sum(self._bytes(n) for n in self._beneath[node]))
-            if large or (is_returned(node) and self._shares(node)):
+            if large or (is_returned(node) and self._shares(node)) or (self._graph.tree is not None and self._is_code(node)):
                 stays.add(node)
             else:
                 found.append(node)
@@ -145,6 +145,11 @@ class Known:
     def _bytes(self, node: fx.Node) -> int:
         c = self.constants[node]
         return c.numel * c.dtype.itemsize
+
+    def _is_code(self, node: fx.Node) -> bool:
+        """In a graph that is written back into modules: is it a table, or a part of a tensor? Their code goes on computing it."""
+        c = self.constants[node]
+        return sum(n > 1 for n in c.shape) > 1 or all(self.constants[n].numel > c.numel for n in self._beneath[node])
 
     def _shares(self, node: fx.Node) -> bool:
         """Is it a view or a copy of a constant, whose memory an output has to share, or not to share, as it does?"""
@@ -247,7 +252,20 @@ def _evaluated(target: Any, piece: int | None, args: Any, kwargs: Any, like: Ten
         with suppress(*_OBJECTIONS):  # an operator without a form in float64
             precise = _precise(target, function, args, kwargs, like)
             value = precise.computed(eager) if _in_range(precise, eager) else value
-    return value.named(_as_weight(value.name)) if _runs(value) else None
+    return value.named(_as_weight(value.name)).asking(_differentiable(function, args, kwargs)) if _runs(value) else None
+
+
+def _differentiable(function: Any, args: Any, kwargs: Any) -> bool:
+    """Does a gradient flow from the result to a tensor that is trained? None does through `zeros_like` or `detach`."""
+    leaves = torch.utils._pytree.tree_leaves((args, kwargs))
+    if not any(isinstance(c, Constant) and c.trained for c in leaves):
+        return False
+    a, k = _mapped(lambda c: torch.empty(c.shape, dtype=c.dtype, device="meta").requires_grad_(c.trained), (args, kwargs))
+    try:
+        with torch.enable_grad():
+            return bool(function(*a, **k).requires_grad)
+    except (*_OBJECTIONS, AttributeError):
+        return True
 
 
 def _precise(target: Any, function: Any, args: Any, kwargs: Any, like: Tensor) -> Constant:

@@ -356,4 +356,4 @@ def _stack(parts: list[tuple[Constant, Constant] | None], sizes: list[int], axis
     shape = torch.broadcast_shapes(*[c.narrow(axis, 0, 1).shape for c in columns])
     whole = torch.cat([c.expand(*[c.shape[axis] if i == rank + axis else n for i, n in enumerate(shape)]) for c in columns], axis)
     like = next(p[which] for p in parts if p)
-    return collapse(Constant.of(whole.contiguous(), like.name).cast(like.dtype))
+    return collapse(like.holding(whole.contiguous()))

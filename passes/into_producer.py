@@ -57,7 +57,7 @@ from normfuse.views import (
     Value,
 )  # fmt: skip
 
-__all__ = ["RULES", "into_conv", "into_linear"]
+__all__ = ["RULES", "beside", "into_conv", "into_linear"]
 
 
 def into_linear(op: Op) -> Value | None:
@@ -261,11 +261,12 @@ RULES: tuple[Callable[[Op], Value | None], ...] = (
 def _bias(b: Constant | None, s: Constant, t: Constant, W: Constant) -> Constant | None:
     """s b + t, named and typed as the bias of W; none where it would be zero and there was none."""
     if b is None:
-        return None if is_zero(t) else t.cast(W.dtype).named(_beside(W))
+        return None if is_zero(t) else t.cast(W.dtype).named(beside(W))
     return b * s + t
 
 
-def _beside(W: Constant) -> str:
+def beside(W: Constant) -> str:
+    """Name of the bias that stands beside this weight."""
     return W.name.removesuffix("weight") + "bias" if W.name.endswith("weight") else f"{W.name}_bias"
 
 

@@ -16,6 +16,7 @@ from torch import fx
 from normfuse.constants import Constant
 from normfuse.decode import pieces
 from normfuse.graph import Graph, Refuse
+from normfuse.module_tree import ModuleTree
 from normfuse.passes.broadcast import PASS_INPUTS, UNKNOWN, axes, is_zero
 from normfuse.passes.streams import Place, centered, centered_writer, named, operands
 from normfuse.report import PassReport, Site
@@ -97,6 +98,8 @@ class MeanFree:
         for stream in streams_of(graph, norms, refused):
             try:
                 _worthwhile(graph, stream)
+                if graph.tree is not None:
+                    _fits_modules(graph, graph.tree, stream)
             except Refuse as refusal:
                 refused += [graph.site(RULE, n, refusal) for n in stream.norms]
                 continue
@@ -303,6 +306,30 @@ def _worthwhile(graph: Graph, stream: Stream) -> None:
     raise Refuse(count, blocker=node, remedy=_remedy(why))
 
 
+def _fits_modules(graph: Graph, tree: ModuleTree, stream: Stream) -> None:
+    """Refuse what modules could not compute once the stream is centered: only weights and the classes of norms may change."""
+    if stream.explicit:
+        node, why = next(iter(stream.explicit.items()))
+        raise Refuse(f"its mean would have to be removed by an operator of its own, which no module computes: {why}", blocker=node)
+    reasons = [tree.why_no_rms_norm(graph.path(norm)) for norm in stream.norms]
+    if all(reasons):
+        raise Refuse(reasons[0], blocker=stream.norms[0])
+    for node in stream.values:
+        axis = stream.axis[node]
+        constant = graph.constant(node)
+        if constant is not None:
+            tree.check_value(constant, node, for_all=True)
+            if not all(stream.centers(user, node) for user in graph.readers_of(constant)):
+                raise Refuse(f"{constant.name} is read with its mean as well", blocker=node)
+            continue
+        op = graph.view(node, 2)
+        if isinstance(op, Affine) and not is_zero(op.t):
+            raise Refuse("a shift in the stream stands in the code of the model", blocker=node)
+        value = None if isinstance(op, Affine) else centered_writer(graph, op, axis)
+        if value is not None and value is not op:
+            graph.check(op, value)
+
+
 def _shift_stays(graph: Graph, norm: fx.Node) -> bool:
     """Is there a β that the pass `affine` could not move into the readers of the norm?"""
     op = graph.view(norm, 1)
@@ -332,12 +359,17 @@ def _center(graph: Graph, stream: Stream) -> None:
         if node in stream.explicit:
             _subtract_mean(graph, node, axis, stream)
         elif (constant := graph.constant(node)) is not None:
-            _read_centered(graph, node, centered(constant, constant.ndim + axis), stream)
+            value = centered(constant, constant.ndim + axis)
+            if graph.tree is not None:
+                graph.tree.moves(constant, value)
+            _read_centered(graph, node, value, stream)
         else:
             op = graph.view(node, 2)
-            value = _centered_affine(op, axis) if isinstance(op, Affine) else centered_writer(graph, op, axis)
-            if value is not None and value is not op:
-                graph.replace(node, value)
+            writer = _centered_affine(op, axis) if isinstance(op, Affine) else centered_writer(graph, op, axis)
+            if writer is not None and writer is not op:
+                if not isinstance(op, Affine):
+                    graph.check(op, writer)
+                graph.replace(node, writer)
     for norm in stream.norms:
         op = graph.view(norm, 2)
         assert isinstance(op, LayerNorm)

@@ -22,7 +22,10 @@ from normfuse.passes.into_producer import into_conv, into_linear
 from normfuse.passes.precision import in_range
 from normfuse.views import Add, Affine, Conv, Linear, Sub, Value
 
-__all__ = ["Merged", "parallel_convs"]
+__all__ = [
+    "Merged", "check_compatible", "check_sole", "outermost", "parallel_convs", "sum_of_kernels", "terms_of", "unit_branch",
+    "weighted_branch",
+]  # fmt: skip
 
 aten = torch.ops.aten
 
@@ -76,12 +79,12 @@ class Merged:
 def parallel_convs(graph: Graph, node: fx.Node) -> Merged | None:
     """W₁ ∗ x ± W₂ ∗ x ± (s x + t)  =  (W₁ ± W₂ ± s δ) ∗ x ± t, and the same for linear operators: equal strides and groups,
     kernels with one centre, and no more taps than before"""
-    if not _outermost(graph, node):
+    if not outermost(graph, node):
         return None
-    terms = _terms(graph, node)
+    terms = terms_of(graph, node)
     refusal: Refuse | None = None
     for lead in terms:
-        first = _weighted(graph, lead)
+        first = weighted_branch(graph, lead)
         if first is None:
             continue
         try:
@@ -106,7 +109,7 @@ def parallel_convs(graph: Graph, node: fx.Node) -> Merged | None:
     return None
 
 
-def _outermost(graph: Graph, node: fx.Node) -> bool:
+def outermost(graph: Graph, node: fx.Node) -> bool:
     if not _sum(graph, node):
         return False
     return not (len(node.users) == 1 and _sum(graph, next(iter(node.users))))
@@ -120,7 +123,7 @@ def _sum(graph: Graph, node: fx.Node) -> bool:
             return False
 
 
-def _terms(graph: Graph, node: fx.Node) -> list[Term]:
+def terms_of(graph: Graph, node: fx.Node) -> list[Term]:
     """The values that a tree of sums and differences adds up; an inner one that somebody else reads is one of them."""
     found: list[Term] = []
     work = [(node, 1)]
@@ -137,7 +140,7 @@ def _terms(graph: Graph, node: fx.Node) -> list[Term]:
 # -- branches ----------------------------------------------------------------------------------------------------------
 
 
-def _weighted(graph: Graph, term: Term) -> Branch | None:
+def weighted_branch(graph: Graph, term: Term) -> Branch | None:
     node, sign = term
     match _with_its_gain(graph, node):
         case Linear(Value(node=fx.Node() as x), W, b):
@@ -163,7 +166,7 @@ def _with_its_gain(graph: Graph, node: fx.Node) -> Value:
             return graph.view(node, 1)
 
 
-def _unit(graph: Graph, term: Term, lead: Branch) -> Branch | None:
+def unit_branch(graph: Graph, term: Term, lead: Branch) -> Branch | None:
     """x, or s x + t with s and t per channel, as a kernel of one tap."""
     node, sign = term
     assert lead.W is not None
@@ -204,21 +207,21 @@ def _fitting(graph: Graph, lead: Branch, terms: list[Term]) -> list[Branch] | No
     rest = list(terms)
     rest.remove((lead.node, lead.sign))
     weighted = [
-        b for b in (_weighted(graph, n) for n in rest) if b is not None and b.x is lead.x and bool(b.size) == bool(lead.size)
+        b for b in (weighted_branch(graph, n) for n in rest) if b is not None and b.x is lead.x and bool(b.size) == bool(lead.size)
     ]
     chosen, refusal = [lead], None
     units = []
     for n in rest:
         try:
-            unit = _unit(graph, n, lead)
+            unit = unit_branch(graph, n, lead)
         except Refuse as e:
             refusal = refusal or e
             continue
         units += [unit] if unit is not None else []
     for branch in [*weighted, *units]:
         try:
-            _sole(graph, branch, lead)
-            _compatible(graph, lead, branch)
+            check_sole(graph, branch, lead)
+            check_compatible(graph, lead, branch)
             chosen.append(branch)
         except Refuse as e:
             refusal = refusal or e
@@ -227,13 +230,13 @@ def _fitting(graph: Graph, lead: Branch, terms: list[Term]) -> list[Branch] | No
         if refusal is not None:
             raise refusal
         return None
-    _sole(graph, lead, lead)
+    check_sole(graph, lead, lead)
     chosen.sort(key=lambda b: (b.W is None, -prod(b.size)))
     _cheaper(chosen)
     return chosen
 
 
-def _sole(graph: Graph, branch: Branch, lead: Branch) -> None:
+def check_sole(graph: Graph, branch: Branch, lead: Branch) -> None:
     consumers = graph.consumers(branch.node)
     if branch.node is not lead.x and len(consumers) > 1:
         raise Refuse(f"{graph.path(branch.node)} feeds {len(consumers)} consumers", blocker=branch.node)
@@ -246,7 +249,7 @@ def _sole(graph: Graph, branch: Branch, lead: Branch) -> None:
         raise Refuse(reason, blocker=branch.node, remedy="untie the weight before optimize")
 
 
-def _compatible(graph: Graph, a: Branch, b: Branch) -> None:
+def check_compatible(graph: Graph, a: Branch, b: Branch) -> None:
     """Do both read the same places around each output, and are their outputs of the same size?"""
     path = graph.path(b.node)
     assert a.W is not None
@@ -284,7 +287,7 @@ def _one(graph: Graph, branches: list[Branch]) -> Value:
     assert W is not None
     weights = [_signed(b.W, b.sign) for b in branches if b.W is not None]
     scales = [float(b.sign) if b.s is None else _signed(b.s, b.sign) for b in branches if b.W is None]
-    whole = Constant.apply(_sum_of_kernels, weights, scales, size, lead.groups)
+    whole = Constant.apply(sum_of_kernels, weights, scales, size, lead.groups)
     bias: Constant | None = None
     for b in (None if branch.b is None else _signed(branch.b, branch.sign) for branch in branches):
         bias = b if bias is None else bias + b if b is not None else bias
@@ -302,7 +305,7 @@ def _signed(c: Constant, sign: int) -> Constant:
     return c if sign > 0 else -c
 
 
-def _sum_of_kernels(weights: list[Tensor], scales: list[Tensor | float], size: tuple[int, ...], groups: int) -> Tensor:
+def sum_of_kernels(weights: list[Tensor], scales: list[Tensor | float], size: tuple[int, ...], groups: int) -> Tensor:
     """Σ W with every kernel in the middle of `size`, and the scales on the unit kernel: output o reads input o of its group."""
 
     def padded(w: Tensor) -> Tensor:

@@ -21,6 +21,8 @@ FRONT = (
     "normfuse.demo",
     "normfuse.demo_models",
     "normfuse.engines",
+    "normfuse.figures",
+    "normfuse.folded",
     "normfuse.nn",
     "normfuse.nn.convert",  # its lossless conversion is an analysis of passes
 )

@@ -105,7 +105,7 @@ def sqnr(expected: Sequence[Tensor], got: Sequence[Tensor]) -> float:
     for a, b in zip(expected, got, strict=True):
         if not a.is_floating_point() or not a.numel():
             continue
-        x, y = a.double(), b.double()
+        x, y = a.detach().double(), b.detach().double()
         same = (x == y) | (x.isnan() & y.isnan())
         noise = float(torch.where(same, 0.0, x - y).square().sum())
         signal = float(torch.where(x.isfinite(), x, 0.0).square().sum())
