@@ -90,7 +90,7 @@ def _written(name: str, folder: Path, only: tuple[str, ...] = ()) -> Iterator[tu
         files = {label: options for label, options in files.items() if not only or label in only}
         if not files:
             continue
-        quantize = None if spec is None else normfuse.ShiftQuant(**spec)
+        quantize = None if spec is None else normfuse.ShiftQuant(**spec, prefer="size")  # "speed" asks a stopwatch
         fast = normfuse.optimize(model, inputs, quantize=quantize, calibration=None if spec is None else [inputs])
         for label, options in files.items():
             path = folder / f"{name}-{label}.onnx"
