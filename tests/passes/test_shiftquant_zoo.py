@@ -121,7 +121,6 @@ def whisper():
     return Case(made(encoder, config), (draw(2, 8, 20),), gone=("embed_positions",))
 
 
-TOO_FEW = {"1 input channels a group are too few": 2, "2 input channels a group are too few": 1}
 BATCH = {0: torch.export.Dim("batch")}
 CASES = [
     of_zoo("conv1d_bn", dynamic=(BATCH,)),
