@@ -16,6 +16,7 @@ from normfuse.capture import as_given, calls_of, capture, flat_inputs, usable
 from normfuse.described import dtype_name, first_line
 from normfuse.errors import NormfuseError, RewriteError, UsageError
 from normfuse.figures import last_word, norm_counts, operators, paired, tensor_sizes
+from normfuse.flags import flagged
 from normfuse.graph import Graph
 from normfuse.model_kinds import check_kind, unwrapped
 from normfuse.module_tree import ModuleTree
@@ -31,6 +32,7 @@ from normfuse.report import Error, PassReport, Report, Site
 from normfuse.shared_modules import called_often
 from normfuse.sizes import variations
 from normfuse.surroundings import undisturbed
+from normfuse.verify import distance
 from normfuse.written_back import WrittenBack, write_back
 
 __all__ = ["fold"]
@@ -64,8 +66,8 @@ def fold(model: nn.Module, example_inputs: Any = None, *, dynamic_shapes: Any = 
         example_inputs: a tuple of positional inputs or a dictionary of keyword inputs. Without them, inputs that the model declares
             are used (timm, Hugging Face, torchvision), else it is traced without shapes, and nothing can be proven.
         dynamic_shapes: as in `torch.export.export`, for the proof. The copy takes what the model takes.
-        verify: "end" (or "each") compares the copy with the model in float64, in the model's own dtypes and at other sizes, and
-            takes back what is not exact; "off" compares nothing.
+        verify: "end" (or "each") compares the copy with the model in float64, in the model's own dtypes, at other sizes and with
+            other flags, and takes back what is not exact; "off" only calls both once: code of modules may read what is gone.
 
     Returns:
         A copy of the model in eval mode, with weights of its own. `normfuse.report` says what was done to it.
@@ -123,10 +125,11 @@ class _Folding:
     """A model, captured once, and everything that is tried with it."""
 
     def __init__(self, model: nn.Module, example_inputs: Any, dynamic_shapes: Any, *, proven: bool, shared: bool = True) -> None:
+        check_kind(unwrapped(model))
         self.model = _usable(unwrapped(model))
-        check_kind(self.model)
         self.asked = example_inputs, dynamic_shapes
-        self.given = as_given(self.model, example_inputs) if proven else None
+        self.proven = proven
+        self.given = as_given(self.model, example_inputs)
         self.captured = capture(self.model, example_inputs, dynamic_shapes)
         self.original = Graph.of(self.captured.gm)
         self.call = Call(self.captured.args, self.captured.kwargs or {})
@@ -137,7 +140,7 @@ class _Folding:
         PASSES["cleanup"](self.start)
         self.tree.read(self.start)
         self.proof: Proof | None = None
-        if proven and self.captured.has_inputs:
+        if self.captured.has_inputs:
             inputs = flat_inputs(self.captured.gm, self.call.args, self.call.kwargs)
             self.proof = Proof(self.original, inputs, self.given, calls_of(self.captured.gm), known_values)
         self.left: dict[Site_, Site] = {}
@@ -252,6 +255,8 @@ class _Folding:
     def _judged(self, attempt: _Attempt) -> _Verdict:
         if self.proof is None:
             return _Verdict()
+        if not self.proven:
+            return _Verdict(self._once(attempt.back.model))
         if not (attempt.back.values or attempt.back.became):
             same = self.proof.judge(self.original)
             return _Verdict("", same.exact, same.drift, self.original)
@@ -271,15 +276,35 @@ class _Folding:
             return ""
         folded = Original(model)
         calls = [self.call, *(Call(*other) for other in variations(self.call.args, self.call.kwargs))]
-        return next((fault for call in calls if (fault := self._unlike_at(folded, call))), "")
+        fault = next((fault for call in calls if (fault := self._unlike_at(folded, call))), "")
+        if fault:
+            return fault
+        usual = self.given.native(self.call)
+        for flag, call in flagged(self.model, self.call).items():
+            fault = self._unlike_at(folded, call, usual)
+            if fault:
+                return f"with {flag} {fault}"
+        return ""
 
-    def _unlike_at(self, folded: Original, call: Call) -> str:
+    def _once(self, model: nn.Module) -> str:
+        """Why the copy is not the model where it was captured. A model that gives other outputs each time is not asked."""
+        if self.given is None:
+            return ""
+        runs = [self.given.native(self.call, again=again).outputs for again in (False, True)]
+        if len(runs[0]) != len(runs[1]) or any(a.shape != b.shape or distance(a, b) for a, b in zip(*runs, strict=True)):
+            return ""
+        return self._unlike_at(Original(model), self.call)
+
+    def _unlike_at(self, folded: Original, call: Call, usual: Run | None = None) -> str:
+        """Why a call of the copy is not that of the model; `usual`: only if the model returns what looks like this."""
         assert self.given is not None
         assert self.proof is not None
         try:
             expected = self.given.native(call)
         except Exception as e:  # a model need not take every size
             log.debug("the model does not take %s: %s", [_shape(v) for v in call.leaves], e)
+            return ""
+        if usual is not None and _unlike(usual, expected):  # values that flow between modules, say
             return ""
         sizes = ", ".join(_shape(v) for v in call.leaves if isinstance(v, Tensor))
         try:
@@ -295,7 +320,7 @@ class _Folding:
         after = verdict.graph or attempt.graph
         notes = self.captured.notes
         silent = ""
-        if self.proof is not None:
+        if self.proof is not None and self.proven:
             notes, silent = (*notes, *self.proof.notes), self.proof.nothing_compared
             notes += (silent,) if silent else ()
         elif not self.captured.has_inputs:

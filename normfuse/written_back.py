@@ -76,6 +76,8 @@ def write_back(model: nn.Module, tree: ModuleTree, graph: Graph, paths: Iterable
     _write_values(found, tree.written(graph))
     gains = {tree.gains[name]: name for name in found.values if name in tree.gains}
     for path in dict.fromkeys(paths):
+        if tree.module(path) is None:  # an operator of the model's own forward: it stays in the code
+            continue
         if path in gains:
             found.became[path] = f"{gains[path].rpartition('.')[2]} is one"
             continue
@@ -117,15 +119,15 @@ def _lighten(found: WrittenBack, tree: ModuleTree, path: str, rest: list[object]
     if isinstance(cores[0], RmsNorm) and isinstance(module, nn.LayerNorm):
         new = _rms_norm(module, cores[0])
         if tree.rebuilt(path):
-            save_as_layer_norm(new)
+            save_as_layer_norm(new, module)
         _put(found, tree, path, new)
         if gamma is not None:
             found.values[f"{path}.weight"] = gamma
         found.became[path] = f"{kind} is nn.RMSNorm"
     elif gamma is None and beta is None and tree.rebuilt(path):
         found.left[path] = f"it would stay a {kind}, and {tree.rebuilt(path)} is saved with the gain and shift of its norms"
-    elif gamma is None and beta is None and any(p is not None for p in module._parameters.values()):
-        for name in module._parameters:
+    elif gamma is None and beta is None and (parameters := tree.norm_parameters(path)):
+        for name in parameters:
             module.register_parameter(name, None)
         for name in ("elementwise_affine", "affine"):
             if isinstance(getattr(module, name, None), bool):
