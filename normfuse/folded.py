@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from time import perf_counter
@@ -16,8 +17,8 @@ from normfuse.capture import as_given, calls_of, capture, flat_inputs, usable
 from normfuse.described import dtype_name, first_line
 from normfuse.errors import NormfuseError, RewriteError, UsageError
 from normfuse.figures import last_word, norm_counts, operators, paired, tensor_sizes
-from normfuse.flags import flagged
-from normfuse.graph import Graph
+from normfuse.flags import flagged, not_given
+from normfuse.graph import Graph, identity_of
 from normfuse.model_kinds import check_kind, unwrapped
 from normfuse.module_tree import ModuleTree
 from normfuse.origin import origin_of
@@ -33,6 +34,7 @@ from normfuse.shared_modules import called_often
 from normfuse.sizes import variations
 from normfuse.surroundings import undisturbed
 from normfuse.verify import distance
+from normfuse.wording import operator_name
 from normfuse.written_back import WrittenBack, write_back
 
 __all__ = ["fold"]
@@ -45,6 +47,9 @@ _PIPELINE = (
 _RULES = (affine.UP, affine.DOWN, beside.RULE, mean_free.RULE)  # each of their sites is one that can be left out
 _TOLD = ("expose", "affine", Beside.name, "mean_free", KeepLayerNorm.name)  # of the others nothing is written back
 _ATTEMPTS = 8  # sites taken back one by one before all are
+
+_SUMS = ("add", "sub", "mul", "div", "truediv", "pow")
+_NAMED = 6  # arguments that a note names
 
 _BETWEEN = (
     "the outputs of such calls are proven; what flows between modules has changed, so that other calls which return it "
@@ -254,7 +259,7 @@ class _Folding:
 
     def _judged(self, attempt: _Attempt) -> _Verdict:
         if self.proof is None:
-            return _Verdict()
+            return _Verdict(self._unlike_as_traced(attempt))
         if not self.proven:
             return _Verdict(self._once(attempt.back.model))
         if not (attempt.back.values or attempt.back.became):
@@ -285,6 +290,23 @@ class _Folding:
             if fault:
                 return f"with {flag} {fault}"
         return ""
+
+    def _unlike_as_traced(self, attempt: _Attempt) -> str:
+        """Why the copy, traced without shapes, cannot be what was written; that it is the model cannot be seen there."""
+        back = attempt.back
+        if not (back.values or back.became):
+            return ""
+        try:
+            graph = Graph.of(capture(back.model, *self.asked).gm)
+        except NormfuseError as e:
+            return f"the folded model cannot be captured: {first_line(e)}"
+        PASSES["cleanup"](graph)
+        if _said(graph) != _said(attempt.graph):
+            return "the code of the model computes something else where its modules are others"
+        names = {identity_of(t): n for n, t in (*back.model.named_parameters(), *back.model.named_buffers())}
+        read = {names.get(identity_of(c.tensor)) for c in graph.constants.values() if c.tensor is not None}
+        unread = next((name for name in back.values if name not in read), "")
+        return f"the code of the model does not read {unread}, which was to change" if unread else ""
 
     def _once(self, model: nn.Module) -> str:
         """Why the copy is not the model where it was captured. A model that gives other outputs each time is not asked."""
@@ -326,6 +348,11 @@ class _Folding:
         elif not self.captured.has_inputs:
             notes += ("not verified: the model was traced without example inputs",)
         if attempt.sites or self.inner:
+            untried = not_given(self.model, self.call) if self.captured.has_inputs else []
+            more = f" and {len(untried) - _NAMED} more" if len(untried) > _NAMED else ""
+            notes += (
+                (f"not tried, because the example inputs do not give it: {', '.join(untried[:_NAMED])}{more}",) if untried else ()
+            )
             notes += (_BETWEEN,)
         passes = [self._told(r, attempt.back) for r in last_word(attempt.reports) if r.name in _TOLD]
         passes.append(
@@ -351,6 +378,15 @@ class _Folding:
         found = PASSES["recognise"](probe).applied
         reason = "it is written out in the forward of its module, which stays"
         return [Site(s.rule, s.path, reason) for s in found if "norm" in s.rule]
+
+
+def _said(graph: Graph) -> Counter[str]:
+    """The operators, with the numbers that the code of a model adds and multiplies by."""
+    return Counter(
+        f"{operator_name(n)} {[a for a in n.args if isinstance(a, (int, float))] if operator_name(n) in _SUMS else ''}"
+        for n in graph
+        if n.op == "call_function"
+    )
 
 
 def _usable(model: nn.Module) -> nn.Module:

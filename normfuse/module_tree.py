@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -127,6 +127,11 @@ class ModuleTree:
             of = self._stored[name]
             found[name] = Constant.apply(torch.ones_like, of)
         return found
+
+    def order(self, paths: Sequence[str]) -> list[int]:
+        """When each of these modules, or one in it, first computes something; nothing for those that compute nothing."""
+        firsts = [next((i for i, p in enumerate(self.own) if f"{p}.".startswith(f"{path}.")), None) for path in paths]
+        return [i for i in firsts if i is not None]
 
     def rebuilt(self, path: str) -> str:
         """Path of the module around `path`, or itself, that is saved without its structure; empty where there is none."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import fx, nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from normfuse.constants import Constant
 from normfuse.errors import CaptureError
@@ -106,7 +107,11 @@ def _lighten(found: WrittenBack, tree: ModuleTree, path: str, rest: list[object]
     module = found.model.get_submodule(path)
     kind = type(module).__name__
     if not rest:
-        children = OrderedDict((n, c) for n, c in module.named_children() if not isinstance(c, nn.Identity))
+        children = OrderedDict((n, c) for n, c in module.named_children() if _called(tree, f"{path}.{n}", c))
+        order = tree.order([f"{path}.{n}" for n in children])
+        if order != sorted(order):
+            found.left[path] = f"{kind} calls its parts in another order than it holds them"
+            return
         _put(found, tree, path, nn.Sequential(children) if children else nn.Identity())
         left = " and ".join(type(c).__name__ for c in children.values())
         found.became[path] = f"{kind} is {f'its {left}' if left else 'nn.Identity'}"
@@ -133,6 +138,11 @@ def _lighten(found: WrittenBack, tree: ModuleTree, path: str, rest: list[object]
             if isinstance(getattr(module, name, None), bool):
                 setattr(module, name, False)
         found.became[path] = f"{kind} has no gain and shift"
+
+
+def _called(tree: ModuleTree, path: str, module: nn.Module) -> bool:
+    """Does a part of a norm compute something, as far as the graph tells? A dropout does so in training only."""
+    return bool(tree.order([path])) or isinstance(module, _DropoutNd)
 
 
 def _rms_norm(old: nn.LayerNorm, op: RmsNorm) -> nn.RMSNorm:

@@ -439,6 +439,91 @@ def test_code_that_asks_for_the_class_of_a_norm_is_heard_without_a_proof():
     assert "taken back" in reasons(made)
 
 
+class Checks(nn.Module):
+    """Code that takes another way when its norm is gone."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.conv, self.norm, self.way = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), way
+
+    def forward(self, x):
+        y, here = self.norm(self.conv(x)), isinstance(self.norm, nn.BatchNorm2d)
+        return y * self.norm.num_features if self.way == "reads" else y + int(here) if self.way == "adds" else y * 2 if here else y
+
+
+class Deaf(nn.Conv2d):
+    """Has a place for a bias and does not read it."""
+
+    def forward(self, x):
+        return F.conv2d(x, self.weight)
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda: Checks("reads"), "cannot be captured"),
+        (lambda: Checks("adds"), "computes something else"),
+        (lambda: Checks("doubles"), "computes something else"),
+        (lambda: nn.Sequential(Deaf(3, 8, 3, bias=False), nn.BatchNorm2d(8)), "does not read 0.bias"),
+    ],
+    ids=["reads", "adds", "doubles", "deaf"],
+)
+def test_code_is_traced_again_where_there_are_no_inputs(make, reason):
+    model = randomise_norms(make(), seed=0).eval()
+    made = normfuse.fold(model)
+    assert torch.equal(made(IMAGE), model(IMAGE))
+    assert reason in reasons(made)
+
+
+class Parts(nn.BatchNorm2d):
+    """A norm with parts: one that it calls, one that it does not, and a dropout."""
+
+    def __init__(self, size):
+        super().__init__(size)
+        self.other, self.drop, self.act = nn.Sigmoid(), nn.Dropout(0.1), nn.ReLU()
+
+    def forward(self, x):
+        return self.act(self.drop(super().forward(x)))
+
+
+class Backwards(nn.BatchNorm2d):
+    def __init__(self, size):
+        super().__init__(size)
+        self.last, self.first = nn.Softmax(1), nn.Tanh()
+
+    def forward(self, x):
+        return self.last(self.first(super().forward(x)))
+
+
+def test_parts_of_a_norm_stay_as_it_calls_them():
+    made = folded(nn.Sequential(nn.Conv2d(3, 8, 3), Parts(8)))
+    assert classes(made) == ["Conv2d", "Dropout", "ReLU"]
+    made = folded(nn.Sequential(nn.Conv2d(3, 8, 3), Backwards(8)))
+    assert "calls its parts in another order" in reasons(made)
+
+
+def test_arguments_that_were_not_tried_are_named():
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+
+        def forward(self, x, mask=None, flag: bool | None = None):
+            y = self.conv(x)
+            return y if flag else self.norm(y if mask is None else y * mask)
+
+    mask = torch.rand(2, 1, 6, 6)
+    model = Masked()
+    made = folded(model, (IMAGE, mask))
+    torch.testing.assert_close(made(IMAGE, mask, True), model(IMAGE, mask, True), rtol=0, atol=1e-5)
+
+    class Whole(Masked):
+        def forward(self, x, mask=None):
+            return super().forward(x, mask)
+
+    assert "the example inputs do not give it: mask" in " ".join(normfuse.report(folded(Whole())).notes)
+
+
 def test_random_models_are_folded_without_a_proof():
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), Noise()).eval()
     assert isinstance(normfuse.fold(model, (IMAGE,), verify="off")[1], nn.Identity)
