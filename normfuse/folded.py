@@ -269,7 +269,7 @@ class _Folding:
         try:
             captured = capture(back.model, *self.asked)
             graph = back.exact(Graph.of(captured.gm))
-        except NormfuseError as e:
+        except Exception as e:  # code of the model, its `train` among it, which reads what is gone
             return _Verdict(f"the folded model cannot be captured: {first_line(e)}")
         found = self.proof.judge(graph)
         fault = found.fault or self._other_calls(back.model)
@@ -298,7 +298,7 @@ class _Folding:
             return ""
         try:
             graph = Graph.of(capture(back.model, *self.asked).gm)
-        except NormfuseError as e:
+        except Exception as e:  # as in `_judged`
             return f"the folded model cannot be captured: {first_line(e)}"
         PASSES["cleanup"](graph)
         if _said(graph) != _said(attempt.graph):
@@ -315,7 +315,11 @@ class _Folding:
         runs = [self.given.native(self.call, again=again).outputs for again in (False, True)]
         if len(runs[0]) != len(runs[1]) or any(a.shape != b.shape or distance(a, b) for a, b in zip(*runs, strict=True)):
             return ""
-        return self._unlike_at(Original(model), self.call)
+        try:
+            copied = Original(model)
+        except Exception as e:
+            return f"the folded model cannot be copied: {first_line(e)}"
+        return self._unlike_at(copied, self.call)
 
     def _unlike_at(self, folded: Original, call: Call, usual: Run | None = None) -> str:
         """Why a call of the copy is not that of the model; `usual`: only if the model returns what looks like this."""

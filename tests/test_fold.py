@@ -524,6 +524,39 @@ def test_arguments_that_were_not_tried_are_named():
     assert "the example inputs do not give it: mask" in " ".join(normfuse.report(folded(Whole())).notes)
 
 
+@pytest.mark.parametrize("options", [{}, {"verify": "off"}, {"without": True}], ids=["proven", "off", "no-inputs"])
+def test_a_train_of_its_own_may_ask_a_norm(options):
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+
+        def train(self, mode=True):
+            self.norm.momentum = 0.1 if self.norm.track_running_stats else 0
+            return super().train(mode)
+
+        def forward(self, x):
+            return self.norm(self.conv(x))
+
+    made = normfuse.fold(Own().eval(), **options) if options.pop("without", False) else folded(Own(), **options)
+    assert isinstance(made.norm, nn.BatchNorm2d)
+    assert "no attribute 'track_running_stats'" in reasons(made)
+
+
+def test_one_image_may_go_another_way():
+    class Single(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+
+        def forward(self, x):
+            return self.conv(x) if x.shape[0] == 1 else self.norm(self.conv(x))
+
+    made = folded(Single())
+    assert isinstance(made.norm, nn.BatchNorm2d)
+    assert "at [1, 3, 8, 8]" in reasons(made)
+
+
 def test_random_models_are_folded_without_a_proof():
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), Noise()).eval()
     assert isinstance(normfuse.fold(model, (IMAGE,), verify="off")[1], nn.Identity)
