@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 import normfuse
-from normfuse.errors import UsageError
+from normfuse.errors import CaptureError, UsageError
 from normfuse.sources import randomise_norms
 from tests.tolerances import IDENTITY, TOLERANCES
 
@@ -771,3 +771,19 @@ def test_norms_are_saved_with_what_they_had(options):
     again = make().eval()
     again.load_state_dict(made.state_dict())
     torch.testing.assert_close(again(x), model(x), rtol=0, atol=2e-2)
+
+
+def test_a_function_that_holds_the_modules_of_the_original_is_said():
+    """A copy does not copy what a lambda refers to: here a norm that trains."""
+
+    class Holding(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+            self.call = lambda x: self.norm(x)
+
+        def forward(self, x):
+            return self.call(self.conv(x))
+
+    with pytest.raises(CaptureError, match="may hold modules of another model"):
+        normfuse.fold(Holding().train(), (IMAGE,))
