@@ -13,6 +13,7 @@ from torch import Tensor, fx
 from torch.export import ExportedProgram
 
 from normfuse.attribute_names import attribute_names
+from normfuse.described import first_line
 from normfuse.dtypes import default_eps
 from normfuse.errors import CaptureError
 from normfuse.guards import guards_of, set_guards
@@ -43,7 +44,13 @@ def canonical_module(program: ExportedProgram, smallest: Mapping[str, int] | Non
     without_idle_observers(gm)
     if writes(gm) and not without_writes(gm):
         # views of one tensor may be written through another: only functionalization gets that right
-        decomposed = program.run_decompositions(secret_views(gm)).module()
+        try:
+            decomposed = program.run_decompositions(secret_views(gm)).module()
+        except Exception as e:
+            raise CaptureError(
+                f"the model writes to tensors in a way that torch cannot undo ({type(e).__name__}: {first_line(e)}); "
+                "a function that it keeps as an attribute may hold modules of another model, which are in training mode"
+            ) from e
         assert isinstance(decomposed, fx.GraphModule)
         gm = _plain(decomposed)
         _restore_batch_norm(gm)

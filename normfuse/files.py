@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from normfuse.errors import UsageError
 
@@ -15,7 +16,15 @@ try:
 except ImportError:  # Windows: without locks nothing can be told to be left over, and nothing is swept
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["atomic", "check_target", "spelled", "workspace"]
+__all__ = ["as_path", "atomic", "check_target", "spelled", "workspace"]
+
+
+def as_path(path: Any) -> Path:
+    """Raises a UsageError if that is no path."""
+    try:
+        return Path(path)
+    except TypeError as e:
+        raise UsageError(f"expected the path of a file, got {type(path).__name__}") from e
 
 
 def check_target(path: str | Path, *, force: bool = False) -> Path:
@@ -28,7 +37,7 @@ def check_target(path: str | Path, *, force: bool = False) -> Path:
         UsageError: the folder is missing or not writable, the name is none, the target is a folder, or it exists and `force` is
             off.
     """
-    path = Path(path)
+    path = as_path(path)
     folder = path.parent
     if not os.path.isdir(folder):
         raise UsageError(f"cannot write {path}: the folder {folder} does not exist")

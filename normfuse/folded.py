@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from time import perf_counter
@@ -16,7 +17,8 @@ from normfuse.capture import as_given, calls_of, capture, flat_inputs, usable
 from normfuse.described import dtype_name, first_line
 from normfuse.errors import NormfuseError, RewriteError, UsageError
 from normfuse.figures import last_word, norm_counts, operators, paired, tensor_sizes
-from normfuse.graph import Graph
+from normfuse.flags import flagged, not_given
+from normfuse.graph import Graph, identity_of
 from normfuse.model_kinds import check_kind, unwrapped
 from normfuse.module_tree import ModuleTree
 from normfuse.origin import origin_of
@@ -31,6 +33,8 @@ from normfuse.report import Error, PassReport, Report, Site
 from normfuse.shared_modules import called_often
 from normfuse.sizes import variations
 from normfuse.surroundings import undisturbed
+from normfuse.verify import distance
+from normfuse.wording import operator_name
 from normfuse.written_back import WrittenBack, write_back
 
 __all__ = ["fold"]
@@ -43,6 +47,9 @@ _PIPELINE = (
 _RULES = (affine.UP, affine.DOWN, beside.RULE, mean_free.RULE)  # each of their sites is one that can be left out
 _TOLD = ("expose", "affine", Beside.name, "mean_free", KeepLayerNorm.name)  # of the others nothing is written back
 _ATTEMPTS = 8  # sites taken back one by one before all are
+
+_SUMS = ("add", "sub", "mul", "div", "truediv", "pow")
+_NAMED = 6  # arguments that a note names
 
 _BETWEEN = (
     "the outputs of such calls are proven; what flows between modules has changed, so that other calls which return it "
@@ -64,8 +71,8 @@ def fold(model: nn.Module, example_inputs: Any = None, *, dynamic_shapes: Any = 
         example_inputs: a tuple of positional inputs or a dictionary of keyword inputs. Without them, inputs that the model declares
             are used (timm, Hugging Face, torchvision), else it is traced without shapes, and nothing can be proven.
         dynamic_shapes: as in `torch.export.export`, for the proof. The copy takes what the model takes.
-        verify: "end" (or "each") compares the copy with the model in float64, in the model's own dtypes and at other sizes, and
-            takes back what is not exact; "off" compares nothing.
+        verify: "end" (or "each") compares the copy with the model in float64, in the model's own dtypes, at other sizes and with
+            other flags, and takes back what is not exact; "off" only calls both once: code of modules may read what is gone.
 
     Returns:
         A copy of the model in eval mode, with weights of its own. `normfuse.report` says what was done to it.
@@ -123,10 +130,11 @@ class _Folding:
     """A model, captured once, and everything that is tried with it."""
 
     def __init__(self, model: nn.Module, example_inputs: Any, dynamic_shapes: Any, *, proven: bool, shared: bool = True) -> None:
+        check_kind(unwrapped(model))
         self.model = _usable(unwrapped(model))
-        check_kind(self.model)
         self.asked = example_inputs, dynamic_shapes
-        self.given = as_given(self.model, example_inputs) if proven else None
+        self.proven = proven
+        self.given = as_given(self.model, example_inputs)
         self.captured = capture(self.model, example_inputs, dynamic_shapes)
         self.original = Graph.of(self.captured.gm)
         self.call = Call(self.captured.args, self.captured.kwargs or {})
@@ -137,7 +145,7 @@ class _Folding:
         PASSES["cleanup"](self.start)
         self.tree.read(self.start)
         self.proof: Proof | None = None
-        if proven and self.captured.has_inputs:
+        if self.captured.has_inputs:
             inputs = flat_inputs(self.captured.gm, self.call.args, self.call.kwargs)
             self.proof = Proof(self.original, inputs, self.given, calls_of(self.captured.gm), known_values)
         self.left: dict[Site_, Site] = {}
@@ -251,7 +259,9 @@ class _Folding:
 
     def _judged(self, attempt: _Attempt) -> _Verdict:
         if self.proof is None:
-            return _Verdict()
+            return _Verdict(self._unlike_as_traced(attempt))
+        if not self.proven:
+            return _Verdict(self._once(attempt.back.model))
         if not (attempt.back.values or attempt.back.became):
             same = self.proof.judge(self.original)
             return _Verdict("", same.exact, same.drift, self.original)
@@ -259,7 +269,7 @@ class _Folding:
         try:
             captured = capture(back.model, *self.asked)
             graph = back.exact(Graph.of(captured.gm))
-        except NormfuseError as e:
+        except Exception as e:  # code of the model, its `train` among it, which reads what is gone
             return _Verdict(f"the folded model cannot be captured: {first_line(e)}")
         found = self.proof.judge(graph)
         fault = found.fault or self._other_calls(back.model)
@@ -271,15 +281,56 @@ class _Folding:
             return ""
         folded = Original(model)
         calls = [self.call, *(Call(*other) for other in variations(self.call.args, self.call.kwargs))]
-        return next((fault for call in calls if (fault := self._unlike_at(folded, call))), "")
+        fault = next((fault for call in calls if (fault := self._unlike_at(folded, call))), "")
+        if fault:
+            return fault
+        usual = self.given.native(self.call)
+        for flag, call in flagged(self.model, self.call).items():
+            fault = self._unlike_at(folded, call, usual)
+            if fault:
+                return f"with {flag} {fault}"
+        return ""
 
-    def _unlike_at(self, folded: Original, call: Call) -> str:
+    def _unlike_as_traced(self, attempt: _Attempt) -> str:
+        """Why the copy, traced without shapes, cannot be what was written; that it is the model cannot be seen there."""
+        back = attempt.back
+        if not (back.values or back.became):
+            return ""
+        try:
+            graph = Graph.of(capture(back.model, *self.asked).gm)
+        except Exception as e:  # as in `_judged`
+            return f"the folded model cannot be captured: {first_line(e)}"
+        PASSES["cleanup"](graph)
+        if _said(graph) != _said(attempt.graph):
+            return "the code of the model computes something else where its modules are others"
+        names = {identity_of(t): n for n, t in (*back.model.named_parameters(), *back.model.named_buffers())}
+        read = {names.get(identity_of(c.tensor)) for c in graph.constants.values() if c.tensor is not None}
+        unread = next((name for name in back.values if name not in read), "")
+        return f"the code of the model does not read {unread}, which was to change" if unread else ""
+
+    def _once(self, model: nn.Module) -> str:
+        """Why the copy is not the model where it was captured. A model that gives other outputs each time is not asked."""
+        if self.given is None:
+            return ""
+        runs = [self.given.native(self.call, again=again).outputs for again in (False, True)]
+        if len(runs[0]) != len(runs[1]) or any(a.shape != b.shape or distance(a, b) for a, b in zip(*runs, strict=True)):
+            return ""
+        try:
+            copied = Original(model)
+        except Exception as e:
+            return f"the folded model cannot be copied: {first_line(e)}"
+        return self._unlike_at(copied, self.call)
+
+    def _unlike_at(self, folded: Original, call: Call, usual: Run | None = None) -> str:
+        """Why a call of the copy is not that of the model; `usual`: only if the model returns what looks like this."""
         assert self.given is not None
         assert self.proof is not None
         try:
             expected = self.given.native(call)
         except Exception as e:  # a model need not take every size
             log.debug("the model does not take %s: %s", [_shape(v) for v in call.leaves], e)
+            return ""
+        if usual is not None and _unlike(usual, expected):  # values that flow between modules, say
             return ""
         sizes = ", ".join(_shape(v) for v in call.leaves if isinstance(v, Tensor))
         try:
@@ -295,12 +346,17 @@ class _Folding:
         after = verdict.graph or attempt.graph
         notes = self.captured.notes
         silent = ""
-        if self.proof is not None:
+        if self.proof is not None and self.proven:
             notes, silent = (*notes, *self.proof.notes), self.proof.nothing_compared
             notes += (silent,) if silent else ()
         elif not self.captured.has_inputs:
             notes += ("not verified: the model was traced without example inputs",)
         if attempt.sites or self.inner:
+            untried = not_given(self.model, self.call) if self.captured.has_inputs else []
+            more = f" and {len(untried) - _NAMED} more" if len(untried) > _NAMED else ""
+            notes += (
+                (f"not tried, because the example inputs do not give it: {', '.join(untried[:_NAMED])}{more}",) if untried else ()
+            )
             notes += (_BETWEEN,)
         passes = [self._told(r, attempt.back) for r in last_word(attempt.reports) if r.name in _TOLD]
         passes.append(
@@ -326,6 +382,15 @@ class _Folding:
         found = PASSES["recognise"](probe).applied
         reason = "it is written out in the forward of its module, which stays"
         return [Site(s.rule, s.path, reason) for s in found if "norm" in s.rule]
+
+
+def _said(graph: Graph) -> Counter[str]:
+    """The operators, with the numbers that the code of a model adds and multiplies by."""
+    return Counter(
+        f"{operator_name(n)} {[a for a in n.args if isinstance(a, (int, float))] if operator_name(n) in _SUMS else ''}"
+        for n in graph
+        if n.op == "call_function"
+    )
 
 
 def _usable(model: nn.Module) -> nn.Module:

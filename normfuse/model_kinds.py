@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from normfuse.errors import UsageError
+from normfuse.guards import Guards
 
-__all__ = ["check_kind", "unwrapped", "unwrapped_inside"]
+__all__ = ["check_hooks", "check_kind", "unwrapped", "unwrapped_inside"]
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -44,6 +45,8 @@ def check_kind(model: nn.Module) -> None:
             raise UsageError(
                 f"{where} is a TorchScript module (scripted or traced) without Python code: pass the nn.Module it was made from"
             )
+        if isinstance(module, fx.GraphModule):
+            check_hooks(module, where)
         for name, tensor in _own_tensors(module):
             _check_tensor(tensor, name, where)
         if any(isinstance(v, torch.ScriptObject) for v in (*vars(module).values(), *_packed(module))):
@@ -51,6 +54,16 @@ def check_kind(model: nn.Module) -> None:
                 f"{where} holds packed weights, as torch.ao's quantized layers do, which no graph can read: "
                 "pass the float model, and quantize= where integers are wanted"
             )
+
+
+def check_hooks(graph: fx.GraphModule, where: str) -> None:
+    """Raises a UsageError if somebody has hooked a graph: torch copies and captures graphs without their hooks."""
+    hooks = [*graph._forward_hooks.values(), *graph._forward_pre_hooks.values()]
+    if any(not isinstance(h, Guards) and not str(getattr(h, "__module__", "")).startswith("torch.") for h in hooks):
+        raise UsageError(
+            f"{where} is a graph with forward hooks, which are lost when a graph is copied: remove them, or hook a module "
+            "around it (torch.nn.Sequential(graph))"
+        )
 
 
 def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

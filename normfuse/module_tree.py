@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from normfuse.constants import Constant
 from normfuse.graph import Graph, Refuse, identity_of
@@ -68,6 +69,7 @@ class ModuleTree:
         self._homes: dict[int, tuple[Constant, str]] = {}  # by id, which stands for an object as long as that is held here
         self._read_often: dict[str, str] = {}
         self._tied: dict[str, str] = {}
+        self._norms: dict[str, list[Op]] = {}
 
     def read(self, graph: Graph) -> None:
         """Look at the graph of the model, cleaned up and not rewritten: where constants live, who reads them, who computes what."""
@@ -89,7 +91,10 @@ class ModuleTree:
                 self._read_often[home] = often
         for node in graph:
             if node.op == "call_function":
-                self.own.setdefault(graph.path(node), Counter())[_kind(graph, node)] += 1
+                path, op = graph.path(node), graph.view(node, 2)
+                self.own.setdefault(path, Counter())[_kind(op)] += 1
+                if isinstance(op, (*_STATIC, *CORES)):
+                    self._norms.setdefault(path, []).append(op)
 
     def _shared(self, home: str) -> str:
         """Why the tensor may not take another value: somebody else reads it, or may; empty if nobody does."""
@@ -122,6 +127,11 @@ class ModuleTree:
             of = self._stored[name]
             found[name] = Constant.apply(torch.ones_like, of)
         return found
+
+    def order(self, paths: Sequence[str]) -> list[int]:
+        """When each of these modules, or one in it, first computes something; nothing for those that compute nothing."""
+        firsts = [next((i for i, p in enumerate(self.own) if f"{p}.".startswith(f"{path}.")), None) for path in paths]
+        return [i for i in firsts if i is not None]
 
     def rebuilt(self, path: str) -> str:
         """Path of the module around `path`, or itself, that is saved without its structure; empty where there is none."""
@@ -234,6 +244,8 @@ class ModuleTree:
                 raise Refuse("it is arithmetic in the forward of the model, in no module of its own", blocker=node)
             return
         self._check_once(path, module, origin)
+        if why := self._computed(path, module):
+            raise Refuse(why, blocker=node)
         if core:
             self._check_core(path, module, origin)
             if self.why_no_rms_norm(path):  # an RMSNorm may be saved as a LayerNorm
@@ -278,8 +290,33 @@ class ModuleTree:
         if why:
             raise Refuse(f"{why}, and a module is the same for all calls")
 
+    def _computed(self, path: str, module: nn.Module) -> str:
+        """Why a hook or a parametrization, which would outlive the module, takes part in what it computes; empty if none does.
+
+        Hooks move to what stands in the place of the module. One that changes its input, its output or its weights (pruning) has
+        operators of its own there, and constants that are stored nowhere.
+        """
+        kind = type(module).__name__
+        if is_parametrized(module):
+            return f"the parameters of {kind} are computed (parametrize)"
+        if not (module._forward_hooks or module._forward_pre_hooks):
+            return ""
+        norms = self._norms.get(path, [])
+        homes = [self.home(c) for op in norms for c in vars(op).values() if isinstance(c, Constant)]
+        if len(norms) == self.own.get(path, Counter()).total() and all(homes):
+            return ""
+        return f"a hook on {kind} takes part in what it computes"
+
+    def norm_parameters(self, path: str) -> list[str]:
+        """Names of the parameters of a module that are gain and shift of the norm which it computes."""
+        module = self.module(path)
+        homes = {self.home(c) for op in self._norms.get(path, []) for c in vars(op).values() if isinstance(c, Constant)}
+        return [name for name in module._parameters if f"{path}.{name}" in homes] if module is not None else []
+
     def _check_core(self, path: str, module: nn.Module, origin: Any) -> None:
         """Are gain and shift parameters that the norm can do without?"""
+        if any(self.own[path][kind] for kind in (*_ARITHMETIC, *_STATIC)):
+            raise Refuse(f"the forward of {type(module).__name__} multiplies or adds as well, which would stay")
         for c in (getattr(origin, "gamma", None), getattr(origin, "beta", None)):
             if c is None:
                 continue
@@ -294,6 +331,8 @@ class ModuleTree:
             return "it is no module of its own"
         if not isinstance(module, nn.LayerNorm) or self.own.get(path) != Counter({LayerNorm: 1}):
             return f"{type(module).__name__} does more than an nn.LayerNorm, so that nn.RMSNorm cannot take its place"
+        if why := self._computed(path, module):
+            return why
         try:
             self._check_once(path, module, None)
         except Refuse as e:
@@ -314,9 +353,8 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from model.named_buffers(remove_duplicate=False)
 
 
-def _kind(graph: Graph, node: fx.Node) -> type:
-    """The view of an operator; arithmetic of two values is no affine and counts as what is not known."""
-    op = graph.view(node, 2)
+def _kind(op: Value) -> type:
+    """Of the view of an operator; arithmetic of two values is no affine and counts as what is not known."""
     if isinstance(op, _ARITHMETIC) and isinstance(op.x, Value) and isinstance(op.y, Value):
         return Value
     return type(op)

@@ -7,6 +7,7 @@ gain and without a shift, computes what the RMSNorm did.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -15,17 +16,26 @@ from torch import Tensor, nn
 __all__ = ["save_as_layer_norm"]
 
 
-def save_as_layer_norm(norm: nn.RMSNorm) -> None:
-    """Let the norm be saved, and loaded, as a LayerNorm: with a weight and a bias, in place."""
-    norm._register_state_dict_hook(_say)
+def save_as_layer_norm(norm: nn.RMSNorm, old: nn.LayerNorm) -> None:
+    """Let the norm be saved, and loaded, as a LayerNorm: with a weight and a bias where the old one has them, in place."""
+    of = functools.partial
+    norm._register_state_dict_hook(of(_say, weight=_dtype(old.weight), bias=_dtype(old.bias)))
     norm.register_load_state_dict_pre_hook(_hear)
 
 
-def _say(norm: nn.RMSNorm, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-    weight: Tensor | None = norm.weight
-    if weight is None:
-        weight = state[f"{prefix}weight"] = torch.ones(norm.normalized_shape)
-    state[f"{prefix}bias"] = torch.zeros_like(weight.detach())
+def _dtype(old: Tensor | None) -> torch.dtype | None:
+    return None if old is None else old.dtype
+
+
+def _say(
+    norm: nn.RMSNorm, state: dict[str, Any], prefix: str, metadata: Any, *, weight: torch.dtype | None, bias: torch.dtype | None
+) -> None:
+    gain: Tensor | None = norm.weight
+    if gain is None and weight is not None:
+        gain = state[f"{prefix}weight"] = torch.ones(norm.normalized_shape, dtype=weight)
+    if bias is not None:
+        like = torch.ones(norm.normalized_shape, dtype=bias) if gain is None else gain.detach()
+        state[f"{prefix}bias"] = torch.zeros_like(like)
 
 
 def _hear(norm: nn.RMSNorm, state: dict[str, Any], prefix: str, *told: Any) -> None:

@@ -40,6 +40,9 @@ def variations(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Run]:
     def batch(x: Tensor) -> Tensor:
         return resized(x, {0: x.shape[0] + 1}) if x.ndim > 1 else x
 
+    def one(x: Tensor) -> Tensor:
+        return resized(x, {0: 1}) if x.ndim > 1 and x.shape[0] > 1 else x
+
     def smaller(x: Tensor) -> Tensor:
         return resized(x, {x.ndim - 2: _fraction(x.shape[-2], 3), x.ndim - 1: _fraction(x.shape[-1], 2)}) if _image(x) else x
 
@@ -50,7 +53,7 @@ def variations(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Run]:
         text = (x.ndim == 2 and not x.is_floating_point()) or x.ndim == 3
         return resized(x, {1: max(1, x.shape[1] * 3 // 4)}) if text else x
 
-    found = [lists((args, kwargs)), every(batch), every(smaller), every(odd), every(shorter)]
+    found = [lists((args, kwargs)), every(batch), every(smaller), every(odd), every(shorter), every(one)]
     return [run for run in found if _shapes(run) != _shapes((args, kwargs))]
 
 

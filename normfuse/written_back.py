@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import fx, nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from normfuse.constants import Constant
 from normfuse.errors import CaptureError
@@ -76,6 +77,8 @@ def write_back(model: nn.Module, tree: ModuleTree, graph: Graph, paths: Iterable
     _write_values(found, tree.written(graph))
     gains = {tree.gains[name]: name for name in found.values if name in tree.gains}
     for path in dict.fromkeys(paths):
+        if tree.module(path) is None:  # an operator of the model's own forward: it stays in the code
+            continue
         if path in gains:
             found.became[path] = f"{gains[path].rpartition('.')[2]} is one"
             continue
@@ -104,7 +107,11 @@ def _lighten(found: WrittenBack, tree: ModuleTree, path: str, rest: list[object]
     module = found.model.get_submodule(path)
     kind = type(module).__name__
     if not rest:
-        children = OrderedDict((n, c) for n, c in module.named_children() if not isinstance(c, nn.Identity))
+        children = OrderedDict((n, c) for n, c in module.named_children() if _called(tree, f"{path}.{n}", c))
+        order = tree.order([f"{path}.{n}" for n in children])
+        if order != sorted(order):
+            found.left[path] = f"{kind} calls its parts in another order than it holds them"
+            return
         _put(found, tree, path, nn.Sequential(children) if children else nn.Identity())
         left = " and ".join(type(c).__name__ for c in children.values())
         found.became[path] = f"{kind} is {f'its {left}' if left else 'nn.Identity'}"
@@ -117,20 +124,25 @@ def _lighten(found: WrittenBack, tree: ModuleTree, path: str, rest: list[object]
     if isinstance(cores[0], RmsNorm) and isinstance(module, nn.LayerNorm):
         new = _rms_norm(module, cores[0])
         if tree.rebuilt(path):
-            save_as_layer_norm(new)
+            save_as_layer_norm(new, module)
         _put(found, tree, path, new)
         if gamma is not None:
             found.values[f"{path}.weight"] = gamma
         found.became[path] = f"{kind} is nn.RMSNorm"
     elif gamma is None and beta is None and tree.rebuilt(path):
         found.left[path] = f"it would stay a {kind}, and {tree.rebuilt(path)} is saved with the gain and shift of its norms"
-    elif gamma is None and beta is None and any(p is not None for p in module._parameters.values()):
-        for name in module._parameters:
+    elif gamma is None and beta is None and (parameters := tree.norm_parameters(path)):
+        for name in parameters:
             module.register_parameter(name, None)
         for name in ("elementwise_affine", "affine"):
             if isinstance(getattr(module, name, None), bool):
                 setattr(module, name, False)
         found.became[path] = f"{kind} has no gain and shift"
+
+
+def _called(tree: ModuleTree, path: str, module: nn.Module) -> bool:
+    """Does a part of a norm compute something, as far as the graph tells? A dropout does so in training only."""
+    return bool(tree.order([path])) or isinstance(module, _DropoutNd)
 
 
 def _rms_norm(old: nn.LayerNorm, op: RmsNorm) -> nn.RMSNorm:

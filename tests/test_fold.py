@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 import normfuse
-from normfuse.errors import UsageError
+from normfuse.errors import CaptureError, UsageError
 from normfuse.sources import randomise_norms
 from tests.tolerances import IDENTITY, TOLERANCES
 
@@ -307,6 +307,271 @@ def test_layers_that_hand_their_weights_to_one_kernel_stay():
     assert isinstance(made[1].norm1, nn.LayerNorm)
 
 
+class Skipping(nn.Module):
+    """A norm that a flag leaves out, one that a flag only says more about, and a flag that nothing takes."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+        self.more, self.last = nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8)
+
+    def forward(self, x, skip=False, *, hidden=False, never=False):
+        if never:
+            raise ValueError
+        y = self.conv(x)
+        y = self.more(y if skip else self.norm(y)).relu()
+        return (self.last(y), y) if hidden else self.last(y)
+
+
+@pytest.mark.parametrize("inputs", [(IMAGE,), (IMAGE, False), (IMAGE, True)], ids=["default", "given", "turned"])
+def test_a_flag_may_lead_past_a_norm(inputs):
+    model = Skipping()
+    made = folded(model, inputs)
+    for skip in (False, True):
+        torch.testing.assert_close(made(IMAGE, skip), model(IMAGE, skip), rtol=0, atol=1e-5)
+    assert isinstance(made.norm, nn.BatchNorm2d)
+
+
+def test_a_flag_that_returns_what_flows_between_modules_takes_nothing_back():
+    class Hidden(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+
+        def forward(self, x, hidden=False):
+            y = self.conv(x)
+            return (self.norm(y), y) if hidden else self.norm(y)
+
+    assert classes(folded(Hidden())) == ["Conv2d", "Identity"]
+
+
+def _doubled(norm):
+    norm.register_forward_hook(lambda module, args, out: out * 2)
+
+
+def _reading(norm):
+    norm.register_forward_hook(lambda module, args, out: out * module.eps)
+
+
+def _parametrized(norm):
+    nn.utils.parametrize.register_parametrization(norm, "weight", nn.Tanh())
+
+
+class Louder(nn.LayerNorm):
+    """Doubles; its gain and the 2 are one affine."""
+
+    def forward(self, x):
+        return super().forward(x) * 2
+
+
+class Scaled(nn.LayerNorm):
+    """Has a parameter of its own beside gain and shift."""
+
+    def __init__(self, size):
+        super().__init__(size)
+        self.scale = nn.Parameter(torch.rand(size) + 0.5)
+
+    def forward(self, x):
+        return super().forward(x) * self.scale
+
+
+@pytest.mark.parametrize("verify", ["end", "off"])
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (_doubled, "a hook on BatchNorm2d takes part in what it computes"),
+        (lambda n: n.register_forward_pre_hook(lambda module, args: (args[0] * 2,)), "a hook on BatchNorm2d takes part"),
+        (_reading, "a hook on BatchNorm2d takes part"),
+        (lambda n: prune.random_unstructured(n, "weight", 0.5), "a hook on BatchNorm2d takes part"),
+        (_parametrized, "are computed (parametrize)"),
+        (
+            lambda n: n.register_forward_hook(lambda module, args, out: module.num_features and None),
+            "has no attribute 'num_features'",
+        ),
+    ],
+    ids=["hook", "pre-hook", "hook-reads", "pruned", "parametrized", "hook-asks"],
+)
+def test_norms_that_others_take_part_in_stay(change, reason, verify):
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()).eval()
+    change(model[1])
+    made = normfuse.fold(model, (IMAGE,), verify=verify)
+    assert isinstance(made[1], nn.BatchNorm2d)
+    assert torch.equal(made(IMAGE), model(IMAGE))
+    assert reason in reasons(made)
+
+
+@pytest.mark.parametrize("verify", ["end", "off"])
+@pytest.mark.parametrize(("kind", "reason"), [(Louder, "does more than an nn.LayerNorm"), (Scaled, "multiplies or adds as well")])
+def test_layer_norms_that_do_more_keep_their_parameters(kind, reason, verify):
+    model = nn.Sequential(nn.Linear(8, 8), kind(8), nn.Linear(8, 4))
+    made = folded(model, (torch.randn(4, 8),), verify=verify)
+    assert dict(made[1].named_parameters()).keys() == dict(model[1].named_parameters()).keys()
+    assert reason in reasons(made)
+
+
+def test_layer_norm_in_the_forward_of_the_model_stays_in_its_code():
+    class Written(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.norm, self.last = nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 4)
+
+        def forward(self, x):
+            n = self.norm
+            return self.last(F.layer_norm(self.first(x), n.normalized_shape, n.weight, n.bias, n.eps))
+
+    model = Written()
+    made = folded(model, (torch.randn(4, 8),))
+    assert isinstance(made.norm, nn.LayerNorm)
+
+
+def test_code_that_asks_for_the_class_of_a_norm_is_heard_without_a_proof():
+    class Asks(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+
+        def forward(self, x):
+            y = self.norm(self.conv(x))
+            return y + 1 if isinstance(self.norm, nn.BatchNorm2d) else y
+
+    made = folded(Asks(), verify="off")
+    assert isinstance(made.norm, nn.BatchNorm2d)
+    assert "taken back" in reasons(made)
+
+
+class Checks(nn.Module):
+    """Code that takes another way when its norm is gone."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.conv, self.norm, self.way = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), way
+
+    def forward(self, x):
+        y, here = self.norm(self.conv(x)), isinstance(self.norm, nn.BatchNorm2d)
+        return y * self.norm.num_features if self.way == "reads" else y + int(here) if self.way == "adds" else y * 2 if here else y
+
+
+class Deaf(nn.Conv2d):
+    """Has a place for a bias and does not read it."""
+
+    def forward(self, x):
+        return F.conv2d(x, self.weight)
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda: Checks("reads"), "cannot be captured"),
+        (lambda: Checks("adds"), "computes something else"),
+        (lambda: Checks("doubles"), "computes something else"),
+        (lambda: nn.Sequential(Deaf(3, 8, 3, bias=False), nn.BatchNorm2d(8)), "does not read 0.bias"),
+    ],
+    ids=["reads", "adds", "doubles", "deaf"],
+)
+def test_code_is_traced_again_where_there_are_no_inputs(make, reason):
+    model = randomise_norms(make(), seed=0).eval()
+    made = normfuse.fold(model)
+    assert torch.equal(made(IMAGE), model(IMAGE))
+    assert reason in reasons(made)
+
+
+class Parts(nn.BatchNorm2d):
+    """A norm with parts: one that it calls, one that it does not, and a dropout."""
+
+    def __init__(self, size):
+        super().__init__(size)
+        self.other, self.drop, self.act = nn.Sigmoid(), nn.Dropout(0.1), nn.ReLU()
+
+    def forward(self, x):
+        return self.act(self.drop(super().forward(x)))
+
+
+class Backwards(nn.BatchNorm2d):
+    def __init__(self, size):
+        super().__init__(size)
+        self.last, self.first = nn.Softmax(1), nn.Tanh()
+
+    def forward(self, x):
+        return self.last(self.first(super().forward(x)))
+
+
+def test_parts_of_a_norm_stay_as_it_calls_them():
+    made = folded(nn.Sequential(nn.Conv2d(3, 8, 3), Parts(8)))
+    assert classes(made) == ["Conv2d", "Dropout", "ReLU"]
+    made = folded(nn.Sequential(nn.Conv2d(3, 8, 3), Backwards(8)))
+    assert "calls its parts in another order" in reasons(made)
+
+
+def test_arguments_that_were_not_tried_are_named():
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+
+        def forward(self, x, mask=None, flag: bool | None = None):
+            y = self.conv(x)
+            return y if flag else self.norm(y if mask is None else y * mask)
+
+    mask = torch.rand(2, 1, 6, 6)
+    model = Masked()
+    made = folded(model, (IMAGE, mask))
+    torch.testing.assert_close(made(IMAGE, mask, True), model(IMAGE, mask, True), rtol=0, atol=1e-5)
+
+    class Whole(Masked):
+        def forward(self, x, mask=None):
+            return super().forward(x, mask)
+
+    assert "the example inputs do not give it: mask" in " ".join(normfuse.report(folded(Whole())).notes)
+
+
+@pytest.mark.parametrize("options", [{}, {"verify": "off"}, {"without": True}], ids=["proven", "off", "no-inputs"])
+def test_a_train_of_its_own_may_ask_a_norm(options):
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+
+        def train(self, mode=True):
+            self.norm.momentum = 0.1 if self.norm.track_running_stats else 0
+            return super().train(mode)
+
+        def forward(self, x):
+            return self.norm(self.conv(x))
+
+    made = normfuse.fold(Own().eval(), **options) if options.pop("without", False) else folded(Own(), **options)
+    assert isinstance(made.norm, nn.BatchNorm2d)
+    assert "no attribute 'track_running_stats'" in reasons(made)
+
+
+def test_one_image_may_go_another_way():
+    class Single(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+
+        def forward(self, x):
+            return self.conv(x) if x.shape[0] == 1 else self.norm(self.conv(x))
+
+    made = folded(Single())
+    assert isinstance(made.norm, nn.BatchNorm2d)
+    assert "at [1, 3, 8, 8]" in reasons(made)
+
+
+def test_random_models_are_folded_without_a_proof():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), Noise()).eval()
+    assert isinstance(normfuse.fold(model, (IMAGE,), verify="off")[1], nn.Identity)
+
+
+class Noise(nn.Module):
+    def forward(self, x):
+        return x + torch.randn_like(x)
+
+
+def test_lazy_modules_are_to_be_called_first():
+    with pytest.raises(UsageError, match="call the model on an input once"):
+        normfuse.fold(nn.Sequential(nn.LazyConv2d(8, 3), nn.LazyBatchNorm2d()), (IMAGE,))
+
+
 def test_report_says_what_is_not_proven():
     made = folded(PreNorm(), (torch.randn(4, 5, 8),))
     assert "what flows between modules has changed" in normfuse.report(made).notes[-1]
@@ -483,3 +748,42 @@ def test_vision_transformer_of_timm():
     larger = torch.rand(1, 3, 192, 192)
     with torch.no_grad():
         torch.testing.assert_close(made(larger), model(larger), rtol=0, atol=TOLERANCES[torch.float32].rtol)
+
+
+@pytest.mark.parametrize("options", [{"bias": False}, {"elementwise_affine": False}, {}], ids=["no-bias", "no-affine", "affine"])
+def test_norms_are_saved_with_what_they_had(options):
+    """As in MPT, whose LayerNorms have no bias."""
+
+    class Saved(nn.Sequential):
+        def save_pretrained(self, path):
+            raise NotImplementedError
+
+    def make():
+        return Saved(nn.Linear(8, 8), nn.LayerNorm(8, **options), nn.Linear(8, 4)).half()
+
+    model = randomise_norms(make(), seed=0).eval()
+    x = torch.randn(4, 8).half()
+    made = normfuse.fold(model, (x,))
+    assert type(made[1]) is nn.RMSNorm
+    assert {k: (v.dtype, v.shape) for k, v in made.state_dict().items()} == {
+        k: (v.dtype, v.shape) for k, v in model.state_dict().items()
+    }
+    again = make().eval()
+    again.load_state_dict(made.state_dict())
+    torch.testing.assert_close(again(x), model(x), rtol=0, atol=2e-2)
+
+
+def test_a_function_that_holds_the_modules_of_the_original_is_said():
+    """A copy does not copy what a lambda refers to: here a norm that trains."""
+
+    class Holding(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+            self.call = lambda x: self.norm(x)
+
+        def forward(self, x):
+            return self.call(self.conv(x))
+
+    with pytest.raises(CaptureError, match="may hold modules of another model"):
+        normfuse.fold(Holding().train(), (IMAGE,))

@@ -100,7 +100,7 @@ def test_program_that_could_run_code_needs_trust(program: Path, part: str, chang
     changed = rewritten(program, part, change)
     with zipfile.ZipFile(program) as a, zipfile.ZipFile(changed) as b:
         assert [a.read(n) for n in a.namelist()] != [b.read(n) for n in b.namelist()], "the attack was not planted"
-    with pytest.raises(UsageError, match=f"could run code.*{reason}.*--trust"):
+    with pytest.raises(UsageError, match=f"could run code.*{reason}.*trust=True"):
         load_source(str(changed))
     assert not Path("pwned").exists()
 

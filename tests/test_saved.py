@@ -52,6 +52,11 @@ def test_files_are_not_replaced_unasked(tmp_path):
     normfuse.save(fast, tmp_path / "model.pt2", force=True)
     with pytest.raises(UsageError, match="does not exist"):
         normfuse.load(tmp_path / "another.pt2")
+    with pytest.raises(UsageError, match="is no file, but a folder"):
+        normfuse.load(tmp_path)
+    for call in (normfuse.load, lambda path: normfuse.save(fast, path)):
+        with pytest.raises(UsageError, match="expected the path of a file, got NoneType"):
+            call(None)
 
 
 def test_what_cannot_be_saved_says_what_to_do(tmp_path):
@@ -62,6 +67,23 @@ def test_what_cannot_be_saved_says_what_to_do(tmp_path):
     with pytest.raises(ExportError, match="pass example inputs to optimize"):
         normfuse.save(normfuse.optimize(network()), tmp_path / "model.pt2")
     assert not list(tmp_path.iterdir())
+
+
+def test_graphs_that_somebody_hooked_are_not_taken_without_the_hook(tmp_path):
+    fast = normfuse.optimize(network(), (X,))
+    hook = fast.register_forward_hook(lambda module, args, out: out * 2)
+    for call in (
+        lambda: normfuse.save(fast, tmp_path / "model.pt2"),
+        lambda: normfuse.optimize(fast, (X,)),
+        lambda: normfuse.optimize(fast),
+        lambda: normfuse.fold(fast, (X,)),
+    ):
+        with pytest.raises(UsageError, match="graph with forward hooks, which are lost"):
+            call()
+    around = torch.nn.Sequential(fast)  # what the message says
+    hook.remove()
+    around.register_forward_hook(lambda module, args, out: out * 2)
+    torch.testing.assert_close(normfuse.optimize(around, (X,))(X), 2 * fast(X))
 
 
 def test_a_program_of_somebody_else_comes_without_a_report(tmp_path):

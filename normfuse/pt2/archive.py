@@ -17,7 +17,7 @@ from typing import IO, Any
 from normfuse.errors import UsageError
 from normfuse.pt2.problems import Broken, Unsafe
 
-__all__ = ["CONSTANTS", "EXTRA", "INPUTS", "MODEL", "WEIGHTS", "Archive", "opened", "parsed"]
+__all__ = ["CONSTANTS", "EXTRA", "INPUTS", "MODEL", "WEIGHTS", "Archive", "not_there", "opened", "parsed"]
 
 MODEL = "models/model.json"
 INPUTS = "data/sample_inputs/model.pt"
@@ -154,7 +154,7 @@ def opened(path: Path) -> Iterator[Archive]:
         Broken, Unsafe: it is no archive that `torch.export.save` would write.
     """
     if not path.is_file():
-        raise UsageError(f"{path} does not exist")
+        raise not_there(path)
     try:
         stream = path.open("rb")
     except OSError as e:
@@ -164,6 +164,10 @@ def opened(path: Path) -> Iterator[Archive]:
         if "byteorder" in archive and archive.read("byteorder") != sys.byteorder.encode():
             raise Broken(f"its numbers are not in the byte order of this machine ({sys.byteorder})")
         yield archive
+
+
+def not_there(path: Path) -> UsageError:
+    return UsageError(f"{path} is no file, but a folder" if path.is_dir() else f"{path} does not exist")
 
 
 def parsed(text: bytes | str, where: str) -> Any:

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from normfuse.errors import CaptureError, UsageError
-from normfuse.pt2.archive import CONSTANTS, EXTRA, MODEL, WEIGHTS, Archive, opened, parsed
+from normfuse.files import as_path
+from normfuse.pt2.archive import CONSTANTS, EXTRA, MODEL, WEIGHTS, Archive, not_there, opened, parsed
 from normfuse.pt2.payloads import example_inputs, tensors
 from normfuse.pt2.problems import Broken, Unsafe
 from normfuse.pt2.save import REPORT
@@ -35,18 +36,20 @@ def load_program(path: str | Path, *, trust: bool = False) -> "torch.export.Expo
 
     import normfuse.ops  # noqa: F401 - registers what quantized models call
 
-    path = Path(path)
+    path = as_path(path)
     source: Path | io.BytesIO = path
     if not trust:
         try:
             with opened(path) as archive:
                 source = _copied(archive)
         except Unsafe as e:
-            raise UsageError(f"{path} could run code when it is loaded ({e}); pass --trust if you know where it comes from") from e
+            raise UsageError(
+                f"{path} could run code when it is loaded ({e}); pass trust=True if you know where it comes from"
+            ) from e
         except Broken as e:
             raise UsageError(f"{path} is not a saved ExportedProgram: {e}. Expected a file of torch.export.save") from e
     elif not path.is_file():
-        raise UsageError(f"{path} does not exist")
+        raise not_there(path)
     log = logging.getLogger("torch.export")
     level = log.level
     log.setLevel(logging.CRITICAL)  # it logs a traceback besides raising
@@ -67,7 +70,7 @@ def read_report(path: str | Path) -> str | None:
         UsageError: there is no such file, or it is no saved program.
     """
     try:
-        with opened(Path(path)) as archive:
+        with opened(as_path(path)) as archive:
             return archive.read(EXTRA + REPORT).decode("utf-8") if EXTRA + REPORT in archive else None
     except (Broken, Unsafe, UnicodeDecodeError) as e:
         raise UsageError(f"{path} is not a saved ExportedProgram: {e}") from e

@@ -22,13 +22,15 @@ def save_program(gm: "fx.GraphModule", path: str | Path, *, force: bool = False)
 
     Raises:
         ExportError: the module cannot be captured again; a module that was traced without example inputs has no shapes.
-        UsageError: the file exists and `force` is off, or it cannot be written.
+        UsageError: the file exists and `force` is off, it cannot be written, or somebody has hooked the module.
     """
     import torch
 
     from normfuse.capture_errors import IN_PARTS, explained
+    from normfuse.model_kinds import check_hooks
     from normfuse.surroundings import undisturbed
 
+    check_hooks(gm, type(gm).__name__)
     found = record(gm)
     if found is None or not found.has_inputs:
         raise ExportError("a .pt2 file holds a program for given shapes: pass example inputs to optimize")
