@@ -1,12 +1,19 @@
 """What an export left behind."""
 
+import itertools
+import textwrap
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from normfuse.export.onnx.oldest import Input
 from normfuse.report import Error
 
 __all__ = ["Exported"]
+
+_NOTE: dict[str, Any] = {
+    "initial_indent": "  ", "subsequent_indent": " " * 13, "break_long_words": False, "break_on_hyphens": False
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -70,7 +77,7 @@ class Exported:
         lines += ["", "options = ort.SessionOptions()"]
         if kernels:
             lines.append("options.register_custom_ops_library(str(native.path()))")
-        lines.append(f"session = ort.InferenceSession({str(self.path)!r}, options, providers=['CPUExecutionProvider'])")
+        lines += ["session = ort.InferenceSession(", f"    {str(self.path)!r}, options, providers=['CPUExecutionProvider']", ")"]
         lines.append("outputs = session.run(None, {")
         for value in self.signature:
             free = [n for n in value.sizes if isinstance(n, str)]
@@ -99,4 +106,5 @@ class Exported:
         else:
             bound = "" if self.tolerance is None else f" (bound {self.tolerance:.0e})"
             lines.append(f"  error      {self.error.max_rel:.1e} relative{bound}, {self.error.dtype}")
-        return "\n".join([*lines, *(f"  note       {n}" for n in self.notes)])
+        notes = (textwrap.wrap(f"note       {n}", 80, **_NOTE) for n in self.notes)
+        return "\n".join([*lines, *itertools.chain.from_iterable(notes)])

@@ -1,6 +1,7 @@
 """`normfuse bench`."""
 
 import json
+import logging
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from normfuse.benchmark import Comparison, Engine, Verdict
-from normfuse.benchmark.cuda import CPU, DTYPES, Placement, in_dtype
+from normfuse.benchmark.cuda import CPU, DTYPES, Placement, for_onnxruntime, in_dtype
 from normfuse.benchmark.device import Gpu, find_gpu
 from normfuse.cli.onnx_files import file_inputs, is_onnx
 from normfuse.cli.options import Model, Pipeline, json_option, model_options, pipeline_options, verbosity
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from torch import fx
 
 __all__ = ["ENGINES", "Settings", "Workshop", "bench"]
+
+_log = logging.getLogger(__name__)
 
 ENGINES = (
     "eager", "compile", "onnxruntime", "tensorrt", "eager-optimized", "compile-optimized", "kernels-optimized",
@@ -252,7 +255,9 @@ class Workshop:
     def _original_onnx(self, opset: int | None = None) -> Path:
         path = self._folder / f"original{opset or ''}.onnx"
         if not path.exists():
-            original = self._load()
+            original, given = for_onnxruntime(self._load()) if opset is None else (self._load(), "")
+            if given:
+                _log.warning("onnxruntime runs the original in float32: it has no %s kernels for all of it on the CPU", given)
             self._model.vary(original, lambda shapes: export_original(original, path, dynamic_shapes=shapes, opset=opset))
         return path
 

@@ -165,9 +165,9 @@ def export(
         raise UsageError(f"{stray[0]} is for TensorRT engines, and -o {output} is an ONNX file")
     if is_onnx(model.source):
         raise UsageError(f"{model.source} is an ONNX file already; name an engine (-o NAME.engine) to build one of it")
+    target = "onnxruntime" if target is None else target
     _to_onnx(
-        model, pipeline, output, target or "onnxruntime", opset, files, form, int4, dtype, io_dtype, speed_check, report_path,
-        force, as_json, quiet,
+        model, pipeline, output, target, opset, files, form, int4, dtype, io_dtype, speed_check, report_path, force, as_json, quiet,
     )  # fmt: skip
 
 

@@ -284,6 +284,9 @@ def pipeline_options(f: F) -> F:
     ) -> Any:
         if keep and quantize is None:
             raise UsageError("--keep says what --quantize leaves in float: pass --quantize as well, e.g. --quantize w4a8")
+        for flag, given in (("--calibration", calibration is not None), ("--allow-random-calibration", random_calibration)):
+            if given and quantize is None:
+                raise UsageError(f"{flag} is about the data of --quantize: pass --quantize as well, e.g. --quantize w8a8,static")
         spec = None if quantize is None else parse_quantize(quantize, keep)
         chosen = _names(passes) if passes is not None else None
         return f(pipeline=Pipeline(chosen, verify, spec, calibration, partial, random_calibration), **rest)

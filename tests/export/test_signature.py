@@ -125,6 +125,15 @@ def test_a_bfloat16_convolution_needs_a_newer_opset(tmp_path):
     assert "bfloat16" in exported(model, (x,), tmp_path, target="portable", opset=23).notes[-1]
 
 
+def test_no_opset_is_recommended_that_does_not_take_the_dtype_either(tmp_path):
+    class Best(nn.Module):
+        def forward(self, x):
+            return x.topk(2).values
+
+    with pytest.raises(ExportError, match=r"TopK.*; export in float32$"):
+        exported(Best().eval(), (torch.randn(2, 8).bfloat16(),), tmp_path, target="tensorrt", opset=20)
+
+
 @pytest.mark.parametrize("target", ["portable", "onnxruntime"])
 def test_a_convolution_in_float64_says_that_the_cpu_cannot_run_it(tmp_path, target):
     with pytest.raises(ExportError, match=r"no float64 kernels on the CPU .* export it in float32, or pass verify=False"):
