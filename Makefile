@@ -12,7 +12,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet install --constr
 KERNELS := $(wildcard native/*.cpp native/*.h)
 NEEDS := pyproject.toml $(CONSTRAINTS) setup.py $(KERNELS)
 .DEFAULT_GOAL := help
-.PHONY: help demo test latency bench fuzz sanitize lint format clean
+.PHONY: help demo test slow latency bench fuzz sanitize lint format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -21,8 +21,11 @@ demo: $(VENV)/.demo  ## the main job on two small trained models: optimize, prov
 	@$(BIN)/normfuse demo
 
 # One thread a worker: two workers on two cores then do not fight over them.
-test: $(VENV)/.test  ## all tests but the timed ones
-	@OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=$(WORKERS) --quiet $(PYTEST_ARGS)
+test: $(VENV)/.test  ## the tests, but for the slow and the timed ones
+	@OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=$(WORKERS) --quiet -m 'not latency and not slow' $(PYTEST_ARGS)
+
+slow: $(VENV)/.test  ## the tests that take more than about ten seconds
+	@OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=$(WORKERS) --quiet -m 'slow and not latency' $(PYTEST_ARGS)
 
 latency: $(VENV)/.test  ## assert that no optimized model is slower than its original; wants a quiet machine
 	@$(BIN)/python -m pytest -m latency tests/latency $(PYTEST_ARGS)

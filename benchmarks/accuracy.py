@@ -29,6 +29,7 @@ from torch import Tensor
 
 import normfuse
 from benchmarks.accuracy_subjects import SUBJECTS, Subject
+from benchmarks.command import exit_code
 from normfuse.benchmark import Machine
 from normfuse.errors import NormfuseError
 from normfuse.files import atomic
@@ -269,19 +270,7 @@ def _skipped() -> type[BaseException]:
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    try:
-        command.main(args=None if args is None else list(args), prog_name="python -m benchmarks.accuracy", standalone_mode=False)
-    except SystemExit as e:
-        return int(e.code or 0)
-    except click.ClickException as e:
-        e.show()
-        return 2
-    except (click.Abort, KeyboardInterrupt):
-        return 130
-    except NormfuseError as e:
-        _console.print(f"error: {e}", markup=False)
-        return 1
-    return 0
+    return exit_code(command, "benchmarks.accuracy", args)
 
 
 if __name__ == "__main__":

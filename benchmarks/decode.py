@@ -22,6 +22,7 @@ from onnx import ModelProto
 from rich.console import Console
 
 from benchmarks import decoder
+from benchmarks.command import exit_code
 from benchmarks.decoder import GPT2_SMALL, Decoder, Packed, Session, Shape, Weights
 from normfuse.benchmark import Comparison, Engine, Schedule, measure
 from normfuse.benchmark.machine import cores
@@ -188,15 +189,7 @@ def _table(data: dict[str, Any]) -> str:
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    try:
-        command.main(args=None if args is None else list(args), prog_name="python -m benchmarks.decode", standalone_mode=False)
-    except click.ClickException as e:
-        e.show()
-        return 2
-    except (click.Abort, KeyboardInterrupt):
-        _console.print("interrupted")
-        return 130
-    return 0
+    return exit_code(command, "benchmarks.decode", args)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ import torch
 from torch import nn
 
 import normfuse
+from benchmarks.command import exit_code
 from benchmarks.zoo import ROOT, read, run_all
 from benchmarks.zoo_measure import counted, error_between, first_line, in_float64, outputs_of, relative_error, without_cache
 from benchmarks.zoo_models import LIBRARIES, Subject, subjects
@@ -238,14 +239,7 @@ def command(
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    try:
-        command.main(args=None if args is None else list(args), prog_name="python -m benchmarks.fold", standalone_mode=False)
-    except click.ClickException as e:
-        e.show()
-        return 2
-    except (click.Abort, KeyboardInterrupt):
-        return 130
-    return 0
+    return exit_code(command, "benchmarks.fold", args)
 
 
 if __name__ == "__main__":

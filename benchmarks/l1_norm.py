@@ -28,6 +28,7 @@ from typing import Any
 import click
 from rich.console import Console
 
+from benchmarks.command import exit_code
 from normfuse.benchmark import Comparison, Engine, Machine
 from normfuse.engines import bench, compiled
 from normfuse.errors import NormfuseError
@@ -292,17 +293,7 @@ def _row(pair: Pair, threads: int, c: Comparison) -> str:
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    try:
-        command.main(args=None if args is None else list(args), prog_name="python -m benchmarks.l1_norm", standalone_mode=False)
-    except click.ClickException as e:
-        e.show()
-        return 2
-    except (click.Abort, KeyboardInterrupt):
-        return 130
-    except NormfuseError as e:
-        _console.print(f"error: {e}", markup=False)
-        return 1
-    return 0
+    return exit_code(command, "benchmarks.l1_norm", args)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from rich.console import Console
 
 import normfuse
 from benchmarks.baselines import BASELINES, openvino_engine
+from benchmarks.command import exit_code
 from benchmarks.models import MODELS, Entry
 from normfuse.benchmark import Comparison, Engine, Schedule, measure
 from normfuse.benchmark.machine import cores
@@ -225,15 +226,7 @@ def _table(models: Sequence[dict[str, Any]]) -> str:
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    try:
-        command.main(args=None if args is None else list(args), prog_name="python -m benchmarks.quantized", standalone_mode=False)
-    except click.ClickException as e:
-        e.show()
-        return 2
-    except (click.Abort, KeyboardInterrupt):
-        _console.print("interrupted")
-        return 130
-    return 0
+    return exit_code(command, "benchmarks.quantized", args)
 
 
 if __name__ == "__main__":

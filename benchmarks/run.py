@@ -19,6 +19,7 @@ from typing import Any
 import click
 from rich.console import Console
 
+from benchmarks.command import exit_code
 from benchmarks.models import MODELS, Entry, prepared_call
 from benchmarks.prepare import prepare
 from normfuse.benchmark import Comparison, Engine, Machine, Schedule, measure
@@ -157,17 +158,7 @@ def _table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    try:
-        command.main(args=None if args is None else list(args), prog_name="python -m benchmarks.run", standalone_mode=False)
-    except SystemExit as e:
-        return int(e.code or 0)
-    except click.ClickException as e:
-        e.show()
-        return 2
-    except (click.Abort, KeyboardInterrupt):
-        _console.print("interrupted; finished models are kept")
-        return 130
-    return 0
+    return exit_code(command, "benchmarks.run", args, interrupted="interrupted; finished models are kept")
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from typing import Any
 import click
 from rich.console import Console
 
+from benchmarks.command import exit_code
 from benchmarks.zoo_models import LIBRARIES, SIZES, Subject, sizes, subjects
 from normfuse.files import atomic
 
@@ -221,14 +222,7 @@ def command(
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    try:
-        command.main(args=None if args is None else list(args), prog_name="python -m benchmarks.zoo", standalone_mode=False)
-    except click.ClickException as e:
-        e.show()
-        return 2
-    except (click.Abort, KeyboardInterrupt):
-        return 130
-    return 0
+    return exit_code(command, "benchmarks.zoo", args)
 
 
 if __name__ == "__main__":

@@ -245,6 +245,7 @@ def test_passes_can_be_chosen(run: Run) -> None:
     assert json.loads(out)["norms_after"] == {"batch_norm": 1}
 
 
+@pytest.mark.slow
 def test_bench_measures_and_judges(run: Run) -> None:
     pytest.importorskip("onnxruntime")
     assert run("export", "models:build", "-o", "fast.onnx", "-q")[0] == 0

@@ -63,16 +63,14 @@ SLOW = Comparison.of(measurement([0.1] * 9, [0.1] * 9, [0.2] * 9))
 FAST = Comparison.of(measurement([0.1] * 9, [0.1] * 9, [0.05] * 9))
 
 
-def test_slower_file_says_so_and_prints_what_makes_it_fast() -> None:
+def test_slower_file_says_so_and_points_to_what_makes_it_fast() -> None:
     speed = Speed(Path("q.onnx"), SLOW, FAST, native=True)
     text = str(speed)
     assert speed.slower
     assert "stock ONNX Runtime: SLOWER than the float original here" in text
     assert "200 ms against 100 ms, 0.500 [0.500, 0.500] times as fast" in text
     assert "with normfuse's library: faster than it" in text
-    code = "\n".join(line.strip() for line in text.splitlines() if line.startswith(" " * 15))
-    compile(code, "lines", "exec")
-    assert "register_custom_ops_library(str(native.path()))" in code
+    assert "the lines below register the library" in text
     assert max(map(len, text.splitlines())) <= 80
 
 
@@ -89,5 +87,5 @@ def test_what_cannot_be_told_or_was_not_measured_is_said() -> None:
     assert "not to be told from" in str(Speed(Path("q.onnx"), busy))
     unmeasured = Speed(Path("q.onnx"), native=True, why_not="torch cannot export it")
     assert "not measured: torch cannot export it" in str(unmeasured)
-    assert "register_custom_ops_library" in str(unmeasured)
+    assert "the lines below register the library" in str(unmeasured)
     assert unmeasured.to_dict() == {"stock": None, "library": None, "slower": False, "why_not": "torch cannot export it"}

@@ -16,6 +16,8 @@ from normfuse.errors import CheckFailed
 from normfuse.report import Error
 from tests.tolerances import IDENTITY, TOLERANCES
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def ran() -> tuple[tuple[Outcome, ...], str]:

@@ -83,7 +83,13 @@ def run_page(page: Path, folder: Path) -> int:
     return len(found)
 
 
-@pytest.mark.parametrize("page", [pytest.param(p, id=str(p.relative_to(ROOT))) for p in PAGES])
+def _pages() -> Iterator[Any]:
+    for page in PAGES:
+        slow = [pytest.mark.slow] if page.name == "tensorrt.md" else []  # it builds engines
+        yield pytest.param(page, id=str(page.relative_to(ROOT)), marks=slow)
+
+
+@pytest.mark.parametrize("page", list(_pages()))
 def test_code_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     run_page(page, tmp_path)

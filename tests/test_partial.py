@@ -386,6 +386,7 @@ def test_quantized_parts():
     assert float((found - expected).norm() / expected.norm()) < 0.1
 
 
+@pytest.mark.slow
 def test_detector():
     """torchvision's SSDlite: every BatchNorm of backbone and head folded, what is called with lists of images stays."""
     detection = pytest.importorskip("torchvision.models.detection")

@@ -19,6 +19,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from benchmarks.command import exit_code
 from benchmarks.training.runs import Run, kept, planned
 from benchmarks.training.summary import value, write
 from benchmarks.training.tasks import CONVOLUTIONAL, TASKS, TRANSFORMER
@@ -119,20 +120,7 @@ def _bar(label: str, total: int) -> Iterator[Callable[[int], None] | None]:
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    try:
-        command.main(args=None if args is None else list(args), prog_name="python -m benchmarks.training", standalone_mode=False)
-    except SystemExit as e:
-        return int(e.code or 0)
-    except click.ClickException as e:
-        e.show()
-        return 2
-    except NormfuseError as e:
-        _console.print(f"error: {e}")
-        return 2
-    except (click.Abort, KeyboardInterrupt):
-        _console.print("interrupted; finished runs are kept")
-        return 130
-    return 0
+    return exit_code(command, "benchmarks.training", args, interrupted="interrupted; finished runs are kept")
 
 
 if __name__ == "__main__":

@@ -14,9 +14,9 @@ import click
 import torch
 from rich.console import Console
 
+from benchmarks.command import exit_code
 from benchmarks.training.tasks import TASKS, Variant
 from benchmarks.training.train import measure, train
-from normfuse.errors import NormfuseError
 from normfuse.files import atomic
 
 __all__ = ["GRID", "main"]
@@ -85,16 +85,7 @@ def _accuracy(task: str, variant: Variant, seed: int) -> float:
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    try:
-        command.main(
-            args=None if args is None else list(args), prog_name="python -m benchmarks.training.tune", standalone_mode=False
-        )
-    except (click.ClickException, NormfuseError) as e:
-        _console.print(f"error: {e}")
-        return 2
-    except (click.Abort, KeyboardInterrupt):
-        return 130
-    return 0
+    return exit_code(command, "benchmarks.training.tune", args)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,8 @@ transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
 ort = pytest.importorskip("onnxruntime")
 
+pytestmark = pytest.mark.slow
+
 CORPUS = [
     "the quick brown fox jumps over the lazy dog",
     "a norm is folded into the weights that stand beside it",

@@ -161,6 +161,12 @@ def _try(spec: Spec, model: Model, expected: Any, outcome: Outcome) -> None:
     except CaptureError as e:
         _refused(spec, original, e, outcome)
         fast = None
+    except UsageError as e:
+        if quantize is not None and "quantize= has quantized no" in str(e):
+            outcome.state, outcome.note = "refused", _said(e)
+        else:
+            outcome.fail(f"{where}optimize raises UsageError: {_said(e)}", str(e))
+        fast = None
     except NormfuseError as e:
         outcome.fail(f"{where}optimize raises {type(e).__name__}: {_said(e)}", str(e))
         fast = None

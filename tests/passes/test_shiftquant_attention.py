@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import normfuse
 from normfuse import ShiftQuant
+from normfuse.errors import UsageError
 from tests.passes.quantized import draw, entries, made, operators, sqnr
 
 SPEC = ShiftQuant(weight_bits=8, attention=True, prefer="size")
@@ -103,10 +104,15 @@ class Cross(nn.Module):
 
 REFUSED = [
     pytest.param(lambda: made(Attend, features=5), SPEC, "values have 5 features", id="features"),
-    pytest.param(lambda: made(Attend), ShiftQuant(weight_bits=8, attention=True, prefer="size", keep=("*",)), "keep", id="keep"),
     pytest.param(lambda: made(Broadcast), SPEC, "the kernel takes one batch", id="broadcast"),
     pytest.param(lambda: made(Cross), SPEC, "conventions differ", id="causal"),
 ]
+
+
+def test_attention_may_be_kept_with_all_else() -> None:
+    spec = ShiftQuant(weight_bits=8, attention=True, prefer="size", keep=("*",))
+    with pytest.raises(UsageError, match=r"none of 4 layers: 4 because kept in float by keep='\*'"):
+        _quantized(made(Attend), draw(2, 7, 16), spec=spec)
 
 
 @pytest.mark.parametrize(("build", "spec", "word"), REFUSED)

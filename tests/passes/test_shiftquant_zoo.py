@@ -14,6 +14,7 @@ from torch.nn.utils import parametrizations
 
 import normfuse
 from normfuse import ShiftQuant
+from normfuse.errors import UsageError
 from tests.passes.quantized import draw, entries, ids, made, operators, sqnr
 from tests.zoo import ZOO
 
@@ -120,11 +121,8 @@ def whisper():
     return Case(made(encoder, config), (draw(2, 8, 20),), gone=("embed_positions",))
 
 
-TOO_FEW = {"1 input channels a group are too few": 2, "2 input channels a group are too few": 1}
 BATCH = {0: torch.export.Dim("batch")}
 CASES = [
-    of_zoo("grouped_depthwise", kept=TOO_FEW),
-    of_zoo("conv_transpose", kept={"there is no integer form of conv_transpose": 3}),
     of_zoo("conv1d_bn", dynamic=(BATCH,)),
     of_zoo("densenet", dynamic=(BATCH,)),
     of_zoo("gamma_zero"),
@@ -150,6 +148,19 @@ def call(model, example):
 def longer(example):
     """The same inputs in a batch of three."""
     return torch.utils._pytree.tree_map(lambda t: torch.cat([t, t[:1].flip(-1)]), example)
+
+
+@pytest.mark.parametrize(
+    ("case", "why"),
+    [
+        (of_zoo("grouped_depthwise"), "input channels a group are too few for integers"),
+        (of_zoo("conv_transpose"), "there is no integer form of conv_transpose"),
+    ],
+)
+def test_a_model_of_which_no_layer_can_be_quantized_is_an_error(case, why):
+    case = case.values[0]()
+    with pytest.raises(UsageError, match=rf"none of 3 layers: \d because .*{why}"):
+        normfuse.optimize(case.build, case.example, quantize=W8A8)
 
 
 @pytest.mark.parametrize("case", CASES)
