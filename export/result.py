@@ -1,19 +1,29 @@
 """What an export left behind."""
 
-import itertools
 import textwrap
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from normfuse.export.onnx.oldest import Input
 from normfuse.report import Error
 
-__all__ = ["Exported"]
+__all__ = ["Exported", "note_lines"]
 
-_NOTE: dict[str, Any] = {
-    "initial_indent": "  ", "subsequent_indent": " " * 13, "break_long_words": False, "break_on_hyphens": False
-}  # fmt: skip
+
+def note_lines(notes: Iterable[str]) -> list[str]:
+    """Notes under what they are about, in lines of at most 80 columns."""
+    lines: list[str] = []
+    for note in notes:
+        lines += textwrap.wrap(
+            f"note       {note}",
+            80,
+            initial_indent="  ",
+            subsequent_indent=" " * 13,
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+    return lines
 
 
 @dataclass(frozen=True)
@@ -106,5 +116,4 @@ class Exported:
         else:
             bound = "" if self.tolerance is None else f" (bound {self.tolerance:.0e})"
             lines.append(f"  error      {self.error.max_rel:.1e} relative{bound}, {self.error.dtype}")
-        notes = (textwrap.wrap(f"note       {n}", 80, **_NOTE) for n in self.notes)
-        return "\n".join([*lines, *itertools.chain.from_iterable(notes)])
+        return "\n".join([*lines, *note_lines(self.notes)])

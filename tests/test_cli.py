@@ -143,6 +143,19 @@ def test_a_file_in_another_dtype_is_verified_against_its_model(run: Run, source:
     assert "above 1e-12" in err
 
 
+def test_a_repository_is_described_where_it_stands(run: Run) -> None:
+    pytest.importorskip("onnxruntime")
+    code, out, _ = run("export", "models:bfloat16", "--repository", "served", "--runtime", "1.20")
+    assert code == 0
+    (line,) = (line for line in out.splitlines() if "model.onnx:" in line)
+    assert Path(line.partition(":")[0]).is_file()
+    assert "computes in bfloat16" in " ".join(out.split())
+    assert max(map(len, out.splitlines())) <= 80
+    code, out, _ = run("inspect", line.partition(":")[0])
+    assert "normfuse.runtime: 1.18" in out
+    assert max(map(len, out.splitlines())) <= 80
+
+
 def test_dynamic_batch_reaches_the_file(run: Run) -> None:
     ort = pytest.importorskip("onnxruntime")
     assert run("export", "models:bare", "--shape", "2x3x8x8", "--dynamic", "batch", "-o", "fast.onnx", "-q")[0] == 0
