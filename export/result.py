@@ -1,12 +1,29 @@
 """What an export left behind."""
 
+import textwrap
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from normfuse.export.onnx.oldest import Input
 from normfuse.report import Error
 
-__all__ = ["Exported"]
+__all__ = ["Exported", "note_lines"]
+
+
+def note_lines(notes: Iterable[str]) -> list[str]:
+    """Notes under what they are about, in lines of at most 80 columns."""
+    lines: list[str] = []
+    for note in notes:
+        lines += textwrap.wrap(
+            f"note       {note}",
+            80,
+            initial_indent="  ",
+            subsequent_indent=" " * 13,
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+    return lines
 
 
 @dataclass(frozen=True)
@@ -70,7 +87,7 @@ class Exported:
         lines += ["", "options = ort.SessionOptions()"]
         if kernels:
             lines.append("options.register_custom_ops_library(str(native.path()))")
-        lines.append(f"session = ort.InferenceSession({str(self.path)!r}, options, providers=['CPUExecutionProvider'])")
+        lines += ["session = ort.InferenceSession(", f"    {str(self.path)!r}, options, providers=['CPUExecutionProvider']", ")"]
         lines.append("outputs = session.run(None, {")
         for value in self.signature:
             free = [n for n in value.sizes if isinstance(n, str)]
@@ -99,4 +116,4 @@ class Exported:
         else:
             bound = "" if self.tolerance is None else f" (bound {self.tolerance:.0e})"
             lines.append(f"  error      {self.error.max_rel:.1e} relative{bound}, {self.error.dtype}")
-        return "\n".join([*lines, *(f"  note       {n}" for n in self.notes)])
+        return "\n".join([*lines, *note_lines(self.notes)])

@@ -43,7 +43,7 @@ def parse_runtime(text: str) -> Release:
     Raises:
         UsageError: it is no release, or an older one than files are written for.
     """
-    found = re.fullmatch(r"(\d+)\.(\d+)(?:\.\d+)?", text) if isinstance(text, str) else None
+    found = re.fullmatch(r"([0-9]+)\.([0-9]+)(?:\.[0-9]+)?", text) if isinstance(text, str) else None
     if found is None:
         raise UsageError(f"runtime={text!r}: expected a release of ONNX Runtime, e.g. '1.20'")
     release = (int(found[1]), int(found[2]))

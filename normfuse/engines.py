@@ -33,6 +33,7 @@ __all__ = [
 ]  # fmt: skip
 
 Call = Callable[[], Any]
+_FLOATS = {"tensor(float16)": "float16", "tensor(float)": "float32", "tensor(double)": "float64"}
 Inputs = Any  # a tensor, a tuple of positional inputs or a dict of keyword inputs
 Arrays: TypeAlias = "dict[str, np.ndarray[Any, Any]] | tuple[np.ndarray[Any, Any], ...]"
 
@@ -266,8 +267,14 @@ def _open_onnxruntime(path: str, arrays: Arrays, registered: bool, threads: int)
         session = ort.InferenceSession(spelled(path), settings, providers=["CPUExecutionProvider"])
     except Exception as e:
         raise NormfuseError(f"ONNX Runtime cannot load {path}: {e}") from e
-    feed = _feed([i.name for i in session.get_inputs()], arrays, path)
-    return partial(session.run, None, feed)
+    wanted = {i.name: _FLOATS.get(i.type) for i in session.get_inputs()}
+    feed = _feed(list(wanted), arrays, path)
+    return partial(session.run, None, {n: _as_taken(x, wanted[n]) for n, x in feed.items()})
+
+
+def _as_taken(array: Any, dtype: str | None) -> Any:
+    """Floats in the dtype that the file takes, which need not be that of the model that it was made of."""
+    return array.astype(dtype, copy=False) if dtype is not None and array.dtype.kind == "f" else array
 
 
 def _feed(names: Sequence[str], arrays: Arrays, path: str) -> dict[str, Any]:
@@ -288,7 +295,10 @@ def _arrays(inputs: Inputs) -> Arrays:
 
 
 def _array(x: Any) -> Any:
-    return x.detach().cpu().numpy() if hasattr(x, "detach") else x
+    if not hasattr(x, "detach"):
+        return x
+    x = x.detach().cpu()
+    return (x.float() if str(x.dtype) == "torch.bfloat16" else x).numpy()  # NumPy has no bfloat16; float32 holds its values
 
 
 def _split(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -15,11 +15,13 @@ from torch import nn
 
 import normfuse
 from normfuse.benchmark import Comparison, Engine, Machine, Measurement, Schedule, Verdict, engine, measure
+from normfuse.benchmark.cuda import for_onnxruntime
 from normfuse.benchmark.machine import cores
 from normfuse.benchmark.progress import rounds_bar
 from normfuse.benchmark.statistics import median_interval
 from normfuse.engines import bench, callable_engine, onnxruntime_engine
 from normfuse.errors import NormfuseError, UsageError
+from normfuse.sources import Source
 from tests.bench_workers import open_and_note, open_dying, open_failing, open_without_torch
 
 QUICK = {"seconds": 0.01, "turn": 0.001, "warmup": 0.0}
@@ -418,6 +420,24 @@ def test_file_gets_its_inputs_by_name_or_by_position(onnx_file: Path) -> None:
     for inputs in ((x, y), {"y": y, "x": x}, {"first": x, "second": y}, {"x": x, "flag": False, "y": y}):
         (difference,) = onnxruntime_engine("file", onnx_file, inputs).open(1)()
         assert (difference == 2.0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_file_gets_floats_in_its_own_dtype(onnx_file: Path, dtype: torch.dtype) -> None:
+    x, y = torch.full((2, 3), 5.5, dtype=dtype), torch.full((2, 3), 3.0, dtype=dtype)
+    (difference,) = onnxruntime_engine("file", onnx_file, (x, y)).open(1)()
+    assert (difference == 2.5).all()
+    assert difference.dtype == "float32"
+
+
+def test_original_that_the_runtime_has_no_kernels_for_is_measured_in_float32() -> None:
+    given = Source("m", nn.Linear(2, 2).bfloat16(), (torch.ones(1, 2).bfloat16(), torch.ones(1, dtype=torch.int64)))
+    found, was = for_onnxruntime(given)
+    assert was == "bfloat16"
+    assert [t.dtype for t in (found.model.weight, *found.args)] == [torch.float32, torch.float32, torch.int64]
+    assert given.model.weight.dtype == given.args[0].dtype == torch.bfloat16
+    kept = Source("m", nn.Linear(2, 2).half(), (torch.ones(1, 2).half(),))
+    assert for_onnxruntime(kept) == (kept, "")
 
 
 @pytest.mark.parametrize(

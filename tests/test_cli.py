@@ -26,6 +26,16 @@ def build():
         m[1].running_var.uniform_(0.5, 2)
     return m, (torch.randn(2, 3, 8, 8),)
 
+def of_dtype(dtype):
+    m, (x,) = build()
+    return m.to(dtype), (x.to(dtype),)
+
+def bfloat16():
+    return of_dtype(torch.bfloat16)
+
+def float64():
+    return of_dtype(torch.float64)
+
 def bare():
     return build()[0]
 
@@ -110,6 +120,40 @@ def test_exported_model_is_verified_and_inspected(run: Run) -> None:
     code, out, _ = run("verify", "fast.onnx", "fast.onnx")
     assert code == 0
     assert "0.0e+00 relative" in out
+
+
+@pytest.mark.parametrize(
+    ("source", "options", "bound"),
+    [
+        ("models:bfloat16", (), "1e-01"),
+        ("models:float64", (), "1e-04"),
+        ("models:build", ("--dtype", "fp16"), "2e-02"),
+        ("models:bfloat16", ("--dtype", "fp16", "--io-dtype", "low"), "1e-01"),
+    ],
+)
+def test_a_file_in_another_dtype_is_verified_against_its_model(run: Run, source: str, options: tuple[str, ...], bound: str) -> None:
+    pytest.importorskip("onnxruntime")
+    assert run("export", source, "-o", "m.onnx", *options)[0] == 0
+    code, out, err = run("verify", source, "m.onnx")
+    assert (code, err) == (0, "")
+    assert f"(bound {bound})" in " ".join(out.split())
+    assert max(map(len, out.splitlines())) <= 80
+    code, _, err = run("verify", source, "m.onnx", "--tolerance", "1e-12")
+    assert code == 1
+    assert "above 1e-12" in err
+
+
+def test_a_repository_is_described_where_it_stands(run: Run) -> None:
+    pytest.importorskip("onnxruntime")
+    code, out, _ = run("export", "models:bfloat16", "--repository", "served", "--runtime", "1.20")
+    assert code == 0
+    (line,) = (line for line in out.splitlines() if "model.onnx:" in line)
+    assert Path(line.partition(":")[0]).is_file()
+    assert "computes in bfloat16" in " ".join(out.split())
+    assert max(map(len, out.splitlines())) <= 80
+    code, out, _ = run("inspect", line.partition(":")[0])
+    assert "normfuse.runtime: 1.18" in out
+    assert max(map(len, out.splitlines())) <= 80
 
 
 def test_dynamic_batch_reaches_the_file(run: Run) -> None:

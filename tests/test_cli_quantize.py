@@ -126,9 +126,14 @@ MISTAKES = [
     pytest.param(("--quantize", "w4b8"), "'w4b8' is not understood", id="notation"),
     pytest.param((*SIZE, "--keep", "haed"), "keep: no layer matches 'haed'; there are 0, 4", id="keep"),
     pytest.param(("--keep", "4"), "pass --quantize as well", id="keep alone"),
+    pytest.param(("--calibration", "one.npy"), "pass --quantize as well", id="calibration alone"),
+    pytest.param(("--allow-random-calibration",), "pass --quantize as well", id="random calibration alone"),
+    pytest.param((*SIZE, "--calibration", "empty.npy"), "--calibration empty.npy: it holds no samples", id="empty"),
     pytest.param((*SIZE, "--calibration", "nowhere.npy"), "--calibration nowhere.npy does not exist", id="no file"),
     pytest.param(
-        (*SIZE, "--calibration", "nowhere"), "expected a file (.npz, .npy, .safetensors) or package.module:factory", id="no kind"
+        (*SIZE, "--calibration", "nowhere"),
+        "expected a file (.npz, .npy, .safetensors), package.module:factory or FILE.py:factory",
+        id="no kind",
     ),
     pytest.param((*SIZE, "--calibration", "models:dta"), "models has no 'dta'; did you mean 'data'?", id="factory"),
     pytest.param((*SIZE, "--calibration", "modles:data"), "there is no module 'modles'", id="module"),
@@ -146,6 +151,7 @@ MISTAKES = [
 @pytest.mark.parametrize(("arguments", "message"), MISTAKES)
 def test_mistakes_are_one_clear_line(run: Run, arguments: tuple[str, ...], message: str) -> None:
     np.save("one.npy", np.zeros((1, 3, 8, 8), np.float32))
+    np.save("empty.npy", np.zeros((0, 3, 8, 8), np.float32))
     np.save("narrow.npy", np.zeros((2, 3, 4, 4), np.float32))
     np.save("nan.npy", np.stack([np.zeros((3, 8, 8), np.float32)] * 3 + [np.full((3, 8, 8), np.nan, np.float32)]))
     np.savez("two.npz", a=np.zeros((2, 3)), b=np.zeros((2, 3)))

@@ -23,6 +23,15 @@ from tests.test_bench import measurement
         ("pass dynamic_shapes= if sizes vary", "pass --dynamic AXIS if sizes vary"),
         ("prefer='size' quantizes it all the same", "--quantize ...,prefer=size quantizes it all the same"),
         ("pass --calibration DATA", "pass --calibration DATA"),
+        ("form='qdq': use form='native' or form='integer'", "--form qdq: use --form native or --form integer"),
+        ("runtime='1.16': files are written for", "--runtime 1.16: files are written for"),
+        ("attention='attention23' needs opset 23", "--attention attention23 needs opset 23"),
+        ("int4_initializers=True: INT4 needs", "--int4: INT4 needs"),
+        (
+            "quantize with ShiftQuant(activations='static') and calibration data, or use",
+            "pass --quantize ...,static and --calibration DATA, or use",
+        ),
+        ("quantize with ShiftQuant(groups=1), or use", "pass --quantize ...,groups=1, or use"),
         ("use nn.LayerNorm modules", "use nn.LayerNorm modules"),
     ],
 )
@@ -71,6 +80,8 @@ def test_slower_file_without_ops_of_ours_names_the_other_form() -> None:
 
 
 def test_what_cannot_be_told_or_was_not_measured_is_said() -> None:
+    long = Speed(Path("q.onnx"), why_not="the float original failed: " + "no kernels for it " * 9)
+    assert max(map(len, str(long).splitlines())) <= 80
     busy = dataclasses.replace(SLOW, itself=dataclasses.replace(SLOW.itself, low=0.5, high=2.0))
     assert not Speed(Path("q.onnx"), busy).slower
     assert "not to be told from" in str(Speed(Path("q.onnx"), busy))

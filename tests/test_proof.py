@@ -303,6 +303,7 @@ def test_where_nothing_was_compared_the_report_says_so(after, word):
     assert report.nothing_compared.startswith("nothing was compared")
     assert word in report.nothing_compared
     assert report.nothing_compared in report.notes
+    assert str(report).split("\n\nnotes")[0].count("nothing was compared") == 1
     assert normfuse.Report.from_json(report.to_json()) == report
 
 

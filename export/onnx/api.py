@@ -44,7 +44,7 @@ from normfuse.export.onnx.static_masks import simplify_masks
 from normfuse.export.onnx.table import attention_by_table, layers_by_table
 from normfuse.export.result import Exported
 from normfuse.export.runtimes import Release, parse_runtime, spelled_runtime
-from normfuse.export.targets import ATTENTION_FORMS, MIN_OPSET, NATIVE_ATTENTION, Target, opset_for, target_named
+from normfuse.export.targets import ATTENTION_FORMS, MAX_OPSET, MIN_OPSET, NATIVE_ATTENTION, Target, opset_for, target_named
 from normfuse.extras import need
 from normfuse.files import atomic, check_target, spelled
 from normfuse.record import record
@@ -457,10 +457,19 @@ def _proven(
 def _invalid(e: Exception) -> ExportError:
     """What the checker says; most of the time that operators of an older opset do not take a dtype."""
     said = " ".join(str(e).split())[:500]
-    dtype = re.search(r"unsupported type: tensor\((\w+)\)", said)
+    dtype = re.search(r"unsupported type: (tensor\((\w+)\))", said)
     if dtype is None:
         return ExportError(f"the exported model is not valid ONNX: {said}")
-    return ExportError(f"an operator of this ONNX opset does not take {dtype[1]} ({said}); export with opset=23, or in float32")
+    op = re.search(r"op_type:\s*(\w+)", said)
+    newer = "with opset=23, or " if op is not None and _takes(op[1], dtype[1]) else ""
+    return ExportError(f"an operator of this ONNX opset does not take {dtype[2]} ({said}); export {newer}in float32")
+
+
+def _takes(op: str, dtype: str) -> bool:
+    """The newest opset that is written takes it."""
+    onnx = need("onnx", extra="onnx")
+    schema = onnx.defs.get_schema(op, MAX_OPSET) if onnx.defs.has(op) else None
+    return schema is not None and any(dtype in c.allowed_type_strs for c in schema.type_constraints)
 
 
 def _without_kernels(found: Program, e: ExportError) -> str | None:

@@ -14,7 +14,7 @@ from normfuse.export.ops import DOMAIN
 from normfuse.extras import need
 from normfuse.onnx_tensors import check_tensors
 
-__all__ = ["NORM_OPS", "Facts", "facts", "norm_counts", "op_counts", "provenance", "read_model"]
+__all__ = ["NORM_OPS", "Facts", "facts", "float_dtypes", "norm_counts", "op_counts", "provenance", "read_model"]
 
 #: Normalizations, standard and of ONNX Runtime.
 NORM_OPS = frozenset(
@@ -38,6 +38,10 @@ NORM_OPS = frozenset(
         "SkipSimplifiedLayerNormalization",
     }
 )
+
+
+# By the number that stands for it in a file.
+_FLOATS = {1: "float32", 10: "float16", 11: "float64", 16: "bfloat16"}
 
 
 @dataclass(frozen=True)
@@ -105,6 +109,17 @@ def op_counts(model: str | Path | Any) -> dict[str, int]:
     nodes = [*_nodes(proto.graph.node), *(n for f in proto.functions if f.domain != DOMAIN for n in _nodes(f.node))]
     counts = Counter(map(_label, nodes))
     return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+
+
+def float_dtypes(model: str | Path | Any) -> frozenset[str]:
+    """Floating dtypes of inputs, outputs and weights, e.g. `float16`.
+
+    Raises:
+        UsageError: the file is missing or is no ONNX model.
+    """
+    graph = read_model(model).graph
+    values = [v.type.tensor_type.elem_type for v in (*graph.input, *graph.output)]
+    return frozenset(_FLOATS[t] for t in (*values, *(t.data_type for t in graph.initializer)) if t in _FLOATS)
 
 
 def norm_counts(model: str | Path | Any) -> dict[str, int]:

@@ -74,7 +74,7 @@ def heads(value: Any) -> Iterator[Heads]:
 
 def _forward(root: Any, chain: list[Any]) -> View | None:
     sizes = dims(root)
-    if sizes is None or any(s is None for s in sizes):
+    if sizes is None or any(s is None or s == 0 for s in sizes):  # of no values no order can be told
         return None
     view: View | None = View(
         tuple((Atom(i, s, 1),) if s != 1 else () for i, s in enumerate(sizes) if s is not None), (0,) * len(sizes)

@@ -12,6 +12,7 @@ from typing import Literal
 
 from normfuse import native
 from normfuse.errors import UsageError
+from normfuse.export.result import note_lines
 from normfuse.export.server.batching import check_preferred, max_batch_size
 from normfuse.export.server.config import BACKENDS, CONFIG, FILE_NAMES, Options, check_types, config_text
 from normfuse.export.server.folders import replace, staging
@@ -50,7 +51,7 @@ class Served:
     def __str__(self) -> str:
         batches = f"batches up to {self.max_batch}" if self.max_batch else "no batching"
         lines = [f"{self.path}: version {self.version}, {self.backend}, {batches}"]
-        return "\n".join([*lines, *(f"  note       {n}" for n in self.notes)])
+        return "\n".join([*lines, *note_lines(self.notes)])
 
 
 def check_place(folder: str | Path, name: str, *, version: int | Literal["next"] = 1, force: bool = False) -> None:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-__all__ = ["CPU", "DTYPES", "Placement", "in_dtype", "on_device", "to_device"]
+__all__ = ["CPU", "DTYPES", "Placement", "for_onnxruntime", "in_dtype", "on_device", "to_device"]
 
 #: Names on the command line, and torch's.
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
@@ -50,8 +50,28 @@ def in_dtype(source: Source, dtype: str) -> Source:
         return source
     if isinstance(source.model, torch.export.ExportedProgram):
         raise UsageError(f"{source.name} is an exported program, whose dtype is fixed: pass --dtype fp32, or name the model itself")
-    wanted: torch.dtype = getattr(torch, DTYPES[dtype])
-    model = copy.deepcopy(source.model).to(wanted)
+    return _converted(source, getattr(torch, DTYPES[dtype]))
+
+
+def for_onnxruntime(source: Source) -> tuple[Source, str]:
+    """The model in a dtype for which ONNX Runtime has kernels on the CPU, and the dtype that it was converted from, or "".
+
+    A model in bfloat16 or float64 is converted to float32, which is what a user of that runtime would do.
+    """
+    import torch
+
+    if isinstance(source.model, torch.export.ExportedProgram):
+        return source, ""
+    found = {t.dtype for t in (*source.model.parameters(), *source.model.buffers())}
+    lacking = next((d for d in (torch.bfloat16, torch.float64) if d in found), None)
+    if lacking is None:
+        return source, ""
+    return _converted(source, torch.float32), str(lacking).removeprefix("torch.")
+
+
+def _converted(source: Source, wanted: torch.dtype) -> Source:
+    given: Any = source.model
+    model = copy.deepcopy(given).to(wanted)
     args, kwargs = _mapped((source.args, source.kwargs), lambda t: t.to(wanted) if t.is_floating_point() else t)
     return dataclasses.replace(source, model=model, args=args, kwargs=kwargs)
 

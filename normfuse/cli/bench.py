@@ -1,6 +1,7 @@
 """`normfuse bench`."""
 
 import json
+import logging
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from normfuse.benchmark import Comparison, Engine, Verdict
-from normfuse.benchmark.cuda import CPU, DTYPES, Placement, in_dtype
+from normfuse.benchmark.cuda import CPU, DTYPES, Placement, for_onnxruntime, in_dtype
 from normfuse.benchmark.device import Gpu, find_gpu
 from normfuse.cli.onnx_files import file_inputs, is_onnx
-from normfuse.cli.options import Model, Pipeline, json_option, model_options, pipeline_options, verbosity
+from normfuse.cli.options import Model, Pipeline, json_option, model_options, pipeline_options, spelled, verbosity
 from normfuse.engines import bench as compare
 from normfuse.engines import export_original, onnxruntime_engine, program_engine, source_engine, tensorrt_engine
 from normfuse.errors import CheckFailed, Undecided, UsageError
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from torch import fx
 
 __all__ = ["ENGINES", "Settings", "Workshop", "bench"]
+
+_log = logging.getLogger(__name__)
 
 ENGINES = (
     "eager", "compile", "onnxruntime", "tensorrt", "eager-optimized", "compile-optimized", "kernels-optimized",
@@ -38,7 +41,7 @@ _MORE = 2  # an undecided measurement is repeated once, this much longer
 )
 @click.option("--engine", "challenger", metavar="ENGINE", help="What should be faster.  [default: see above; SOURCE for .onnx]")
 @click.option("--device", type=click.Choice(("cpu", "cuda")), default="cpu", show_default=True, help="Where PyTorch runs.")
-@click.option("--dtype", type=click.Choice(tuple(DTYPES)), help="Of the model on a GPU.  [default: fp16]")
+@click.option("--dtype", metavar="fp32|fp16|bf16", callback=spelled(tuple(DTYPES)), help="Of the model on a GPU.  [default: fp16]")
 @click.option("--graph/--no-graph", default=True, help="On a GPU, replay a CUDA graph.  [default: graph]")
 @click.option("--plugins", metavar="NAMES", help="normfuse's kernels in tensorrt-optimized: rms_norm, ...  [default: none]")
 @click.option(
@@ -252,7 +255,9 @@ class Workshop:
     def _original_onnx(self, opset: int | None = None) -> Path:
         path = self._folder / f"original{opset or ''}.onnx"
         if not path.exists():
-            original = self._load()
+            original, given = for_onnxruntime(self._load()) if opset is None else (self._load(), "")
+            if given:
+                _log.warning("onnxruntime runs the original in float32: it has no %s kernels for all of it on the CPU", given)
             self._model.vary(original, lambda shapes: export_original(original, path, dynamic_shapes=shapes, opset=opset))
         return path
 

@@ -76,6 +76,8 @@ def deploy(
             where.folder, name, file, version=version, force=force, accelerator="tensorrt" if accelerator else None,
             precision="fp16" if accelerator and options.dtype == "fp16" else "fp32",
         )  # fmt: skip
+    if told is not None:
+        told = dataclasses.replace(told, path=served.files[0])  # where it was written is gone
     if as_json:
         click.echo(json.dumps({"schema": 1, "repository": dataclasses.asdict(served)}, indent=2, default=str))
     elif not quiet:
@@ -100,6 +102,6 @@ def _report(fast: fx.GraphModule | None) -> Any:
 
 
 def _number(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
+    if re.fullmatch("[0-9]+", text) is None or int(text) < 1:
         raise UsageError(f"--model-version {text!r}: expected a number from 1 on, or next")
     return int(text)

@@ -10,7 +10,7 @@ import click
 
 from normfuse.cli.columns import columns, differences
 from normfuse.cli.onnx_files import FileOptions, is_onnx
-from normfuse.cli.options import Model, Pipeline, force_option, json_option, model_options, pipeline_options, verbosity
+from normfuse.cli.options import Model, Pipeline, force_option, json_option, model_options, pipeline_options, spelled, verbosity
 from normfuse.cli.reports import check_report, report_option, write_report
 from normfuse.cli.speed import speed_option
 from normfuse.errors import UsageError
@@ -30,15 +30,6 @@ BACKENDS = ("onnxruntime", "tensorrt", "onnxruntime+tensorrt")
 _ENGINE_ONLY = {
     "profiles": "--shapes", "flavour": "--flavour", "capabilities": "--capability", "plugins": "--plugins", "dry_run": "--dry-run",
 }  # fmt: skip
-
-
-def _spelled(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
-    """The usual name of a dtype, however it is spelt."""
-    if value is None:
-        return None
-    from normfuse.export.onnx.precision.spelling import spelled_dtype
-
-    return spelled_dtype(value)
 
 
 @click.command(short_help="Optimize SOURCE and export it to ONNX or TensorRT.")
@@ -69,7 +60,7 @@ def _spelled(ctx: click.Context, param: click.Parameter, value: str | None) -> s
 @click.option(
     "--dtype",
     metavar="fp32|fp16|bf16|fp64",
-    callback=_spelled,
+    callback=spelled(),
     help="Of weights and products; statistics of norms stay in fp32.  [default: the model's, or the nearest that the target takes]",
 )
 @click.option("--io-dtype", type=click.Choice(("fp32", "low")), default="fp32", show_default=True, help="Of inputs and outputs.")
@@ -165,9 +156,9 @@ def export(
         raise UsageError(f"{stray[0]} is for TensorRT engines, and -o {output} is an ONNX file")
     if is_onnx(model.source):
         raise UsageError(f"{model.source} is an ONNX file already; name an engine (-o NAME.engine) to build one of it")
+    target = "onnxruntime" if target is None else target
     _to_onnx(
-        model, pipeline, output, target or "onnxruntime", opset, files, form, int4, dtype, io_dtype, speed_check, report_path,
-        force, as_json, quiet,
+        model, pipeline, output, target, opset, files, form, int4, dtype, io_dtype, speed_check, report_path, force, as_json, quiet,
     )  # fmt: skip
 
 

@@ -138,7 +138,8 @@ def _file(path: str, as_json: bool) -> None:
     lines += [f"needs   {_needs(known)}"]
     width = max((len(op) for op in ops), default=0)
     lines += [f"  {op:<{width}} {n:>5}{'  norm' if op in norms else ''}" for op, n in ops.items()]
-    lines += [f"{key}: {value}" for key, value in origin.items()]
+    for key, value in origin.items():
+        lines += textwrap.wrap(f"{key}: {value}", 80, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
     click.echo("\n".join(lines))
 
 

@@ -13,7 +13,10 @@ if TYPE_CHECKING:
 
 __all__ = ["FileOptions", "file_inputs", "is_onnx", "run_file"]
 
-_TYPES = {"float": "float32", "float16": "float16", "double": "float64", "int64": "int64", "int32": "int32", "bool": "bool"}
+_TYPES = {
+    "float": "float32", "float16": "float16", "bfloat16": "bfloat16", "double": "float64", "int64": "int64", "int32": "int32",
+    "bool": "bool",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ def file_inputs(path: Path, options: Options) -> "dict[str, torch.Tensor]":
     inputs = {}
     for position, wants in enumerate(wanted):
         sizes = named.get(wants.name) or (unnamed[position] if position < len(unnamed) else _declared(path, wants, options))
-        kind = _TYPES.get(wants.type.removeprefix("tensor(").removesuffix(")"))
+        kind = _type_of(wants)
         if kind is None:
             raise UsageError(f"{path}: input {wants.name} is a {wants.type}; pass its values with --input")
         # a file does not say how many ids it knows, but it knows two
@@ -64,20 +67,31 @@ def run_file(path: Path, inputs: Any) -> "list[torch.Tensor]":
 
     Args:
         path: an `.onnx` file.
-        inputs: tensors by name, or in the order of the graph inputs; flags that are no tensors are left out.
+        inputs: tensors by name, or in the order of the graph inputs; flags that are no tensors are left out. Floats are given in
+            the dtype that the file takes, which need not be that of the model that it was made of.
     """
     import torch
 
     from normfuse.export.onnx.runtime import run, session
 
     opened = session(path)
-    names = [i.name for i in opened.get_inputs()]
+    types = {i.name: _type_of(i) for i in opened.get_inputs()}
     tensors: Any
     if isinstance(inputs, dict):
         tensors = {k: v for k, v in inputs.items() if isinstance(v, torch.Tensor)}
     else:
         tensors = tuple(v for v in inputs if isinstance(v, torch.Tensor))
-    return list(run(opened, _by_name(path, names, tensors)).values())
+    feeds = _by_name(path, list(types), tensors)
+    for name, value in feeds.items():
+        wanted = getattr(torch, types[name] or "", value.dtype)
+        if value.is_floating_point() and wanted.is_floating_point:
+            feeds[name] = value.to(wanted)
+    return list(run(opened, feeds).values())
+
+
+def _type_of(value: Any) -> str | None:
+    """Torch's name of the dtype of an input; None for one that torch does not have."""
+    return _TYPES.get(value.type.removeprefix("tensor(").removesuffix(")"))
 
 
 def _by_name(path: Path, names: list[str], inputs: Any) -> "dict[str, torch.Tensor]":

@@ -33,6 +33,7 @@ __all__ = [
     "output_option",
     "partial_option",
     "pipeline_options",
+    "spelled",
     "verbosity",
 ]
 
@@ -284,6 +285,9 @@ def pipeline_options(f: F) -> F:
     ) -> Any:
         if keep and quantize is None:
             raise UsageError("--keep says what --quantize leaves in float: pass --quantize as well, e.g. --quantize w4a8")
+        for flag, given in (("--calibration", calibration is not None), ("--allow-random-calibration", random_calibration)):
+            if given and quantize is None:
+                raise UsageError(f"{flag} is about the data of --quantize: pass --quantize as well, e.g. --quantize w8a8,static")
         spec = None if quantize is None else parse_quantize(quantize, keep)
         chosen = _names(passes) if passes is not None else None
         return f(pipeline=Pipeline(chosen, verify, spec, calibration, partial, random_calibration), **rest)
@@ -304,6 +308,19 @@ def verbosity(f: F) -> F:
         return f(quiet=quiet, **rest)
 
     return wrapped  # type: ignore[return-value]
+
+
+def spelled(known: tuple[str, ...] = ("fp32", "fp16", "bf16", "fp64")) -> Callable[..., str | None]:
+    """A callback that gives the one of `known` that a dtype is, however it is spelt."""
+
+    def callback(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+        if value is None:
+            return None
+        from normfuse.export.onnx.precision.spelling import spelled_dtype
+
+        return spelled_dtype(value, known=known)
+
+    return callback
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON and nothing else.")

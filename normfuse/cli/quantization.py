@@ -25,6 +25,7 @@ _EXAMPLE = "e.g. w4a8 or w4a8,static,groups=1"
 _ELSEWHERE = {"keep": "--keep PATTERN", "overrides": "overrides= in Python", "weight_bits": "w4a8", "activation_bits": "w4a8"}
 _log = logging.getLogger(__name__)
 _FILES = (".npz", ".npy", ".safetensors")
+_FACTORY = "package.module:factory or FILE.py:factory"
 
 
 def parse_quantize(text: str, keep: tuple[str, ...] = ()) -> "ShiftQuant":
@@ -69,7 +70,7 @@ def calibration_batches(text: str, loaded: Source) -> Iterable[Any]:
     if path.suffix in _FILES or path.exists():
         return _from_file(path, loaded)
     if ":" not in text:
-        raise UsageError(f"--calibration {text}: expected a file ({', '.join(_FILES)}) or package.module:factory")
+        raise UsageError(f"--calibration {text}: expected a file ({', '.join(_FILES)}), {_FACTORY}")
     found = _called(text)
     if isinstance(found, Mapping) or not isinstance(found, Iterable):
         raise UsageError(f"--calibration {text}: the factory returned a {type(found).__name__}; expected an iterable of batches")
@@ -145,7 +146,7 @@ def _near(word: str, known: list[str]) -> str:
 def _called(text: str) -> Any:
     """What the factory returns; a generator function, a list or a loader are all fine."""
     try:
-        factory = find(text, f"a file ({', '.join(_FILES)}), package.module:factory or FILE.py:factory")
+        factory = find(text, f"a file ({', '.join(_FILES)}), {_FACTORY}")
     except NormfuseError as e:
         raise UsageError(f"--calibration {e}") from e
     if not callable(factory) or isinstance(factory, Iterable):
@@ -165,7 +166,7 @@ def _from_file(path: Path, loaded: Source) -> list[Any]:
     from normfuse.example_inputs import read_inputs
 
     if path.suffix not in _FILES:
-        raise UsageError(f"--calibration {path}: expected {', '.join(_FILES)} or package.module:factory")
+        raise UsageError(f"--calibration {path}: expected {', '.join(_FILES)}, {_FACTORY}")
     try:
         data = read_inputs(path)
     except UsageError as e:
@@ -180,6 +181,8 @@ def _from_file(path: Path, loaded: Source) -> list[Any]:
         raise UsageError(f"--calibration {path}: {', '.join(flat)} is a single number; its leading axis should count samples")
     size = _batch_size(path, given, tensors)
     samples = min(len(t) for t in given.values())
+    if not samples:
+        raise UsageError(f"--calibration {path}: it holds no samples")
     if samples < size:
         raise UsageError(
             f"--calibration {path}: it holds {samples} samples, one batch of the example inputs has {size}; pass --batch 1"
@@ -193,7 +196,7 @@ def _from_file(path: Path, loaded: Source) -> list[Any]:
 def _batch_size(path: Path, given: dict[str, "Tensor"], example: dict[str, "Tensor"]) -> int:
     sizes = {v.shape[0] for v in example.values() if v.ndim}
     if len(sizes) != 1:
-        raise UsageError(f"--calibration {path}: the inputs of the model have no batch axis in common; use package.module:factory")
+        raise UsageError(f"--calibration {path}: the inputs of the model have no batch axis in common; use {_FACTORY}")
     if len({len(t) for t in given.values()}) != 1:
         raise UsageError(f"--calibration {path}: its arrays have different numbers of samples along their leading axis")
     for k, t in given.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from normfuse.benchmark import Comparison, Schedule, Verdict, measure
+from normfuse.benchmark.cuda import for_onnxruntime
 from normfuse.engines import export_original, onnxruntime_engine
 from normfuse.errors import NormfuseError
 from normfuse.onnx_domains import domains
@@ -60,7 +62,13 @@ class Speed:
     def __str__(self) -> str:
         """A few lines of at most 80 columns."""
         if self.stock is None:
-            lines = [f"  speed      not measured: {self.why_not}"]
+            lines = textwrap.wrap(
+                f"speed      not measured: {self.why_not}",
+                80,
+                initial_indent="  ",
+                subsequent_indent=" " * 13,
+                break_on_hyphens=False,
+            )
         else:
             lines = [
                 f"  speed      stock ONNX Runtime: {_words(self.stock)} the float original here,",
@@ -88,7 +96,7 @@ def speed_of(loaded: Source, path: Path) -> Speed:
     with tempfile.TemporaryDirectory(prefix="normfuse-speed-") as folder:
         original = Path(folder, "original.onnx")
         try:
-            export_original(loaded, original)
+            export_original(for_onnxruntime(loaded)[0], original)
             float_ = onnxruntime_engine("the float original", original, inputs)
             engines = [float_, float_, onnxruntime_engine("the file", path, inputs, kernels=False)]
             if native and _library():

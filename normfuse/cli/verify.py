@@ -1,6 +1,7 @@
 """`normfuse verify`."""
 
 import json
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["verify"]
 
+_UNBROKEN: dict[str, Any] = {"subsequent_indent": "  ", "break_long_words": False, "break_on_hyphens": False}
 _DRIFT = {"float64": 1e-9, "float32": 1e-4, "bfloat16": 1e-1, "float16": 2e-2}
 """Relative error in a dtype above which two runs of the same function differ by more than rounding."""
 
@@ -78,6 +80,7 @@ def _bound(error: "Error", tolerance: float | None) -> float:
 
 
 def _compare(model: Model, other: str, tolerance: float | None, as_json: bool, quiet: bool) -> None:
+    from normfuse.export.onnx.inspect import float_dtypes
     from normfuse.verify import measure, nothing_in
 
     if not is_onnx(other) and Path(other).suffix not in (".pt2", *ENGINE_SUFFIXES):
@@ -99,7 +102,8 @@ def _compare(model: Model, other: str, tolerance: float | None, as_json: bool, q
     if len(found) != len(expected):
         raise CheckFailed(f"{other} has {len(found)} outputs and {model.source} has {len(expected)}")
     dtype = next((str(t.dtype).removeprefix("torch.") for t in expected if t.is_floating_point()), "float32")
-    error = measure(expected, found, _computes_in(Path(other)) if engine else dtype)
+    coarsest = max((dtype, *float_dtypes(other)), key=lambda d: _DRIFT.get(d, 0.0)) if is_onnx(other) else dtype
+    error = measure(expected, found, _computes_in(Path(other)) if engine else coarsest)
     bound = _bound(error, tolerance)
     failures = [] if error.max_rel <= bound else [f"the relative error is {error.max_rel:.1e}, above {bound:.0e}"]
     failures += [nothing] if (nothing := nothing_in([expected])) else []
@@ -109,9 +113,8 @@ def _compare(model: Model, other: str, tolerance: float | None, as_json: bool, q
         click.echo(json.dumps(data, indent=2))
     elif not quiet:
         said = f" (weights: {weights})" if weights else ""
-        click.echo(
-            f"{other} against {model.source}{said}: {error.max_abs:.1e} absolute, {error.max_rel:.1e} relative (bound {bound:.0e})"
-        )
+        found_out = f"{error.max_abs:.1e} absolute, {error.max_rel:.1e} relative (bound {bound:.0e})"
+        click.echo(textwrap.fill(f"{other} against {model.source}{said}: {found_out}", 80, **_UNBROKEN))
     if failures:
         raise CheckFailed("; ".join(failures))
 

@@ -31,7 +31,13 @@ _SPELT = (
     (r"\b(embedding_bits|sqnr_budget|size_budget|finetune_steps)=(\d[\d.]*|None)", r"--quantize ...,\1=\2"),
     (r"\bkeep='([^']*)'", r"--keep '\1'"),
     (r"\bopset=(\d+)", r"--opset \1"),
-    (r"\bform='(\w+)'", r"--form \1"),
+    (
+        r"(quantize with )?ShiftQuant\(activations='static'\) and calibration data",
+        "pass --quantize ...,static and --calibration DATA",
+    ),
+    (r"quantize with ShiftQuant\((\w+)=(\w+)\)", r"pass --quantize ...,\1=\2"),
+    (r"\bint4_initializers=True\b", "--int4"),
+    (r"\b(form|runtime|attention)='([^']*)'", r"--\1 \2"),
     (r"pass trust=True", "pass --trust"),
     (r"normfuse\.optimize\b", "normfuse optimize"),
 )

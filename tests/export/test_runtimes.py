@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,7 @@ def test_without_one_the_file_says_what_it_needs(tmp_path: Path) -> None:
     [
         ({"runtime": "1.16"}, "1.17 and newer"),
         ({"runtime": "new"}, "expected a release"),
+        ({"runtime": "\uff11.20"}, "expected a release"),  # digits, and none that a release is written in
         ({"runtime": "1.20", "opset": 22}, "opset 22: ONNX Runtime 1.20 reads opsets up to 21"),
         ({"runtime": "1.23", "opset": 23, "form": "integer"}, "needs ONNX Runtime 1.24, for QuantizeLinear of opset 23"),
     ],
@@ -111,6 +113,8 @@ def test_how_to_run_it_is_code_that_runs(form: str | None, tmp_path: Path) -> No
         result = to_onnx(_net(), tmp_path / "m.onnx", progress=False, **options)
     else:
         result = to_onnx(_quantized()[0], tmp_path / "m.onnx", form=form, progress=False)
+    code = dataclasses.replace(result, path=Path("m.onnx")).how_to_run
+    assert max(map(len, code.splitlines())) <= 76  # the command line shows it four letters to the right
     code = result.how_to_run
     assert ("register_custom_ops_library" in code) == (form == "native" and normfuse.native.available())
     assert ("batch: any size" in code) == (form is None)

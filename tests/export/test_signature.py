@@ -108,6 +108,18 @@ def test_dtypes(tmp_path, dtype, bound):
     assert result.error.dtype == str(dtype).removeprefix("torch.")
 
 
+def test_an_opset_is_recommended_only_if_it_takes_the_dtype(tmp_path):
+    class Best(nn.Module):
+        def forward(self, x):
+            return x.topk(2).values
+
+    with pytest.raises(ExportError, match=r"TopK.*; export in float32$"):
+        exported(Best().eval(), (torch.randn(2, 8).bfloat16(),), tmp_path, target="tensorrt", opset=20)
+    model, x = nn.Conv2d(3, 4, 3).bfloat16().eval(), torch.randn(1, 3, 8, 8).bfloat16()
+    with pytest.raises(ExportError, match=r"Conv.*; export with opset=23, or in float32$"):
+        exported(model, (x,), tmp_path, target="tensorrt", opset=20)
+
+
 def test_inputs_are_asked_for(tmp_path):
     graph = torch.fx.symbolic_trace(nn.Linear(2, 2))
     with pytest.raises(UsageError, match="pass example_inputs"):

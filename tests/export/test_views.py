@@ -54,6 +54,11 @@ def test_what_is_no_view_of_all_tokens_is_not_taken_for_one(layout):
     assert _views(layout, torch.randn(3, 5, 96)) == []
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_a_tensor_of_no_values_has_no_order():
+    assert _views(lambda y: y.view(*y.shape[:2], 4, 8).transpose(1, 2), torch.randn(0, 5, 32)) == []
+
+
 def test_an_unknown_op_ends_the_view():
     x = ir.Value(name="x", shape=ir.Shape([2, 4, 5, 8]), type=ir.TensorType(ir.DataType.FLOAT))
     assert list(heads(x)) == []

@@ -226,7 +226,7 @@ def test_a_wrong_weight_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_refusals(tmp_path: Path) -> None:
     x = torch.randn(2, 40)
     model = Translated(linear(20, 40), (x,)).onnx
-    with pytest.raises(UsageError, match="'native' or 'integer' or 'qdq'"):
+    with pytest.raises(UsageError, match="form='native' or form='integer' or form='qdq'"):
         possible_forms(model, TARGETS["onnxruntime"], 23, "weight_only")
     with pytest.raises(UsageError, match="packs its weights anyway"):
         possible_forms(model, TARGETS["portable"], 21, "weight_only", int4=True)

@@ -136,6 +136,7 @@ def test_an_onnx_file_becomes_an_engine(run: Run) -> None:
         pytest.param(("--repository", "repo", "--report", "r.html"), "--report goes with -o", id="report-of-repository"),
         pytest.param(("--repository", "repo", "--shapes", SHAPES), "--shapes is for TensorRT engines", id="shapes-of-server"),
         pytest.param(("--repository", "repo", "--backend", "tensorrt"), "onnxruntime+tensorrt", id="rtx-in-server"),
+        pytest.param(("--repository", "repo", "--model-version", "\u00b2"), "a number from 1 on, or next", id="superscript"),
         pytest.param(("--repository", "repo", "--model-version", "two"), "a number from 1 on, or next", id="version"),
     ],
 )

@@ -36,19 +36,19 @@ def possible_forms(model: Any, target: Target, opset: int, form: str, *, int4: b
         raise UsageError(f"unknown form {form!r}: expected auto, {', '.join(QUANTIZED_FORMS)}")
     if not is_quantized(model):
         if form != "auto" or int4:
+            asked = f"form={form!r}" if form != "auto" else "int4_initializers=True"
             raise UsageError(
-                f"form={form!r}, int4_initializers={int4}: the model has no quantized layers; "
-                "pass quantize=normfuse.ShiftQuant() to normfuse.optimize"
+                f"{asked}: the model has no quantized layers; pass quantize=normfuse.ShiftQuant() to normfuse.optimize"
             )
         return ()
     if form != "auto" and form not in target.quantized:
-        raise UsageError(f"form={form!r}: target {target.name!r} does not take it; use form={_one_of(target.quantized)}")
+        raise UsageError(f"form={form!r}: target {target.name!r} does not take it; use {_one_of(target.quantized)}")
     if int4 and (form in ("native", "weight_only") or opset < INT4_OPSET):
         packs = form in ("native", "weight_only")
         why = f"the form {form!r} packs its weights anyway" if packs else f"INT4 needs opset {INT4_OPSET}, not {opset}"
         raise UsageError(f"int4_initializers=True: {why}")
     if form == "native" and opset < MIN_NATIVE_OPSET:
-        raise UsageError(f"form='native' needs opset {MIN_NATIVE_OPSET}, not {opset}; use form='integer' or 'qdq'")
+        raise UsageError(f"form='native' needs opset {MIN_NATIVE_OPSET}, not {opset}; use form='integer' or form='qdq'")
     if form == "qdq":
         check_static(model, unsigned=target.contrib, others=target.quantized)
     if form == "weight_only":
@@ -68,7 +68,7 @@ def possible_forms(model: Any, target: Target, opset: int, form: str, *, int4: b
 
 
 def _one_of(forms: tuple[str, ...]) -> str:
-    return " or ".join(repr(f) for f in forms)
+    return " or ".join(f"form={f!r}" for f in forms)
 
 
 def lower_quantized(model: Any, form: str, target: Target, opset: int, *, int4: bool = False) -> None:
