@@ -24,7 +24,7 @@ CROSS = shutil.which("aarch64-linux-gnu-g++")
 QEMU = shutil.which("qemu-aarch64") or shutil.which("qemu-aarch64-static")
 FLAGS = ("-std=c++17", "-pthread", "-ffp-contract=off", "-w")
 
-pytestmark = pytest.mark.checkout
+pytestmark = [pytest.mark.checkout, pytest.mark.slow]
 
 
 def _compile(compiler: str, *arguments: str) -> None:

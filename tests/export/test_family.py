@@ -8,6 +8,8 @@ from normfuse.export import to_onnx
 from normfuse.export.onnx.inspect import norm_counts, op_counts
 from tests.zoo_family import FAMILY
 
+pytestmark = pytest.mark.slow
+
 # normalization operators that stay in the file; every other entry has none
 LEFT = {
     "power_vit": {"RMSNormalization": 5},

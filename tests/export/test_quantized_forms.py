@@ -60,7 +60,7 @@ def test_refusals_name_the_way_out(tmp_path: Path) -> None:
     model, _ = quantized("convs")
     for options, words in (
         ({"form": "qdq"}, "activations='static'"),
-        ({"form": "native", "target": "tensorrt"}, "'qdq' or 'weight_only'"),
+        ({"form": "native", "target": "tensorrt"}, "form='qdq' or form='weight_only'"),
         ({"form": "native", "opset": 17}, "opset 18"),
         ({"form": "native", "int4_initializers": True}, "packs its weights"),
         ({"form": "integer", "int4_initializers": True, "opset": 20}, "INT4 needs opset 21"),

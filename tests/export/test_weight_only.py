@@ -35,6 +35,8 @@ from tests.export.quantized_models import (
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
+pytestmark = pytest.mark.slow
+
 CASES = [
     pytest.param({"k": 128, "n": 20, "bits": 4}, "INT4", id="int4"),
     pytest.param({"k": 40, "n": 20, "bits": 3, "bias": False}, "INT4", id="3-bits"),

@@ -16,6 +16,8 @@ from normfuse.passes.recognise import Recognise
 from tests.zoo import randomise_norms
 from tests.zoo_streams import Attention
 
+pytestmark = pytest.mark.slow
+
 D = 16
 
 

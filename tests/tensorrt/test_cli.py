@@ -11,6 +11,8 @@ from tests.cli_runner import Run, runner
 pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
 pytest.importorskip("onnx")
 
+pytestmark = pytest.mark.slow
+
 MODELS = """
 import torch
 from torch import nn

@@ -175,8 +175,8 @@ def test_forms_that_tensorrt_does_not_take() -> None:
     target = TARGETS["tensorrt"]
     assert possible_forms(model, target, 23, "auto") == ("weight_only",)
     for form, words in (
-        ("integer", "'qdq' or 'weight_only'"),
-        ("native", "'qdq' or 'weight_only'"),
+        ("integer", "form='qdq' or form='weight_only'"),
+        ("native", "form='qdq' or form='weight_only'"),
         ("qdq", "form='weight_only'"),
         ("packed", "unknown form"),
     ):
