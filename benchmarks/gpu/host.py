@@ -1,7 +1,7 @@
 """What a call of a GPU kernel costs the processor, without a GPU: python -m benchmarks.gpu.host
 
-Kernels are compiled for an H100 and started on a driver that does nothing (`tests/gpu/stand_in.py`): checks, outputs and the way to the
-driver are timed, the driver is not.
+Kernels are compiled for an H100 and started on a driver that does nothing (`tests/gpu/stand_in.py`): checks, outputs and the way
+to the driver are timed, the driver is not.
 """
 
 from __future__ import annotations

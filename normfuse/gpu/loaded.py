@@ -1,7 +1,7 @@
 """Kernels that Triton has compiled and loaded, kept by launch and device.
 
-Triton finds a kernel by all of its arguments on every call, which takes a processor longer than a small layer takes a GPU. Here it is
-found by the launch, which says all of that, and by which addresses are multiples of 16.
+Triton finds a kernel by all of its arguments on every call, which takes a processor longer than a small layer takes a GPU. Here it
+is found by the launch, which says all of that, and by which addresses are multiples of 16.
 """
 
 from __future__ import annotations
