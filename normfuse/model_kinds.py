@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 
 import torch
@@ -39,8 +40,15 @@ def _inside(model: nn.Module) -> nn.Module | None:
 
 def check_kind(model: nn.Module) -> None:
     """Raises a UsageError that names the kind of module and what to do, if it cannot be captured whatever its inputs."""
+    own = set(model.modules())
     for path, module in model.named_modules():
         where = f"{type(module).__name__} at {path}" if path else type(module).__name__
+        for name, held in _reached_by_functions(module):
+            if held in own and any(m.training for m in held.modules()):
+                raise UsageError(
+                    f"{where}: the function {name} holds a module of the model that is in training mode, and a copy of the model "
+                    "calls the same one: call model.eval() first, or make the function a method"
+                )
         if isinstance(module, torch.jit.ScriptModule):
             raise UsageError(
                 f"{where} is a TorchScript module (scripted or traced) without Python code: pass the nn.Module it was made from"
@@ -64,6 +72,17 @@ def check_hooks(graph: fx.GraphModule, where: str) -> None:
             f"{where} is a graph with forward hooks, which are lost when a graph is copied: remove them, or hook a module "
             "around it (torch.nn.Sequential(graph))"
         )
+
+
+def _reached_by_functions(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Modules in the closures of functions that are attributes: a copy has the same functions, and they the same modules."""
+    for name, value in vars(module).items():
+        found = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else (value,)
+        for f in found if not name.startswith("_") else ():
+            for cell in getattr(f, "__closure__", None) or ():
+                with contextlib.suppress(ValueError):  # an empty cell
+                    if isinstance(cell.cell_contents, nn.Module):
+                        yield name, cell.cell_contents
 
 
 def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -288,3 +288,30 @@ def test_quantization_aware_layers_with_observers_off_are_captured_and_round_ali
     x = torch.randn(2, 3, 8, 8)
     fast = normfuse.optimize(model, (x,))
     torch.testing.assert_close(fast(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+class Held(nn.Module):
+    """A function that is no method, and reaches the modules that it was made with."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+        self.steps = [lambda x: self.norm(self.conv(x)), torch.relu]
+
+    def forward(self, x):
+        for step in self.steps:
+            x = step(x)
+        return x
+
+
+@pytest.mark.parametrize("how", [normfuse.optimize, normfuse.fold])
+def test_functions_that_hold_modules_do_not_move_their_statistics(how):
+    model, x = Held(), torch.randn(2, 3, 4, 4)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(
+        UsageError, match=r"the function steps holds a module of the model that is in training mode.*call model\.eval\(\)"
+    ):
+        how(model.train(), (x,))
+    model.eval()
+    torch.testing.assert_close(how(model, (x,))(x), model(x), rtol=1e-4, atol=1e-5)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())

@@ -773,14 +773,14 @@ def test_norms_are_saved_with_what_they_had(options):
     torch.testing.assert_close(again(x), model(x), rtol=0, atol=2e-2)
 
 
-def test_a_function_that_holds_the_modules_of_the_original_is_said():
-    """A copy does not copy what a lambda refers to: here a norm that trains."""
+def test_a_function_that_holds_the_modules_of_another_model_is_said():
+    """A copy does not copy what a lambda refers to: here a norm that trains and is no module of the model."""
 
     class Holding(nn.Module):
         def __init__(self):
             super().__init__()
-            self.conv, self.norm = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
-            self.call = lambda x: self.norm(x)
+            self.conv, norm = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+            self.call = lambda x: norm(x)
 
         def forward(self, x):
             return self.call(self.conv(x))
