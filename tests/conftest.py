@@ -1,7 +1,9 @@
 """Every test starts from the same seeds, on one thread, without a hub."""
 
+import logging
 import os
 import random
+from collections.abc import Iterator
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers or huggingface_hub is imported
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # before onnxruntime is imported
@@ -19,6 +21,15 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 # Tests are spread over processes; threads inside each of them would fight for the same cores.
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _level() -> Iterator[None]:
+    """The command line, called in this process, sets how much the library tells."""
+    logger = logging.getLogger("normfuse")
+    before = logger.level
+    yield
+    logger.setLevel(before)
 
 
 @pytest.fixture(autouse=True)
