@@ -141,34 +141,29 @@ def test_a_tokenizer_feeds_the_file(build: Any, tmp_path: Path, export: Any) -> 
     assert build is clip_text or not np.allclose(bare["last_hidden_state"], have["last_hidden_state"], atol=1e-3)
 
 
-def test_an_image_processor_feeds_the_file(tmp_path: Path, export: Any) -> None:
-    config = transformers.ViTConfig(
-        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48, image_size=32, patch_size=8
-    )
-    model = lively(transformers.ViTModel(config))
-    model.save_pretrained(tmp_path / "model")
-    transformers.ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "model")
+def check_images(model: Any, processor: Any, sizes: tuple[int, int], folder: Path, export: Any) -> None:
+    """What the processor of a folder makes of three images feeds the file, and gives what the model gives."""
+    model.save_pretrained(folder / "model")
+    processor.save_pretrained(folder / "model")
     file = export("batch")
-    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "model")
-    images = list(np.random.default_rng(0).integers(0, 256, (3, 48, 40, 3), dtype=np.uint8))
-    given = processor(images=images, return_tensors="np")
+    images = list(np.random.default_rng(0).integers(0, 256, (3, *sizes, 3), dtype=np.uint8))
+    given = transformers.AutoImageProcessor.from_pretrained(folder / "model")(images=images, return_tensors="np")
     have = run(file, dict(given))
     with torch.no_grad():
         want = model(pixel_values=torch.from_numpy(given["pixel_values"]))
     np.testing.assert_allclose(have["last_hidden_state"], want.last_hidden_state.numpy(), rtol=1e-4, atol=1e-4)
+
+
+def test_an_image_processor_feeds_the_file(tmp_path: Path, export: Any) -> None:
+    config = transformers.ViTConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48, image_size=32, patch_size=8
+    )
+    processor = transformers.ViTImageProcessor(size={"height": 32, "width": 32})
+    check_images(lively(transformers.ViTModel(config)), processor, (48, 40), tmp_path, export)
 
 
 def test_the_processor_says_how_large_images_are(tmp_path: Path, export: Any) -> None:
     """A convolutional network has no size of its own; its processor has."""
     config = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1])
-    model = lively(transformers.ResNetModel(config))
-    model.save_pretrained(tmp_path / "model")
-    transformers.ConvNextImageProcessor(size={"shortest_edge": 48}, crop_pct=1.0).save_pretrained(tmp_path / "model")
-    file = export("batch")
-    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "model")
-    images = list(np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), dtype=np.uint8))
-    given = processor(images=images, return_tensors="np")
-    have = run(file, dict(given))
-    with torch.no_grad():
-        want = model(pixel_values=torch.from_numpy(given["pixel_values"]))
-    np.testing.assert_allclose(have["last_hidden_state"], want.last_hidden_state.numpy(), rtol=1e-4, atol=1e-4)
+    processor = transformers.ConvNextImageProcessor(size={"shortest_edge": 48}, crop_pct=1.0)
+    check_images(lively(transformers.ResNetModel(config)), processor, (64, 64), tmp_path, export)
