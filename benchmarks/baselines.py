@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks.models import MODELS
+from normfuse.app.engines import onnxruntime_engine
 from normfuse.benchmark import Engine
-from normfuse.engines import onnxruntime_engine
 
 __all__ = ["BASELINES", "Baseline", "openvino_engine"]
 
@@ -150,7 +150,7 @@ def _open_torchao(name: str, threads: int) -> Callable[[], Any]:
     import torch
     from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
 
-    from normfuse.engines import callable_engine, compiled
+    from normfuse.app.engines import callable_engine, compiled
 
     torch.set_num_threads(threads)
     source = MODELS[name].build()

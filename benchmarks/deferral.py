@@ -18,7 +18,7 @@ from normfuse.api import DEFAULT
 from normfuse.benchmark import Machine
 from normfuse.export import to_onnx
 from normfuse.files import atomic
-from normfuse.passes.weightless import Weightless
+from normfuse.passes.affine.weightless import Weightless
 
 RESULTS = Path(__file__).parent / "results" / "deferral.md"
 BLOCKS = 6

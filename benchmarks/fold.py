@@ -28,7 +28,7 @@ from benchmarks.command import exit_code
 from benchmarks.zoo import ROOT, read, run_all
 from benchmarks.zoo_measure import counted, error_between, first_line, in_float64, outputs_of, relative_error, without_cache
 from benchmarks.zoo_models import LIBRARIES, Subject, subjects
-from normfuse.sources import randomise_norms
+from normfuse.app.random_norms import randomise_norms
 
 __all__ = ["main", "measure"]
 

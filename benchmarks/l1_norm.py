@@ -29,8 +29,8 @@ import click
 from rich.console import Console
 
 from benchmarks.command import exit_code
+from normfuse.app.engines import bench, compiled
 from normfuse.benchmark import Comparison, Engine, Machine
-from normfuse.engines import bench, compiled
 from normfuse.errors import NormfuseError
 from normfuse.files import atomic
 

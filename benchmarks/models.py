@@ -7,7 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from normfuse.sources import Options, Source, load_source
+from normfuse.app.source_options import Options
+from normfuse.app.sources import Source, load_source
 
 __all__ = ["MODELS", "Entry", "prepared_call"]
 
@@ -36,7 +37,7 @@ def _timm(name: str, batch: int) -> Callable[[], Source]:
 
 
 def _random_norms(model: Any) -> Any:
-    from normfuse.sources import randomise_norms
+    from normfuse.app.random_norms import randomise_norms
 
     return randomise_norms(model.eval(), seed=0)
 
@@ -121,7 +122,7 @@ MODELS: dict[str, Entry] = {
 
 def prepared_call(name: str, compile: bool, threads: int) -> Callable[[], Any]:
     """The model called `name` run by torch, as `normfuse.benchmark.Engine.open` wants it."""
-    from normfuse.engines import callable_engine, compiled
+    from normfuse.app.engines import callable_engine, compiled
 
     source = MODELS[name].build()
     module = source.module.requires_grad_(False)

@@ -7,11 +7,11 @@ from typing import Any
 
 from benchmarks.models import Entry
 from normfuse.api import optimize
+from normfuse.app.engines import export_original, onnxruntime_engine
+from normfuse.app.sources import Source
 from normfuse.benchmark import Engine
-from normfuse.engines import export_original, onnxruntime_engine
 from normfuse.export import to_onnx
-from normfuse.record import report
-from normfuse.sources import Source
+from normfuse.reports.record import report
 
 __all__ = ["Prepared", "prepare"]
 

@@ -26,13 +26,13 @@ import normfuse
 from benchmarks.baselines import BASELINES, openvino_engine
 from benchmarks.command import exit_code
 from benchmarks.models import MODELS, Entry
+from normfuse.app.engines import export_original, onnxruntime_engine
+from normfuse.app.sources import Source
 from normfuse.benchmark import Comparison, Engine, Schedule, measure
 from normfuse.benchmark.machine import cores
 from normfuse.benchmark.progress import rounds_bar
-from normfuse.engines import export_original, onnxruntime_engine
 from normfuse.export import to_onnx
 from normfuse.files import atomic
-from normfuse.sources import Source
 
 __all__ = ["main"]
 

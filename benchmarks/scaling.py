@@ -36,7 +36,7 @@ def _one(kind: str) -> dict[str, Any]:
     import torch
 
     import normfuse
-    from normfuse.sources import randomise_norms
+    from normfuse.app.random_norms import randomise_norms
 
     torch.manual_seed(0)
     # everything that is imported on first use belongs to the libraries and not to the model

@@ -20,12 +20,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import normfuse
 from benchmarks.zoo_models import Subject
-from normfuse.calls import calls_of
+from normfuse.app.random_norms import randomise_norms
 from normfuse.errors import NormfuseError
-from normfuse.partial import OptimizedPart
-from normfuse.prove import Proof
-from normfuse.report import Report, Site
-from normfuse.sources import randomise_norms
+from normfuse.given.calls import calls_of
+from normfuse.pipeline.partial import OptimizedPart
+from normfuse.proof.prove import Proof
+from normfuse.reports.model import Site
+from normfuse.reports.report import Report
 
 __all__ = [
     "Row", "counted", "error_between", "first_line", "in_float64", "measure", "normalized", "outputs_of", "relative_error",

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from benchmarks import zoo_transformers
-from normfuse.declared_inputs import declared_inputs
+from normfuse.given.declared_inputs import declared_inputs
 
 __all__ = ["LIBRARIES", "SIZES", "Subject", "sizes", "subject", "subjects"]
 

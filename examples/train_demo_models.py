@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-from normfuse.demo_models import DigitsCNN, DigitsViT
+from normfuse.app.demo_models import DigitsCNN, DigitsViT
 from normfuse.files import atomic
 
 HELD_OUT = 500

@@ -21,13 +21,13 @@ from typing import Any
 import torch
 from torch import fx
 
-from normfuse.constants import Constant
 from normfuse.errors import UsageError
 from normfuse.export.norm_patterns import Norm, crms_norm, dtype_of, is_row, l1_norm, over_last_axis, rms_norm, settled
-from normfuse.graph import Graph
-from normfuse.passes.moments import is_cast
-from normfuse.record import record
-from normfuse.views import Add, Linear, Relu, Softmax, Value
+from normfuse.ir.constants import Constant
+from normfuse.ir.graph import Graph
+from normfuse.ir.views import Add, Linear, Relu, Softmax, Value
+from normfuse.passes.patterns.moments import is_cast
+from normfuse.reports.record import record
 
 __all__ = ["KERNELS", "with_kernels"]
 

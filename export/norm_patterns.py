@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from normfuse.constants import Constant
-from normfuse.graph import Graph
-from normfuse.passes.moments import is_cast
-from normfuse.views import Add, Div, Mean, Mul, Pow, RmsNorm, Rsqrt, Sqrt, Square, Sub, Sum, Value
+from normfuse.ir.constants import Constant
+from normfuse.ir.graph import Graph
+from normfuse.ir.views import Add, Div, Mean, Mul, Pow, RmsNorm, Rsqrt, Sqrt, Square, Sub, Sum, Value
+from normfuse.passes.patterns.moments import is_cast
 
 __all__ = ["Norm", "crms_norm", "dtype_of", "is_row", "l1_norm", "over_last_axis", "rms_norm", "settled"]
 

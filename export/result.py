@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from normfuse.export.onnx.oldest import Input
-from normfuse.report import Error
+from normfuse.reports.model import Error
 
 __all__ = ["Exported", "note_lines"]
 

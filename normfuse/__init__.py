@@ -7,10 +7,6 @@ print(normfuse.report(fast))
 
 from typing import TYPE_CHECKING, Any
 
-import normfuse.report as _report_module  # loads the module now: later it would take the place of the function of the same name
-
-del _report_module, globals()["report"]
-
 __version__ = "0.1.0"
 
 __all__ = [
@@ -42,22 +38,24 @@ __all__ = [
 if TYPE_CHECKING:
     from normfuse import export, nn, passes
     from normfuse.api import optimize
-    from normfuse.engines import bench
+    from normfuse.app.engines import bench
     from normfuse.errors import CaptureError, CheckFailed, ExportError, MissingExtra, NormfuseError, RewriteError, UsageError
-    from normfuse.folded import fold
+    from normfuse.folding.fold import fold
+    from normfuse.pipeline.saved import load, save
     from normfuse.quant.spec import ShiftQuant
-    from normfuse.record import report
-    from normfuse.report import Error, LayerQuantization, PassReport, Report, Site
-    from normfuse.saved import load, save
+    from normfuse.reports.model import Error, LayerQuantization, PassReport, Site
+    from normfuse.reports.record import report
+    from normfuse.reports.report import Report
 
 _HOMES = {
-    "bench": "normfuse.engines",
-    "fold": "normfuse.folded",
+    "bench": "normfuse.app.engines",
+    "fold": "normfuse.folding.fold",
     "optimize": "normfuse.api",
-    **dict.fromkeys(("load", "save"), "normfuse.saved"),
-    "report": "normfuse.record",
+    **dict.fromkeys(("load", "save"), "normfuse.pipeline.saved"),
+    "report": "normfuse.reports.record",
     "ShiftQuant": "normfuse.quant.spec",
-    **dict.fromkeys(("Error", "LayerQuantization", "PassReport", "Report", "Site"), "normfuse.report"),
+    **dict.fromkeys(("Error", "LayerQuantization", "PassReport", "Site"), "normfuse.reports.model"),
+    "Report": "normfuse.reports.report",
     **dict.fromkeys(
         ("CaptureError", "CheckFailed", "ExportError", "MissingExtra", "NormfuseError", "RewriteError", "UsageError"),
         "normfuse.errors",

@@ -11,25 +11,26 @@ from typing import Any, Literal, Protocol, TypeVar
 
 from torch import Tensor, fx, nn
 
-from normfuse.batches import Batches
-from normfuse.capture import Captured, arguments, as_given, calls_of, capture, flat_inputs
+from normfuse.capture.capture import Captured, arguments, as_given, calls_of, capture, flat_inputs
 from normfuse.errors import UsageError
-from normfuse.extra_entries import taken
-from normfuse.figures import last_word, norm_counts, operators, paired, tensor_sizes
-from normfuse.graph import Graph
-from normfuse.origin import origin_of
-from normfuse.original import Call
-from normfuse.partial import whole_or_parts
+from normfuse.given.extra_entries import taken
+from normfuse.given.original import Call
+from normfuse.ir.graph import Graph
+from normfuse.numerics.batches import Batches
 from normfuse.passes import PASSES
-from normfuse.passes.folding import known_values
+from normfuse.passes.affine.folding import known_values
 from normfuse.passes.quantize.nothing import check_quantized
 from normfuse.passes.quantize.ranks import everywhere, several_ranks
-from normfuse.prove import Proof, run
+from normfuse.pipeline.figures import last_word, norm_counts, operators, paired, tensor_sizes
+from normfuse.pipeline.origin import origin_of
+from normfuse.pipeline.partial import whole_or_parts
+from normfuse.proof.prove import Proof, run
+from normfuse.proof.returned import settle
 from normfuse.quant.spec import ShiftQuant, static_layers
-from normfuse.record import Record
-from normfuse.record import report as report_of
-from normfuse.report import Calibration, PassReport, Report
-from normfuse.returned import settle
+from normfuse.reports.model import Calibration, PassReport
+from normfuse.reports.record import Record
+from normfuse.reports.record import report as report_of
+from normfuse.reports.report import Report
 from normfuse.surroundings import undisturbed
 
 __all__ = ["DEFAULT", "VERIFY", "Pass", "optimize"]
@@ -219,7 +220,7 @@ def _quantization(spec: Any) -> list[Pass]:
     if not isinstance(spec, ShiftQuant):
         given = "ShiftQuant without ()" if spec is ShiftQuant else repr(spec)
         raise UsageError(f"quantize={given}: expected a normfuse.ShiftQuant, e.g. ShiftQuant(weight_bits=4, activation_bits=8)")
-    from normfuse.passes.shiftquant import ShiftQuantize  # its operators load the native kernels
+    from normfuse.passes.quantize.shiftquant import ShiftQuantize  # its operators load the native kernels
 
     return [ShiftQuantize(spec)]
 

@@ -1,7 +1,7 @@
 """Every reparametrization is evaluated once: what training keeps apart is one weight at inference.
 
 Weight standardization, weight and spectral normalization, orthogonal and zero-mean weights and companders are functions
-of constants (`normfuse.passes.folding`); parallel branches are functions of one value (`normfuse.passes.parallel`).
+of constants (`normfuse.passes.affine.folding`); parallel branches are functions of one value (`normfuse.passes.affine.parallel`).
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from time import perf_counter
 
-from normfuse.graph import Graph, Refuse
-from normfuse.passes.folding import fold
-from normfuse.passes.parallel import parallel_convs
-from normfuse.report import PassReport, Site
+from normfuse.ir.graph import Graph, Refuse
+from normfuse.passes.affine.folding import fold
+from normfuse.passes.affine.parallel import parallel_convs
+from normfuse.reports.model import PassReport, Site
 
 __all__ = ["Bake"]
 

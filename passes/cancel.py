@@ -13,12 +13,9 @@ from time import perf_counter
 import torch
 from torch import Tensor, fx
 
-from normfuse.constants import Constant
-from normfuse.graph import Graph, Refuse
-from normfuse.passes.broadcast import PASS_INPUTS, UNKNOWN, hint, replayed
-from normfuse.passes.streams import named
-from normfuse.report import PassReport, Site
-from normfuse.views import (
+from normfuse.ir.constants import Constant
+from normfuse.ir.graph import Graph, Refuse
+from normfuse.ir.views import (
     Identity,
     LayerNorm,
     LeakyRelu,
@@ -32,6 +29,9 @@ from normfuse.views import (
     RmsNorm,
     Value,
 )  # fmt: skip
+from normfuse.passes.affine.broadcast import PASS_INPUTS, UNKNOWN, hint, replayed
+from normfuse.passes.streams.streams import named
+from normfuse.reports.model import PassReport, Site
 
 __all__ = ["Cancel"]
 

@@ -10,13 +10,13 @@ from time import perf_counter
 import torch
 from torch import Tensor, fx
 
-from normfuse.aliases import copy_is_needed
-from normfuse.graph import Graph
-from normfuse.passes.folding import CASTS, CHECKS, fold
+from normfuse.ir.aliases import copy_is_needed
+from normfuse.ir.graph import Graph
+from normfuse.ir.views import Cat, Identity, Movement, Op, Pad, Reshape, Value
+from normfuse.passes.affine.folding import CASTS, CHECKS, fold
+from normfuse.passes.affine.slices import slice_of_concatenation
 from normfuse.passes.once import norms_once
-from normfuse.passes.slices import slice_of_concatenation
-from normfuse.report import PassReport, Site
-from normfuse.views import Cat, Identity, Movement, Op, Pad, Reshape, Value
+from normfuse.reports.model import PassReport, Site
 
 __all__ = ["Cleanup"]
 

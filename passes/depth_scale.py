@@ -18,13 +18,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor, fx
 
-from normfuse.constants import Constant
 from normfuse.errors import UsageError
-from normfuse.graph import Graph, Refuse
-from normfuse.passes.broadcast import axes
-from normfuse.passes.pre_norms import CASTS, blocks, norms, stacks, steps
-from normfuse.report import PassReport, Site
-from normfuse.views import Add, Affine, Div, LayerNorm, Mul, RmsNorm, Value
+from normfuse.ir.constants import Constant
+from normfuse.ir.graph import Graph, Refuse
+from normfuse.ir.views import Add, Affine, Div, LayerNorm, Mul, RmsNorm, Value
+from normfuse.passes.affine.broadcast import axes
+from normfuse.passes.streams.pre_norms import CASTS, blocks, norms, stacks, steps
+from normfuse.reports.model import PassReport, Site
 
 __all__ = ["DepthScale"]
 

@@ -16,14 +16,9 @@ from time import perf_counter
 import torch
 from torch import Tensor, fx
 
-from normfuse.constants import Constant
-from normfuse.graph import Graph, Refuse
-from normfuse.observe import observe
-from normfuse.passes.broadcast import PASS_INPUTS, UNKNOWN, channelwise, is_zero, same_shape
-from normfuse.passes.into_producer import _bias
-from normfuse.passes.streams import centered
-from normfuse.report import PassReport, Site
-from normfuse.views import (
+from normfuse.ir.constants import Constant
+from normfuse.ir.graph import Graph, Refuse
+from normfuse.ir.views import (
     Addmm,
     Affine,
     Embedding,
@@ -39,6 +34,11 @@ from normfuse.views import (
     Sub,
     Value,
 )  # fmt: skip
+from normfuse.numerics.observe import observe
+from normfuse.passes.affine.broadcast import PASS_INPUTS, UNKNOWN, channelwise, is_zero, same_shape
+from normfuse.passes.affine.into_producer import _bias
+from normfuse.passes.streams.streams import centered
+from normfuse.reports.model import PassReport, Site
 
 __all__ = ["HugeEps"]
 

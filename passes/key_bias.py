@@ -15,12 +15,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from normfuse.constants import Constant
-from normfuse.graph import Graph, Refuse
-from normfuse.passes.broadcast import PASS_INPUTS, UNKNOWN, axes, is_zero, moved
-from normfuse.passes.streams import named, operands
-from normfuse.report import PassReport, Site
-from normfuse.views import (
+from normfuse.ir.constants import Constant
+from normfuse.ir.graph import Graph, Refuse
+from normfuse.ir.views import (
     Add,
     Addmm,
     Affine,
@@ -36,6 +33,9 @@ from normfuse.views import (
     Softmax,
     Value,
 )  # fmt: skip
+from normfuse.passes.affine.broadcast import PASS_INPUTS, UNKNOWN, axes, is_zero, moved
+from normfuse.passes.streams.streams import named, operands
+from normfuse.reports.model import PassReport, Site
 
 __all__ = ["KeyBias"]
 

@@ -19,10 +19,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor, fx
 
-from normfuse.graph import Graph, Refuse
-from normfuse.observe import observe
-from normfuse.report import PassReport, Site
-from normfuse.views import Add, Div, LayerNorm, Mean, Mul, RmsNorm, Sub, Value
+from normfuse.ir.graph import Graph, Refuse
+from normfuse.ir.views import Add, Div, LayerNorm, Mean, Mul, RmsNorm, Sub, Value
+from normfuse.numerics.observe import observe
+from normfuse.reports.model import PassReport, Site
 
 __all__ = ["L1"]
 

@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import fx
 
-from normfuse.aliases import is_returned
-from normfuse.graph import Graph
-from normfuse.report import Site
-from normfuse.views import GroupNorm, LayerNorm, RmsNorm
+from normfuse.ir.aliases import is_returned
+from normfuse.ir.graph import Graph
+from normfuse.ir.views import GroupNorm, LayerNorm, RmsNorm
+from normfuse.reports.model import Site
 
 __all__ = ["norms_once"]
 

@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
-from normfuse.aliases import copy_is_needed
-from normfuse.constants import Constant
-from normfuse.graph import Graph
-from normfuse.passes.broadcast import axes, collapse, is_one, is_zero, per_channel
-from normfuse.passes.known import dtype_of, infer
-from normfuse.report import PassReport
-from normfuse.views import Add, Affine, BatchNorm, GroupNorm, Identity, InstanceNorm, LayerNorm, Mul, Op, RmsNorm, Value
+from normfuse.ir.aliases import copy_is_needed
+from normfuse.ir.constants import Constant
+from normfuse.ir.graph import Graph
+from normfuse.ir.views import Add, Affine, BatchNorm, GroupNorm, Identity, InstanceNorm, LayerNorm, Mul, Op, RmsNorm, Value
+from normfuse.passes.affine.broadcast import axes, collapse, is_one, is_zero, per_channel
+from normfuse.passes.patterns.known import dtype_of, infer
+from normfuse.reports.model import PassReport
 
 __all__ = ["Realise"]
 

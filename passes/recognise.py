@@ -2,9 +2,9 @@
 
     x · rsqrt(mean(x²) + ε)  =  RMSNorm(x),   (x − mean x) / √(var x + ε)  =  LayerNorm(x)
 
-Gains and shifts that follow stay arithmetic on constants, which `expose` reads; `normfuse.passes.activations` reads GELU and SiLU.
-Sources: Ba et al., Layer Normalization, arXiv 1607.06450, eq. 3; Zhang and Sennrich, Root Mean Square Layer Normalization, arXiv
-1910.07467, eq. 4.
+Gains and shifts that follow stay arithmetic on constants, which `expose` reads; GELU and SiLU are read by
+`normfuse.passes.patterns.activations`. Sources: Ba et al., Layer Normalization, arXiv 1607.06450, eq. 3; Zhang and Sennrich, Root
+Mean Square Layer Normalization, arXiv 1910.07467, eq. 4.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from time import perf_counter
 import torch
 from torch import Tensor, fx
 
-from normfuse.constants import Constant
-from normfuse.graph import Graph, Refuse
-from normfuse.passes.activations import RULE, activation_of
-from normfuse.passes.broadcast import PASS_INPUTS, UNKNOWN, axes, per_channel
-from normfuse.passes.cores import RMS_NORM, Core, Gain, allowed, core_of, is_mean, shape_of_core, sizes_of
-from normfuse.passes.moments import is_cast
-from normfuse.passes.regroup import regrouped
-from normfuse.report import PassReport, Site
-from normfuse.views import Add, GroupNorm, LayerNorm, Mul, Permute, RmsNorm, Value
+from normfuse.ir.constants import Constant
+from normfuse.ir.graph import Graph, Refuse
+from normfuse.ir.views import Add, GroupNorm, LayerNorm, Mul, Permute, RmsNorm, Value
+from normfuse.passes.affine.broadcast import PASS_INPUTS, UNKNOWN, axes, per_channel
+from normfuse.passes.patterns.activations import RULE, activation_of
+from normfuse.passes.patterns.cores import RMS_NORM, Core, Gain, allowed, core_of, is_mean, shape_of_core, sizes_of
+from normfuse.passes.patterns.moments import is_cast
+from normfuse.passes.patterns.regroup import regrouped
+from normfuse.reports.model import PassReport, Site
 
 __all__ = ["Recognise"]
 

@@ -14,11 +14,11 @@ from time import perf_counter
 import torch
 from torch import fx
 
-from normfuse.constants import Constant
-from normfuse.graph import Graph
-from normfuse.passes.slices import slice_of_concatenation
-from normfuse.report import PassReport, Site
-from normfuse.views import Add, Div, LayerNorm, Linear, Mul, Op, RmsNorm, Sub, Value
+from normfuse.ir.constants import Constant
+from normfuse.ir.graph import Graph
+from normfuse.ir.views import Add, Div, LayerNorm, Linear, Mul, Op, RmsNorm, Sub, Value
+from normfuse.passes.affine.slices import slice_of_concatenation
+from normfuse.reports.model import PassReport, Site
 
 __all__ = ["Select"]
 

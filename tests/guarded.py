@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import normfuse
-from normfuse.report import Report
+from normfuse.reports.report import Report
 from tests.zoo import randomise_norms
 
 __all__ = ["Function", "left", "unproven"]

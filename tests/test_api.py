@@ -8,7 +8,7 @@ from torch import nn
 
 import normfuse
 from normfuse.errors import CaptureError, UsageError
-from normfuse.report import Report
+from normfuse.reports.report import Report
 from tests.zoo import ZOO, randomise_norms
 
 

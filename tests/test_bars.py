@@ -169,7 +169,7 @@ def test_hugging_face_models_are_converted_or_explained(names, options, example,
 
 def test_depth_costs_linear_time_in_the_passes():
     """Counted in calls, not seconds: the driver looks at a node a bounded number of times."""
-    from normfuse.graph import Graph
+    from normfuse.ir.graph import Graph
 
     calls = Counter()
     original = Graph.view

@@ -14,14 +14,14 @@ import torch
 from torch import nn
 
 import normfuse
+from normfuse.app.cuda import for_onnxruntime
+from normfuse.app.engines import bench, callable_engine, onnxruntime_engine
+from normfuse.app.sources import Source
 from normfuse.benchmark import Comparison, Engine, Machine, Measurement, Schedule, Verdict, engine, measure
-from normfuse.benchmark.cuda import for_onnxruntime
 from normfuse.benchmark.machine import cores
 from normfuse.benchmark.progress import rounds_bar
 from normfuse.benchmark.statistics import median_interval
-from normfuse.engines import bench, callable_engine, onnxruntime_engine
 from normfuse.errors import NormfuseError, UsageError
-from normfuse.sources import Source
 from tests.bench_workers import open_and_note, open_dying, open_failing, open_without_torch
 
 QUICK = {"seconds": 0.01, "turn": 0.001, "warmup": 0.0}

@@ -11,10 +11,10 @@ from torch import nn
 from torch.export import Dim
 
 import normfuse
-from normfuse.attribute_names import attribute_names
-from normfuse.canonical import canonical_module
-from normfuse.capture import capture
+from normfuse.capture.canonical import canonical_module
+from normfuse.capture.capture import capture
 from normfuse.errors import CaptureError, UsageError
+from normfuse.ir.attribute_names import attribute_names
 from tests.zoo import randomise_norms
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from normfuse.report import Report
+from normfuse.reports.report import Report
 from tests.cli_runner import Run, runner
 
 MODELS = """

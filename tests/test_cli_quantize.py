@@ -13,7 +13,7 @@ from normfuse import ShiftQuant
 from normfuse.cli.quantization import parse_quantize
 from normfuse.errors import UsageError
 from normfuse.pt2 import load_program
-from normfuse.report import Report
+from normfuse.reports.report import Report
 from tests.cli_runner import Run, runner
 
 MODELS = """

@@ -9,7 +9,8 @@ from normfuse.benchmark import Comparison
 from normfuse.cli.columns import columns, differences
 from normfuse.cli.speed import Speed
 from normfuse.cli.wording import in_options, report_in_options
-from normfuse.report import LayerQuantization, PassReport, Report, Site
+from normfuse.reports.model import LayerQuantization, PassReport, Site
+from normfuse.reports.report import Report
 from tests.test_bench import measurement
 
 

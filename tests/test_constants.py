@@ -2,7 +2,7 @@
 
 import torch
 
-from normfuse.constants import Constant
+from normfuse.ir.constants import Constant
 
 
 def test_an_original_tensor_comes_back_bit_for_bit():

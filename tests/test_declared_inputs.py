@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from normfuse.declared_inputs import declared_inputs
+from normfuse.given.declared_inputs import declared_inputs
 
 
 def test_module_of_nobody_declares_nothing() -> None:

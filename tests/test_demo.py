@@ -11,9 +11,9 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from normfuse import api, demo, demo_models
-from normfuse.demo import Outcome
+from normfuse.app.demo import Outcome
 from normfuse.errors import CheckFailed
-from normfuse.report import Error
+from normfuse.reports.model import Error
 from tests.tolerances import IDENTITY, TOLERANCES
 
 pytestmark = pytest.mark.slow

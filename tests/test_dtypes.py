@@ -5,11 +5,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from normfuse.capture import capture
-from normfuse.dtypes import default_eps
-from normfuse.graph import Graph
-from normfuse.passes.known import dtype_of, infer, is_floating, may_be_floating
-from normfuse.views import Value
+from normfuse.capture.capture import capture
+from normfuse.ir.dtypes import default_eps
+from normfuse.ir.graph import Graph
+from normfuse.ir.views import Value
+from normfuse.passes.patterns.known import dtype_of, infer, is_floating, may_be_floating
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])

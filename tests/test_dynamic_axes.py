@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 import normfuse
-from normfuse.dynamic_axes import Axis, free_axes, parse_axes
+from normfuse.app.dynamic_axes import Axis, free_axes, parse_axes
+from normfuse.app.found_axes import found_shapes
 from normfuse.errors import UsageError
-from normfuse.found_axes import found_shapes
 
 # -- how they are written ------------------------------------------------------------------------------------------------
 

@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import nn
 
+from normfuse.app.example_inputs import inputs_for, parse_shape, read_inputs
+from normfuse.app.source_options import Options
+from normfuse.app.sources import load_source
 from normfuse.errors import UsageError
-from normfuse.example_inputs import inputs_for, parse_shape, read_inputs
-from normfuse.sources import Options, load_source
 from tests.evil import Evil
 
 

@@ -10,8 +10,8 @@ from torch import nn
 from torch.nn.utils import prune
 
 import normfuse
+from normfuse.app.random_norms import randomise_norms
 from normfuse.errors import CaptureError, UsageError
-from normfuse.sources import randomise_norms
 from tests.tolerances import IDENTITY, TOLERANCES
 
 IMAGE = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -587,7 +587,7 @@ def test_kinds_of_models_that_have_no_modules():
 
 def test_rewrite_that_is_wrong_in_the_tree_is_taken_back(monkeypatch):
     """A norm that does nothing is put where one is needed: the proof of the copy sees it."""
-    import normfuse.written_back as written_back
+    import normfuse.folding.written_back as written_back
 
     right = written_back._lighten
 

@@ -11,16 +11,17 @@ import torch
 from torch import Tensor, nn
 
 import normfuse
+from normfuse.app.cuda import Placement, in_dtype, on_device
+from normfuse.app.engines import bench, tensorrt_engine
+from normfuse.app.source_options import Options
+from normfuse.app.sources import Source
 from normfuse.benchmark import Engine, Schedule, measure
-from normfuse.benchmark.cuda import Placement, in_dtype, on_device
-from normfuse.benchmark.device import DeviceCall, Gpu, as_graph, find_gpu
 from normfuse.benchmark.engine import take_turn
 from normfuse.cli.bench import Settings, Workshop
 from normfuse.cli.options import Model, Pipeline
-from normfuse.engines import bench, tensorrt_engine
 from normfuse.errors import NormfuseError, UsageError
+from normfuse.gpu.device import DeviceCall, Gpu, as_graph, find_gpu
 from normfuse.pt2 import load_program, save_program
-from normfuse.sources import Options, Source
 from tests.cli_runner import Run, runner
 
 MODELS = """

@@ -1,116 +1,164 @@
-"""Imports point one way: front -> export -> passes -> core."""
+"""Imports point one way: a module knows its own room and the rooms below it, and no two modules know each other."""
 
 import ast
 import importlib.util
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
-
-import pytest
 
 import normfuse
 
 ROOT = Path(normfuse.__file__).parent
-# What a user calls stands above the rooms and may know all of them; everything else in normfuse/ is the core.
-FRONT = (
-    "normfuse",
-    "normfuse.__main__",
-    "normfuse.api",
-    "normfuse.cli",
-    "normfuse.demo",
-    "normfuse.demo_models",
-    "normfuse.engines",
-    "normfuse.figures",
-    "normfuse.folded",
-    "normfuse.nn",
-    "normfuse.nn.convert",  # its lossless conversion is an analysis of passes
+FLOORS = (
+    "ground",  # errors, files, caches: modules that stand in normfuse/ itself
+    "reports",
+    "ir",
+    "numerics",
+    "benchmark",
+    "quant",
+    "gpu",
+    "ops",
+    "nn",
+    "importers",
+    "given",
+    "capture",
+    "proof",
+    "pt2",
+    "passes",
+    "export",
+    "pipeline",
+    "folding",
+    "app",
+    "cli",
 )
-LAYERS = ("core", "passes", "export", "front")
-OPTIONAL = (
-    "onnx", "onnxruntime", "onnxscript", "onnx_ir", "timm", "torchvision", "transformers", "tensorrt_rtx", "tensorrt",
-)  # fmt: skip
+# Public names whose place in the package is older than the floors, and the floor that they belong to.
+ELSEWHERE = {
+    "normfuse": "app",
+    "normfuse.__main__": "cli",
+    "normfuse.api": "pipeline",
+    "normfuse.nn": "pipeline",
+    "normfuse.nn.convert": "pipeline",  # its lossless conversion is an analysis of passes
+}
+OPTIONAL = [
+    "onnx",
+    "onnxruntime",
+    "onnxscript",
+    "onnx_ir",
+    "timm",
+    "torchvision",
+    "transformers",
+    "tensorrt_rtx",
+    "tensorrt",
+    "openvino",
+]
 
 
 def _modules() -> dict[str, Path]:
     found = {}
-    for path in sorted(ROOT.rglob("*.py")):
-        parts = path.relative_to(ROOT).with_suffix("").parts
-        found[".".join(("normfuse", *(p for p in parts if p != "__init__")))] = path
-    # Path.rglob does not follow links before Python 3.13, and these two folders are links in a checkout
-    for room in ("passes", "export"):
+    for room in ("", "passes", "export"):
+        # Path.rglob does not follow links before Python 3.13, and these two folders are links in a checkout
         folder = (ROOT / room).resolve()
         for path in sorted(folder.rglob("*.py")):
             parts = path.relative_to(folder).with_suffix("").parts
-            found[".".join(("normfuse", room, *(p for p in parts if p != "__init__")))] = path
+            found[".".join(("normfuse", *filter(None, (room,)), *(p for p in parts if p != "__init__")))] = path
     return found
 
 
 MODULES = _modules()
 
 
-def _layer(module: str) -> str:
-    if module in FRONT or module.startswith("normfuse.cli."):
-        return "front"
-    room = module.split(".")[1]
-    return room if room in ("passes", "export") else "core"
+def _floor(module: str) -> int:
+    parts = module.split(".")
+    room = ELSEWHERE.get(module) or (parts[1] if len(parts) > 1 and (len(parts) > 2 or parts[1] in FLOORS) else "ground")
+    return FLOORS.index(room)
 
 
-def _imports(path: Path) -> Iterator[str]:
-    """Modules of normfuse that the file imports anywhere, inside functions too."""
+@cache
+def _imports(module: str) -> tuple[tuple[int, str], ...]:
+    """Lines and modules of normfuse that the module imports anywhere, inside functions too."""
+    return tuple(_imported(MODULES[module]))
+
+
+def _imported(path: Path) -> Iterator[tuple[int, str]]:
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         match node:
             case ast.Import(names=names):
-                yield from (a.name for a in names if a.name.startswith("normfuse."))
-            case ast.Attribute(value=ast.Name("normfuse"), attr=name) if (
-                name != "__version__"
-            ):  # a constant, known before any import
-                yield "normfuse"
+                yield from ((node.lineno, a.name) for a in names if a.name.startswith("normfuse."))
+            case ast.Attribute(value=ast.Name("normfuse"), attr=name) if name != "__version__":  # known before any import
+                yield node.lineno, "normfuse"
             case ast.ImportFrom(module=str(module), names=names, level=0) if module.split(".")[0] == "normfuse":
                 for alias in names:
                     if f"{module}.{alias.name}" in MODULES:
-                        yield f"{module}.{alias.name}"
+                        yield node.lineno, f"{module}.{alias.name}"
                     elif (module, alias.name) != ("normfuse", "__version__"):
-                        yield module
+                        yield node.lineno, module
             case ast.ImportFrom(level=level) if level:
                 raise AssertionError(f"{path}:{node.lineno}: relative import")
 
 
-def test_every_room_is_seen() -> None:
-    assert {_layer(m) for m in MODULES} == set(LAYERS)
+def test_every_module_has_a_floor() -> None:
+    assert {FLOORS[_floor(m)] for m in MODULES if m != "normfuse.assets"} == set(FLOORS)
 
 
-@pytest.mark.parametrize("module", [pytest.param(m, id=m) for m in MODULES if _layer(m) != "front"])
-def test_imports_point_down(module: str) -> None:
-    allowed = LAYERS[: LAYERS.index(_layer(module)) + 1]
-    wrong = [imported for imported in _imports(MODULES[module]) if _layer(imported) not in allowed]
-    assert not wrong, f"{module} is {_layer(module)} and imports {wrong}"
+def test_imports_point_down() -> None:
+    wrong = [
+        f"{MODULES[module]}:{line}: {module} is on floor {FLOORS[_floor(module)]} and imports {imported}"
+        for module in MODULES
+        if module != "normfuse.assets"
+        for line, imported in _imports(module)
+        if _floor(imported) > _floor(module)
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_no_two_modules_know_each_other() -> None:
+    """No circle of imports, those inside functions included."""
+    known: dict[str, list[str]] = {m: [i for _, i in _imports(m) if i != m] for m in MODULES}
+    done: set[str] = set()
+
+    def walk(module: str, way: list[str]) -> None:
+        assert module not in way, " -> ".join([*way[way.index(module) :], module])
+        if module not in done:
+            for imported in known[module]:
+                walk(imported, [*way, module])
+            done.add(module)
+
+    for module in MODULES:
+        walk(module, [])
+
+
+def test_rooms_are_small() -> None:
+    """Nobody finds a file among forty. In `nn` and `importers` a file is a norm."""
+    rooms: dict[Path, int] = {}
+    for path in MODULES.values():
+        rooms[path.parent] = rooms.get(path.parent, 0) + (path.name != "__init__.py")
+    assert {folder.name: n for folder, n in rooms.items() if n > 20 and folder.name not in ("nn", "importers")} == {}
 
 
 def test_command_line_is_imported_by_nobody() -> None:
-    importers = [
-        m for m, path in MODULES.items() if not m.startswith("normfuse.cli") for i in _imports(path) if i.startswith("normfuse.cli")
-    ]
-    assert set(importers) <= {"normfuse.__main__"}
+    importers = {m for m in MODULES if not m.startswith("normfuse.cli") for _, i in _imports(m) if i.startswith("normfuse.cli")}
+    assert importers <= {"normfuse.__main__"}
 
 
 def test_import_loads_no_optional_library() -> None:
     """`import normfuse` works, and is quick, without any extra installed."""
-    modules = "normfuse.api, normfuse.cli, normfuse.demo, normfuse.engines, normfuse.export"
+    modules = "normfuse.api, normfuse.cli, normfuse.app.demo, normfuse.app.engines, normfuse.export"
     code = f"import sys, {modules}; print([m for m in {OPTIONAL!r} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT.parent, check=True)
     assert done.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("module", [pytest.param(m, id=m) for m in MODULES if not m.endswith("__main__")])
-def test_optional_libraries_are_imported_where_used(module: str) -> None:
+def test_optional_libraries_are_imported_where_used() -> None:
     """At the top of a file they would make every command need every extra; `need` gives the pip line instead."""
-    tree = ast.parse(MODULES[module].read_text(encoding="utf-8"))
-    top = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
-    names = [a.name for n in top if isinstance(n, ast.Import) for a in n.names] + [
-        n.module or "" for n in top if isinstance(n, ast.ImportFrom)
-    ]
-    assert not [name for name in names if name.split(".")[0] in OPTIONAL]
+    wrong = []
+    for module, path in MODULES.items():
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            wrong += [f"{module}:{node.lineno}: {name}" for name in names if name.split(".")[0] in OPTIONAL]
+    assert not wrong
 
 
 def test_top_folders_are_no_packages_of_their_own() -> None:

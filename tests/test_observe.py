@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from normfuse.capture import capture, flat_inputs
+from normfuse.capture.capture import capture, flat_inputs
 from normfuse.errors import UsageError
-from normfuse.graph import Graph
-from normfuse.observe import observe
+from normfuse.ir.graph import Graph
+from normfuse.numerics.observe import observe
 
 
 class Two(nn.Module):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import fx
 
-from normfuse.overloads import resolve
+from normfuse.capture.symbolic.overloads import resolve
 
 aten = torch.ops.aten
 X: Any = fx.Graph().placeholder("x")

@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import normfuse
+from normfuse.app.random_norms import randomise_norms
 from normfuse.errors import CaptureError, UsageError
-from normfuse.partial import OptimizedPart
-from normfuse.report import Report
-from normfuse.sources import randomise_norms
+from normfuse.pipeline.partial import OptimizedPart
+from normfuse.reports.report import Report
 
 
 @pytest.fixture(autouse=True)

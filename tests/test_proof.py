@@ -10,16 +10,16 @@ import torch.nn.functional as F
 from torch import nn
 
 import normfuse
-from normfuse.capture import capture
+from normfuse.capture.capture import capture
 from normfuse.errors import CaptureError, UsageError
-from normfuse.graph import Graph
-from normfuse.modes import Float64, Stirred
-from normfuse.original import Call, Original
+from normfuse.given.original import Call, Original
+from normfuse.ir.graph import Graph
+from normfuse.ir.views import Linear, affine
+from normfuse.numerics.evaluate import evaluate
+from normfuse.numerics.modes import Float64, Stirred
 from normfuse.passes import PASSES
-from normfuse.proof import Proof, moves
-from normfuse.report import PassReport
-from normfuse.verify import evaluate
-from normfuse.views import Linear, affine
+from normfuse.proof.proof import Proof, moves
+from normfuse.reports.model import PassReport
 
 
 def lively(model):

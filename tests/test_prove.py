@@ -6,9 +6,9 @@ from torch import nn
 
 import normfuse
 from normfuse.api import DEFAULT
+from normfuse.ir.views import Linear, Relu
 from normfuse.passes import PASSES
-from normfuse.report import PassReport
-from normfuse.views import Linear, Relu
+from normfuse.reports.model import PassReport
 from tests.zoo import ZOO
 
 

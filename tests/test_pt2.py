@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import nn
 
+from normfuse.app.source_options import Options
+from normfuse.app.sources import load_source
 from normfuse.errors import CaptureError, ExportError, UsageError
 from normfuse.pt2 import load_program, read_report, save_program
-from normfuse.sources import Options, load_source
 from tests.evil import Evil
 
 

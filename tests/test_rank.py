@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from normfuse.dtypes import dtype_of, floating
-from normfuse.symbolic import symbolic
+from normfuse.capture.symbolic.symbolic import symbolic
+from normfuse.ir.dtypes import dtype_of, floating
 
 
 class Known(nn.Module):

@@ -11,11 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from normfuse.errors import UsageError
-from normfuse.report import Calibration, Error, Origin, PassReport, Report, Site
-from normfuse.report_answer import norms_in_words
-from normfuse.report_html import page
-from normfuse.report_numbers import change, duration, magnitude, size
-from normfuse.report_text import compact, passes_in_rows, reasons, table
+from normfuse.reports.answer import norms_in_words
+from normfuse.reports.html import page
+from normfuse.reports.model import Calibration, Error, Origin, PassReport, Site
+from normfuse.reports.numbers import change, duration, magnitude, size
+from normfuse.reports.report import Report
+from normfuse.reports.text import compact, passes_in_rows, reasons, table
 
 SITES = tuple(
     Site("affine_into_consumers", f"blocks.{i}.norm1", "a reader is not linear", f"blocks.{i}.act", "use a linear reader")

@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from normfuse.report import Calibration, Error, LayerQuantization, PassReport, Report
-from normfuse.report_html import page
-from normfuse.report_text import layer_cells, table
+from normfuse.reports.html import page
+from normfuse.reports.model import Calibration, Error, LayerQuantization, PassReport
+from normfuse.reports.report import Report
+from normfuse.reports.text import layer_cells, table
 
 LAYERS = (
     LayerQuantization(

@@ -9,8 +9,8 @@ from torch import nn
 from torch.export import Dim
 
 import normfuse
+from normfuse.app.random_norms import randomise_norms
 from normfuse.errors import ExportError, UsageError
-from normfuse.sources import randomise_norms
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import nn
 
+from normfuse.app.source_options import Options
+from normfuse.app.sources import load_source
 from normfuse.errors import CaptureError, UsageError
-from normfuse.sources import Options, load_source
 from tests.evil import Evil
 
 MINE = """

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from normfuse.capture.symbolic.symbolic import symbolic
 from normfuse.errors import CaptureError
-from normfuse.symbolic import symbolic
 from tests.zoo import ZOO, randomise_norms
 
 aten = torch.ops.aten

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from normfuse.dtypes import possible
+from normfuse.capture.symbolic.symbolic import symbolic
 from normfuse.errors import CaptureError
-from normfuse.symbolic import symbolic
+from normfuse.ir.dtypes import possible
 from tests.symbolic_calls import CALLS, Expression, inputs
 
 DTYPES = [torch.float32, torch.int64, torch.float16, torch.bfloat16]

@@ -25,8 +25,8 @@ from benchmarks.training.runs import Run, planned
 from benchmarks.training.summary import Mean, summarise, table
 from benchmarks.training.tasks import TASKS, Task
 from benchmarks.training.train import measure, train
+from normfuse.app.demo_models import digits as held_out_digits
 from normfuse.benchmark import Machine
-from normfuse.demo_models import digits as held_out_digits
 from normfuse.errors import MissingExtra
 from tests.tolerances import IDENTITY
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from normfuse.capture import capture
-from normfuse.graph import Graph
-from normfuse.views import VIEWS, Add, Conv, Linear, Op, Value
+from normfuse.capture.capture import capture
+from normfuse.ir.graph import Graph
+from normfuse.ir.views import VIEWS, Add, Conv, Linear, Op, Value
 from tests.zoo import ZOO
 
 

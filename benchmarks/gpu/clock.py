@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normfuse.benchmark.device import DeviceCall, as_graph
 from normfuse.benchmark.statistics import median_interval
+from normfuse.gpu.device import DeviceCall, as_graph
 
 __all__ = ["DEVICE", "Timing", "bandwidth", "compare", "copies"]
 

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 import normfuse
 from benchmarks.gpu.asked import Asked
 from benchmarks.gpu.clock import DEVICE, compare
-from normfuse.benchmark.cuda import on_device, to_device
+from normfuse.app.cuda import on_device, to_device
+from normfuse.app.random_norms import randomise_norms
 from normfuse.errors import NormfuseError
 from normfuse.export.kernels import KERNELS, with_kernels
-from normfuse.sources import randomise_norms
 
 __all__ = ["measure"]
 

@@ -43,8 +43,8 @@ def main(arguments: Sequence[str]) -> int:
     if asked.interpret:
         os.environ["TRITON_INTERPRET"] = "1"  # triton reads it when it is imported
         return _interpreted(asked.quick)
-    from normfuse.benchmark.device import find_gpu
     from normfuse.errors import UsageError
+    from normfuse.gpu.device import find_gpu
 
     try:
         gpu = find_gpu()

@@ -20,7 +20,7 @@ from benchmarks.training.data import Images, Text
 from benchmarks.training.tasks import Task
 from benchmarks.training.train import held_out
 from normfuse.nn.convert import convert
-from normfuse.passes.compress import Compress
+from normfuse.passes.streams.compress import Compress
 
 __all__ = ["compressed", "without_one_feature"]
 

@@ -24,31 +24,31 @@ from normfuse import native
 from normfuse.benchmark.machine import cpu_model
 from normfuse.cache import measurement, remember
 from normfuse.errors import ExportError, UsageError
+from normfuse.export.onnx.attention.static_masks import simplify_masks
 from normfuse.export.onnx.build import dims
 from normfuse.export.onnx.choose import fastest
 from normfuse.export.onnx.compare import compare, tolerance_for
 from normfuse.export.onnx.inspect import norm_counts, op_counts
 from normfuse.export.onnx.lower import finished, translated
-from normfuse.export.onnx.mixed_norms import one_dtype_norms
 from normfuse.export.onnx.oldest import needs, signature
-from normfuse.export.onnx.other_dtype import in_another_dtype
 from normfuse.export.onnx.precision import to_precision
+from normfuse.export.onnx.precision.mixed_norms import one_dtype_norms
+from normfuse.export.onnx.precision.other_dtype import in_another_dtype
 from normfuse.export.onnx.precision.spelling import spelled_dtype
 from normfuse.export.onnx.program import Program, program
 from normfuse.export.onnx.quantized.forms import is_quantized, possible_forms
 from normfuse.export.onnx.quantized.native import keep_nodes
 from normfuse.export.onnx.quantized.weights_alone import AS_WRITTEN, weights_alone
 from normfuse.export.onnx.runtime import default_threads, session
-from normfuse.export.onnx.save import MAX_PROTO, data_files, drop_stale, save_model, sha256_of_tensors, weights_sha256
-from normfuse.export.onnx.static_masks import simplify_masks
 from normfuse.export.onnx.table import attention_by_table, layers_by_table
+from normfuse.export.onnx.writer.save import MAX_PROTO, data_files, drop_stale, save_model, sha256_of_tensors, weights_sha256
 from normfuse.export.result import Exported
 from normfuse.export.runtimes import Release, parse_runtime, spelled_runtime
 from normfuse.export.targets import ATTENTION_FORMS, MAX_OPSET, MIN_OPSET, NATIVE_ATTENTION, Target, opset_for, target_named
 from normfuse.extras import need
 from normfuse.files import atomic, check_target, spelled
-from normfuse.record import record
-from normfuse.report import Error
+from normfuse.reports.model import Error
+from normfuse.reports.record import record
 from normfuse.surroundings import undisturbed
 
 __all__ = ["to_onnx", "write_onnx"]

@@ -14,10 +14,10 @@ from normfuse.described import dtype_name
 from normfuse.errors import ExportError
 from normfuse.export.onnx.program import Program
 from normfuse.export.onnx.runtime import run
-from normfuse.modes import Stirred
-from normfuse.proof import moves
-from normfuse.report import Error
-from normfuse.verify import distance, magnitude
+from normfuse.numerics.evaluate import distance, magnitude
+from normfuse.numerics.modes import Stirred
+from normfuse.proof.proof import moves
+from normfuse.reports.model import Error
 
 __all__ = ["MIN_SQNR", "TOLERANCE", "compare", "deviation", "sqnr", "tolerance_for"]
 

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from normfuse.errors import UsageError
-from normfuse.export.onnx.variants import base_name
+from normfuse.export.onnx.tensors import check_tensors
+from normfuse.export.onnx.writer.variants import base_name
 from normfuse.export.ops import DOMAIN
 from normfuse.extras import need
-from normfuse.onnx_tensors import check_tensors
 
 __all__ = ["NORM_OPS", "Facts", "facts", "float_dtypes", "norm_counts", "op_counts", "provenance", "read_model"]
 

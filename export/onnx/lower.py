@@ -11,12 +11,12 @@ from typing import Any
 import torch
 
 from normfuse.errors import ExportError, NormfuseError
-from normfuse.export.onnx.attention import lower_attention
+from normfuse.export.onnx.attention.attention import lower_attention
+from normfuse.export.onnx.attention.eager_attention import mark_attention
+from normfuse.export.onnx.attention.rotary import full_rotary_tables
 from normfuse.export.onnx.build import dims
-from normfuse.export.onnx.eager_attention import mark_attention
 from normfuse.export.onnx.experts import grouped_products
-from normfuse.export.onnx.names import name_graph
-from normfuse.export.onnx.opset17 import to_opset_17
+from normfuse.export.onnx.precision.small_numbers import kept_exact
 from normfuse.export.onnx.program import Program
 from normfuse.export.onnx.quantized.forms import lower_quantized
 from normfuse.export.onnx.quantized.native import add_functions
@@ -25,9 +25,9 @@ from normfuse.export.onnx.quantized.translate import markers
 from normfuse.export.onnx.quantized.weight_only import float_attention
 from normfuse.export.onnx.quiet import quiet
 from normfuse.export.onnx.residual import keep_layer_norm_apart
-from normfuse.export.onnx.rotary import full_rotary_tables
-from normfuse.export.onnx.small_numbers import kept_exact
-from normfuse.export.onnx.translate import MARKER_DOMAIN, table
+from normfuse.export.onnx.writer.names import name_graph
+from normfuse.export.onnx.writer.opset17 import to_opset_17
+from normfuse.export.onnx.writer.translate import MARKER_DOMAIN, table
 from normfuse.export.runtimes import format_of
 from normfuse.export.targets import Target
 from normfuse.extras import need

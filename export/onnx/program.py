@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from normfuse.capture_errors import IN_PARTS
+from normfuse.capture.explained import IN_PARTS
 from normfuse.errors import ExportError, UsageError
-from normfuse.export.onnx.dims import axis_names, exportable
-from normfuse.export.onnx.recast import changes_for, computes_in, in_other_dtypes, is_quantized_graph, recast
+from normfuse.export.onnx.precision.recast import changes_for, computes_in, in_other_dtypes, is_quantized_graph, recast
+from normfuse.export.onnx.writer.dims import axis_names, exportable
 from normfuse.export.targets import Target
-from normfuse.record import record
-from normfuse.trees import children, named_leaves
+from normfuse.ir.trees import children, named_leaves
+from normfuse.reports.record import record
 
 __all__ = ["Program", "program"]
 

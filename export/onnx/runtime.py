@@ -13,10 +13,10 @@ from torch import Tensor
 
 from normfuse import native
 from normfuse.errors import ExportError
+from normfuse.export.onnx.domains import domains
+from normfuse.export.onnx.tensors import check_file
 from normfuse.extras import need
 from normfuse.files import spelled
-from normfuse.onnx_domains import domains
-from normfuse.onnx_tensors import check_file
 
 __all__ = ["default_threads", "run", "session"]
 

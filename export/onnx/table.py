@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from normfuse.export.onnx.attention import lower_attention, widths
+from normfuse.export.onnx.attention.attention import lower_attention, widths
 from normfuse.export.targets import NATIVE_ATTENTION
 
 __all__ = ["attention_by_table", "layers_by_table"]

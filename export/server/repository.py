@@ -12,6 +12,7 @@ from typing import Literal
 
 from normfuse import native
 from normfuse.errors import UsageError
+from normfuse.export.onnx.domains import domains
 from normfuse.export.result import note_lines
 from normfuse.export.server.batching import check_preferred, max_batch_size
 from normfuse.export.server.config import BACKENDS, CONFIG, FILE_NAMES, Options, check_types, config_text
@@ -21,7 +22,6 @@ from normfuse.export.server.signature import Signature, of_engine
 from normfuse.export.server.versions import agree, check_limits, model_folder, number_of, read, same_interface, shown, stays
 from normfuse.export.server.warmup import Warmup, plan
 from normfuse.export.tensorrt.engine import manifest_path
-from normfuse.onnx_domains import domains
 
 __all__ = ["Served", "check_place", "write_repository"]
 

@@ -20,7 +20,7 @@ from normfuse.export.tensorrt.layers import layers, memory
 from normfuse.export.tensorrt.plugins.plans import PLUGINS
 from normfuse.export.tensorrt.profiles import InputSize, Profile, complete, parse_shapes
 from normfuse.files import atomic, check_target, workspace
-from normfuse.report import Error
+from normfuse.reports.model import Error
 
 if TYPE_CHECKING:
     from torch import nn
@@ -175,8 +175,8 @@ def file_as_onnx(file: str | Path, folder: Path, *, dtype: str | None = None, io
     dtype = _short(dtype)
     if dtype == "fp32":
         return Ready(file, sizes)
-    from normfuse.export.onnx.save import save_model
-    from normfuse.export.onnx.variants import load_model
+    from normfuse.export.onnx.writer.save import save_model
+    from normfuse.export.onnx.writer.variants import load_model
 
     model = load_model(file)
     notes = to_precision(model, dtype, io_dtype=io_dtype)
@@ -272,8 +272,8 @@ def _place(
     stated: Mapping[str, Profile],
 ) -> dict[str, int]:
     """Kernels into the nodes of `file`, in place; their tiles are chosen for the usual sizes of the profiles."""
-    from normfuse.export.onnx.save import save_model
-    from normfuse.export.onnx.variants import load_model
+    from normfuse.export.onnx.writer.save import save_model
+    from normfuse.export.onnx.writer.variants import load_model
     from normfuse.export.tensorrt.plugins import kernel_capabilities, place
 
     profiles = complete(inputs, stated)

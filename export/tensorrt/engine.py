@@ -13,7 +13,7 @@ from typing import Any
 
 from normfuse.errors import UsageError
 from normfuse.export.tensorrt.layers import Layer, kinds
-from normfuse.report import Error
+from normfuse.reports.model import Error
 
 __all__ = ["Engine", "Tensor", "log_path", "manifest_path", "read_manifest", "sha256"]
 

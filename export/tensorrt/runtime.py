@@ -11,11 +11,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from normfuse.benchmark.device import find_gpu
 from normfuse.cache import cache_folder
 from normfuse.errors import ExportError, UsageError
 from normfuse.export.tensorrt.engine import sha256
 from normfuse.export.tensorrt.plugins import register
+from normfuse.gpu.device import find_gpu
 
 if TYPE_CHECKING:
     from torch import Tensor

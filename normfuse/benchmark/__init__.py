@@ -1,6 +1,6 @@
 """Interleaved latency comparison: who runs when, what the clock said, and how sure that is.
 
-Knows no runtime: an `Engine` is a name and something that opens it. `normfuse.engines` holds the runtimes.
+Knows no runtime: an `Engine` is a name and something that opens it. `normfuse.app.engines` holds the runtimes.
 """
 
 from normfuse.benchmark.comparison import Comparison, Timing, Verdict

@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from normfuse.app.cuda import CPU, DTYPES, Placement, for_onnxruntime, in_dtype
+from normfuse.app.engines import bench as compare
+from normfuse.app.engines import export_original, onnxruntime_engine, program_engine, source_engine, tensorrt_engine
+from normfuse.app.sources import Source
 from normfuse.benchmark import Comparison, Engine, Verdict
-from normfuse.benchmark.cuda import CPU, DTYPES, Placement, for_onnxruntime, in_dtype
-from normfuse.benchmark.device import Gpu, find_gpu
 from normfuse.cli.onnx_files import file_inputs, is_onnx
 from normfuse.cli.options import Model, Pipeline, json_option, model_options, pipeline_options, spelled, verbosity
-from normfuse.engines import bench as compare
-from normfuse.engines import export_original, onnxruntime_engine, program_engine, source_engine, tensorrt_engine
 from normfuse.errors import CheckFailed, Undecided, UsageError
-from normfuse.sources import Source
+from normfuse.gpu.device import Gpu, find_gpu
 
 if TYPE_CHECKING:
     from torch import fx
@@ -109,7 +109,7 @@ def bench(
         weights = workshop.weights
 
         def measured(longer: int, more: str = "") -> Comparison:
-            from normfuse.report_numbers import duration
+            from normfuse.reports.numbers import duration
 
             return compare(
                 baseline,

@@ -13,6 +13,6 @@ def demo(quiet: bool) -> None:
     """Run the whole job on two small trained models that ship with normfuse."""
     from rich.console import Console
 
-    from normfuse.demo import run
+    from normfuse.app.demo import run
 
     run(Console(quiet=quiet))

@@ -96,7 +96,7 @@ def _check_flavour(options: EngineOptions) -> None:
 
 
 def _report(fast: fx.GraphModule | None) -> Any:
-    from normfuse.record import report
+    from normfuse.reports.record import report
 
     return None if fast is None else report(fast)
 

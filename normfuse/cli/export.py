@@ -19,7 +19,7 @@ from normfuse.export.targets import ATTENTION_FORMS, NATIVE_ATTENTION
 from normfuse.files import check_target
 
 if TYPE_CHECKING:
-    from normfuse.report import Report
+    from normfuse.reports.report import Report
 
 __all__ = ["ENGINE_SUFFIXES", "export"]
 
@@ -139,7 +139,7 @@ def export(
             dry(model, pipeline, engine, as_json=as_json)
             return
         built, fast = to_engine(model, pipeline, engine, output, force=force, progress=not quiet)
-        from normfuse.record import report
+        from normfuse.reports.record import report
 
         found = None if fast is None else dataclasses.replace(report(fast), files=(str(built),))
         if found is not None:
@@ -170,9 +170,9 @@ def _to_onnx(
     check_report(report_path, force=force)
 
     from normfuse.export import to_onnx
-    from normfuse.export.onnx.other_dtype import check_double
+    from normfuse.export.onnx.precision.other_dtype import check_double
     from normfuse.export.targets import opset_for, target_named
-    from normfuse.record import report
+    from normfuse.reports.record import report
 
     opset_for(target_named(target), opset, files.runtime)  # a misspelt target costs a second and not a minute
     loaded = model.load(inputs_needed=True)

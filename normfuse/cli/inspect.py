@@ -17,7 +17,8 @@ from normfuse.errors import UsageError
 
 if TYPE_CHECKING:
     from normfuse.export.onnx.inspect import Facts
-    from normfuse.report import Report, Site
+    from normfuse.reports.model import Site
+from normfuse.reports.report import Report
 
 __all__ = ["inspect"]
 
@@ -49,7 +50,7 @@ def inspect(model: Model, other: str | None, passes: str | None, partial: bool, 
     names = tuple(n.strip() for n in passes.split(",") if n.strip()) if passes is not None else None
     loaded = model.load()
 
-    from normfuse.record import report
+    from normfuse.reports.record import report
 
     found = report(Pipeline(names, "off", partial=partial).run(model, loaded))
     if as_json:
@@ -77,7 +78,7 @@ def _plan(found: "Report") -> dict[str, object]:
 
 
 def _text(found: "Report") -> list[str]:
-    from normfuse.report_text import compact, reasons
+    from normfuse.reports.text import compact, reasons
 
     kinds = sorted({*found.norms_before, *found.norms_after})
     lines = [f"{'norm':<28} {'now':>5} {'then':>5}"]
@@ -125,7 +126,7 @@ def _wrapped(word: str, items: Sequence[str]) -> list[str]:
 
 def _file(path: str, as_json: bool) -> None:
     from normfuse.export.onnx.inspect import facts, norm_counts, op_counts, provenance
-    from normfuse.report_numbers import size
+    from normfuse.reports.numbers import size
 
     known, ops, norms, origin = facts(path), op_counts(path), norm_counts(path), provenance(path)
     if as_json:
@@ -152,7 +153,7 @@ def _needs(known: "Facts") -> str:
 def _both(left: str, right: str, as_json: bool) -> None:
     """Two files side by side: what differs."""
     from normfuse.export.onnx.inspect import facts, op_counts
-    from normfuse.report_numbers import size
+    from normfuse.reports.numbers import size
 
     ops, known = [op_counts(p) for p in (left, right)], [facts(p) for p in (left, right)]
     if as_json:

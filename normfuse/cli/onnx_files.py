@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from normfuse.app.example_inputs import draw, parse_shape, read_inputs
+from normfuse.app.source_options import Options
 from normfuse.errors import UsageError
-from normfuse.example_inputs import draw, parse_shape, read_inputs
-from normfuse.sources import Options
 
 if TYPE_CHECKING:
     import torch

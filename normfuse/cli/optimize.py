@@ -40,7 +40,7 @@ def optimize(
     loaded = model.load(inputs_needed=True)
 
     from normfuse.pt2 import save_program
-    from normfuse.record import report
+    from normfuse.reports.record import report
 
     fast = pipeline.run(model, loaded)
     save_program(fast, output, force=force)

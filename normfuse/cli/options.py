@@ -11,17 +11,18 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import click
 
+from normfuse.app.dynamic_axes import Axis, free_axes, parse_axes
+from normfuse.app.source_options import Options
+from normfuse.app.sources import Source, load_source
 from normfuse.cli.messages import unless_it_fails
 from normfuse.cli.quantization import calibration_batches, parse_quantize
 from normfuse.cli.wording import report_in_options
-from normfuse.dynamic_axes import Axis, free_axes, parse_axes
 from normfuse.errors import CaptureError, ExportError, UsageError
-from normfuse.sources import Options, Source, load_source
 
 if TYPE_CHECKING:
     from torch import fx
 
-    from normfuse.dynamic_axes import Free
+    from normfuse.app.dynamic_axes import Free
     from normfuse.quant.spec import ShiftQuant
 
 __all__ = [
@@ -82,7 +83,7 @@ class Model:
         try:
             return work(free.stated())
         except (CaptureError, ExportError) as e:
-            from normfuse.found_axes import found_shapes
+            from normfuse.app.found_axes import found_shapes
 
             _log.info("finding the ranges of %s, for %s", ", ".join(a.name for a in self.dynamic), e)
             try:
@@ -130,7 +131,7 @@ class Pipeline:
     def run(self, model: Model, loaded: Source, *, dynamic_shapes: Any = None) -> "fx.GraphModule":
         """Optimize it; what may vary in its inputs is `dynamic_shapes`, or what --dynamic says."""
         from normfuse.api import optimize
-        from normfuse.capture_errors import decides_by_values
+        from normfuse.capture.explained import decides_by_values
 
         batches = None if self.calibration is None else calibration_batches(self.calibration, loaded)
         _log.info("optimizing %s", model.source)
@@ -178,7 +179,7 @@ class Pipeline:
 
 def _told(made: "fx.GraphModule", model: Model, loaded: Source, calibration: str | None) -> "fx.GraphModule":
     """The report says what the command line knows: the name of the model, its weights, the command, the data."""
-    from normfuse.record import record
+    from normfuse.reports.record import record
 
     found = record(made)
     if found is None or found.report.origin is None:

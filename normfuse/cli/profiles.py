@@ -12,9 +12,9 @@ from normfuse.errors import UsageError
 if TYPE_CHECKING:
     import torch
 
+    from normfuse.app.sources import Source
     from normfuse.cli.options import Model
     from normfuse.export.tensorrt.profiles import Profile
-    from normfuse.sources import Source
 
 __all__ = ["fitted"]
 

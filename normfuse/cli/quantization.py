@@ -9,9 +9,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from normfuse.app.factories import find, similar
+from normfuse.app.sources import Source
 from normfuse.errors import NormfuseError, UsageError
-from normfuse.factories import find, similar
-from normfuse.sources import Source
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -163,7 +163,7 @@ def _called(text: str) -> Any:
 
 
 def _from_file(path: Path, loaded: Source) -> list[Any]:
-    from normfuse.example_inputs import read_inputs
+    from normfuse.app.example_inputs import read_inputs
 
     if path.suffix not in _FILES:
         raise UsageError(f"--calibration {path}: expected {', '.join(_FILES)}, {_FACTORY}")

@@ -9,7 +9,7 @@ from normfuse.errors import UsageError
 from normfuse.files import atomic, check_target
 
 if TYPE_CHECKING:
-    from normfuse.report import Report
+    from normfuse.reports.report import Report
 
 __all__ = ["check_report", "report_option", "write_report"]
 

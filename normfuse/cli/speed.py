@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from normfuse.app.cuda import for_onnxruntime
+from normfuse.app.engines import export_original, onnxruntime_engine
 from normfuse.benchmark import Comparison, Schedule, Verdict, measure
-from normfuse.benchmark.cuda import for_onnxruntime
-from normfuse.engines import export_original, onnxruntime_engine
 from normfuse.errors import NormfuseError
-from normfuse.onnx_domains import domains
+from normfuse.export.onnx.domains import domains
 
 if TYPE_CHECKING:
-    from normfuse.sources import Source
+    from normfuse.app.sources import Source
 
 __all__ = ["Speed", "speed_of", "speed_option"]
 

@@ -15,7 +15,8 @@ from normfuse.errors import CheckFailed, UsageError
 if TYPE_CHECKING:
     import torch
 
-    from normfuse.report import Error, Report
+    from normfuse.reports.model import Error
+from normfuse.reports.report import Report
 
 __all__ = ["verify"]
 
@@ -45,7 +46,7 @@ def verify(model: Model, other: str | None, pipeline: Pipeline, tolerance: float
         raise UsageError("verify --verify off would verify nothing")
     loaded = model.load()
 
-    from normfuse.record import report
+    from normfuse.reports.record import report
 
     found = report(pipeline.run(model, loaded))
     failures = _failures(found, tolerance)
@@ -58,7 +59,7 @@ def verify(model: Model, other: str | None, pipeline: Pipeline, tolerance: float
 
 
 def _failures(found: "Report", tolerance: float | None) -> list[str]:
-    from normfuse.verify import EXACT_BOUND
+    from normfuse.numerics.evaluate import EXACT_BOUND
 
     failures = [f"{site.path}: {site.rule} was taken back: {site.note}" for site in found.undone]
     if found.nothing_compared:
@@ -81,7 +82,7 @@ def _bound(error: "Error", tolerance: float | None) -> float:
 
 def _compare(model: Model, other: str, tolerance: float | None, as_json: bool, quiet: bool) -> None:
     from normfuse.export.onnx.inspect import float_dtypes
-    from normfuse.verify import measure, nothing_in
+    from normfuse.numerics.evaluate import measure, nothing_in
 
     if not is_onnx(other) and Path(other).suffix not in (".pt2", *ENGINE_SUFFIXES):
         raise UsageError(f"{other}: expected an .onnx or .pt2 file, or an engine, to compare with {model.source}")

@@ -7,7 +7,8 @@ import re
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from normfuse.report import PassReport, Report, Site
+    from normfuse.reports.model import PassReport, Site
+from normfuse.reports.report import Report
 
 __all__ = ["in_options", "report_in_options"]
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from torch import Tensor, fx, nn
 
-from normfuse.dtypes import FLOATS
 from normfuse.errors import UsageError
+from normfuse.ir.dtypes import FLOATS
 
 __all__ = ["takes"]
 

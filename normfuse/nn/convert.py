@@ -139,7 +139,7 @@ def swaps(model: nn.Module) -> tuple[Swap, ...]:
 def _lossless(model: nn.Module, to: str, where: Where | None, example_inputs: Any, options: Mapping[str, Any]) -> nn.Module:
     if to != "rms" or where is not None or options:
         raise UsageError("example_inputs= is for the lossless conversion of a whole model to 'rms', without where= and options")
-    from normfuse.passes.pre_rms import pre_rms  # only here: layers need no passes
+    from normfuse.passes.streams.pre_rms import pre_rms  # only here: layers need no passes
 
     converted = pre_rms(model, example_inputs)
     after = dict(converted.named_modules())

@@ -6,7 +6,7 @@ from typing import IO, TYPE_CHECKING, Any, cast
 
 from normfuse.errors import ExportError
 from normfuse.files import atomic
-from normfuse.record import record
+from normfuse.reports.record import record
 
 if TYPE_CHECKING:
     from torch import fx
@@ -26,8 +26,8 @@ def save_program(gm: "fx.GraphModule", path: str | Path, *, force: bool = False)
     """
     import torch
 
-    from normfuse.capture_errors import IN_PARTS, explained
-    from normfuse.model_kinds import check_hooks
+    from normfuse.capture.explained import IN_PARTS, explained
+    from normfuse.given.model_kinds import check_hooks
     from normfuse.surroundings import undisturbed
 
     check_hooks(gm, type(gm).__name__)

@@ -20,11 +20,11 @@ import torch
 from torch import Tensor, fx
 
 from normfuse.errors import NormfuseError, UsageError
-from normfuse.graph import Graph
+from normfuse.ir.graph import Graph
+from normfuse.numerics.evaluate import evaluate
 from normfuse.quant.spec import ShiftQuant
 from normfuse.quant.student import Student
 from normfuse.quant.weight import QuantizedWeight
-from normfuse.verify import evaluate
 
 __all__ = ["Finetuned", "finetune"]
 

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from normfuse.constants import Constant
 from normfuse.errors import UsageError
-from normfuse.graph import Graph
+from normfuse.ir.constants import Constant
+from normfuse.ir.graph import Graph
+from normfuse.ir.views import Addmm, Conv, ConvTranspose, GroupNorm, LayerNorm, Linear, MatMul, RmsNorm
 from normfuse.quant.integers import quantize_rows, quantize_static, top_code
 from normfuse.quant.spec import ShiftQuant
 from normfuse.quant.weight import QuantizedWeight
-from normfuse.views import Addmm, Conv, ConvTranspose, GroupNorm, LayerNorm, Linear, MatMul, RmsNorm
 
 __all__ = ["Student", "as_matrices", "from_matrices", "simulate"]
 

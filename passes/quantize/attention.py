@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, fx
 
 import normfuse.ops  # noqa: F401 - registers the operators
-from normfuse.constants import Constant
-from normfuse.dtypes import FLOATS
-from normfuse.graph import Graph, Refuse
+from normfuse.ir.constants import Constant
+from normfuse.ir.dtypes import FLOATS
+from normfuse.ir.graph import Graph, Refuse
+from normfuse.ir.views import Sdpa, Value
 from normfuse.passes.quantize.sites import RULE
 from normfuse.quant.spec import ShiftQuant
-from normfuse.report import LayerQuantization, Site
-from normfuse.views import Sdpa, Value
+from normfuse.reports.model import LayerQuantization, Site
 
 __all__ = ["attentions", "attentions_into_integers"]
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, fx
 
 import normfuse.ops  # noqa: F401 - registers the operators
-from normfuse.constants import Constant
 from normfuse.errors import UsageError
-from normfuse.graph import Graph, Refuse
+from normfuse.ir.constants import Constant
+from normfuse.ir.graph import Graph, Refuse
 from normfuse.passes.quantize.clipping import static_scale
 from normfuse.passes.quantize.sites import Layer
 from normfuse.passes.quantize.statistics import Statistics

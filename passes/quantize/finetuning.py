@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from torch import fx
 
-from normfuse.constants import Constant
 from normfuse.errors import UsageError
-from normfuse.graph import Graph
+from normfuse.ir.constants import Constant
+from normfuse.ir.graph import Graph
 from normfuse.passes.quantize.coded import Coded
 from normfuse.passes.quantize.evaluation import Outputs
 from normfuse.passes.quantize.probe import progress
@@ -17,7 +17,7 @@ from normfuse.passes.quantize.sites import reread
 from normfuse.quant.finetune import finetune
 from normfuse.quant.packing import pack_groups
 from normfuse.quant.spec import ShiftQuant
-from normfuse.report import Site
+from normfuse.reports.model import Site
 
 __all__ = ["finetuned"]
 

@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from normfuse.graph import Graph
+from normfuse.ir.graph import Graph
 from normfuse.passes.quantize.coded import Coded
 from normfuse.passes.quantize.probe import accumulate
 from normfuse.passes.quantize.sites import Layer

@@ -18,16 +18,16 @@ from functools import partial
 import torch
 from torch import Tensor, fx
 
-from normfuse.constants import Constant
-from normfuse.dtypes import dtype_of
-from normfuse.graph import Graph, Refuse
+from normfuse.ir.constants import Constant
+from normfuse.ir.dtypes import dtype_of
+from normfuse.ir.graph import Graph, Refuse
+from normfuse.ir.views import LayerNorm, RmsNorm
 from normfuse.passes.quantize.coded import Coded, encode
 from normfuse.passes.quantize.measure import sqnr
 from normfuse.passes.quantize.probe import accumulate
 from normfuse.passes.quantize.sites import Layer, by_input
 from normfuse.passes.quantize.statistics import Statistics
-from normfuse.report import Site
-from normfuse.views import LayerNorm, RmsNorm
+from normfuse.reports.model import Site
 
 __all__ = ["migrate"]
 

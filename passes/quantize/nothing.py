@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 from normfuse.errors import UsageError
-from normfuse.report import Report
+from normfuse.reports.report import Report
 
 __all__ = ["check_quantized"]
 

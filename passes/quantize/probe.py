@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from normfuse.graph import Graph
+from normfuse.ir.graph import Graph
+from normfuse.numerics.evaluate import evaluate
 from normfuse.passes.quantize.ranks import everywhere
-from normfuse.verify import evaluate
 
 __all__ = ["Merge", "Probe", "accumulate", "progress"]
 

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from normfuse.constants import Constant
-from normfuse.dtypes import FLOATS
-from normfuse.graph import Graph, Refuse
+from normfuse.ir.constants import Constant
+from normfuse.ir.dtypes import FLOATS
+from normfuse.ir.graph import Graph, Refuse
+from normfuse.ir.views import Addmm, Conv, Embedding, Linear, MatMul, Value
 from normfuse.quant.spec import ShiftQuant
-from normfuse.views import Addmm, Conv, Embedding, Linear, MatMul, Value
 
 __all__ = ["RULE", "Layer", "by_input", "find_layers", "reread"]
 

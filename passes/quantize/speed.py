@@ -15,7 +15,7 @@ from torch import Tensor
 from normfuse import native
 from normfuse.benchmark.machine import cpu_model
 from normfuse.cache import measurement, remember
-from normfuse.graph import Graph
+from normfuse.ir.graph import Graph
 from normfuse.passes.quantize.coded import Coded
 from normfuse.passes.quantize.probe import accumulate
 from normfuse.passes.quantize.ranks import first_rank

@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor, fx
 
-from normfuse.graph import Graph
+from normfuse.ir.graph import Graph
 from normfuse.passes.quantize.probe import accumulate
 from normfuse.passes.quantize.sites import Layer, by_input
 from normfuse.quant.spec import ShiftQuant

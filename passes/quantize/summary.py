@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import fx
 
-from normfuse.constants import Constant
-from normfuse.graph import Graph, Refuse
+from normfuse.ir.constants import Constant
+from normfuse.ir.graph import Graph, Refuse
 from normfuse.passes.quantize.coded import Coded
 from normfuse.passes.quantize.measure import Measured
 from normfuse.passes.quantize.sites import Layer
 from normfuse.passes.quantize.speed import Speed
 from normfuse.passes.quantize.widths import Choice
-from normfuse.report import LayerQuantization
+from normfuse.reports.model import LayerQuantization
 
 __all__ = ["constant_bytes", "kept", "packed_surplus", "quantized", "whole"]
 

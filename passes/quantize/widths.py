@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from normfuse.errors import UsageError
-from normfuse.graph import Graph, Refuse
+from normfuse.ir.graph import Graph, Refuse
 from normfuse.passes.quantize.coded import Coded
 from normfuse.passes.quantize.evaluation import Outputs
 from normfuse.passes.quantize.measure import sqnr

@@ -16,7 +16,7 @@ from normfuse.export import Exported, to_onnx
 from normfuse.export.onnx.lower import finished, translated
 from normfuse.export.onnx.program import program
 from normfuse.export.onnx.runtime import run, session
-from normfuse.export.onnx.save import save_model
+from normfuse.export.onnx.writer.save import save_model
 from normfuse.export.targets import TARGETS
 from normfuse.quant.packing import pack, pack_groups, pack_rows
 from normfuse.quant.weight import QuantizedWeight

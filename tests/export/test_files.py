@@ -13,7 +13,7 @@ from torch import nn
 
 from normfuse.errors import ExportError, UsageError
 from normfuse.export.onnx import api
-from normfuse.export.onnx.save import data_files
+from normfuse.export.onnx.writer.save import data_files
 from tests.export.models import exported, outputs, relative
 
 

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, fx, nn
 
 import normfuse
-from normfuse.capture import flat_inputs
+from normfuse.app.random_norms import randomise_norms
+from normfuse.capture.capture import flat_inputs
 from normfuse.errors import UsageError
 from normfuse.export.kernels import KERNELS, with_kernels
-from normfuse.graph import Graph
+from normfuse.ir.graph import Graph
 from normfuse.nn import CRMSNorm, L1LayerNorm
-from normfuse.record import record
-from normfuse.sources import randomise_norms
-from normfuse.verify import evaluate
+from normfuse.numerics.evaluate import evaluate
+from normfuse.reports.record import record
 
 D = 12
 

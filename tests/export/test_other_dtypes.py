@@ -16,9 +16,9 @@ import normfuse
 from normfuse import verify
 from normfuse.errors import ExportError, UsageError
 from normfuse.export import to_onnx
+from normfuse.export.onnx.precision.recast import recast
 from normfuse.export.onnx.precision.spelling import spelled_dtype
 from normfuse.export.onnx.program import program
-from normfuse.export.onnx.recast import recast
 from normfuse.export.onnx.runtime import session
 from tests.cli_runner import runner
 from tests.zoo_entry import randomise_norms

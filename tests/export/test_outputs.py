@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 import normfuse
 from normfuse.errors import ExportError, NormfuseError
 from normfuse.export import to_onnx
-from normfuse.trees import named_leaves
+from normfuse.ir.trees import named_leaves
 
 pytest.importorskip("onnx")
 

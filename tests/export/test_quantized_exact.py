@@ -15,7 +15,7 @@ from normfuse.export.onnx.build import Build
 from normfuse.export.onnx.quantized.forms import lower_quantized
 from normfuse.export.onnx.quantized.sites import sites
 from normfuse.export.onnx.runtime import session
-from normfuse.export.onnx.variants import base_name
+from normfuse.export.onnx.writer.variants import base_name
 from normfuse.export.ops.weights import SAFE, stretches
 from normfuse.export.targets import TARGETS
 from tests.export.quantized_models import Translated, attention, conv, embedding, linear, norm_codes, product_codes

@@ -11,8 +11,8 @@ from torch import nn
 from normfuse import native
 from normfuse.errors import UsageError
 from normfuse.export.onnx.compare import sqnr
+from normfuse.export.onnx.domains import domains
 from normfuse.export.onnx.inspect import provenance
-from normfuse.onnx_domains import domains
 from tests.export.quantized_models import exported, outputs, quantized
 
 onnx = pytest.importorskip("onnx")

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from normfuse.export.onnx.save import data_files, drop_stale
+from normfuse.export.onnx.writer.save import data_files, drop_stale
 
 onnx = pytest.importorskip("onnx")
 

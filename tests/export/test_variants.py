@@ -13,7 +13,7 @@ from normfuse import native
 from normfuse.export import to_onnx
 from normfuse.export.onnx.inspect import op_counts
 from normfuse.export.onnx.runtime import run, session
-from normfuse.export.onnx.variants import base_name, load_model, one_name_each
+from normfuse.export.onnx.writer.variants import base_name, load_model, one_name_each
 from normfuse.export.ops import DOMAIN, OPS
 
 onnx = pytest.importorskip("onnx")

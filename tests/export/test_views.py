@@ -5,8 +5,8 @@ import onnx_ir as ir
 import pytest
 import torch
 
-from normfuse.export.onnx.translate import table
 from normfuse.export.onnx.views import heads
+from normfuse.export.onnx.writer.translate import table
 
 
 def _views(forward, x):

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
+from normfuse.app.source_options import Options
+from normfuse.app.sources import load_source
 from normfuse.errors import NormfuseError, UsageError
-from normfuse.sources import Options, load_source
 from tests.evil import Evil
 from tests.hostile.watch import CODE, MODULE, plant, untouched
 

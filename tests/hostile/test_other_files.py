@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 
+from normfuse.app.example_inputs import read_inputs
+from normfuse.app.sources import load_source
 from normfuse.errors import NormfuseError, UsageError
-from normfuse.example_inputs import read_inputs
 from normfuse.export.onnx.inspect import op_counts
 from normfuse.export.onnx.runtime import session
-from normfuse.sources import load_source
 from tests.evil import Evil
 from tests.hostile.watch import plant, untouched
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from normfuse.app.engines import bench
 from normfuse.benchmark import Comparison, Verdict
-from normfuse.engines import bench
 
 models = pytest.importorskip("benchmarks.models", reason="the benchmark set is in the repository, not in the package")
 pytestmark = [pytest.mark.latency, pytest.mark.checkout]

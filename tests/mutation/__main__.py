@@ -1,7 +1,7 @@
 """Mutation of guards: is every condition that keeps a rule from rewriting held by a test near it?
 
     python -m tests.mutation                                    # all files of the map in tests/mutation/nearest.py
-    python -m tests.mutation --only passes/into_consumer.py --jobs 2
+    python -m tests.mutation --only passes/affine/into_consumer.py --jobs 2
 
 Each guard (`raise Refuse` with its condition, `if …: return None`, the `if` of a case, a literal in a pattern, an operand of
 `and` and `or`) is disabled on its own, in memory, and the tests near the file that come by it run until one fails. Guards
@@ -35,7 +35,7 @@ _HEAVY = ("timm", "torchvision", "transformers", "tests.zoo", "normfuse.export")
 
 
 @click.command(help=__doc__)
-@click.option("--only", multiple=True, metavar="FILE", help="A source file, as in `passes/affine.py`; may be given again.")
+@click.option("--only", multiple=True, metavar="FILE", help="A source file, as in `passes/affine/affine.py`; may be given again.")
 @click.option("--jobs", type=click.IntRange(1), default=1, show_default=True, help="Guards tried at the same time.")
 @click.option("--again", is_flag=True, help="Try everything again.")
 @click.option("--results", type=click.Path(path_type=Path, dir_okay=False), default=RESULTS, help="Where results are kept.")

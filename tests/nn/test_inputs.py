@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import normfuse
-from normfuse.capture import capture
+from normfuse.capture.capture import capture
 from normfuse.errors import UsageError
 from normfuse.nn import CRMSNorm, DynamicErf, DynamicTanh, L1LayerNorm, PowerNorm, UnifiedNorm
 from tests.nn.contract import operators, randomised

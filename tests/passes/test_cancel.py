@@ -7,11 +7,11 @@ from torch import nn
 
 import normfuse
 from normfuse.api import DEFAULT
-from normfuse.capture import capture
-from normfuse.graph import Graph
+from normfuse.capture.capture import capture
+from normfuse.ir.graph import Graph
+from normfuse.numerics.evaluate import evaluate
 from normfuse.passes import PASSES
 from normfuse.passes.cancel import Cancel
-from normfuse.verify import evaluate
 from tests.zoo import ZOO, randomise_norms
 
 D, HEADS = 16, 4

@@ -9,7 +9,7 @@ import normfuse
 from normfuse.api import DEFAULT
 from normfuse.errors import UsageError
 from normfuse.nn.crms import CRMSNorm
-from normfuse.passes.compress import Compress
+from normfuse.passes.streams.compress import Compress
 from tests.zoo import ZOO, randomise_norms
 from tests.zoo_streams import Block, DecoderBlock, PrelnGpt
 

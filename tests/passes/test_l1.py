@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 import normfuse
-from normfuse.capture import capture, flat_inputs
-from normfuse.graph import Graph
+from normfuse.capture.capture import capture, flat_inputs
+from normfuse.ir.graph import Graph
 from normfuse.passes.l1 import L1
 from tests.zoo import randomise_norms
 

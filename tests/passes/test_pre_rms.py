@@ -12,7 +12,7 @@ import normfuse
 from normfuse.errors import UsageError
 from normfuse.nn.rms_with_bias import RMSNormWithBias
 from normfuse.nn.zero_mean import ZeroMean
-from normfuse.passes.pre_rms import pre_rms
+from normfuse.passes.streams.pre_rms import pre_rms
 from tests.zoo import ZOO, randomise_norms
 
 D, HEADS, CHARS, LENGTH = 32, 4, 13, 12

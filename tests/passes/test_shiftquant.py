@@ -8,8 +8,8 @@ from torch import nn
 
 import normfuse
 from normfuse import ShiftQuant
-from normfuse.report import Report
-from normfuse.report_html import page
+from normfuse.reports.html import page
+from normfuse.reports.report import Report
 from tests.passes.quantized import SIZE, ConvNet, Mlp, Tied, bytes_of, draw, entries, ids, made, operators, sqnr
 from tests.zoo import ZOO
 

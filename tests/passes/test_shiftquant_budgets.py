@@ -6,7 +6,7 @@ from torch import nn
 import normfuse
 from normfuse import ShiftQuant
 from normfuse.errors import UsageError
-from normfuse.passes.shiftquant import ShiftQuantize
+from normfuse.passes.quantize.shiftquant import ShiftQuantize
 from tests.passes.quantized import ConvNet, Mlp, draw, entries, made
 
 

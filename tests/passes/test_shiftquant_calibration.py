@@ -80,12 +80,12 @@ def test_migration_moves_outliers_into_the_weights():
 
 def test_migration_is_exact_in_float():
     """A ReLU lets the powers of two through, so that a layer can take them into its rows; with all layers kept it would show."""
-    from normfuse.capture import capture
-    from normfuse.graph import Graph
+    from normfuse.capture.capture import capture
+    from normfuse.ir.graph import Graph
+    from normfuse.numerics.evaluate import evaluate
     from normfuse.passes.quantize.migration import migrate
     from normfuse.passes.quantize.sites import find_layers
     from normfuse.passes.quantize.statistics import collect
-    from normfuse.verify import evaluate
 
     model, x = made(Mlp, nn.ReLU), draw(256, 24)
     with torch.no_grad():

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from normfuse.capture import capture
-from normfuse.graph import Graph
-from normfuse.passes.known import infer
+from normfuse.capture.capture import capture
+from normfuse.ir.graph import Graph
+from normfuse.passes.patterns.known import infer
 
 CASES = [
     pytest.param(lambda y: torch.tanh(y), id="tanh"),

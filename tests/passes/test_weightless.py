@@ -7,7 +7,7 @@ from torch import nn
 
 import normfuse
 from normfuse.api import DEFAULT
-from normfuse.passes.weightless import Weightless
+from normfuse.passes.affine.weightless import Weightless
 from tests.zoo import ZOO, randomise_norms
 
 aten = torch.ops.aten

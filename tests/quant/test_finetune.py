@@ -7,14 +7,14 @@ from torch import nn
 
 import normfuse
 from normfuse.errors import NormfuseError, UsageError
-from normfuse.graph import Graph
+from normfuse.ir.graph import Graph
+from normfuse.ir.views import Addmm, Conv, Linear, MatMul
+from normfuse.numerics.evaluate import evaluate
 from normfuse.quant.finetune import finetune
 from normfuse.quant.integers import integer_matmul, quantize_rows
 from normfuse.quant.quantizer import quantize_weight
 from normfuse.quant.spec import ShiftQuant
 from normfuse.quant.student import as_matrices, from_matrices, simulate
-from normfuse.verify import evaluate
-from normfuse.views import Addmm, Conv, Linear, MatMul
 
 
 class Net(nn.Module):

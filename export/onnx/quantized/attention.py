@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from normfuse.export.onnx.attention import Site as AttentionSite
-from normfuse.export.onnx.attention import in_kernel
+from normfuse.export.onnx.attention.attention import Site as AttentionSite
+from normfuse.export.onnx.attention.attention import in_kernel
 from normfuse.export.onnx.build import Build, const_of, dims
 from normfuse.export.onnx.quantized.sites import sites
 

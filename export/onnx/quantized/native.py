@@ -123,7 +123,7 @@ def facts_of(node: Any) -> dict[str, Any]:
 
 def add_functions(model: Any, opset: int) -> None:
     """Put the body of every node of `DOMAIN` beside the graph, one for each variant, and the words for it on the node: as its
-    overload, for which `normfuse.export.onnx.variants` gives it a name of its own when the file is written.
+    overload, for which `normfuse.export.onnx.writer.variants` gives it a name of its own when the file is written.
 
     Raises:
         ExportError: the opset is too old for the bodies.

@@ -19,7 +19,7 @@ from normfuse.errors import ExportError, UsageError
 from normfuse.export.onnx.build import Build, dims
 from normfuse.export.onnx.quantized.integer import expand, take_over
 from normfuse.export.onnx.quantized.sites import Site, sites
-from normfuse.export.onnx.translate import MARKER_DOMAIN
+from normfuse.export.onnx.writer.translate import MARKER_DOMAIN
 from normfuse.export.ops.activations import ZERO
 from normfuse.export.ops.products import activated
 from normfuse.export.ops.shiftquant_conv2d import conv_codes, conv_parts

@@ -12,7 +12,7 @@ import numpy as np
 from normfuse.errors import ExportError
 from normfuse.export.onnx.build import const_of, dims
 from normfuse.export.onnx.quantized.translate import NAMES
-from normfuse.export.onnx.translate import MARKER_DOMAIN
+from normfuse.export.onnx.writer.translate import MARKER_DOMAIN
 from normfuse.export.ops import OPS, Op
 
 __all__ = ["Site", "sites"]

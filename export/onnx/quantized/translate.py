@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from normfuse.export.onnx.translate import MARKER_DOMAIN
+from normfuse.export.onnx.writer.translate import MARKER_DOMAIN
 from normfuse.extras import need
 
 __all__ = ["markers"]

@@ -25,7 +25,7 @@ from normfuse.export.onnx.build import Build, dims
 from normfuse.export.onnx.quantized.absorb import absorbed
 from normfuse.export.onnx.quantized.integer import expand, take_over
 from normfuse.export.onnx.quantized.sites import Site, sites
-from normfuse.export.onnx.translate import MARKER_DOMAIN, SDPA
+from normfuse.export.onnx.writer.translate import MARKER_DOMAIN, SDPA
 from normfuse.export.ops.products import activated
 from normfuse.export.ops.shiftquant_conv2d import conv_codes
 from normfuse.export.ops.weights import unit_of
