@@ -48,7 +48,7 @@ CASES ?= 20000
 SEED ?= 1
 SANITIZED := build/sanitize
 SANITIZE := -O1 -g -std=c++17 -pthread -ffp-contract=off -fsanitize=address,undefined -fno-sanitize-recover=all
-# ONNX Runtime's side of the library is tested by tests/export/test_custom_ops.py.
+# ONNX Runtime's side of the library is tested by tests/export/ops/test_custom_ops.py.
 FUZZED := $(filter-out native/ort_%,$(filter %.cpp,$(KERNELS))) native/tests/fuzz.cpp
 
 sanitize: $(SANITIZED)/fuzz  ## the native kernels on random input, under the address and undefined-behaviour sanitizers

@@ -17,9 +17,10 @@ from typing import Any
 
 import pytest
 
+from tests.places import ROOT
+
 pytestmark = pytest.mark.checkout
 
-ROOT = Path(__file__).resolve().parent.parent
 PAGES = [p for p in (ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))) if p.exists()]
 RUNNABLE = ("python", "console", "sh", "bash")
 LIMIT_S = 300

@@ -41,6 +41,8 @@ ELSEWHERE = {
     "normfuse.nn": "pipeline",
     "normfuse.nn.convert": "pipeline",  # its lossless conversion is an analysis of passes
 }
+# Folders of tests about what stands beside the package, or about all of it.
+BESIDE = {"benchmarks", "fuzz", "hostile", "latency", "mutation", "native"}
 OPTIONAL = [
     "onnx",
     "onnxruntime",
@@ -135,6 +137,14 @@ def test_rooms_are_small() -> None:
     for path in MODULES.values():
         rooms[path.parent] = rooms.get(path.parent, 0) + (path.name != "__init__.py")
     assert {folder.name: n for folder, n in rooms.items() if n > 20 and folder.name not in ("nn", "importers")} == {}
+
+
+def test_tests_stand_where_their_subject_stands() -> None:
+    """`tests/` has the rooms of the package: who knows where a module is knows where its tests are."""
+    tests = Path(__file__).parent
+    folders = {path.parent.relative_to(tests) for path in tests.rglob("test_*.py")}
+    rooms = {Path(*module.split(".")[1:]) for module, path in MODULES.items() if path.name == "__init__.py"}
+    assert {str(f) for f in folders - rooms if f.parts[0] not in BESIDE} == set()
 
 
 def test_command_line_is_imported_by_nobody() -> None:

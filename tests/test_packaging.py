@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 
 import normfuse
+from tests.places import ROOT
 
 pytestmark = pytest.mark.checkout
 
-ROOT = Path(__file__).resolve().parent.parent
 NATIVE = any(map(shutil.which, ("c++", "g++", "clang++")))
 ROOMS = {"normfuse": ROOT / "normfuse", "normfuse.passes": ROOT / "passes", "normfuse.export": ROOT / "export"}
 

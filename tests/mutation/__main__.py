@@ -27,8 +27,9 @@ from rich.table import Table
 
 from normfuse.files import atomic
 from tests.mutation.guards import Guard, guards
-from tests.mutation.nearest import ROOT, SOURCES, nearest
+from tests.mutation.nearest import SOURCES, nearest
 from tests.mutation.session import KILLED, SURVIVED, Session
+from tests.places import ROOT
 
 RESULTS = ROOT / "build" / "mutation.json"
 _HEAVY = ("timm", "torchvision", "transformers", "tests.zoo", "normfuse.export")  # loaded once, before forking

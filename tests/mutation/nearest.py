@@ -4,44 +4,48 @@ from __future__ import annotations
 
 from pathlib import Path
 
-__all__ = ["ROOT", "SOURCES", "nearest"]
+from tests.places import ROOT
 
-ROOT = Path(__file__).parents[2]
+__all__ = ["SOURCES", "nearest"]
 
 # an affine is tried through `affine`, with the operators above and below it
-_ALGEBRA = ("passes/test_affine.py", "passes/test_affine_copies.py", "passes/test_guards_algebra.py")
-_STREAMS = ("passes/test_guards_streams.py", "passes/test_mean_free_writers.py", "passes/test_mean_free.py")
+_ALGEBRA = ("passes/affine/test_affine.py", "passes/affine/test_affine_copies.py", "passes/affine/test_guards_algebra.py")
+_STREAMS = ("passes/streams/test_guards_streams.py", "passes/streams/test_mean_free*.py")
+_PARALLEL = ("passes/affine/test_guards_parallel.py", "passes/affine/test_parallel_signs.py", "passes/test_bake.py")
+_SLICES = ("passes/affine/test_slices.py",)
+_FOLD = ("folding/test_*.py",)
+_FILES = ("hostile/test_programs.py", "pt2/test_pt2.py")
 
-_FILES = ("hostile/test_programs.py", "test_pt2.py")
 SOURCES: dict[str, tuple[str, ...]] = {
     "passes/affine/affine.py": _ALGEBRA,
-    "passes/affine/beside.py": ("test_fold.py",),
+    "passes/affine/beside.py": _FOLD,
     "passes/affine/broadcast.py": _ALGEBRA,
-    "passes/cleanup.py": ("passes/test_cleanup*.py", "passes/test_slices.py"),
     "passes/affine/expose.py": _ALGEBRA,
     "passes/affine/into_consumer.py": _ALGEBRA,
     "passes/affine/into_producer.py": _ALGEBRA,
-    "passes/streams/keep_layer_norm.py": ("test_fold.py",),
+    "passes/affine/parallel.py": _PARALLEL,
+    "passes/affine/slices.py": _SLICES,
+    "passes/cleanup.py": _SLICES,
     "passes/key_bias.py": ("passes/test_guards_key_bias.py", "passes/test_key_bias.py"),
-    "passes/streams/mean_free.py": _STREAMS,
-    "passes/patterns/moments.py": ("passes/test_guards_moments.py", "passes/test_recognise.py"),
-    "passes/once.py": ("passes/test_slices.py",),
-    "passes/affine/parallel.py": ("passes/test_guards_parallel.py", "passes/test_parallel_signs.py", "passes/test_bake.py"),
+    "passes/once.py": _SLICES,
+    "passes/patterns/moments.py": ("passes/patterns/test_guards_moments.py", "passes/test_recognise.py"),
     "passes/select.py": ("passes/test_guards_select.py", "passes/test_select.py"),
-    "passes/affine/slices.py": ("passes/test_slices.py",),
+    "passes/streams/keep_layer_norm.py": _FOLD,
+    "passes/streams/mean_free.py": _STREAMS,
     "passes/streams/streams.py": _STREAMS,
-    "normfuse/capture/capture.py": ("test_capture*.py", "test_api.py"),
-    **{
-        f"normfuse/{name}.py": ("test_fold.py",)
-        for name in ("folding/fold", "ir/module_tree", "folding/saved_norms", "folding/written_back")
-    },
-    "normfuse/ir/guards.py": ("test_guards.py",),
-    "normfuse/capture/writes.py": ("test_writes.py",),
+    "normfuse/capture/capture.py": ("capture/test_capture.py", "test_api.py"),
+    "normfuse/capture/writes.py": ("capture/test_writes.py",),
+    "normfuse/folding/fold.py": _FOLD,
+    "normfuse/folding/saved_norms.py": _FOLD,
+    "normfuse/folding/written_back.py": _FOLD,
+    "normfuse/ir/guards.py": ("ir/test_guards.py",),
+    "normfuse/ir/module_tree.py": _FOLD,
     **{f"normfuse/pt2/{name}.py": _FILES for name in ("archive", "expressions", "operators", "payloads", "schema", "trees")},
 }
 
 
 def nearest(source: str) -> list[Path]:
-    """The test files of a source, as they are there now: those of its name where nobody has said which they are."""
-    patterns = SOURCES.get(source, (f"passes/test_{Path(source).stem}*.py",))
+    """The test files of a source, as they are there now: those of its name in its room where nobody has said which they are."""
+    path = Path(source.removeprefix("normfuse/"))
+    patterns = SOURCES.get(source, (f"{path.parent}/test_{path.stem}*.py",))
     return [path for pattern in patterns for path in sorted((ROOT / "tests").glob(pattern))]

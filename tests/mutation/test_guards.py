@@ -5,7 +5,8 @@ import types
 import pytest
 
 from tests.mutation.guards import disable, guards
-from tests.mutation.nearest import ROOT, SOURCES, nearest
+from tests.mutation.nearest import SOURCES, nearest
+from tests.places import ROOT
 
 SOURCE = """
 def rule(x, y=None):

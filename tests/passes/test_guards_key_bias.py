@@ -7,7 +7,7 @@ from torch import nn
 
 from normfuse.api import DEFAULT
 from normfuse.passes.key_bias import KeyBias
-from tests.guarded import Function, unproven
+from tests.passes.guarded import Function, unproven
 
 X = torch.randn(2, 5, 4)
 PIPELINE = [p if p != "key_bias" else KeyBias(own=True) for p in DEFAULT]

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tests.guarded import Function, unproven
+from tests.passes.guarded import Function, unproven
 
 X = torch.randn(2, 4, 4)
 PARTS = {
