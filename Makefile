@@ -9,7 +9,7 @@ PYTEST_ARGS ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet install --constraint $(CONSTRAINTS)
-KERNELS := $(wildcard native/*.cpp native/*.h)
+KERNELS := $(filter-out native/tensorrt/% native/tests/%,$(wildcard $(foreach kind,cpp h inc,native/*.$(kind) native/*/*.$(kind))))
 NEEDS := pyproject.toml $(CONSTRAINTS) setup.py $(KERNELS)
 .DEFAULT_GOAL := help
 .PHONY: help demo test slow latency bench fuzz sanitize lint format clean
@@ -47,9 +47,9 @@ fuzz: $(VENV)/.test  ## ten thousand random models against their originals
 CASES ?= 20000
 SEED ?= 1
 SANITIZED := build/sanitize
-SANITIZE := -O1 -g -std=c++17 -pthread -ffp-contract=off -fsanitize=address,undefined -fno-sanitize-recover=all
+SANITIZE := -I native -O1 -g -std=c++17 -pthread -ffp-contract=off -fsanitize=address,undefined -fno-sanitize-recover=all
 # ONNX Runtime's side of the library is tested by tests/export/ops/test_custom_ops.py.
-FUZZED := $(filter-out native/ort_%,$(filter %.cpp,$(KERNELS))) native/tests/fuzz.cpp
+FUZZED := $(filter-out native/ort/%,$(filter %.cpp,$(KERNELS))) native/tests/fuzz.cpp
 
 sanitize: $(SANITIZED)/fuzz  ## the native kernels on random input, under the address and undefined-behaviour sanitizers
 	@$(SANITIZED)/fuzz $(CASES) $(SEED)

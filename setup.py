@@ -1,4 +1,4 @@
-"""Builds native/*.cpp into normfuse/_native.so, which pyproject.toml cannot say; everything else stands there.
+"""Builds the kernels of native/ into normfuse/_native.so, which pyproject.toml cannot say; everything else stands there.
 
 The object is loaded through ctypes and by ONNX Runtime, never imported, so it needs no Python header and serves every version of
 Python: the wheel is tagged py3-none-PLATFORM. Where it cannot be built the install goes on without it (`normfuse.native.why_not`).
@@ -23,11 +23,19 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
+NATIVE = ROOT / "native"
+APART = ("tensorrt", "tests")  # rooms that are not in the object: a library of its own, and programs
 # The arithmetic must be that of the source: a product and a sum are fused where it says so, nowhere else.
 COMPILE = (
     "-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-pthread", "-Wall", "-Wextra",
     "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math",
 )  # fmt: skip
+
+
+def kernels(*suffixes: str) -> list[str]:
+    """Files of the object, from the root of the repository."""
+    found = (p for p in NATIVE.rglob("*") if p.suffix in suffixes and p.relative_to(NATIVE).parts[0] not in APART)
+    return sorted(str(p.relative_to(ROOT)) for p in found)
 
 
 def compiler() -> list[str]:
@@ -67,13 +75,13 @@ class Build(build_ext):
         # cibuildwheel and Apple's Python name the architecture this way
         arch = shlex.split(os.environ.get("ARCHFLAGS", "")) if sys.platform == "darwin" else []
         out = Path(self.get_ext_fullpath(ext.name)).resolve()
-        objects = Path(self.build_temp).resolve() / "native"
-        objects.mkdir(parents=True, exist_ok=True)
+        objects = Path(self.build_temp).resolve()
         out.parent.mkdir(parents=True, exist_ok=True)
-        flags = [*COMPILE, *arch, *shlex.split(os.environ.get("CXXFLAGS", ""))]
-        made = [str(objects / f"{Path(source).stem}.o") for source in ext.sources]
+        flags = [*COMPILE, "-I", str(NATIVE), *arch, *shlex.split(os.environ.get("CXXFLAGS", ""))]
+        made = [str(objects / Path(source).with_suffix(".o")) for source in ext.sources]
 
         def compiled(source: str, target: str) -> None:
+            Path(target).parent.mkdir(parents=True, exist_ok=True)
             run(*cxx, *flags, "-c", str(ROOT / source), "-o", target)
 
         with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
@@ -92,8 +100,8 @@ setup(
     ext_modules=[
         Extension(
             "normfuse._native",
-            sources=sorted(str(p.relative_to(ROOT)) for p in (ROOT / "native").glob("*.cpp")),
-            depends=sorted(str(p.relative_to(ROOT)) for p in (ROOT / "native").glob("*.h")),
+            sources=kernels(".cpp"),
+            depends=kernels(".h", ".inc"),
             language="c++",
             optional=True,
         )

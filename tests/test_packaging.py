@@ -170,7 +170,7 @@ def test_sdist_holds_what_the_kernels_are_built_from(copied: Path) -> None:
     sdist, _ = _build(copied, "sdist")
     with tarfile.open(sdist) as archive:
         names = {n.partition("/")[2] for n in archive.getnames()}
-    headers = {f"native/{p.name}" for p in (ROOT / "native").glob("*.h")}
+    headers = {p.relative_to(ROOT).as_posix() for kind in ("h", "inc") for p in (ROOT / "native").rglob(f"*.{kind}")}
     assert headers
     assert headers | {"native/small.cpp", "setup.py", "pyproject.toml"} <= names
     assert not {n for n in names if n.endswith((".so", ".o"))}

@@ -7,7 +7,7 @@
 #include <random>
 #include <vector>
 
-#include "../normfuse.h"
+#include "normfuse.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>

@@ -8,8 +8,8 @@
 #include <string>
 #include <vector>
 
-#include "../norm.h"
-#include "../normfuse.h"
+#include "norm/norm.h"
+#include "normfuse.h"
 
 namespace {
 

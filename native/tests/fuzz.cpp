@@ -11,7 +11,7 @@
 #include <string>
 #include <vector>
 
-#include "../normfuse.h"
+#include "normfuse.h"
 
 namespace {
 

@@ -6,7 +6,7 @@
 #include <random>
 #include <vector>
 
-#include "../normfuse.h"
+#include "normfuse.h"
 
 struct Weights {
   int64_t n, k;

@@ -23,7 +23,7 @@ NATIVE = ROOT / "native"
 COMPILER = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
 CROSS = shutil.which("aarch64-linux-gnu-g++")
 QEMU = shutil.which("qemu-aarch64") or shutil.which("qemu-aarch64-static")
-FLAGS = ("-std=c++17", "-pthread", "-ffp-contract=off", "-w")
+FLAGS = ("-std=c++17", "-pthread", "-ffp-contract=off", "-w", "-I", str(NATIVE))
 
 pytestmark = [pytest.mark.checkout, pytest.mark.slow]
 
@@ -41,8 +41,8 @@ def _run(*command: str) -> str:
 
 def _objects(compiler: str, folder: Path, *flags: str) -> list[str]:
     """Every kernel without ONNX Runtime's side, compiled with `flags`."""
-    sources = [s for s in sorted(NATIVE.glob("*.cpp")) if not s.name.startswith("ort_")]
-    made = [str(folder / f"{s.stem}.o") for s in sources]
+    sources = [s for s in sorted(NATIVE.rglob("*.cpp")) if s.relative_to(NATIVE).parts[0] not in ("ort", "tensorrt", "tests")]
+    made = [str(folder / f"{s.parent.name}_{s.stem}.o") for s in sources]
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         list(pool.map(lambda pair: _compile(compiler, *flags, "-c", str(pair[0]), "-o", pair[1]), zip(sources, made, strict=True)))
     return made

@@ -4,7 +4,7 @@
     ShiftQuantLinear, overload "b4_g3_bias"        ->   ShiftQuantLinear_2     counted in the order of the graph
 
 `overload` came with version 10 of the file format; up to 1.26 ONNX Runtime takes the first body of a name, whatever its overload,
-and so do tools. The kernel library registers the numbers (native/ort_names.cpp). Numbers and not words: a runtime takes time for
+and so do tools. The kernel library registers the numbers (native/ort/names.cpp). Numbers and not words: a runtime takes time for
 each name that is registered, and there are thousands of words. The words stand in the function's documentation.
 """
 
