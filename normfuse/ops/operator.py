@@ -61,6 +61,11 @@ class Operator:
         found = torch.library.infer_schema(self.definition, mutates_args=(), op_name=self.name)
         return found.replace("SymInt", "int")  # widths, kernels and strides are numbers when a model is captured
 
+    @functools.cached_property
+    def tensors(self) -> tuple[str, ...]:
+        """Names of the arguments that are tensors, or None in place of one."""
+        return tuple(a.name for a in torch._C.parse_schema(self.schema).arguments if "Tensor" in str(a.type))
+
     def register(self) -> None:
         """Make `torch.ops.normfuse.<name>`: its meaning, its shapes, its kernels, and a backward that says there is none."""
         for function in self.functions:

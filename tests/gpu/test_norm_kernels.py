@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from normfuse.errors import UsageError
-from normfuse.gpu.norm import KINDS, plan_norm
+from normfuse.gpu.norm import plan_norm
 from normfuse.gpu.rows import plan_rows
 from normfuse.gpu.run import NAMES, run
 from normfuse.gpu.softmax import plan_softmax
 from normfuse.gpu.tile import LONGEST, tile
 from normfuse.ops._norms import normalized
 from normfuse.quant import integers
+from normfuse.words import KINDS
 from tests.gpu.interpreter import Case, interpret
 
 pytest.importorskip("triton", reason="the kernels are written in Triton")
