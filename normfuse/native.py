@@ -5,15 +5,17 @@ Runtime takes the same file: `options.register_custom_ops_library(str(normfuse.n
 environment switches the kernels off, in Python only.
 
 `call` is the one way in: it hands over the arguments of a function of native/normfuse.h in their order, without the threads (those
-of `torch.get_num_threads()`), tensors as themselves, absent ones as None, and raises what the function has to say.
+of `torch.get_num_threads()`), tensors as themselves, absent ones as None, and raises what the function has to say. Which arguments
+a function takes is stated by the operator that it was written for (`Function`, in `normfuse.ops`).
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import importlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from ctypes import byref, c_char_p, c_float, c_int32, c_int64, c_void_p
 from pathlib import Path
 from typing import Any
@@ -22,15 +24,17 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from normfuse import words
 from normfuse.errors import NormfuseError, UsageError
 
 __all__ = [
-    "EPILOGUES", "KINDS", "Attention", "Conv", "Weight", "available", "call", "force_isa", "isa", "isas", "library", "operators",
-    "path", "sorted_channels", "threads", "weight", "why_not",
+    "ATTENTION", "CONV", "EPILOGUES", "F32", "F32_OR_NONE", "FLOAT", "I8", "I32", "INT", "KINDS", "LONG", "STRIDED",
+    "STRIDED_OR_NONE", "WEIGHT", "WEIGHTS", "Attention", "Conv", "Function", "Weight", "available", "call", "declare", "force_isa",
+    "isa", "isas", "library", "operators", "path", "sorted_channels", "threads", "weight", "why_not",
 ]  # fmt: skip
 
-EPILOGUES = {"none": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
-KINDS = {"layer": 0, "rms": 1, "crms": 2, "l1": 3}
+EPILOGUES = {word: number for number, word in enumerate(words.EPILOGUES)}
+KINDS = {word: number for number, word in enumerate(words.KINDS)}
 SWITCH = "NORMFUSE_NATIVE"
 _REBUILD = "then install normfuse again (in a checkout: pip install -e .)"
 
@@ -130,28 +134,28 @@ class _Record:
 _nowhere = ctypes.create_string_buffer(64)
 _NOWHERE = ctypes.addressof(_nowhere)
 
-_f32, _f32_or_none = _Array(torch.float32), _Array(torch.float32, optional=True)
-_strided, _strided_or_none = _Array(torch.float32, strided=True), _Array(torch.float32, optional=True, strided=True)
-_i8, _i32 = _Array(torch.int8), _Array(torch.int32)
-_int, _long, _float = _Number(c_int32), _Number(c_int64), _Number(c_float)
-_weight = _Record(Weight)
+#: What functions take: dense tensors in main memory, numbers, structures; a strided tensor goes with its strides in a structure.
+F32, F32_OR_NONE = _Array(torch.float32), _Array(torch.float32, optional=True)
+STRIDED, STRIDED_OR_NONE = _Array(torch.float32, strided=True), _Array(torch.float32, optional=True, strided=True)
+I8, I32 = _Array(torch.int8), _Array(torch.int32)
+INT, LONG, FLOAT = _Number(c_int32), _Number(c_int64), _Number(c_float)
+WEIGHT, WEIGHTS, CONV, ATTENTION = _Record(Weight), _Record(Weight, many=True), _Record(Conv), _Record(Attention)
 
-# Arguments after the threads, in the order of native/normfuse.h.
-_SIGNATURES: dict[str, tuple[Callable[[Any, Place], Any], ...]] = {
-    "nf_quantize_rows": (_f32, _long, _long, _int, _i8, _f32),
-    "nf_quantize_static": (_f32, _long, _float, _int, _i8),
-    "nf_matmul": (_weight, _i8, _f32, _long, _long, _int, _f32_or_none, _f32),
-    "nf_matmul_quantize": (_weight, _i8, _f32, _long, _long, _int, _int, _i8, _f32),
-    "nf_linear": (_weight, _f32, _long, _int, _float, _int, _f32_or_none, _f32),
-    "nf_matmul_i32": (_weight, _i8, _long, _i32),
-    "nf_conv2d": (_Record(Conv), _Record(Weight, many=True), _f32, _int, _float, _int, _f32),
-    "nf_norm": (_int, _f32, _f32_or_none, _long, _long, _f32_or_none, _f32_or_none, _float, _float, _f32_or_none, _f32),
-    "nf_norm_quantize": (
-        _int, _f32, _f32_or_none, _long, _long, _f32_or_none, _f32_or_none, _float, _float, _int, _f32_or_none, _i8, _f32,
-    ),
-    "nf_two_pass_softmax": (_f32, _long, _long, _f32),
-    "nf_attend": (_Record(Attention), _strided, _strided, _strided, _strided_or_none, _strided),
-}  # fmt: skip
+
+class Function:
+    """A function of native/normfuse.h and its arguments after the threads, in their order: `F32`, `LONG`, `WEIGHT`, …"""
+
+    def __init__(self, name: str, *arguments: _Array | _Number | _Record) -> None:
+        self.name, self.arguments = name, arguments
+
+
+_FUNCTIONS: dict[str, Function] = {}
+
+
+def declare(function: Function) -> None:
+    """Make a function known to `call`; an object that does not have it is of another version, and counts as missing."""
+    _FUNCTIONS[function.name] = function
+    _load.cache_clear()
 
 
 def path() -> Path:
@@ -177,7 +181,7 @@ def why_not() -> str:
 
 
 def library() -> ctypes.CDLL:
-    """The loaded object with the argument types of every function in native/normfuse.h.
+    """The loaded object with the argument types of every function that is declared.
 
     Raises:
         NormfuseError: it cannot be loaded; the message says why and what to do.
@@ -198,7 +202,10 @@ def call(name: str, *args: Any) -> None:
         NormfuseError: there are no native kernels.
     """
     native = library()
-    kinds = _SIGNATURES[name]
+    if name not in _FUNCTIONS:  # operators declare what they call, and nothing has asked for one yet
+        importlib.import_module("normfuse.ops")
+        native = library()
+    kinds = _FUNCTIONS[name].arguments
     if len(args) != len(kinds):
         raise UsageError(
             f"{name}: found {len(args)} arguments, expected {len(kinds)} (those of native/normfuse.h after the threads)"
@@ -279,7 +286,7 @@ def weight(packed: Tensor, exponents: Tensor, scale: Tensor, bias: Tensor | None
         raise UsageError(f"bias: found {bias.numel()} values, expected {n}")
     found = Weight(
         n, exponents.numel(), bits, sizes.numel(), sizes.data_ptr(), None if order is None else order.data_ptr(),
-        _Array(torch.uint8)(packed, "packed weight"), _f32(scale, "scale"), _f32_or_none(bias, "bias"),
+        _Array(torch.uint8)(packed, "packed weight"), F32(scale, "scale"), F32_OR_NONE(bias, "bias"),
     )  # fmt: skip
     found.keep = (packed, sizes, order, scale, bias)
     return found
@@ -312,9 +319,9 @@ def _load() -> ctypes.CDLL | str:
     except OSError as e:
         return f"the native kernels cannot be loaded ({e}); have a C++17 compiler, {_REBUILD}"
     try:
-        for name, kinds in _SIGNATURES.items():
+        for name, declared in _FUNCTIONS.items():
             function = getattr(found, name)
-            function.argtypes = [c_void_p, *(kind.ctype if isinstance(kind, _Number) else c_void_p for kind in kinds)]
+            function.argtypes = [c_void_p, *(kind.ctype for kind in declared.arguments)]
             function.restype = c_char_p
         for name, result, arguments in (
             ("nf_packed_bytes", c_int64, (c_int64, c_int32, c_int32, c_void_p)),

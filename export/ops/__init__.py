@@ -1,34 +1,28 @@
-"""The ops of the domain `normfuse`, each defined in standard ops: bodies of functions, and what portable files hold instead."""
+"""The ops of the domain `normfuse`, each defined in standard ops: bodies of functions, and what portable files hold instead.
 
-from normfuse.export.ops.attention import ATTENTION
+A file of this folder that states an `Op` is all that it takes to have one (docs/writing-an-operator.md).
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+
 from normfuse.export.ops.emitter import DOMAIN, FunctionBody, Op
-from normfuse.export.ops.norms import CRMS_NORM, L1_NORM, NORM_QUANTIZE, RMS_NORM
-from normfuse.export.ops.quantize_rows import QUANTIZE_ROWS
-from normfuse.export.ops.rms_norm_linear import RMS_NORM_LINEAR
-from normfuse.export.ops.shiftquant_conv2d import SHIFTQUANT_CONV2D
-from normfuse.export.ops.shiftquant_embedding import SHIFTQUANT_EMBEDDING
-from normfuse.export.ops.shiftquant_linear import SHIFTQUANT_LINEAR
-from normfuse.export.ops.shiftquant_matmul import SHIFTQUANT_MATMUL, SHIFTQUANT_MATMUL_QUANTIZE
-from normfuse.export.ops.two_pass_softmax import TWO_PASS_SOFTMAX
 
-__all__ = ["DOMAIN", "OPS", "FunctionBody", "Op"]
+__all__ = ["DOMAIN", "OPS", "OP_OF", "FunctionBody", "Op"]
+
+
+def _stated() -> dict[str, Op]:
+    found = {}
+    for module in pkgutil.iter_modules(__path__):
+        for value in vars(importlib.import_module(f"{__name__}.{module.name}")).values():
+            if isinstance(value, Op):
+                found[value.name] = value
+    return dict(sorted(found.items()))
+
 
 #: By op type.
-OPS = {
-    op.name: op
-    for op in (
-        ATTENTION,
-        CRMS_NORM,
-        L1_NORM,
-        NORM_QUANTIZE,
-        QUANTIZE_ROWS,
-        RMS_NORM,
-        RMS_NORM_LINEAR,
-        SHIFTQUANT_CONV2D,
-        SHIFTQUANT_EMBEDDING,
-        SHIFTQUANT_LINEAR,
-        SHIFTQUANT_MATMUL,
-        SHIFTQUANT_MATMUL_QUANTIZE,
-        TWO_PASS_SOFTMAX,
-    )
-}
+OPS = _stated()
+#: By operator of `torch.ops.normfuse`.
+OP_OF = {operator: op for op in OPS.values() for operator in op.stands_for}

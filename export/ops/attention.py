@@ -130,10 +130,17 @@ def _joined(at: Emitter, x: Any, heads: Any) -> Any:
 
 ATTENTION = Op(
     "Attention",
+    ("attention", "shiftquant_attention"),
     ("q", "k?", "v?", "mask?"),
     ("y",),
     {"scale": "FLOAT", "causal": "INT", "heads": "INT", "kv_heads": "INT", "layout": "STRING", "bits": "INT"},
     _expand,
+    facts={
+        "heads": lambda call: call.size("q", 1),
+        "kv_heads": lambda call: call.size("k", 1),
+        "layout": lambda call: "bhtd",  # heads first, as torch has them
+        "bits": lambda call: call.attributes.get("bits", 0),
+    },
     words=lambda facts: (facts["layout"], *(word for word in ("causal", "shared", "codes") if facts[word])),
     told=("causal", "layout"),
     derived={"shared": lambda facts: facts["heads"] != facts["kv_heads"], "codes": lambda facts: bool(facts["bits"])},

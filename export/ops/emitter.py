@@ -10,7 +10,7 @@ import numpy as np
 
 from normfuse.extras import need
 
-__all__ = ["DOMAIN", "Emitter", "FunctionBody", "Op", "Reference", "number"]
+__all__ = ["DOMAIN", "Emitter", "FunctionBody", "Marker", "Op", "Reference", "number"]
 
 #: Domain of normfuse's own ops.
 DOMAIN = "normfuse"
@@ -22,6 +22,28 @@ class Reference:
 
     name: str
     kind: str
+
+
+class Marker(Protocol):
+    """What stands in a translated graph for a call of an operator of `torch.ops.normfuse`."""
+
+    @property
+    def attributes(self) -> Mapping[str, Any]:
+        """Its arguments that are no tensors."""
+
+    def array(self, name: str) -> np.ndarray[Any, Any]:
+        """A tensor as numbers.
+
+        Raises:
+            ExportError: it is computed when the model runs.
+        """
+
+    def size(self, name: str, axis: int) -> int:
+        """Of a tensor.
+
+        Raises:
+            ExportError: it is not known.
+        """
 
 
 class Emitter(Protocol):
@@ -50,25 +72,32 @@ def number(at: Emitter, fact: Any) -> Any:
 class Op:
     """An op of the domain `normfuse`: its signature, which the native kernels have too, and what it means.
 
+    A call of an operator is read by name: an input or attribute of the op is the argument that bears its name, and an attribute of
+    type FLOAT that is a tensor there its one constant number, 0 for None.
+
     Attributes:
         name: op type.
+        stands_for: the operators of `torch.ops.normfuse` that it is in a file.
         inputs: names of the inputs; a `?` behind one: it may be missing.
         outputs: names of the outputs; a `?` behind one: it may be missing.
         attributes: name of each attribute and its type: "INT", "FLOAT", "STRING" or "INTS".
         expand: (emitter, inputs, facts) -> outputs, in standard ops. Facts are the attributes, a FLOAT as a value of the graph or
             None where it is 0, and `structure`.
-        structure: what the expansion depends on and no attribute tells, e.g. the number of groups: {name: number}.
+        facts: attributes that no argument bears the name of, and how they follow from a call.
+        structure: what the expansion depends on and no attribute tells, e.g. the number of groups, and how it follows from a call.
         words: facts -> what sets one body apart from the other bodies of the op, besides its optional inputs and outputs.
         derived: what else the expansion depends on, and how it follows from the facts.
         told: the attributes that `words` tells, and so are built into a body; a body reads all others from its node (`Reference`).
     """
 
     name: str
+    stands_for: tuple[str, ...]
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     attributes: dict[str, str]
     expand: Callable[[Emitter, tuple[Any, ...], Mapping[str, Any]], tuple[Any, ...]]
-    structure: tuple[str, ...] = ()
+    facts: Mapping[str, Callable[[Marker], Any]] = field(default_factory=dict)
+    structure: Mapping[str, Callable[[Marker], int]] = field(default_factory=dict)
     words: Callable[[Mapping[str, Any]], Sequence[str]] = lambda facts: ()
     told: tuple[str, ...] = ()
     derived: Mapping[str, Callable[[Mapping[str, Any]], Any]] = field(default_factory=dict)

@@ -64,6 +64,7 @@ _SCALED, _SHIFTED = ("x", "gain?", "residual?"), ("x", "gain?", "shift?", "resid
 _FLOATS = {"eps": "FLOAT", "scale_const": "FLOAT"}
 NORM_QUANTIZE = Op(
     "NormQuantize",
+    ("norm_quantize",),
     _SHIFTED,
     ("q", "scale", "sum?"),
     {"kind": "STRING", "bits": "INT", **_FLOATS},
@@ -71,6 +72,6 @@ NORM_QUANTIZE = Op(
     words=lambda facts: (facts["kind"],),
     told=("kind",),
 )
-RMS_NORM = Op("RmsNorm", _SCALED, ("y", "sum?"), {"eps": "FLOAT"}, _norm("rms"))
-CRMS_NORM = Op("CrmsNorm", _SCALED, ("y", "sum?"), {"eps": "FLOAT"}, _norm("crms"))
-L1_NORM = Op("L1Norm", _SHIFTED, ("y", "sum?"), _FLOATS, _norm("l1"))
+RMS_NORM = Op("RmsNorm", ("rms_norm", "add_rms_norm"), _SCALED, ("y", "sum?"), {"eps": "FLOAT"}, _norm("rms"))
+CRMS_NORM = Op("CrmsNorm", ("crms_norm", "add_crms_norm"), _SCALED, ("y", "sum?"), {"eps": "FLOAT"}, _norm("crms"))
+L1_NORM = Op("L1Norm", ("l1_norm",), _SHIFTED, ("y", "sum?"), _FLOATS, _norm("l1"))

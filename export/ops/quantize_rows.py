@@ -17,4 +17,4 @@ def _expand(at: Emitter, inputs: tuple[Any, ...], facts: Mapping[str, Any]) -> t
     return signed(at, codes), scale
 
 
-QUANTIZE_ROWS = Op("QuantizeRows", ("x",), ("q", "scale"), {"bits": "INT"}, _expand)
+QUANTIZE_ROWS = Op("QuantizeRows", ("quantize_rows",), ("x",), ("q", "scale"), {"bits": "INT"}, _expand)

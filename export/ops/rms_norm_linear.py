@@ -25,6 +25,7 @@ def _expand(at: Emitter, inputs: tuple[Any, ...], facts: Mapping[str, Any]) -> t
 
 RMS_NORM_LINEAR = Op(
     "RmsNormLinear",
+    ("rms_norm_linear",),
     ("x", "weight", "bias?"),
     ("y",),
     {"eps": "FLOAT", "epilogue": "STRING"},

@@ -11,7 +11,7 @@ import torch
 from normfuse.export.ops.activations import ZERO, dynamic_codes, static_codes
 from normfuse.export.ops.emitter import Emitter, Op, number
 from normfuse.export.ops.products import finished, named, shifted
-from normfuse.export.ops.weights import unpacked, weight_words
+from normfuse.export.ops.weights import GROUPS, unpacked, weight_words
 from normfuse.quant.packing import packed_bytes, unpack
 
 __all__ = ["SHIFTQUANT_CONV2D", "conv_codes", "conv_parts"]
@@ -93,6 +93,7 @@ def _unpacked(at: Emitter, weight: Any, exponents: Any, scale: Any, facts: Mappi
 
 SHIFTQUANT_CONV2D = Op(
     "ShiftQuantConv2d",
+    ("shiftquant_conv2d",),
     ("x", "weight", "exponents", "scale", "bias?"),
     ("y",),
     {
@@ -107,7 +108,13 @@ SHIFTQUANT_CONV2D = Op(
         "input_scale": "FLOAT",
     },
     _expand,
-    structure=("groups",),
+    facts={
+        "strides": lambda call: call.attributes["stride"],
+        "pads": lambda call: (call.attributes["padding"] * 2)[:4],
+        "dilations": lambda call: call.attributes["dilation"],
+        "group": lambda call: call.attributes["groups"],
+    },
+    structure=GROUPS,
     words=lambda facts: (*weight_words(facts), named(facts["epilogue"]), "static" if facts["input_scale"] else ""),
     told=("bits", "epilogue", "input_scale"),
 )

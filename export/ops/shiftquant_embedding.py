@@ -36,6 +36,7 @@ def _expand(at: Emitter, inputs: tuple[Any, ...], facts: Mapping[str, Any]) -> t
 
 SHIFTQUANT_EMBEDDING = Op(
     "ShiftQuantEmbedding",
+    ("shiftquant_embedding",),
     ("indices", "codes", "scale"),
     ("y",),
     {"dim": "INT", "bits": "INT"},

@@ -8,7 +8,7 @@ from typing import Any
 from normfuse.export.ops.activations import dynamic_codes, static_codes
 from normfuse.export.ops.emitter import Emitter, Op
 from normfuse.export.ops.products import finished, named, outer, sums
-from normfuse.export.ops.weights import operands, weight_words
+from normfuse.export.ops.weights import GROUPS, operands, weight_words
 
 __all__ = ["SHIFTQUANT_LINEAR"]
 
@@ -31,11 +31,12 @@ def _expand(at: Emitter, inputs: tuple[Any, ...], facts: Mapping[str, Any]) -> t
 
 SHIFTQUANT_LINEAR = Op(
     "ShiftQuantLinear",
+    ("shiftquant_linear",),
     ("x", "weight", "exponents", "scale", "bias?", "residual?"),
     ("y",),
     {"bits": "INT", "activation_bits": "INT", "epilogue": "STRING", "input_scale": "FLOAT"},
     _expand,
-    structure=("groups",),
+    structure=GROUPS,
     words=lambda facts: (*weight_words(facts), named(facts["epilogue"]), "static" if facts["input_scale"] else ""),
     told=("bits", "epilogue", "input_scale"),
 )

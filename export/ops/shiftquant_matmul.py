@@ -8,7 +8,7 @@ from typing import Any
 from normfuse.export.ops.activations import dynamic_codes, signed, unsigned
 from normfuse.export.ops.emitter import Emitter, Op
 from normfuse.export.ops.products import finished, named, outer, sums
-from normfuse.export.ops.weights import operands, weight_words
+from normfuse.export.ops.weights import GROUPS, operands, weight_words
 
 __all__ = ["SHIFTQUANT_MATMUL", "SHIFTQUANT_MATMUL_QUANTIZE"]
 
@@ -37,21 +37,23 @@ def _words(facts: Mapping[str, Any]) -> tuple[str, ...]:
 
 SHIFTQUANT_MATMUL = Op(
     "ShiftQuantMatMul",
+    ("shiftquant_matmul",),
     _INPUTS,
     ("y",),
     {"bits": "INT", "epilogue": "STRING"},
     _product,
-    structure=("groups",),
+    structure=GROUPS,
     words=_words,
     told=("bits", "epilogue"),
 )
 SHIFTQUANT_MATMUL_QUANTIZE = Op(
     "ShiftQuantMatMulQuantize",
+    ("shiftquant_matmul_quantize",),
     _INPUTS[:-1],
     ("q", "row_scale"),
     {"bits": "INT", "epilogue": "STRING", "out_bits": "INT"},
     _product_codes,
-    structure=("groups",),
+    structure=GROUPS,
     words=_words,
     told=("bits", "epilogue"),
 )

@@ -15,4 +15,4 @@ def _expand(at: Emitter, inputs: tuple[Any, ...], facts: Mapping[str, Any]) -> t
     return (at.op("Softmax", inputs[0], axis=-1),)
 
 
-TWO_PASS_SOFTMAX = Op("TwoPassSoftmax", ("x",), ("y",), {}, _expand)
+TWO_PASS_SOFTMAX = Op("TwoPassSoftmax", ("two_pass_softmax",), ("x",), ("y",), {}, _expand)

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from normfuse.export.ops.emitter import Emitter
+from normfuse.export.ops.emitter import Emitter, Marker
 from normfuse.quant.packing import planes, unpack
 
-__all__ = ["SAFE", "Operand", "operands", "parts", "stored", "stretches", "unit_of", "unpacked", "weight_words"]
+__all__ = ["GROUPS", "SAFE", "Operand", "operands", "parts", "stored", "stretches", "unit_of", "unpacked", "weight_words"]
 
 #: Signed operands up to this are exact with unsigned activations on AVX2 and AVX-512 without VNNI: their kernels add two
 #: products in 16 bits with saturation, and 2 · 255 · 64 < 2^15.
@@ -176,6 +176,14 @@ def _places(at: Emitter, exponents: Any, groups: int) -> Any:
     starts = at.op("CumSum", at.op("Mul", quads, four), at.const(np.int64(0)), exclusive=1)
     before = at.op("CumSum", mine, at.const(np.int64(1)), exclusive=1)
     return at.op("ReduceSum", at.op("Mul", mine, at.op("Add", starts, before)), at.const(np.array([0], np.int64)), keepdims=0)
+
+
+def _groups(call: Marker) -> int:
+    return int(call.array("exponents").max(initial=0)) + 1
+
+
+#: The largest exponent and one: a body has a part for each stretch of them.
+GROUPS = {"groups": _groups}
 
 
 def weight_words(facts: Mapping[str, Any]) -> tuple[str, str]:

@@ -42,18 +42,10 @@ struct NormQuantize {
   int32_t kind, bits;
   float eps, scale_const;
   explicit NormQuantize(const Info& info)
-      : kind(kind_of(info)),
+      : kind(info.one_of("kind", kNormKinds, "")),
         bits(int32_t(info.integer("bits", 8, 2, 8))),
         eps(info.number("eps", 1e-5f)),
         scale_const(info.number("scale_const", 1)) {}
-
-  static int32_t kind_of(const Info& info) {
-    static const char* const names[] = {"layer", "rms", "crms", "l1"};
-    const std::string given = info.word("kind", "");
-    for (int32_t i = 0; i < 4; ++i)
-      if (given == names[i]) return i;
-    throw Problem(info.at("kind") + ": found \"" + given + "\", expected layer, rms, crms or l1");
-  }
 
   void compute(const Context& c) const {
     const Tensor x = c.input(0), residual = c.input(3);

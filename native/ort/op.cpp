@@ -110,12 +110,14 @@ std::vector<int64_t> Info::integers(const char* name, size_t size, int64_t other
   return values;
 }
 
-int32_t Info::epilogue() const {
-  static const char* const names[] = {"none", "relu", "gelu", "gelu_tanh", "silu"};
-  const std::string given = word("epilogue", "none");
-  for (int32_t i = 0; i < 5; ++i)
-    if (given == names[i]) return i;
-  throw Problem(at("epilogue") + ": found \"" + given + "\", expected none, relu, gelu, gelu_tanh or silu");
+int32_t Info::one_of(const char* name, const char* const* words, size_t count, const char* otherwise) const {
+  const std::string given = word(name, otherwise);
+  std::string expected;
+  for (size_t i = 0; i < count; ++i) {
+    if (given == words[i]) return int32_t(i);
+    expected += (i == 0 ? "" : i + 1 < count ? ", " : " or ") + std::string(words[i]);
+  }
+  throw Problem(at(name) + ": found \"" + given + "\", expected " + expected);
 }
 
 bool Info::constant(size_t index, Tensor* tensor) const {

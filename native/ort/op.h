@@ -8,6 +8,7 @@
 
 #include "normfuse.h"
 #include "ort/abi.h"
+#include "words.h"
 
 namespace nf::ort {
 
@@ -99,13 +100,19 @@ class Info {
   std::string word(const char* name, const char* otherwise) const;
   // `size` values, or `otherwise` everywhere.
   std::vector<int64_t> integers(const char* name, size_t size, int64_t otherwise, int64_t low, int64_t high) const;
-  int32_t epilogue() const;
+  // The place of the attribute's word among `words`, see words.h.
+  template <size_t N>
+  int32_t one_of(const char* name, const char* const (&words)[N], const char* otherwise) const {
+    return one_of(name, words, N, otherwise);
+  }
+  int32_t epilogue() const { return one_of("epilogue", kEpilogues, "none"); }
   // True: the input is a constant of the model (or absent), which lives as long as the session.
   bool constant(size_t index, Tensor* tensor) const;
   std::string at(const char* what) const { return std::string(op_.name) + ", " + what; }
 
  private:
   bool found(OrtStatus* status) const;
+  int32_t one_of(const char* name, const char* const* words, size_t count, const char* otherwise) const;
   const Op& op_;
   const OrtApi& api_;
   const OrtKernelInfo* info_;

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-__all__ = ["EPILOGUES", "FEW_ROWS", "Block", "block_for", "rounded_hint"]
-
-EPILOGUES = ("none", "relu", "gelu", "gelu_tanh", "silu")
+__all__ = ["FEW_ROWS", "Block", "block_for", "rounded_hint"]
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,9 @@ import functools
 from normfuse.errors import UsageError
 from normfuse.gpu.launch import Launch, Operand, Result
 from normfuse.gpu.tile import FLOATS, check_row, tile
+from normfuse.words import KINDS
 
-__all__ = ["KINDS", "plan_norm"]
-
-KINDS = ("layer", "rms", "crms", "l1")
+__all__ = ["plan_norm"]
 
 
 @functools.lru_cache(maxsize=1024)

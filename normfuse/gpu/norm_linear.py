@@ -5,9 +5,10 @@ from __future__ import annotations
 import functools
 
 from normfuse.errors import UsageError
-from normfuse.gpu.blocks import EPILOGUES, block_for, rounded_hint
+from normfuse.gpu.blocks import block_for, rounded_hint
 from normfuse.gpu.launch import DTYPES, Launch, Operand, Result
 from normfuse.gpu.tile import FLOATS
+from normfuse.words import EPILOGUES
 
 __all__ = ["KINDS", "plan_norm_linear"]
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import functools
 
 from normfuse.errors import UsageError
-from normfuse.gpu.blocks import EPILOGUES, FEW_ROWS, Block, block_for, rounded_hint
+from normfuse.gpu.blocks import FEW_ROWS, Block, block_for, rounded_hint
 from normfuse.gpu.launch import Launch, Operand, Result
 from normfuse.gpu.planes import GROUPS, LARGEST_K, layout
 from normfuse.gpu.tile import FLOATS
+from normfuse.words import EPILOGUES
 
 __all__ = ["plan_product"]
 

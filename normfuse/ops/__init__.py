@@ -18,15 +18,22 @@ for torch.compile and torch.export, and no backward.
                                  over the last axis, floats to floats
     add_rms_norm, add_crms_norm  the same behind a residual addition, whose sum they give too
     rms_norm_linear              a linear layer behind an RMSNorm, the division behind the product
+
+`OPERATORS` holds the record of each (`normfuse.ops.operator`). A file of this folder that states an `Operator` is all that it takes
+to have one (docs/writing-an-operator.md).
 """
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
 
 from normfuse.ops.add_norm import add_crms_norm, add_rms_norm
 from normfuse.ops.attention import attention, shiftquant_attention
-from normfuse.ops.crms_norm import crms_norm
-from normfuse.ops.l1_norm import l1_norm
 from normfuse.ops.norm_quantize import norm_quantize
+from normfuse.ops.norms import crms_norm, l1_norm, rms_norm
+from normfuse.ops.operator import Operator
 from normfuse.ops.quantize_rows import quantize_rows
-from normfuse.ops.rms_norm import rms_norm
 from normfuse.ops.rms_norm_linear import rms_norm_linear
 from normfuse.ops.shiftquant_conv2d import conv_columns, shiftquant_conv2d
 from normfuse.ops.shiftquant_embedding import shiftquant_embedding
@@ -35,7 +42,22 @@ from normfuse.ops.shiftquant_matmul import shiftquant_matmul, shiftquant_matmul_
 from normfuse.ops.two_pass_softmax import two_pass_softmax
 
 __all__ = [
-    "add_crms_norm", "add_rms_norm", "attention", "conv_columns", "crms_norm", "l1_norm", "norm_quantize", "quantize_rows",
-    "rms_norm", "rms_norm_linear", "shiftquant_attention", "shiftquant_conv2d", "shiftquant_embedding", "shiftquant_linear",
-    "shiftquant_matmul", "shiftquant_matmul_quantize", "two_pass_softmax",
+    "OPERATORS", "Operator", "add_crms_norm", "add_rms_norm", "attention", "conv_columns", "crms_norm", "l1_norm", "norm_quantize",
+    "quantize_rows", "rms_norm", "rms_norm_linear", "shiftquant_attention", "shiftquant_conv2d", "shiftquant_embedding",
+    "shiftquant_linear", "shiftquant_matmul", "shiftquant_matmul_quantize", "two_pass_softmax",
 ]  # fmt: skip
+
+
+def _stated() -> dict[str, Operator]:
+    found = {}
+    for module in pkgutil.iter_modules(__path__):
+        for value in vars(importlib.import_module(f"{__name__}.{module.name}")).values():
+            if isinstance(value, Operator):
+                found[value.name] = value
+    return dict(sorted(found.items()))
+
+
+#: By name.
+OPERATORS = _stated()
+for _operator in OPERATORS.values():
+    _operator.register()

@@ -11,9 +11,13 @@ from normfuse.gpu.norm import plan_norm
 from normfuse.gpu.run import NAMES, run
 from normfuse.ops._shapes import check_vector, float_dtype
 
-__all__ = ["KINDS", "check_norm", "gpu_norm", "kernel_norm", "normalized"]
+__all__ = ["NATIVE", "check_norm", "dense", "gpu_norm", "kernel_norm", "normalized"]
 
-KINDS = ("layer", "rms", "crms", "l1")
+#: The kind, x, the residual, rows, features, gain, shift, ε, c; the sum, y.
+NATIVE = native.Function(
+    "nf_norm", native.INT, native.F32, native.F32_OR_NONE, native.LONG, native.LONG, native.F32_OR_NONE, native.F32_OR_NONE,
+    native.FLOAT, native.FLOAT, native.F32_OR_NONE, native.F32,
+)  # fmt: skip
 
 
 def normalized(s: Tensor, kind: str, gain: Tensor | None, shift: Tensor | None, eps: float, scale_const: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""What the arguments of quantized products must be; asked with real and with symbolic sizes."""
+"""What arguments must be; asked with real and with symbolic sizes."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ import torch
 from torch import Tensor
 
 from normfuse.errors import UsageError
+from normfuse.words import EPILOGUES
 
-__all__ = ["EPILOGUES", "check_product", "check_vector", "float_dtype", "input_scale_value"]
-
-EPILOGUES = ("none", "relu", "gelu", "gelu_tanh", "silu")
+__all__ = ["check_bits", "check_epilogue", "check_product", "check_vector", "float_dtype", "input_scale_value"]
 
 
 def check_product(
@@ -28,9 +27,19 @@ def check_product(
         raise UsageError(f"{op}: scale {tuple(scale.shape)} of {scale.dtype}; expected floats, one an output")
     if bias is not None:
         check_vector(op, "bias", bias, scale.shape[0])
+    check_bits(op, *bits)
+    check_epilogue(op, epilogue)
+
+
+def check_bits(op: str, *bits: int) -> None:
+    """Widths of codes."""
     for width in bits:
         if not 2 <= width <= 8:
             raise UsageError(f"{op}: {width} bits; expected 2 to 8")
+
+
+def check_epilogue(op: str, epilogue: str) -> None:
+    """A name of `EPILOGUES`."""
     if epilogue not in EPILOGUES:
         raise UsageError(f"{op}: epilogue={epilogue!r}; expected one of {', '.join(EPILOGUES)}")
 

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from normfuse import native
 from normfuse.errors import UsageError
-from normfuse.ops._define import define
-from normfuse.ops._norms import check_norm, dense, gpu_norm, kernel_norm, normalized
+from normfuse.ops._norms import NATIVE, check_norm, dense, gpu_norm, kernel_norm, normalized
+from normfuse.ops.operator import Operator
 
-__all__ = ["add_crms_norm", "add_rms_norm"]
+__all__ = ["ADD_CRMS_NORM", "ADD_RMS_NORM", "add_crms_norm", "add_rms_norm"]
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, gain: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
@@ -57,19 +57,15 @@ def _check(kind: str, x: Tensor, residual: Tensor, gain: Tensor | None) -> torch
     return check_norm(f"add_{kind}_norm", x, gain, None)
 
 
-def _shapes_of(kind: str) -> Callable[..., tuple[Tensor, Tensor]]:
-    def shapes(x: Tensor, residual: Tensor, gain: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+def _shapes(x: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape)
+
+
+def _operator(definition: Callable[..., tuple[Tensor, Tensor]], kind: str) -> Operator:
+    def check(x: Tensor, residual: Tensor, gain: Tensor | None, eps: float) -> None:
         _check(kind, x, residual, gain)
-        return x.new_empty(x.shape), x.new_empty(x.shape)
 
-    return shapes
-
-
-def _kernel_of(kind: str) -> Callable[..., tuple[Tensor, Tensor]]:
-    def kernel(x: Tensor, residual: Tensor, gain: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
-        if x.dtype is torch.float64 or not native.available():
-            return _added(kind, x, residual, gain, eps)
-        _check(kind, x, residual, gain)
+    def cpu(x: Tensor, residual: Tensor, gain: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
         if x.dtype is not torch.float32:  # the kernel would normalize the sum before it is rounded
             total = (x + residual).contiguous()
             return kernel_norm(total, kind, gain, None, eps, 1.0), total
@@ -78,23 +74,11 @@ def _kernel_of(kind: str) -> Callable[..., tuple[Tensor, Tensor]]:
         native.call("nf_norm", native.KINDS[kind], rows, more, rows.numel() // d, d, dense(gain), None, eps, 1.0, total, y)
         return y, total
 
-    return kernel
-
-
-def _gpu_of(kind: str) -> Callable[..., tuple[Tensor, Tensor]]:
-    def kernel(x: Tensor, residual: Tensor, gain: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
-        _check(kind, x, residual, gain)
+    def gpu(x: Tensor, residual: Tensor, gain: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
         y, total = gpu_norm(x, residual, kind, gain, None, eps, 1.0)
         return y, total
 
-    return kernel
+    return Operator(definition, shapes=_shapes, check=check, cpu=cpu, gpu=gpu, functions=(NATIVE,))
 
 
-for _kind, _meaning in (("rms", add_rms_norm), ("crms", add_crms_norm)):
-    define(
-        f"add_{_kind}_norm(Tensor x, Tensor residual, Tensor? gain, float eps) -> (Tensor y, Tensor sum)",
-        _meaning,
-        _shapes_of(_kind),
-        _kernel_of(_kind),
-        gpu=_gpu_of(_kind),
-    )
+ADD_RMS_NORM, ADD_CRMS_NORM = _operator(add_rms_norm, "rms"), _operator(add_crms_norm, "crms")

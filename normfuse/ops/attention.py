@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from normfuse import native
 from normfuse.errors import UsageError
-from normfuse.ops._define import define
 from normfuse.ops._shapes import float_dtype
+from normfuse.ops.operator import Operator
 from normfuse.quant.integers import quantize_rows, top_code
 
-__all__ = ["attention", "shiftquant_attention"]
+__all__ = ["ATTENTION", "SHIFTQUANT_ATTENTION", "attention", "shiftquant_attention"]
 
 _OP = "attention"
 _QUANTIZED = "shiftquant_attention"
@@ -112,32 +114,12 @@ def _empty(q: Tensor) -> Tensor:
     return q.new_empty((b, t, h, d)).transpose(1, 2)
 
 
-def _shapes(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool) -> Tensor:
-    _check(_OP, q, k, v, mask)
+def _shapes(q: Tensor, *rest: object) -> Tensor:
     return _empty(q)
 
 
-def _quantized_shapes(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool, bits: int) -> Tensor:
-    _check(_QUANTIZED, q, k, v, mask, bits)
-    return _empty(q)
-
-
-def _kernel(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool) -> Tensor:
-    if not _has_kernel(q, k):
-        return attention(q, k, v, mask, scale, causal)
-    _check(_OP, q, k, v, mask)
-    return _native(q, k, v, mask, scale, causal, 0)
-
-
-def _quantized_kernel(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool, bits: int) -> Tensor:
-    if not _has_kernel(q, k):
-        return shiftquant_attention(q, k, v, mask, scale, causal, bits)
-    _check(_QUANTIZED, q, k, v, mask, bits)
-    return _native(q, k, v, mask, scale, causal, bits)
-
-
-def _has_kernel(q: Tensor, k: Tensor) -> bool:
-    return q.dtype is not torch.float64 and native.available() and q.numel() > 0 and k.numel() > 0
+def _cpu(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool, bits: int = 0) -> Any:
+    return _native(q, k, v, mask, scale, causal, bits) if q.numel() and k.numel() else NotImplemented
 
 
 def _native(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool, bits: int) -> Tensor:
@@ -163,15 +145,22 @@ def _strides(x: Tensor) -> tuple[int, int, int]:
     return b, h, t
 
 
-define(
-    f"{_OP}(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale, bool causal) -> Tensor",
-    attention,
-    _shapes,
-    _kernel,
+_FUNCTIONS = (
+    native.Function(
+        "nf_attend", native.ATTENTION, native.STRIDED, native.STRIDED, native.STRIDED, native.STRIDED_OR_NONE, native.STRIDED
+    ),
 )
-define(
-    f"{_QUANTIZED}(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale, bool causal, int bits) -> Tensor",
+ATTENTION = Operator(
+    attention,
+    shapes=_shapes,
+    check=lambda q, k, v, mask, scale, causal: _check(_OP, q, k, v, mask),
+    cpu=_cpu,
+    functions=_FUNCTIONS,
+)
+SHIFTQUANT_ATTENTION = Operator(
     shiftquant_attention,
-    _quantized_shapes,
-    _quantized_kernel,
+    shapes=_shapes,
+    check=lambda q, k, v, mask, scale, causal, bits: _check(_QUANTIZED, q, k, v, mask, bits),
+    cpu=_cpu,
+    functions=_FUNCTIONS,
 )

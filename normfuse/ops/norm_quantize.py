@@ -7,11 +7,13 @@ from torch import Tensor
 
 from normfuse import native
 from normfuse.errors import UsageError
-from normfuse.ops._define import define
-from normfuse.ops._norms import KINDS, check_norm, dense, normalized
+from normfuse.ops._norms import NATIVE, check_norm, dense, normalized
+from normfuse.ops._shapes import check_bits, float_dtype
+from normfuse.ops.operator import Operator
 from normfuse.quant import integers
+from normfuse.words import KINDS
 
-__all__ = ["norm_quantize"]
+__all__ = ["NORM_QUANTIZE", "norm_quantize"]
 
 _OP = "norm_quantize"
 
@@ -47,40 +49,31 @@ def norm_quantize(
     Raises:
         UsageError: shapes do not fit, or the kind is not known.
     """
-    dtype = _check(x, residual, gain, shift, kind, bits)
+    dtype = _check(x, residual, gain, shift, kind, eps, scale_const, bits)
     total = x.to(dtype) if residual is None else x.to(dtype) + residual.to(dtype)
     q, scale = integers.quantize_rows(normalized(total, kind, gain, shift, eps, scale_const), bits)
     return q.contiguous(), scale.to(dtype).contiguous(), x.new_empty(0) if residual is None else total.to(x.dtype).contiguous()
 
 
-def _check(x: Tensor, residual: Tensor | None, gain: Tensor | None, shift: Tensor | None, kind: str, bits: int) -> torch.dtype:
+def _check(
+    x: Tensor, residual: Tensor | None, gain: Tensor | None, shift: Tensor | None, kind: str, *numbers: float
+) -> torch.dtype:
     if kind not in KINDS:
         raise UsageError(f"{_OP}: kind={kind!r}; expected one of {', '.join(KINDS)}")
     if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
         raise UsageError(
             f"{_OP}: residual {tuple(residual.shape)} of {residual.dtype}; expected {tuple(x.shape)} of {x.dtype}, as x"
         )
-    if not 2 <= bits <= 8:
-        raise UsageError(f"{_OP}: {bits} bits; expected 2 to 8")
+    check_bits(_OP, int(numbers[-1]))
     return check_norm(_OP, x, gain, shift)
 
 
-def _shapes(
-    x: Tensor,
-    residual: Tensor | None,
-    gain: Tensor | None,
-    shift: Tensor | None,
-    kind: str,
-    eps: float,
-    scale_const: float,
-    bits: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = _check(x, residual, gain, shift, kind, bits)
-    scale = x.new_empty((*x.shape[:-1], 1), dtype=dtype)
+def _shapes(x: Tensor, residual: Tensor | None, *rest: object) -> tuple[Tensor, Tensor, Tensor]:
+    scale = x.new_empty((*x.shape[:-1], 1), dtype=float_dtype(_OP, x))
     return x.new_empty(x.shape, dtype=torch.int8), scale, x.new_empty(0 if residual is None else x.shape)
 
 
-def _kernel(
+def _cpu(
     x: Tensor,
     residual: Tensor | None,
     gain: Tensor | None,
@@ -90,9 +83,6 @@ def _kernel(
     scale_const: float,
     bits: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if x.dtype is torch.float64 or not native.available():
-        return norm_quantize(x, residual, gain, shift, kind, eps, scale_const, bits)
-    _check(x, residual, gain, shift, kind, bits)
     s, more = x.float().contiguous(), dense(residual)
     d = x.shape[-1]
     q, scale = s.new_empty(x.shape, dtype=torch.int8), s.new_empty((*x.shape[:-1], 1))
@@ -104,10 +94,10 @@ def _kernel(
     return q, scale, total.to(x.dtype)
 
 
-define(
-    f"{_OP}(Tensor x, Tensor? residual, Tensor? gain, Tensor? shift, str kind, float eps, float scale_const, int bits) "
-    "-> (Tensor q, Tensor scale, Tensor sum)",
+NORM_QUANTIZE = Operator(
     norm_quantize,
-    _shapes,
-    _kernel,
+    shapes=_shapes,
+    check=_check,
+    cpu=_cpu,
+    functions=(native.Function("nf_norm_quantize", *NATIVE.arguments[:9], native.INT, native.F32_OR_NONE, native.I8, native.F32),),
 )

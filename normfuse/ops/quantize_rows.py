@@ -9,11 +9,11 @@ from normfuse import native
 from normfuse.errors import UsageError
 from normfuse.gpu.rows import plan_rows
 from normfuse.gpu.run import NAMES, run
-from normfuse.ops._define import define
-from normfuse.ops._shapes import float_dtype
+from normfuse.ops._shapes import check_bits, float_dtype
+from normfuse.ops.operator import Operator
 from normfuse.quant import integers
 
-__all__ = ["quantize_rows"]
+__all__ = ["QUANTIZE_ROWS", "quantize_rows"]
 
 _OP = "quantize_rows"
 
@@ -43,20 +43,15 @@ def quantize_rows(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 def _check(x: Tensor, bits: int) -> torch.dtype:
     if not x.ndim or not x.shape[-1]:
         raise UsageError(f"{_OP}: x {tuple(x.shape)}; expected at least one value a row")
-    if not 2 <= bits <= 8:
-        raise UsageError(f"{_OP}: {bits} bits; expected 2 to 8")
+    check_bits(_OP, bits)
     return float_dtype(_OP, x)
 
 
 def _shapes(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    dtype = _check(x, bits)
-    return x.new_empty(x.shape, dtype=torch.int8), x.new_empty((*x.shape[:-1], 1), dtype=dtype)
+    return x.new_empty(x.shape, dtype=torch.int8), x.new_empty((*x.shape[:-1], 1), dtype=float_dtype(_OP, x))
 
 
-def _kernel(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    if x.dtype is torch.float64 or not native.available():
-        return quantize_rows(x, bits)
-    _check(x, bits)
+def _cpu(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     x = x.float().contiguous()
     k = x.shape[-1]
     q, scale = x.new_empty(x.shape, dtype=torch.int8), x.new_empty((*x.shape[:-1], 1))
@@ -65,9 +60,18 @@ def _kernel(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
 
 def _gpu(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    _check(x, bits)
     q, scale = run(plan_rows(x.shape[-1], NAMES[x.dtype], bits, static=None), {"x": x.contiguous()})
     return q, scale
 
 
-define(f"{_OP}(Tensor x, int bits) -> (Tensor, Tensor)", quantize_rows, _shapes, _kernel, gpu=_gpu)
+QUANTIZE_ROWS = Operator(
+    quantize_rows,
+    shapes=_shapes,
+    check=_check,
+    cpu=_cpu,
+    gpu=_gpu,
+    functions=(
+        native.Function("nf_quantize_rows", native.F32, native.LONG, native.LONG, native.INT, native.I8, native.F32),
+        native.Function("nf_quantize_static", native.F32, native.LONG, native.FLOAT, native.INT, native.I8),
+    ),
+)

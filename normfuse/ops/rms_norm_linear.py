@@ -8,11 +8,11 @@ from torch import Tensor
 from normfuse.errors import UsageError
 from normfuse.gpu.norm_linear import plan_norm_linear
 from normfuse.gpu.run import NAMES, run
-from normfuse.ops._define import define
 from normfuse.ops._epilogue import activation
-from normfuse.ops._shapes import EPILOGUES, check_vector, float_dtype
+from normfuse.ops._shapes import check_epilogue, check_vector, float_dtype
+from normfuse.ops.operator import Operator
 
-__all__ = ["rms_norm_linear"]
+__all__ = ["RMS_NORM_LINEAR", "rms_norm_linear"]
 
 _OP = "rms_norm_linear"
 
@@ -35,7 +35,7 @@ def rms_norm_linear(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, 
 
     Source: FlashNorm, arXiv 2407.09577.
     """
-    dtype = _check(x, weight, bias, epilogue)
+    dtype = _check(x, weight, bias, eps, epilogue)
     wide = x.to(dtype)
     y = wide @ weight.to(dtype).T / (wide.square().mean(-1, keepdim=True) + eps).sqrt()
     if bias is not None:
@@ -43,7 +43,7 @@ def rms_norm_linear(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, 
     return activation(y, epilogue).to(x.dtype).contiguous()
 
 
-def _check(x: Tensor, weight: Tensor, bias: Tensor | None, epilogue: str) -> torch.dtype:
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, epilogue: str = "none") -> torch.dtype:
     dtype = float_dtype(_OP, x)
     if not x.ndim or not x.shape[-1]:
         raise UsageError(f"{_OP}: x {tuple(x.shape)}; expected at least one feature on the last axis")
@@ -51,18 +51,11 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, epilogue: str) -> tor
         raise UsageError(f"{_OP}: weight {tuple(weight.shape)} of {weight.dtype}; expected [N, {x.shape[-1]}] of {x.dtype}, as x")
     if bias is not None:
         check_vector(_OP, "bias", bias, weight.shape[0])
-    if epilogue not in EPILOGUES:
-        raise UsageError(f"{_OP}: epilogue={epilogue!r}; expected one of {', '.join(EPILOGUES)}")
+    check_epilogue(_OP, epilogue)
     return dtype
 
 
-def _shapes(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, epilogue: str = "none") -> Tensor:
-    _check(x, weight, bias, epilogue)
-    return x.new_empty((*x.shape[:-1], weight.shape[0]))
-
-
 def _gpu(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, epilogue: str = "none") -> Tensor:
-    _check(x, weight, bias, epilogue)
     (n, k), dtype = weight.shape, NAMES[x.dtype]
     rows = x.numel() // k
     launch = plan_norm_linear("rms", k, n, dtype, bias=bias is not None, eps=eps, epilogue=epilogue, rows_hint=rows)
@@ -73,9 +66,9 @@ def _gpu(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, epilogue: s
     return y
 
 
-define(
-    f'{_OP}(Tensor x, Tensor weight, Tensor? bias, float eps, str epilogue="none") -> Tensor',
+RMS_NORM_LINEAR = Operator(
     rms_norm_linear,
-    _shapes,
+    shapes=lambda x, weight, *rest: x.new_empty((*x.shape[:-1], weight.shape[0])),
+    check=_check,
     gpu=_gpu,
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -10,13 +11,13 @@ from torch import Tensor
 
 from normfuse import native
 from normfuse.errors import UsageError
-from normfuse.ops._define import define
 from normfuse.ops._epilogue import finish
 from normfuse.ops._prepared import conv_operands, conv_weights
 from normfuse.ops._shapes import check_product, float_dtype, input_scale_value
+from normfuse.ops.operator import Operator
 from normfuse.quant.integers import integer_matmul, quantize_rows, quantize_static
 
-__all__ = ["conv_columns", "shiftquant_conv2d"]
+__all__ = ["SHIFTQUANT_CONV2D", "conv_columns", "shiftquant_conv2d"]
 
 _OP = "shiftquant_conv2d"
 
@@ -63,8 +64,9 @@ def shiftquant_conv2d(
     Raises:
         UsageError: arguments do not belong together.
     """
+    spatial = (kernel, stride, padding, dilation)
     dtype, out = _check(
-        x, weight, exponents, scale, bias, bits, activation_bits, kernel, stride, padding, dilation, groups, epilogue
+        _Given(x, weight, exponents, scale, bias, input_scale, bits, activation_bits, *spatial, groups, epilogue)
     )  # fmt: skip
     operands = conv_operands(weight, exponents, scale.numel(), bits, groups, kernel[0] * kernel[1])
     if input_scale is None:
@@ -102,32 +104,38 @@ def _sides(padding: Sequence[int]) -> tuple[int, int, int, int]:
     return top, left, bottom, right
 
 
-def _check(
-    x: Tensor,
-    weight: Tensor,
-    exponents: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    bits: int,
-    activation_bits: int,
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    epilogue: str,
-) -> tuple[torch.dtype, tuple[int, int]]:
+class _Given(NamedTuple):
+    """The arguments of `shiftquant_conv2d`, in its order."""
+
+    x: Tensor
+    weight: Tensor
+    exponents: Tensor
+    scale: Tensor
+    bias: Tensor | None
+    input_scale: Tensor | None
+    bits: int
+    activation_bits: int
+    kernel: Sequence[int]
+    stride: Sequence[int]
+    padding: Sequence[int]
+    dilation: Sequence[int]
+    groups: int
+    epilogue: str = "none"
+
+
+def _check(g: _Given) -> tuple[torch.dtype, tuple[int, int]]:
     """The dtype to compute in, and the height and width of the result."""
+    x, kernel, stride, dilation, padding, groups = g.x, g.kernel, g.stride, g.dilation, g.padding, g.groups
     if x.ndim != 4:
         raise UsageError(f"{_OP}: x {tuple(x.shape)}; expected [batch, channels, height, width]")
-    check_product(_OP, x, x.shape[1], exponents, scale, bias, (bits, activation_bits), epilogue)
+    check_product(_OP, x, x.shape[1], g.exponents, g.scale, g.bias, (g.bits, g.activation_bits), g.epilogue)
     sizes = (("kernel", kernel, 1), ("stride", stride, 1), ("dilation", dilation, 1), ("padding", padding, 0))
     for name, value, least in sizes:
         wanted = (2, 4) if name == "padding" else (2,)
         if len(value) not in wanted or min(value) < least:
             raise UsageError(f"{_OP}: {name}={list(value)}; expected {' or '.join(map(str, wanted))} integers of at least {least}")
-    if groups < 1 or x.shape[1] % groups or scale.shape[0] % groups:
-        raise UsageError(f"{_OP}: groups={groups}; {x.shape[1]} channels in and {scale.shape[0]} out are no multiple of it")
+    if groups < 1 or x.shape[1] % groups or g.scale.shape[0] % groups:
+        raise UsageError(f"{_OP}: groups={groups}; {x.shape[1]} channels in and {g.scale.shape[0]} out are no multiple of it")
     before = _sides(padding)
     out = []
     for axis in range(2):
@@ -141,65 +149,33 @@ def _check(
     return float_dtype(_OP, x), (out[0], out[1])
 
 
-def _shapes(
-    x: Tensor,
-    weight: Tensor,
-    exponents: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    input_scale: Tensor | None,
-    bits: int,
-    activation_bits: int,
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    epilogue: str = "none",
-) -> Tensor:
-    _, out = _check(x, weight, exponents, scale, bias, bits, activation_bits, kernel, stride, padding, dilation, groups, epilogue)
-    return x.new_empty((x.shape[0], scale.shape[0], *out))
+def _shapes(g: _Given) -> Tensor:
+    _, out = _check(g)
+    return g.x.new_empty((g.x.shape[0], g.scale.shape[0], *out))
 
 
-def _kernel(
-    x: Tensor,
-    weight: Tensor,
-    exponents: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    input_scale: Tensor | None,
-    bits: int,
-    activation_bits: int,
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    epilogue: str = "none",
-) -> Tensor:
-    if x.dtype is torch.float64 or not native.available() or not x.numel():
-        spatial = (kernel, stride, padding, dilation)
-        return shiftquant_conv2d(
-            x, weight, exponents, scale, bias, input_scale, bits, activation_bits, *spatial, groups, epilogue
-        )  # fmt: skip
-    _, out = _check(x, weight, exponents, scale, bias, bits, activation_bits, kernel, stride, padding, dilation, groups, epilogue)
-    prepared = conv_weights(weight, exponents, scale, bias, bits, groups, kernel[0] * kernel[1])
-    static = input_scale_value(_OP, input_scale)
-    image = x.float().contiguous()
-    y = image.new_empty((x.shape[0], scale.numel(), *out))
-    top, left, bottom, right = _sides(padding)
+def _cpu(g: _Given) -> Any:
+    if not g.x.numel():
+        return NotImplemented
+    _, out = _check(g)
+    prepared = conv_weights(g.weight, g.exponents, g.scale, g.bias, g.bits, g.groups, g.kernel[0] * g.kernel[1])
+    static = input_scale_value(_OP, g.input_scale)
+    image = g.x.float().contiguous()
+    y = image.new_empty((g.x.shape[0], g.scale.numel(), *out))
+    top, left, bottom, right = _sides(g.padding)
     record = native.Conv(
-        *x.shape, *kernel, tuple(stride), (top, left), (bottom, right), tuple(dilation), groups
+        *g.x.shape, *g.kernel, tuple(g.stride), (top, left), (bottom, right), tuple(g.dilation), g.groups
     )  # fmt: skip
-    native.call("nf_conv2d", record, prepared, image, activation_bits, static, native.EPILOGUES[epilogue], y)
-    return y.to(x.dtype)
+    native.call("nf_conv2d", record, prepared, image, g.activation_bits, static, native.EPILOGUES[g.epilogue], y)
+    return y.to(g.x.dtype)
 
 
-define(
-    f"{_OP}(Tensor x, Tensor weight, Tensor exponents, Tensor scale, Tensor? bias, Tensor? input_scale, int bits, "
-    "int activation_bits, int[] kernel, int[] stride, int[] padding, int[] dilation, int groups, "
-    'str epilogue="none") -> Tensor',
+SHIFTQUANT_CONV2D = Operator(
     shiftquant_conv2d,
-    _shapes,
-    _kernel,
+    shapes=_shapes,
+    cpu=_cpu,
+    given=_Given,
+    functions=(
+        native.Function("nf_conv2d", native.CONV, native.WEIGHTS, native.F32, native.INT, native.FLOAT, native.INT, native.F32),
+    ),
 )

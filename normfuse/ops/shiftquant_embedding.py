@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from normfuse.errors import UsageError
-from normfuse.ops._define import define
+from normfuse.ops.operator import Operator
 from normfuse.quant.packing import row_bytes, unpack_rows
 
-__all__ = ["shiftquant_embedding"]
+__all__ = ["SHIFTQUANT_EMBEDDING", "shiftquant_embedding"]
 
 _OP = "shiftquant_embedding"
 
@@ -57,8 +57,7 @@ def _check(indices: Tensor, codes: Tensor, scale: Tensor, dim: int, bits: int) -
 
 
 def _shapes(indices: Tensor, codes: Tensor, scale: Tensor, dim: int, bits: int) -> Tensor:
-    _check(indices, codes, scale, dim, bits)
     return scale.new_empty((*indices.shape, dim))
 
 
-define(f"{_OP}(Tensor indices, Tensor codes, Tensor scale, int dim, int bits) -> Tensor", shiftquant_embedding, _shapes)
+SHIFTQUANT_EMBEDDING = Operator(shiftquant_embedding, shapes=_shapes, check=_check)

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 
 from normfuse import native
 from normfuse.gpu.run import NAMES
-from normfuse.ops._define import define
 from normfuse.ops._epilogue import finish
 from normfuse.ops._gpu_product import gpu_product, gpu_rows
 from normfuse.ops._prepared import gpu_weight, known_weights, linear_weight, operand_of
 from normfuse.ops._shapes import check_product, float_dtype, input_scale_value
+from normfuse.ops.operator import Operator
 from normfuse.quant.integers import integer_matmul, quantize_rows, quantize_static
 
-__all__ = ["shiftquant_linear"]
+__all__ = ["SHIFTQUANT_LINEAR", "shiftquant_linear"]
 
 _OP = "shiftquant_linear"
 
@@ -53,7 +55,7 @@ def shiftquant_linear(
     Raises:
         UsageError: arguments do not belong together.
     """
-    dtype = _check(x, weight, exponents, scale, bias, input_scale, bits, activation_bits, epilogue)
+    dtype = _check(_Given(x, weight, exponents, scale, bias, input_scale, bits, activation_bits, epilogue))
     operand = operand_of(weight, exponents, scale.numel(), bits)
     if input_scale is None:
         q, row_scale = quantize_rows(x, activation_bits)
@@ -62,78 +64,75 @@ def shiftquant_linear(
     return finish(integer_matmul(q, operand), row_scale, scale, bias, epilogue, None, dtype).to(x.dtype)
 
 
-def _check(
-    x: Tensor,
-    weight: Tensor,
-    exponents: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    input_scale: Tensor | None,
-    bits: int,
-    activation_bits: int,
-    epilogue: str = "none",
-) -> torch.dtype:
-    check_product(_OP, x, x.shape[-1] if x.ndim else 0, exponents, scale, bias, (bits, activation_bits), epilogue)
+class _Given(NamedTuple):
+    """The arguments of `shiftquant_linear`, in its order."""
+
+    x: Tensor
+    weight: Tensor
+    exponents: Tensor
+    scale: Tensor
+    bias: Tensor | None
+    input_scale: Tensor | None
+    bits: int
+    activation_bits: int
+    epilogue: str = "none"
+
+
+def _check(g: _Given) -> torch.dtype:
+    x, bits = g.x, (g.bits, g.activation_bits)
+    check_product(_OP, x, x.shape[-1] if x.ndim else 0, g.exponents, g.scale, g.bias, bits, g.epilogue)
     return float_dtype(_OP, x)
 
 
-def _shapes(x: Tensor, weight: Tensor, exponents: Tensor, scale: Tensor, *rest: object) -> Tensor:
-    _check(x, weight, exponents, scale, *rest)  # type: ignore[arg-type]
-    return x.new_empty((*x.shape[:-1], scale.shape[0]))
+def _shapes(g: _Given) -> Tensor:
+    _check(g)
+    return g.x.new_empty((*g.x.shape[:-1], g.scale.shape[0]))
 
 
-def _kernel(
-    x: Tensor,
-    weight: Tensor,
-    exponents: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    input_scale: Tensor | None,
-    bits: int,
-    activation_bits: int,
-    epilogue: str = "none",
-) -> Tensor:
-    if x.dtype is torch.float64 or not native.available():
-        return shiftquant_linear(x, weight, exponents, scale, bias, input_scale, bits, activation_bits, epilogue)
-    known = known_weights(weight, exponents, scale, bias, bits, 1, 1)
+def _cpu(g: _Given) -> Tensor:
+    x = g.x
+    known = known_weights(g.weight, g.exponents, g.scale, g.bias, g.bits, 1, 1)
     # a call costs as much as a small product: what was checked before is not checked again
-    if known is None or not x.ndim or x.shape[-1] != known[0].k or not x.is_floating_point() or epilogue not in native.EPILOGUES:
-        _check(x, weight, exponents, scale, bias, input_scale, bits, activation_bits, epilogue)
-        known = (linear_weight(weight, exponents, scale, bias, bits),)
+    if known is None or not x.ndim or x.shape[-1] != known[0].k or not x.is_floating_point() or g.epilogue not in native.EPILOGUES:
+        _check(g)
+        known = (linear_weight(g.weight, g.exponents, g.scale, g.bias, g.bits),)
     prepared = known[0]
-    static = input_scale_value(_OP, input_scale)
+    static = input_scale_value(_OP, g.input_scale)
     rows = x.float().contiguous()
     y = torch.empty((*x.shape[:-1], prepared.n), dtype=torch.float32)
     m = x.numel() // prepared.k
-    native.call("nf_linear", prepared, rows, m, activation_bits, static, native.EPILOGUES[epilogue], None, y)
+    native.call("nf_linear", prepared, rows, m, g.activation_bits, static, native.EPILOGUES[g.epilogue], None, y)
     return y if x.dtype is torch.float32 else y.to(x.dtype)
 
 
-def _gpu(
-    x: Tensor,
-    weight: Tensor,
-    exponents: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    input_scale: Tensor | None,
-    bits: int,
-    activation_bits: int,
-    epilogue: str = "none",
-) -> Tensor:
-    _check(x, weight, exponents, scale, bias, input_scale, bits, activation_bits, epilogue)
-    prepared = gpu_weight(weight, exponents, scale, bias, input_scale, bits)
-    if prepared is None or x.dtype not in NAMES:
-        return shiftquant_linear(x, weight, exponents, scale, bias, input_scale, bits, activation_bits, epilogue)
-    dtype = NAMES[x.dtype]
-    q, row_scale = gpu_rows(x, dtype, activation_bits, prepared.static)
-    return gpu_product(q, row_scale, prepared, bits, epilogue, None, dtype)
+def _gpu(g: _Given) -> Any:
+    _check(g)
+    prepared = gpu_weight(g.weight, g.exponents, g.scale, g.bias, g.input_scale, g.bits)
+    if prepared is None or g.x.dtype not in NAMES:
+        return NotImplemented
+    dtype = NAMES[g.x.dtype]
+    q, row_scale = gpu_rows(g.x, dtype, g.activation_bits, prepared.static)
+    return gpu_product(q, row_scale, prepared, g.bits, g.epilogue, None, dtype)
 
 
-define(
-    f"{_OP}(Tensor x, Tensor weight, Tensor exponents, Tensor scale, Tensor? bias, Tensor? input_scale, int bits, "
-    'int activation_bits, str epilogue="none") -> Tensor',
+SHIFTQUANT_LINEAR = Operator(
     shiftquant_linear,
-    _shapes,
-    _kernel,
+    shapes=_shapes,
+    cpu=_cpu,
     gpu=_gpu,
+    given=_Given,
+    functions=(
+        native.Function(
+            "nf_linear",
+            native.WEIGHT,
+            native.F32,
+            native.LONG,
+            native.INT,
+            native.FLOAT,
+            native.INT,
+            native.F32_OR_NONE,
+            native.F32,
+        ),
+        native.Function("nf_matmul_i32", native.WEIGHT, native.I8, native.LONG, native.I32),
+    ),
 )

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 
 from normfuse import native
 from normfuse.errors import UsageError
-from normfuse.ops._define import define
 from normfuse.ops._epilogue import finish
 from normfuse.ops._gpu_product import gpu_product, gpu_rows
 from normfuse.ops._norms import dense
 from normfuse.ops._prepared import gpu_weight, linear_weight, operand_of
 from normfuse.ops._shapes import check_product
+from normfuse.ops.operator import Operator
 from normfuse.quant import integers
 
-__all__ = ["shiftquant_matmul", "shiftquant_matmul_quantize"]
+__all__ = ["SHIFTQUANT_MATMUL", "SHIFTQUANT_MATMUL_QUANTIZE", "shiftquant_matmul", "shiftquant_matmul_quantize"]
 
 _TO_FLOAT, _TO_INTEGER = "shiftquant_matmul", "shiftquant_matmul_quantize"
 
@@ -45,7 +47,7 @@ def shiftquant_matmul(
     Raises:
         UsageError: arguments do not belong together.
     """
-    _check(_TO_FLOAT, q, row_scale, exponents, scale, bias, residual, bits, epilogue)
+    _check(_Product(q, row_scale, weight, exponents, scale, bias, residual, bits, epilogue))
     acc = integers.integer_matmul(q, operand_of(weight, exponents, scale.numel(), bits))
     return finish(acc, _rows(q, row_scale), scale, bias, epilogue, residual, row_scale.dtype)
 
@@ -74,34 +76,56 @@ def shiftquant_matmul_quantize(
     Raises:
         UsageError: arguments do not belong together.
     """
-    _check(_TO_INTEGER, q, row_scale, exponents, scale, bias, residual, bits, epilogue, out_bits)
+    _check(_Codes(q, row_scale, weight, exponents, scale, bias, residual, bits, epilogue, out_bits))
     y = shiftquant_matmul(q, row_scale, weight, exponents, scale, bias, residual, bits, epilogue)
     out, out_scale = integers.quantize_rows(y, out_bits)
     return out, out_scale.to(row_scale.dtype)
 
 
-def _check(
-    op: str,
-    q: Tensor,
-    row_scale: Tensor,
-    exponents: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    bits: int,
-    epilogue: str,
-    out_bits: int = 8,
-) -> None:
-    check_product(op, q, q.shape[-1] if q.ndim else 0, exponents, scale, bias, (bits, out_bits), epilogue)
+class _Product(NamedTuple):
+    """The arguments of `shiftquant_matmul`, in its order."""
+
+    q: Tensor
+    row_scale: Tensor
+    weight: Tensor
+    exponents: Tensor
+    scale: Tensor
+    bias: Tensor | None
+    residual: Tensor | None
+    bits: int
+    epilogue: str
+
+
+class _Codes(NamedTuple):
+    """The arguments of `shiftquant_matmul_quantize`, in its order."""
+
+    q: Tensor
+    row_scale: Tensor
+    weight: Tensor
+    exponents: Tensor
+    scale: Tensor
+    bias: Tensor | None
+    residual: Tensor | None
+    bits: int
+    epilogue: str
+    out_bits: int
+
+
+def _check(g: _Product | _Codes) -> None:
+    op, q, row_scale, residual = _TO_FLOAT, g.q, g.row_scale, g.residual
+    bits: tuple[int, ...] = (g.bits,)
+    if isinstance(g, _Codes):
+        op, bits = _TO_INTEGER, (g.bits, g.out_bits)
+    check_product(op, q, q.shape[-1] if q.ndim else 0, g.exponents, g.scale, g.bias, bits, g.epilogue)
     if q.dtype is not torch.int8:
         raise UsageError(f"{op}: q is {q.dtype}; expected int8")
     if row_scale.dtype not in (torch.float32, torch.float64):
         raise UsageError(f"{op}: row_scale is {row_scale.dtype}; expected float32 or float64")
     if row_scale.ndim and row_scale.shape != (*q.shape[:-1], 1) and row_scale.shape != (1,):
         raise UsageError(f"{op}: row_scale {tuple(row_scale.shape)}; expected one number, or {(*q.shape[:-1], 1)}")
-    if residual is not None and (residual.shape != (*q.shape[:-1], scale.shape[0]) or not residual.is_floating_point()):
+    if residual is not None and (residual.shape != (*q.shape[:-1], g.scale.shape[0]) or not residual.is_floating_point()):
         raise UsageError(
-            f"{op}: residual {tuple(residual.shape)} of {residual.dtype}; expected floats {(*q.shape[:-1], scale.shape[0])}"
+            f"{op}: residual {tuple(residual.shape)} of {residual.dtype}; expected floats {(*q.shape[:-1], g.scale.shape[0])}"
         )
 
 
@@ -110,120 +134,75 @@ def _rows(q: Tensor, row_scale: Tensor) -> Tensor:
     return row_scale if row_scale.ndim == q.ndim else row_scale.reshape(())
 
 
-def _float_shapes(q: Tensor, row_scale: Tensor, weight: Tensor, exponents: Tensor, scale: Tensor, *rest: object) -> Tensor:
-    _check(_TO_FLOAT, q, row_scale, exponents, scale, *rest)  # type: ignore[arg-type]
-    return q.new_empty((*q.shape[:-1], scale.shape[0]), dtype=row_scale.dtype)
+def _float_shapes(g: _Product) -> Tensor:
+    return g.q.new_empty((*g.q.shape[:-1], g.scale.shape[0]), dtype=g.row_scale.dtype)
 
 
-def _integer_shapes(
-    q: Tensor, row_scale: Tensor, weight: Tensor, exponents: Tensor, scale: Tensor, *rest: object
-) -> tuple[Tensor, Tensor]:
-    _check(_TO_INTEGER, q, row_scale, exponents, scale, *rest)  # type: ignore[arg-type]
-    rows = q.shape[:-1]
-    return q.new_empty((*rows, scale.shape[0])), q.new_empty((*rows, 1), dtype=row_scale.dtype)
+def _integer_shapes(g: _Codes) -> tuple[Tensor, Tensor]:
+    rows = g.q.shape[:-1]
+    return g.q.new_empty((*rows, g.scale.shape[0])), g.q.new_empty((*rows, 1), dtype=g.row_scale.dtype)
 
 
-def _float_kernel(
-    q: Tensor,
-    row_scale: Tensor,
-    weight: Tensor,
-    exponents: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    bits: int,
-    epilogue: str,
-) -> Tensor:
-    if row_scale.dtype is torch.float64 or not native.available():
-        return shiftquant_matmul(q, row_scale, weight, exponents, scale, bias, residual, bits, epilogue)
-    _check(_TO_FLOAT, q, row_scale, exponents, scale, bias, residual, bits, epilogue)
-    prepared = linear_weight(weight, exponents, scale, bias, bits)
-    q, row_scale = q.contiguous(), row_scale.contiguous()
-    m = q.numel() // prepared.k
-    y = row_scale.new_empty((*q.shape[:-1], prepared.n))
-    stride = int(row_scale.numel() == m > 1)
-    native.call("nf_matmul", prepared, q, row_scale, stride, m, native.EPILOGUES[epilogue], dense(residual), y)
+def _prepared(g: _Product | _Codes) -> tuple[native.Weight, Tensor, Tensor, int, int]:
+    """What the kernels read: the weight, q, its scales, their stride, and the number of rows."""
+    prepared = linear_weight(g.weight, g.exponents, g.scale, g.bias, g.bits)
+    m = g.q.numel() // prepared.k
+    return prepared, g.q.contiguous(), g.row_scale.contiguous(), int(g.row_scale.numel() == m > 1), m
+
+
+def _float_cpu(g: _Product) -> Tensor:
+    prepared, *rows = _prepared(g)
+    y = g.row_scale.new_empty((*g.q.shape[:-1], prepared.n))
+    native.call("nf_matmul", prepared, *rows, native.EPILOGUES[g.epilogue], dense(g.residual), y)
     return y
 
 
-def _integer_kernel(
-    q: Tensor,
-    row_scale: Tensor,
-    weight: Tensor,
-    exponents: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    bits: int,
-    epilogue: str,
-    out_bits: int,
-) -> tuple[Tensor, Tensor]:
-    if row_scale.dtype is torch.float64 or not native.available():
-        return shiftquant_matmul_quantize(q, row_scale, weight, exponents, scale, bias, residual, bits, epilogue, out_bits)
-    _check(_TO_INTEGER, q, row_scale, exponents, scale, bias, residual, bits, epilogue, out_bits)
-    prepared = linear_weight(weight, exponents, scale, bias, bits)
-    q, row_scale = q.contiguous(), row_scale.contiguous()
-    m = q.numel() // prepared.k
-    stride = int(row_scale.numel() == m > 1)
-    out = q.new_empty((*q.shape[:-1], prepared.n))
-    out_scale = row_scale.new_empty((*q.shape[:-1], 1))
-    act = native.EPILOGUES[epilogue]
-    if residual is None:
-        native.call("nf_matmul_quantize", prepared, q, row_scale, stride, m, act, out_bits, out, out_scale)
+def _integer_cpu(g: _Codes) -> tuple[Tensor, Tensor]:
+    prepared, *rows = _prepared(g)
+    out = g.q.new_empty((*g.q.shape[:-1], prepared.n))
+    out_scale = g.row_scale.new_empty((*g.q.shape[:-1], 1))
+    act = native.EPILOGUES[g.epilogue]
+    if g.residual is None:
+        native.call("nf_matmul_quantize", prepared, *rows, act, g.out_bits, out, out_scale)
     else:
-        y = row_scale.new_empty(out.shape)
-        native.call("nf_matmul", prepared, q, row_scale, stride, m, act, dense(residual), y)
-        native.call("nf_quantize_rows", y, m, prepared.n, out_bits, out, out_scale)
+        y = g.row_scale.new_empty(out.shape)
+        native.call("nf_matmul", prepared, *rows, act, dense(g.residual), y)
+        native.call("nf_quantize_rows", y, rows[-1], prepared.n, g.out_bits, out, out_scale)
     return out, out_scale
 
 
-def _float_gpu(
-    q: Tensor,
-    row_scale: Tensor,
-    weight: Tensor,
-    exponents: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    bits: int,
-    epilogue: str,
-) -> Tensor:
-    _check(_TO_FLOAT, q, row_scale, exponents, scale, bias, residual, bits, epilogue)
-    prepared = None if row_scale.dtype is torch.float64 else gpu_weight(weight, exponents, scale, bias, None, bits)
+def _float_gpu(g: _Product | _Codes) -> Any:
+    prepared = gpu_weight(g.weight, g.exponents, g.scale, g.bias, None, g.bits)
     if prepared is None:
-        return shiftquant_matmul(q, row_scale, weight, exponents, scale, bias, residual, bits, epilogue)
-    rows = row_scale.reshape(-1).expand(q.numel() // q.shape[-1]).contiguous()
-    return gpu_product(q, rows, prepared, bits, epilogue, dense(residual), "fp32")
+        return NotImplemented
+    rows = g.row_scale.reshape(-1).expand(g.q.numel() // g.q.shape[-1]).contiguous()
+    return gpu_product(g.q, rows, prepared, g.bits, g.epilogue, dense(g.residual), "fp32")
 
 
-def _integer_gpu(
-    q: Tensor,
-    row_scale: Tensor,
-    weight: Tensor,
-    exponents: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    bits: int,
-    epilogue: str,
-    out_bits: int,
-) -> tuple[Tensor, Tensor]:
-    _check(_TO_INTEGER, q, row_scale, exponents, scale, bias, residual, bits, epilogue, out_bits)
-    if row_scale.dtype is torch.float64:
-        return shiftquant_matmul_quantize(q, row_scale, weight, exponents, scale, bias, residual, bits, epilogue, out_bits)
-    y = _float_gpu(q, row_scale, weight, exponents, scale, bias, residual, bits, epilogue)
-    return gpu_rows(y, "fp32", out_bits, None)
+def _integer_gpu(g: _Codes) -> Any:
+    y = _float_gpu(g)
+    return y if y is NotImplemented else gpu_rows(y, "fp32", g.out_bits, None)
 
 
-_ARGUMENTS = (
-    "Tensor q, Tensor row_scale, Tensor weight, Tensor exponents, Tensor scale, Tensor? bias, Tensor? residual, int bits, "
-    "str epilogue"
+_ROWS = (native.WEIGHT, native.I8, native.F32, native.LONG, native.LONG, native.INT)
+_MATMUL = native.Function("nf_matmul", *_ROWS, native.F32_OR_NONE, native.F32)
+SHIFTQUANT_MATMUL = Operator(
+    shiftquant_matmul,
+    shapes=_float_shapes,
+    check=_check,
+    cpu=_float_cpu,
+    gpu=_float_gpu,
+    given=_Product,
+    like=1,
+    functions=(_MATMUL,),
 )
-define(f"{_TO_FLOAT}({_ARGUMENTS}) -> Tensor", shiftquant_matmul, _float_shapes, _float_kernel, gpu=_float_gpu)
-define(
-    f"{_TO_INTEGER}({_ARGUMENTS}, int out_bits) -> (Tensor, Tensor)",
+SHIFTQUANT_MATMUL_QUANTIZE = Operator(
     shiftquant_matmul_quantize,
-    _integer_shapes,
-    _integer_kernel,
+    shapes=_integer_shapes,
+    check=_check,
+    cpu=_integer_cpu,
     gpu=_integer_gpu,
+    given=_Codes,
+    like=1,
+    functions=(_MATMUL, native.Function("nf_matmul_quantize", *_ROWS, native.INT, native.I8, native.F32)),
 )

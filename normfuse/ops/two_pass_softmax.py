@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -9,12 +11,10 @@ from normfuse import native
 from normfuse.errors import UsageError
 from normfuse.gpu.run import NAMES, run
 from normfuse.gpu.softmax import plan_softmax
-from normfuse.ops._define import define
 from normfuse.ops._shapes import float_dtype
+from normfuse.ops.operator import Operator
 
-__all__ = ["two_pass_softmax"]
-
-_OP = "two_pass_softmax"
+__all__ = ["TWO_PASS_SOFTMAX", "two_pass_softmax"]
 
 
 def two_pass_softmax(x: Tensor) -> Tensor:
@@ -40,19 +40,13 @@ def two_pass_softmax(x: Tensor) -> Tensor:
 
 def _check(x: Tensor) -> torch.dtype:
     if not x.ndim:
-        raise UsageError(f"{_OP}: x has no axis; expected at least one")
-    return float_dtype(_OP, x)
+        raise UsageError("two_pass_softmax: x has no axis; expected at least one")
+    return float_dtype("two_pass_softmax", x)
 
 
-def _shapes(x: Tensor) -> Tensor:
-    _check(x)
-    return x.new_empty(x.shape)
-
-
-def _kernel(x: Tensor) -> Tensor:
-    if x.dtype is torch.float64 or not native.available() or not x.numel():
-        return two_pass_softmax(x)
-    _check(x)
+def _cpu(x: Tensor) -> Any:
+    if not x.numel():
+        return NotImplemented
     rows = x.float().contiguous()
     y = torch.empty_like(rows)
     native.call("nf_two_pass_softmax", rows, rows.numel() // x.shape[-1], x.shape[-1], y)
@@ -60,10 +54,16 @@ def _kernel(x: Tensor) -> Tensor:
 
 
 def _gpu(x: Tensor) -> Tensor:
-    _check(x)
     if not x.shape[-1]:
         return torch.empty_like(x, memory_format=torch.contiguous_format)
     return run(plan_softmax(x.shape[-1], NAMES[x.dtype]), {"x": x.contiguous()})[0]
 
 
-define(f"{_OP}(Tensor x) -> Tensor", two_pass_softmax, _shapes, _kernel, gpu=_gpu)
+TWO_PASS_SOFTMAX = Operator(
+    two_pass_softmax,
+    shapes=lambda x: x.new_empty(x.shape),
+    check=_check,
+    cpu=_cpu,
+    gpu=_gpu,
+    functions=(native.Function("nf_two_pass_softmax", native.F32, native.LONG, native.LONG, native.F32),),
+)

@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ class Case:
 
     Attributes:
         function: "module:name" of a planning function whose `Launch` is run on `inputs`, or, where there are none, of a function
-            that is called and gives tensors.
+            that is called and gives tensors ("module:OPERATOR.on_gpu").
         args, kwargs: of that function; numbers, strings, None, lists, tensors.
         inputs: tensors by name.
     """
@@ -57,11 +58,13 @@ def interpret(cases: Mapping[str, Case], folder: Path) -> dict[str, tuple[Tensor
 
 def _main(source: str, target: str) -> None:
     from normfuse.gpu.run import run
+    from normfuse.ops import operator
 
+    operator.available = lambda device: True  # the interpreter is the GPU here
     results = {}
     for key, case in torch.load(source).items():
         module, _, name = case["function"].partition(":")
-        found = getattr(importlib.import_module(module), name)(*case["args"], **case["kwargs"])
+        found = attrgetter(name)(importlib.import_module(module))(*case["args"], **case["kwargs"])
         if case["inputs"] is not None:
             found = run(found, case["inputs"])
         results[key] = (found,) if isinstance(found, Tensor) else tuple(found)

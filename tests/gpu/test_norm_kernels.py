@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from normfuse.errors import UsageError
-from normfuse.gpu.norm import KINDS, plan_norm
+from normfuse.gpu.norm import plan_norm
 from normfuse.gpu.rows import plan_rows
 from normfuse.gpu.run import NAMES, run
 from normfuse.gpu.softmax import plan_softmax
 from normfuse.gpu.tile import LONGEST, tile
 from normfuse.ops._norms import normalized
 from normfuse.quant import integers
+from normfuse.words import KINDS
 from tests.gpu.interpreter import Case, interpret
 
 pytest.importorskip("triton", reason="the kernels are written in Triton")
@@ -99,11 +100,11 @@ def _operators() -> Iterator[tuple[str, Case]]:
     """What torch calls on a GPU; strides that no kernel takes, and a gain of float64."""
     torch.manual_seed(1)
     x, r, g, b = torch.randn(6, 5).T, torch.randn(5, 6), torch.randn(6, dtype=torch.float64), torch.randn(12)[::2]
-    yield "operator-rms_norm", Case("normfuse.ops.rms_norm:_gpu", (x, g, EPS))
-    yield "operator-crms_norm", Case("normfuse.ops.crms_norm:_gpu", (x, None, EPS))
-    yield "operator-l1_norm", Case("normfuse.ops.l1_norm:_gpu", (x, g, b, EPS, GAUSSIAN))
-    yield "operator-two_pass_softmax", Case("normfuse.ops.two_pass_softmax:_gpu", (x,))
-    yield "operator-quantize_rows", Case("normfuse.ops.quantize_rows:_gpu", (x, 8))
+    yield "operator-rms_norm", Case("normfuse.ops.norms:RMS_NORM.on_gpu", (x, g, EPS))
+    yield "operator-crms_norm", Case("normfuse.ops.norms:CRMS_NORM.on_gpu", (x, None, EPS))
+    yield "operator-l1_norm", Case("normfuse.ops.norms:L1_NORM.on_gpu", (x, g, b, EPS, GAUSSIAN))
+    yield "operator-two_pass_softmax", Case("normfuse.ops.two_pass_softmax:TWO_PASS_SOFTMAX.on_gpu", (x,))
+    yield "operator-quantize_rows", Case("normfuse.ops.quantize_rows:QUANTIZE_ROWS.on_gpu", (x, 8))
     for kind in ("rms", "crms"):
         yield f"operator-add_{kind}_norm", Case("normfuse.ops._norms:gpu_norm", (x, r, kind, b, None, EPS, 1.0))
 

@@ -15,7 +15,7 @@ from torch import Tensor
 import normfuse
 from normfuse.gpu import run as launching
 from normfuse.gpu.loaded import CannotCompile
-from normfuse.ops import _define
+from normfuse.ops import Operator, operator
 
 ON_GPU = (
     "add_crms_norm", "add_rms_norm", "crms_norm", "l1_norm", "quantize_rows", "rms_norm", "two_pass_softmax",
@@ -43,8 +43,9 @@ def test_who_runs(dtype: torch.dtype, works: bool, runs: str, monkeypatch: pytes
 
         return function
 
-    monkeypatch.setattr(_define, "available", lambda device: works)
-    assert _define._where_triton_works("f", named("kernel"), named("definition"))(torch.ones(2, dtype=dtype), 1.0) == runs
+    monkeypatch.setattr(operator, "available", lambda device: works)
+    stated = Operator(named("definition"), shapes=named("shapes"), gpu=named("kernel"))
+    assert stated.on_gpu(torch.ones(2, dtype=dtype), 1.0) == runs
 
 
 def test_a_kernel_that_cannot_be_compiled_leaves_the_definition(
@@ -53,8 +54,8 @@ def test_a_kernel_that_cannot_be_compiled_leaves_the_definition(
     def fails(x: Tensor) -> Tensor:
         raise CannotCompile("product.product on cuda:0: PTXASError: no such instruction")
 
-    monkeypatch.setattr(_define, "available", lambda device: True)
-    kernel = _define._where_triton_works("f", fails, torch.neg)
+    monkeypatch.setattr(operator, "available", lambda device: True)
+    kernel = Operator(torch.neg, shapes=torch.empty_like, gpu=fails).on_gpu
     assert [float(kernel(torch.ones(()))) for _ in range(2)] == [-1.0, -1.0]
     assert caplog.text.count("no such instruction") == 1
 

@@ -19,11 +19,11 @@ from normfuse.gpu.planes import GROUPS, LARGEST_K, from_packed
 from normfuse.gpu.product import plan_product
 from normfuse.ops._epilogue import activation, finish
 from normfuse.ops._prepared import _on_gpu, gpu_weight
-from normfuse.ops._shapes import EPILOGUES
 from normfuse.ops.rms_norm_linear import rms_norm_linear
 from normfuse.quant.integers import integer_matmul, quantize_rows, quantize_static
 from normfuse.quant.packing import pack
 from normfuse.quant.weight import QuantizedWeight
+from normfuse.words import EPILOGUES
 from tests.gpu.interpreter import Case, interpret
 from tests.gpu.test_planes import BITS, random_weight
 
@@ -121,19 +121,34 @@ def _operators() -> Iterator[tuple[str, Case]]:
     packed, bias = (pack(w), w.exponents, w.scale), torch.linspace(-1, 1, 19)
     q, s, residual = _rows(6, 45).view(2, 3, 45), torch.rand(2, 3, 1) + 0.5, torch.randn(2, 3, 19)
     linear, matmul, norm = (f"normfuse.ops.{n}" for n in ("shiftquant_linear", "shiftquant_matmul", "rms_norm_linear"))
-    yield "shiftquant_linear-rows", Case(f"{linear}:_gpu", (x, *packed, bias, None, 6, 8, "gelu"))
-    yield "shiftquant_linear-static", Case(f"{linear}:_gpu", (x.half(), *packed, None, torch.tensor(0.03), 6, 8))
-    yield "shiftquant_linear-flat", Case(f"{linear}:_gpu", (x[0, 0], *packed, bias, None, 6, 4))
-    yield "shiftquant_linear-strided", Case(f"{linear}:_gpu", (x.transpose(0, 1), *packed, bias, None, 6, 8))
-    yield "shiftquant_linear-empty", Case(f"{linear}:_gpu", (x[:0], *packed, bias, None, 6, 8))
-    yield "shiftquant_matmul-rows", Case(f"{matmul}:_float_gpu", (q, s, *packed, bias, residual, 6, "silu"))
-    yield "shiftquant_matmul-one", Case(f"{matmul}:_float_gpu", (q, torch.tensor(0.5), *packed, None, None, 6, "none"))
-    yield "shiftquant_matmul-float64", Case(f"{matmul}:_float_gpu", (q, s.double(), *packed, None, None, 6, "none"))
-    yield "shiftquant_matmul_quantize-rows", Case(f"{matmul}:_integer_gpu", (q, s, *packed, bias, residual, 6, "relu", 8))
+    yield "shiftquant_linear-rows", Case(f"{linear}:SHIFTQUANT_LINEAR.on_gpu", (x, *packed, bias, None, 6, 8, "gelu"))
+    yield (
+        "shiftquant_linear-static",
+        Case(f"{linear}:SHIFTQUANT_LINEAR.on_gpu", (x.half(), *packed, None, torch.tensor(0.03), 6, 8)),
+    )
+    yield "shiftquant_linear-flat", Case(f"{linear}:SHIFTQUANT_LINEAR.on_gpu", (x[0, 0], *packed, bias, None, 6, 4))
+    yield "shiftquant_linear-strided", Case(f"{linear}:SHIFTQUANT_LINEAR.on_gpu", (x.transpose(0, 1), *packed, bias, None, 6, 8))
+    yield "shiftquant_linear-empty", Case(f"{linear}:SHIFTQUANT_LINEAR.on_gpu", (x[:0], *packed, bias, None, 6, 8))
+    yield "shiftquant_matmul-rows", Case(f"{matmul}:SHIFTQUANT_MATMUL.on_gpu", (q, s, *packed, bias, residual, 6, "silu"))
+    yield (
+        "shiftquant_matmul-one",
+        Case(f"{matmul}:SHIFTQUANT_MATMUL.on_gpu", (q, torch.tensor(0.5), *packed, None, None, 6, "none")),
+    )
+    yield "shiftquant_matmul-float64", Case(f"{matmul}:SHIFTQUANT_MATMUL.on_gpu", (q, s.double(), *packed, None, None, 6, "none"))
+    yield (
+        "shiftquant_matmul_quantize-rows",
+        Case(f"{matmul}:SHIFTQUANT_MATMUL_QUANTIZE.on_gpu", (q, s, *packed, bias, residual, 6, "relu", 8)),
+    )
     many = QuantizedWeight(w.codes, w.exponents + 7, w.scale, 6)  # more exponents than the kernels take: the definition
-    yield "shiftquant_linear-many", Case(f"{linear}:_gpu", (x, pack(many), many.exponents, many.scale, bias, None, 6, 8))
-    yield "rms_norm_linear-fp32", Case(f"{norm}:_gpu", (x, torch.randn(7, 45), torch.ones(7).half(), 1e-6, "gelu"))
-    yield "rms_norm_linear-fp16", Case(f"{norm}:_gpu", (x.half(), torch.randn(7, 45).half(), None, 1e-6))
+    yield (
+        "shiftquant_linear-many",
+        Case(f"{linear}:SHIFTQUANT_LINEAR.on_gpu", (x, pack(many), many.exponents, many.scale, bias, None, 6, 8)),
+    )
+    yield (
+        "rms_norm_linear-fp32",
+        Case(f"{norm}:RMS_NORM_LINEAR.on_gpu", (x, torch.randn(7, 45), torch.ones(7).half(), 1e-6, "gelu")),
+    )
+    yield "rms_norm_linear-fp16", Case(f"{norm}:RMS_NORM_LINEAR.on_gpu", (x.half(), torch.randn(7, 45).half(), None, 1e-6))
 
 
 OPERATORS = dict(_operators())

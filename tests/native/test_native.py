@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from normfuse import native
+from normfuse import native, words
 from normfuse.errors import NormfuseError, UsageError
+from normfuse.ops import OPERATORS
 from normfuse.quant.integers import integer_matmul
 from normfuse.quant.packing import pack
 from normfuse.quant.weight import QuantizedWeight
@@ -95,12 +96,13 @@ def test_every_function_of_the_header_is_known() -> None:
     text = re.sub(r"//[^\n]*", "", (ROOT / "native" / "normfuse.h").read_text(encoding="utf-8"))
     found = {name: arguments.count(",") + 1 for name, arguments in re.findall(r"NF_EXPORT[^;(]*?\b(nf_\w+)\(([^)]*)\)", text)}
     plain = {"nf_packed_bytes": 4, "nf_isa_available": 1, "nf_isa": 1, "nf_force_isa": 1, "nf_operators": 1, "nf_pool": 1}
-    assert found == {**{name: len(kinds) + 1 for name, kinds in native._SIGNATURES.items()}, **plain}
+    stated = {f.name: len(f.arguments) + 1 for operator in OPERATORS.values() for f in operator.functions}
+    assert found == {**stated, **plain}
 
 
 @compiled
 @pytest.mark.checkout
-def test_structures_are_those_of_the_header(tmp_path: Path) -> None:
+def test_structures_and_words_are_those_of_the_headers(tmp_path: Path) -> None:
     lines = []
     for name, structure in (("nf_weight", native.Weight), ("nf_conv", native.Conv), ("nf_attention", native.Attention)):
         lines.append(f"static_assert(sizeof({name}) == {ctypes.sizeof(structure)});")
@@ -108,7 +110,10 @@ def test_structures_are_those_of_the_header(tmp_path: Path) -> None:
             lines.append(f"static_assert(offsetof({name}, {field}) == {getattr(structure, field).offset});")
     lines += [f"static_assert(NF_{name.upper()} == {value});" for name, value in (native.EPILOGUES | native.KINDS).items()]
     assert len(lines) > 40
-    (tmp_path / "layout.cpp").write_text('#include "normfuse.h"\n' + "\n".join(lines))
+    for table, expected in (("kEpilogues", words.EPILOGUES), ("kNormKinds", words.KINDS)):
+        lines.append(f"static_assert(sizeof nf::{table} / sizeof *nf::{table} == {len(expected)});")
+        lines += [f'static_assert(std::string_view(nf::{table}[{i}]) == "{word}");' for i, word in enumerate(expected)]
+    (tmp_path / "layout.cpp").write_text('#include <string_view>\n#include "words.h"\n' + "\n".join(lines))
     command = [str(COMPILER), "-std=c++17", "-fsyntax-only", "-I", str(ROOT / "native"), "layout.cpp"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -284,7 +289,7 @@ def test_the_pool_follows_torch() -> None:
 def test_a_forked_process_has_threads_of_its_own() -> None:
     code = """
 import os, torch
-from normfuse import native
+from normfuse import native, words
 torch.set_num_threads(2)
 x, y = torch.randn(64, 512), torch.empty(64, 512)
 native.call("nf_two_pass_softmax", x, 64, 512, y)

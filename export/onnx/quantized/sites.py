@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,9 +11,9 @@ import numpy as np
 
 from normfuse.errors import ExportError
 from normfuse.export.onnx.build import const_of, dims
-from normfuse.export.onnx.quantized.translate import NAMES
 from normfuse.export.onnx.writer.translate import MARKER_DOMAIN
-from normfuse.export.ops import OPS, Op
+from normfuse.export.ops import OP_OF, Op
+from normfuse.ops import OPERATORS
 
 __all__ = ["Site", "sites"]
 
@@ -75,129 +75,56 @@ class Site:
 def sites(model: Any) -> Iterator[Site]:
     """Every marker of the graph, in its order; nodes may be added and removed between two of them."""
     for node in list(model.graph):
-        if node.domain == MARKER_DOMAIN and node.op_type in NAMES:
-            yield _READ[node.op_type](node)
+        if node.domain == MARKER_DOMAIN and node.op_type in OP_OF:
+            yield _read(node)
 
 
-def _tensors(node: Any, count: int) -> tuple[Any, ...]:
-    return (*node.inputs, *[None] * count)[:count]
+@dataclass(frozen=True)
+class _Call:
+    """A marker as `normfuse.export.ops` reads it."""
+
+    node: Any
+    tensors: dict[str, Any]
+    attributes: dict[str, Any]
+
+    def array(self, name: str) -> np.ndarray[Any, Any]:
+        found = const_of(self.tensors[name])
+        if found is None:
+            raise ExportError(f"{self.node.name}: {name} of {self.node.op_type} is no constant; quantized weights must be")
+        return np.asarray(found)
+
+    def size(self, name: str, axis: int) -> int:
+        shape = dims(self.tensors[name])
+        found = None if shape is None else shape[axis]
+        if not isinstance(found, int):
+            raise ExportError(f"{self.node.name}: the size of axis {axis} of {name} of {self.node.op_type} is not known")
+        return found
+
+    def number(self, name: str) -> float:
+        """A tensor of one constant number; 0 for None."""
+        if self.tensors[name] is None:
+            return 0.0
+        found = self.array(name)
+        if found.size != 1:
+            raise ExportError(f"{self.node.name}: {name} of {self.node.op_type} is not one number")
+        return float(found.reshape(-1)[0])
 
 
-def _attributes(node: Any) -> dict[str, Any]:
-    return {k: list(a.value) if isinstance(a.value, (list, tuple)) else a.value for k, a in node.attributes.items()}
+def _read(node: Any) -> Site:
+    op, names = OP_OF[node.op_type], OPERATORS[node.op_type].tensors
+    tensors = dict(zip(names, (*node.inputs, *[None] * len(names)), strict=False))
+    call = _Call(
+        node, tensors, {k: list(a.value) if isinstance(a.value, (list, tuple)) else a.value for k, a in node.attributes.items()}
+    )
+    inputs = [name.removesuffix("?") for name in op.inputs]
+    for name, value in tensors.items():
+        if value is not None and name not in inputs and name not in op.attributes:
+            raise ExportError(f"{node.op_type} with a {name} has no form in ONNX")
+    facts = {name: _fact(op, call, name) for name in op.attributes} | {name: of(call) for name, of in op.structure.items()}
+    return Site(node, op, tuple(map(tensors.get, inputs)), facts)
 
 
-def _groups(exponents: Any) -> int:
-    found = const_of(exponents)
-    if found is None:
-        raise ExportError("the exponents of a quantized weight are no constant")
-    return int(found.max(initial=0)) + 1
-
-
-def _static(scale: Any) -> float:
-    if scale is None:
-        return 0.0
-    found = const_of(scale)
-    if found is None or found.size != 1:
-        raise ExportError("the static scale of an activation is not one constant number")
-    return float(found.reshape(-1)[0])
-
-
-def _linear(node: Any) -> Site:
-    x, weight, exponents, scale, bias, static = _tensors(node, 6)
-    facts = _attributes(node) | {"input_scale": _static(static), "groups": _groups(exponents)}
-    return Site(node, OPS["ShiftQuantLinear"], (x, weight, exponents, scale, bias, None), facts)
-
-
-def _conv2d(node: Any) -> Site:
-    x, weight, exponents, scale, bias, static = _tensors(node, 6)
-    given = _attributes(node)
-    pads = given["padding"] * 2 if len(given["padding"]) == 2 else given["padding"]
-    facts = {k: given[k] for k in ("bits", "activation_bits", "kernel", "epilogue")} | {
-        "strides": given["stride"],
-        "pads": pads,
-        "dilations": given["dilation"],
-        "group": given["groups"],
-        "input_scale": _static(static),
-        "groups": _groups(exponents),
-    }
-    return Site(node, OPS["ShiftQuantConv2d"], (x, weight, exponents, scale, bias), facts)
-
-
-def _embedding(node: Any) -> Site:
-    return Site(node, OPS["ShiftQuantEmbedding"], _tensors(node, 3), _attributes(node))
-
-
-def _rows(node: Any) -> Site:
-    return Site(node, OPS["QuantizeRows"], _tensors(node, 1), _attributes(node))
-
-
-def _norm_quantize(node: Any) -> Site:
-    x, residual, gain, shift = _tensors(node, 4)
-    return Site(node, OPS["NormQuantize"], (x, gain, shift, residual), _attributes(node))
-
-
-def _matmul(node: Any) -> Site:
-    inputs = _tensors(node, 7)
-    return Site(node, OPS["ShiftQuantMatMul"], inputs, _attributes(node) | {"groups": _groups(inputs[3])})
-
-
-def _matmul_quantize(node: Any) -> Site:
-    inputs = _tensors(node, 7)
-    if inputs[6] is not None:
-        raise ExportError("shiftquant_matmul_quantize with a residual has no form in ONNX")
-    return Site(node, OPS["ShiftQuantMatMulQuantize"], inputs[:6], _attributes(node) | {"groups": _groups(inputs[3])})
-
-
-def _norm(name: str) -> Callable[[Any], Site]:
-    def read(node: Any) -> Site:
-        op = OPS[name]
-        return Site(node, op, (*_tensors(node, len(op.inputs) - 1), None), _attributes(node))
-
-    return read
-
-
-def _added_norm(name: str) -> Callable[[Any], Site]:
-    def read(node: Any) -> Site:
-        x, residual, gain = _tensors(node, 3)
-        return Site(node, OPS[name], (x, gain, residual), _attributes(node))
-
-    return read
-
-
-def _norm_linear(node: Any) -> Site:
-    return Site(node, OPS["RmsNormLinear"], _tensors(node, 3), _attributes(node))
-
-
-def _softmax(node: Any) -> Site:
-    return Site(node, OPS["TwoPassSoftmax"], _tensors(node, 1), {})
-
-
-def _attention(node: Any) -> Site:
-    """Heads first, as torch has them."""
-    q, k = (dims(v) for v in node.inputs[:2])
-    if q is None or k is None or not (isinstance(q[1], int) and isinstance(k[1], int)):
-        raise ExportError(f"{node.name}: the numbers of heads of {node.op_type} are not known")
-    given = _attributes(node)
-    facts = {"scale": given["scale"], "causal": given["causal"], "heads": q[1], "kv_heads": k[1], "layout": "bhtd"}
-    return Site(node, OPS["Attention"], _tensors(node, 4), facts | {"bits": given.get("bits", 0)})
-
-
-_READ: dict[str, Callable[[Any], Site]] = {
-    "add_crms_norm": _added_norm("CrmsNorm"),
-    "add_rms_norm": _added_norm("RmsNorm"),
-    "attention": _attention,
-    "crms_norm": _norm("CrmsNorm"),
-    "l1_norm": _norm("L1Norm"),
-    "norm_quantize": _norm_quantize,
-    "quantize_rows": _rows,
-    "rms_norm": _norm("RmsNorm"),
-    "rms_norm_linear": _norm_linear,
-    "shiftquant_attention": _attention,
-    "shiftquant_conv2d": _conv2d,
-    "shiftquant_embedding": _embedding,
-    "shiftquant_linear": _linear,
-    "shiftquant_matmul": _matmul,
-    "shiftquant_matmul_quantize": _matmul_quantize,
-    "two_pass_softmax": _softmax,
-}
+def _fact(op: Op, call: _Call, name: str) -> Any:
+    if name in op.facts:
+        return op.facts[name](call)
+    return call.number(name) if name in call.tensors else call.attributes[name]
