@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from normfuse.errors import NormfuseError, UsageError
+from normfuse.native_library import SWITCH, library_file, switched_off
 
 __all__ = [
     "EPILOGUES", "KINDS", "Attention", "Conv", "Weight", "available", "call", "force_isa", "isa", "isas", "library", "operators",
@@ -31,7 +32,6 @@ __all__ = [
 
 EPILOGUES = {"none": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
 KINDS = {"layer": 0, "rms": 1, "crms": 2, "l1": 3}
-SWITCH = "NORMFUSE_NATIVE"
 _REBUILD = "then install normfuse again (in a checkout: pip install -e .)"
 
 
@@ -160,9 +160,9 @@ def path() -> Path:
     Raises:
         NormfuseError: it is not there; the message says why and what to do.
     """
-    if not _file().is_file():
+    if not library_file().is_file():
         raise NormfuseError(_missing())
-    return _file()
+    return library_file()
 
 
 def available() -> bool:
@@ -288,27 +288,23 @@ def weight(packed: Tensor, exponents: Tensor, scale: Tensor, bias: Tensor | None
 _sorted = WeakIdKeyDictionary()
 
 
-def _file() -> Path:
-    return Path(__file__).with_name("_native.so")
-
-
 def _missing() -> str:
     if os.name == "nt":
         return "the native kernels are written for Linux and macOS; everything works without them, slower"
     return (
-        f"the native kernels were not built: {_file()} does not exist. Have a C++17 compiler "
+        f"the native kernels were not built: {library_file()} does not exist. Have a C++17 compiler "
         f"(Debian, Ubuntu: apt install g++; macOS: xcode-select --install), {_REBUILD}"
     )
 
 
 @functools.cache
 def _load() -> ctypes.CDLL | str:
-    if os.environ.get(SWITCH, "1") == "0":
+    if switched_off():
         return f"the native kernels are switched off by {SWITCH}=0 in the environment"
-    if not _file().is_file():
+    if not library_file().is_file():
         return _missing()
     try:
-        found = ctypes.CDLL(str(_file()))
+        found = ctypes.CDLL(str(library_file()))
     except OSError as e:
         return f"the native kernels cannot be loaded ({e}); have a C++17 compiler, {_REBUILD}"
     try:
@@ -327,5 +323,5 @@ def _load() -> ctypes.CDLL | str:
             function = getattr(found, name)
             function.argtypes, function.restype = list(arguments), result
     except AttributeError as e:
-        return f"the native kernels in {_file()} are of another version of normfuse ({e}): {_REBUILD}"
+        return f"the native kernels in {library_file()} are of another version of normfuse ({e}): {_REBUILD}"
     return found
