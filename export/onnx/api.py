@@ -36,9 +36,9 @@ from normfuse.export.onnx.precision.mixed_norms import one_dtype_norms
 from normfuse.export.onnx.precision.other_dtype import in_another_dtype
 from normfuse.export.onnx.precision.spelling import spelled_dtype
 from normfuse.export.onnx.program import Program, program
-from normfuse.export.onnx.quantized.forms import is_quantized, possible_forms
+from normfuse.export.onnx.quantized.forms import FORMS, is_quantized, possible_forms
 from normfuse.export.onnx.quantized.native import keep_nodes
-from normfuse.export.onnx.quantized.weights_alone import AS_WRITTEN, weights_alone
+from normfuse.export.onnx.quantized.weights_alone import AS_WRITTEN
 from normfuse.export.onnx.runtime import default_threads, session
 from normfuse.export.onnx.table import attention_by_table, layers_by_table
 from normfuse.export.onnx.writer.save import MAX_PROTO, data_files, drop_stale, save_model, sha256_of_tensors, weights_sha256
@@ -199,7 +199,7 @@ def write_onnx(
                 break
         else:
             raise _too_new(runtime, oldest, reason)
-        rounds = integers > 0 or layers not in (None, "weight_only")
+        rounds = integers > 0 or (layers is not None and FORMS[layers].rounds)
         proof: tuple[Error, float] | None = None
         notes: tuple[str, ...] = ()
         if low == "bf16" and verify:  # ONNX Runtime has no kernels for it: what is converted is proven
@@ -209,7 +209,7 @@ def write_onnx(
                 bound = _bound(tolerance, ready, rounds)
                 proof, notes = _proven(found, plain, where, bound, threads, layers, rounds=rounds, kept=kept)
             notes = (*notes, "compared in float32, before the conversion to bfloat16")
-        notes = (*changed, *notes, *to_precision(ready, low, io_dtype=io_dtype, own_in_fp32=where.contrib))
+        notes = (*changed, *notes, *to_precision(ready, low, io_dtype=io_dtype, own_in_fp32=where.own_in_float32))
         oldest, reason = max(needs(ready))
         if runtime is not None and oldest > parse_runtime(runtime):
             raise _too_new(runtime, oldest, reason)
@@ -255,12 +255,12 @@ def write_onnx(
 def _translated(found: Program, target: Target, opset: int) -> Any:
     simplify_masks(found.exported)
     one_dtype_norms(found.exported)
-    return translated(found, opset, contrib=target.contrib and _is_float32(found))
+    return translated(found, opset, contrib=bool(target.domains) and _is_float32(found))
 
 
 def _lacks_double(found: Program, target: Target, opset: int) -> str | None:
     """What the runtime says of the plain form of a model in float64, before any work goes into it; None where it takes it."""
-    if torch.float64 not in _tensor_dtypes(found) or target.name == "tensorrt":
+    if torch.float64 not in _tensor_dtypes(found) or "fp64" in target.lacks:
         return None
     model = _translated(found, target, opset)
     if is_quantized(model):
@@ -308,12 +308,12 @@ def _forms(target: Target, opset: int, attention: str, *, native: bool) -> tuple
     """The forms of attention to try, the plain one first."""
     possible = target.attention_at(opset, native=native)
     if attention == "auto":
-        return possible if target.contrib else possible[:1]
+        return possible if target.runs_here else possible[:1]
     known = (*ATTENTION_FORMS, NATIVE_ATTENTION)
     if attention not in known:
         raise UsageError(f"unknown form of attention {attention!r}: expected auto, {', '.join(known)}")
     if attention not in possible:
-        if attention == NATIVE_ATTENTION and target.contrib:
+        if attention in target.attention and attention == NATIVE_ATTENTION:
             reason = "stands in files whose quantized layers are in the native form"
         else:
             reason = "needs opset 23" if attention in target.attention else f"uses ops that target {target.name!r} does not have"
@@ -416,25 +416,26 @@ def _proven(
         raise _invalid(e) from e
     if not verify:
         return None, ("not run: verify=False",)
-    config = {} if target.contrib or layers is None else AS_WRITTEN
+    config = {} if target.runs_here or layers is None else AS_WRITTEN
     notes: tuple[str, ...] = ()
+    kernels = layers is not None and FORMS[layers].kernels
     try:
         # nodes that wait for plugins are there in any form and type; our CPU kernels take float32
-        sessions = [session(file, threads=threads, config=config, kernels=layers == "native")]
-        if layers == "native" and native.available():
+        sessions = [session(file, threads=threads, config=config, kernels=kernels)]
+        if kernels and native.available():
             sessions.append(session(file, threads=threads, kernels=False))
-        elif layers == "native":
+        elif kernels:
             notes = (f"run without normfuse's kernels: {native.why_not()}",)
     except ExportError as e:
         lacking = _without_kernels(found, e)
         if lacking is None:
             raise
         has_none = f"ONNX Runtime has no {lacking} kernels on the CPU for this model"
-        if target.name == "onnxruntime" or lacking == "float64":
+        if target.runs_here or lacking == "float64":
             other = "float32" if lacking == "float64" else "float32 or float16"
             raise ExportError(f"{has_none} ({e}); export it in {other}, or pass verify=False to write it for another device") from e
         return None, (f"not run: {has_none}",)
-    meant = weights_alone(found, kept) if layers == "weight_only" else found
+    meant = found if layers is None else FORMS[layers].meant(found, kept)
     proofs = [compare(meant, opened, quantized=rounds, half=half, bound=bound) for opened in sessions]
     error, (_, sqnr, wanted) = functools.reduce(operator.or_, (p[0] for p in proofs)), min(proofs, key=lambda p: p[1] - p[2])
     if not error.max_rel <= bound:
@@ -447,7 +448,7 @@ def _proven(
             f"the exported model has {sqnr:.0f} dB against the module, and a quantized one must have {wanted:.0f}; "
             "nothing was written"
         )
-    if layers == "weight_only":
+    if meant is not found:
         sqnr = compare(found, sessions[0], half=half)[1]
         which = "of what is in no plugin " if rounds else ""
         notes = (*notes, f"activations {which}stay floats: {sqnr:.0f} dB against the module, which rounds them")
