@@ -18,6 +18,7 @@ __all__ = [
     "QuantizedForm",
     "Target",
     "TargetName",
+    "attention_forms",
     "opset_for",
     "target_named",
 ]
@@ -156,3 +157,25 @@ def opset_for(target: Target, opset: int | None, runtime: str | None = None) -> 
             f"opset {opset}: ONNX Runtime {runtime} reads opsets up to {newest}; leave opset out, or name a newer runtime"
         )
     return opset
+
+
+def attention_forms(target: Target, opset: int, asked: str, *, native: bool) -> tuple[str, ...]:
+    """The forms of attention to try, the plain one first; `native` where the file uses the kernel library anyway.
+
+    Raises:
+        UsageError: the form that is `asked` for does not exist there.
+    """
+    possible = target.attention_at(opset, native=native)
+    if asked == "auto":
+        return possible if target.runs_here else possible[:1]
+    if asked in possible:
+        return (asked,)
+    if asked == NATIVE_ATTENTION and asked in target.attention:
+        reason = "stands in files whose quantized layers are in the native form"
+    else:
+        reason = (
+            f"needs opset {FUSED_NORM_OPSET}"
+            if asked in target.attention
+            else f"uses ops that target {target.name!r} does not have"
+        )
+    raise UsageError(f"attention={asked!r} {reason}; possible here: auto, {', '.join(possible)}")

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 
 import normfuse
-from normfuse import verify
 from normfuse.errors import ExportError, UsageError
 from normfuse.export import to_onnx
 from normfuse.export.onnx.precision.recast import recast
 from normfuse.export.onnx.precision.spelling import spelled_dtype
 from normfuse.export.onnx.program import program
 from normfuse.export.onnx.runtime import session
+from normfuse.numerics import evaluate
 from tests.cli_runner import runner
 from tests.zoo_entry import randomise_norms
 
@@ -251,7 +251,7 @@ def test_a_float64_run_holds_one_large_weight_at_a_time(monkeypatch: pytest.Monk
     model = nn.Sequential(*(nn.Linear(300, 300) for _ in range(6))).bfloat16().eval()
     alive: list[weakref.ref[Tensor]] = []
     most = 0
-    made = verify._constant
+    made = evaluate._constant
 
     def counted(value: Any, exact: bool) -> Any:
         nonlocal most
@@ -261,7 +261,7 @@ def test_a_float64_run_holds_one_large_weight_at_a_time(monkeypatch: pytest.Monk
             most = max(most, sum(r() is not None for r in alive))
         return found
 
-    monkeypatch.setattr(verify, "_constant", counted)
+    monkeypatch.setattr(evaluate, "_constant", counted)
     normfuse.optimize(model, (torch.randn(2, 300).bfloat16(),))
     assert len(alive) >= 6
     assert most == 1
