@@ -2,15 +2,18 @@
 
 from typing import TYPE_CHECKING, Any
 
-__all__ = ["Engine", "Exported", "to_onnx", "to_tensorrt"]
+__all__ = ["Engine", "EngineOptions", "ExportOptions", "Exported", "to_onnx", "to_tensorrt"]
 
 if TYPE_CHECKING:
     from normfuse.export.onnx.api import to_onnx
+    from normfuse.export.options import EngineOptions, ExportOptions
     from normfuse.export.result import Exported
     from normfuse.export.tensorrt.api import to_tensorrt
     from normfuse.export.tensorrt.engine import Engine
 
 _HOMES = {
+    "EngineOptions": "normfuse.export.options",
+    "ExportOptions": "normfuse.export.options",
     "to_onnx": "normfuse.export.onnx.api",
     "Exported": "normfuse.export.result",
     "to_tensorrt": "normfuse.export.tensorrt.api",

@@ -12,6 +12,9 @@
 A *refusal* is not an error: a rule that may not rewrite a site says so in the report.
 """
 
+import difflib
+from collections.abc import Iterable
+
 __all__ = [
     "CaptureError",
     "CheckFailed",
@@ -21,6 +24,7 @@ __all__ = [
     "RewriteError",
     "Undecided",
     "UsageError",
+    "did_you_mean",
 ]
 
 
@@ -54,3 +58,9 @@ class CheckFailed(NormfuseError):
 
 class Undecided(CheckFailed):
     """A measurement that the user asked for can neither be said to hold nor to fail on this machine."""
+
+
+def did_you_mean(given: object, known: Iterable[str], *, most: int = 1) -> str:
+    """`; did you mean 'A' or 'B'?` with up to `most` of the names in `known` that are nearest to `given`; "" where none is near."""
+    near = [repr(name) for name in difflib.get_close_matches(str(given), list(known), most)]
+    return f"; did you mean {' or '.join(near)}?" if near else ""

@@ -26,6 +26,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from normfuse import words
 from normfuse.errors import NormfuseError, UsageError
+from normfuse.native_library import SWITCH, library_file, switched_off
 
 __all__ = [
     "ATTENTION", "CONV", "EPILOGUES", "F32", "F32_OR_NONE", "FLOAT", "I8", "I32", "INT", "KINDS", "LONG", "STRIDED",
@@ -35,7 +36,6 @@ __all__ = [
 
 EPILOGUES = {word: number for number, word in enumerate(words.EPILOGUES)}
 KINDS = {word: number for number, word in enumerate(words.KINDS)}
-SWITCH = "NORMFUSE_NATIVE"
 _REBUILD = "then install normfuse again (in a checkout: pip install -e .)"
 
 
@@ -164,9 +164,9 @@ def path() -> Path:
     Raises:
         NormfuseError: it is not there; the message says why and what to do.
     """
-    if not _file().is_file():
+    if not library_file().is_file():
         raise NormfuseError(_missing())
-    return _file()
+    return library_file()
 
 
 def available() -> bool:
@@ -295,27 +295,23 @@ def weight(packed: Tensor, exponents: Tensor, scale: Tensor, bias: Tensor | None
 _sorted = WeakIdKeyDictionary()
 
 
-def _file() -> Path:
-    return Path(__file__).with_name("_native.so")
-
-
 def _missing() -> str:
     if os.name == "nt":
         return "the native kernels are written for Linux and macOS; everything works without them, slower"
     return (
-        f"the native kernels were not built: {_file()} does not exist. Have a C++17 compiler "
+        f"the native kernels were not built: {library_file()} does not exist. Have a C++17 compiler "
         f"(Debian, Ubuntu: apt install g++; macOS: xcode-select --install), {_REBUILD}"
     )
 
 
 @functools.cache
 def _load() -> ctypes.CDLL | str:
-    if os.environ.get(SWITCH, "1") == "0":
+    if switched_off():
         return f"the native kernels are switched off by {SWITCH}=0 in the environment"
-    if not _file().is_file():
+    if not library_file().is_file():
         return _missing()
     try:
-        found = ctypes.CDLL(str(_file()))
+        found = ctypes.CDLL(str(library_file()))
     except OSError as e:
         return f"the native kernels cannot be loaded ({e}); have a C++17 compiler, {_REBUILD}"
     try:
@@ -334,5 +330,5 @@ def _load() -> ctypes.CDLL | str:
             function = getattr(found, name)
             function.argtypes, function.restype = list(arguments), result
     except AttributeError as e:
-        return f"the native kernels in {_file()} are of another version of normfuse ({e}): {_REBUILD}"
+        return f"the native kernels in {library_file()} are of another version of normfuse ({e}): {_REBUILD}"
     return found

@@ -8,7 +8,7 @@ import numpy as np
 
 from normfuse.extras import need
 
-__all__ = ["Build", "const_of", "dims", "same_size"]
+__all__ = ["Build", "const_of", "dims", "same_size", "take_over"]
 
 Size = int | str
 _CONSTANTS = {"value_float": np.float32, "value_floats": np.float32, "value_int": np.int64, "value_ints": np.int64}
@@ -95,3 +95,12 @@ def const_of(value: Any) -> Any:
     if name == "value":
         return attribute.value.numpy()
     return np.asarray(attribute.value, _CONSTANTS[name]) if name in _CONSTANTS else None
+
+
+def take_over(old: Any, new: Any) -> None:
+    """`new` in the place of `old`, as a graph output too."""
+    if new.shape is None:
+        new.shape = old.shape
+    if new.dtype is None:
+        new.dtype = old.dtype
+    old.replace_all_uses_with(new, replace_graph_outputs=True)

@@ -1,11 +1,12 @@
-"""From an exported program to ONNX models, one for each form of attention."""
+"""From an exported program to ONNX models, one for each form of attention and of quantized layers."""
 
 from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,13 +17,12 @@ from normfuse.export.onnx.attention.eager_attention import mark_attention
 from normfuse.export.onnx.attention.rotary import full_rotary_tables
 from normfuse.export.onnx.build import dims
 from normfuse.export.onnx.experts import grouped_products
+from normfuse.export.onnx.own_nodes import add_functions
 from normfuse.export.onnx.precision.small_numbers import kept_exact
 from normfuse.export.onnx.program import Program
-from normfuse.export.onnx.quantized.forms import lower_quantized
-from normfuse.export.onnx.quantized.native import add_functions
-from normfuse.export.onnx.quantized.qdq import one_reader_each
+from normfuse.export.onnx.quantized.form import Form
+from normfuse.export.onnx.quantized.forms import FORMS, lower_quantized
 from normfuse.export.onnx.quantized.translate import markers
-from normfuse.export.onnx.quantized.weight_only import float_attention
 from normfuse.export.onnx.quiet import quiet
 from normfuse.export.onnx.residual import keep_layer_norm_apart
 from normfuse.export.onnx.writer.names import name_graph
@@ -32,7 +32,7 @@ from normfuse.export.runtimes import format_of
 from normfuse.export.targets import Target
 from normfuse.extras import need
 
-__all__ = ["finished", "translated"]
+__all__ = ["STEPS", "Draft", "Step", "finished", "translated"]
 
 log = logging.getLogger(__name__)
 
@@ -70,6 +70,39 @@ def translated(program: Program, opset: int, *, contrib: bool = False) -> Any:
     return out.model
 
 
+@dataclass
+class Draft:
+    """A file that is being written.
+
+    Attributes:
+        model: a copy of the translated one; what the steps change.
+        program: what it is of.
+        target, opset: what it is for.
+        attention: form of attention.
+        layers: form of quantized layers; None without any.
+        int4: weights of up to 4 bits as INT4, where the form leaves that open.
+        sites: number of attention sites by the form that they got.
+    """
+
+    model: Any
+    program: Program
+    target: Target
+    opset: int
+    attention: str
+    layers: Form | None
+    int4: bool
+    sites: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step from markers to a file: what it is, what it does to a draft, and for which."""
+
+    name: str
+    apply: Callable[[Draft], Any]
+    when: Callable[[Draft], bool] = lambda draft: True
+
+
 def finished(
     model: Any, program: Program, target: Target, opset: int, form: str, quantized: str | None = None, *, int4: bool = False
 ) -> tuple[Any, dict[str, int]]:
@@ -80,36 +113,76 @@ def finished(
     Raises:
         ExportError: the ops do not exist at `opset`.
     """
-    ir = need("onnx_ir", extra="onnx")
-    need("onnx_ir.passes.common", extra="onnx")
-    common = ir.passes.common
-    with _in_one_line("written"), quiet():
-        model = model.clone()
-        full_rotary_tables(model)
-        if quantized == "weight_only":
-            float_attention(model)
-        sites = lower_attention(model, form)
-        if target.contrib:
-            keep_layer_norm_apart(model)
-            model.opset_imports["com.microsoft"] = 1
-        if quantized is not None:
-            lower_quantized(model, quantized, target, opset, int4=int4)
-        model.opset_imports.pop(MARKER_DOMAIN, None)
-        common.RemoveUnusedNodesPass()(model)
-        _drop_reshapes_to_same(model)
-        common.CommonSubexpressionEliminationPass()(model)
-        common.DeduplicateInitializersPass()(model)
-        if quantized == "qdq":
-            one_reader_each(model)
-        common.RemoveUnusedNodesPass()(model)
-        if opset < _TRANSLATED_OPSET:
-            to_opset_17(model)
-        add_functions(model, opset)
-        common.RemoveUnusedOpsetsPass()(model)
-        common.OutputFixPass()(model)
-        model.ir_version = format_of(opset)
-        name_graph(model, program.inputs, program.outputs, program.axes)
-    return model, sites
+    layers = None if quantized is None else FORMS[quantized]
+    with quiet():
+        draft = Draft(model.clone(), program, target, opset, form, layers, int4)
+        for step in STEPS:
+            if step.when(draft):
+                with _in_one_line(f"written ({step.name})"):
+                    step.apply(draft)
+    return draft.model, draft.sites
+
+
+def _is_quantized(draft: Draft) -> bool:
+    return draft.layers is not None
+
+
+def _take_form(draft: Draft) -> None:
+    draft.sites |= lower_attention(draft.model, draft.attention)
+
+
+def _form(draft: Draft) -> Form:
+    assert draft.layers is not None
+    return draft.layers
+
+
+def _before_attention(draft: Draft) -> None:
+    _form(draft).before_attention(draft.model)
+
+
+def _at_last(draft: Draft) -> None:
+    _form(draft).at_last(draft.model)
+
+
+def _write_layers(draft: Draft) -> None:
+    lower_quantized(draft.model, _form(draft).name, draft.target, draft.opset, int4=draft.int4)
+
+
+def _import_domains(draft: Draft) -> None:
+    draft.model.opset_imports.update(dict.fromkeys(draft.target.domains, 1))
+
+
+def _set_format(draft: Draft) -> None:
+    draft.model.ir_version = format_of(draft.opset)
+
+
+def _common(name: str) -> Callable[[Draft], Any]:
+    """A pass of onnx_ir."""
+    return lambda draft: getattr(need("onnx_ir.passes.common", extra="onnx"), name)()(draft.model)
+
+
+#: What makes a file of a translated model, in order.
+STEPS = (
+    Step("whole tables of rotary positions", lambda d: full_rotary_tables(d.model)),
+    Step("attention as quantized layers leave it", _before_attention, _is_quantized),
+    Step("attention in its form", _take_form),
+    Step("LayerNorms apart from additions", lambda d: keep_layer_norm_apart(d.model), lambda d: d.target.runs_here),
+    Step("domains of the target", _import_domains),
+    Step("quantized layers in their form", _write_layers, _is_quantized),
+    Step("no markers any more", lambda d: d.model.opset_imports.pop(MARKER_DOMAIN, None)),
+    Step("unused nodes", _common("RemoveUnusedNodesPass")),
+    Step("reshapes to the same shape", lambda d: _drop_reshapes_to_same(d.model)),
+    Step("common subexpressions", _common("CommonSubexpressionEliminationPass")),
+    Step("equal constants", _common("DeduplicateInitializersPass")),
+    Step("quantized layers behind that", _at_last, _is_quantized),
+    Step("what that left unused", _common("RemoveUnusedNodesPass")),
+    Step("opset 17", lambda d: to_opset_17(d.model), lambda d: d.opset < _TRANSLATED_OPSET),
+    Step("functions of our own ops", lambda d: add_functions(d.model, d.opset)),
+    Step("domains that nobody uses", _common("RemoveUnusedOpsetsPass")),
+    Step("outputs that are inputs", _common("OutputFixPass")),
+    Step("version of the format", _set_format),
+    Step("names", lambda d: name_graph(d.model, d.program.inputs, d.program.outputs, d.program.axes)),
+)
 
 
 def _cast_outputs(graph: Any, program: Program) -> None:

@@ -5,56 +5,46 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from normfuse.errors import ExportError, UsageError
 from normfuse.export.onnx.inspect import provenance, read_model
-from normfuse.export.onnx.precision import IO_DTYPES, to_precision
-from normfuse.export.onnx.precision.spelling import spelled_dtype
+from normfuse.export.onnx.precision import to_precision
+from normfuse.export.options import EngineKeywords, EngineOptions, FileKeywords, given, keywords_of
 from normfuse.export.tensorrt.builder import ask
 from normfuse.export.tensorrt.engine import Engine, Tensor, log_path, manifest_path, sha256
 from normfuse.export.tensorrt.flavour import find
 from normfuse.export.tensorrt.layers import layers, memory
-from normfuse.export.tensorrt.plugins.plans import PLUGINS
-from normfuse.export.tensorrt.profiles import InputSize, Profile, complete, parse_shapes
+from normfuse.export.tensorrt.profiles import InputSize, complete
 from normfuse.files import atomic, check_target, workspace
 from normfuse.reports.model import Error
 
 if TYPE_CHECKING:
     from torch import nn
+    from typing_extensions import Unpack
 
     from normfuse.export.onnx.program import Program
 
-__all__ = ["Ready", "build_onnx", "check_arguments", "file_as_onnx", "module_as_onnx", "to_tensorrt"]
+__all__ = ["Ready", "build_onnx", "check_place", "file_as_onnx", "module_as_onnx", "to_tensorrt"]
 
 _QUANTIZED = "shiftquant_linear"
-_INLINE = 2**20  # the file in between keeps its weights beside it, so that reading its signature does not read them
+_INLINE = 2**20  # a converted file keeps its weights beside it, so that reading its signature does not read them
 _WITH_RESIDUAL = {"rms_norm": "add_rms_norm", "crms_norm": "add_crms_norm"}
+#: What a file that is built as it is has behind it.
+_OF_THE_MODULE = ("plugins", "opset", "form", "attention", "verify", "tolerance")
 
-Shapes = Mapping[str, Any] | Sequence[str] | None
 
-
+@keywords_of(EngineOptions)
 def to_tensorrt(
     gm: nn.Module,
     path: str | Path,
+    options: EngineOptions | None = None,
     *,
-    dtype: str | None = None,
-    io_dtype: str = "fp32",
-    shapes: Shapes = None,
-    flavour: str | None = None,
-    capabilities: Sequence[str] = (),
-    opset: int | None = None,
-    attention: str = "auto",
-    form: str = "auto",
-    plugins: Sequence[str] = (),
     example_inputs: Any = None,
     dynamic_shapes: Any = None,
-    verify: bool = True,
-    tolerance: float | None = None,
-    force: bool = False,
-    progress: bool = True,
+    **keywords: Unpack[EngineKeywords],
 ) -> Engine:
     """Build a TensorRT engine of `gm` at `path`; a manifest (`<path>.json`) and the builder's log (`<path>.log`) appear beside it.
 
@@ -64,6 +54,7 @@ def to_tensorrt(
     Args:
         gm: what `normfuse.optimize` returned; any other module in eval mode works with `example_inputs`.
         path: the engine file to write, e.g. `model.engine`.
+        options: all that follows as one value; what is given by name goes before it.
         dtype: of weights and products: `fp32`, `fp16` or `bf16`, also spelt out; statistics of norms stay in float32. By default
             that of the model, float32 for one in float64.
         io_dtype: `fp32` keeps inputs and outputs in float32; `low` makes them as narrow as the rest.
@@ -87,19 +78,12 @@ def to_tensorrt(
         ExportError: the model cannot be exported, deviates, or TensorRT refuses it; the message names the module.
         MissingExtra: TensorRT, onnx, onnxscript or onnxruntime is not installed.
     """
-
-    path = check_arguments(path, dtype, io_dtype, flavour, capabilities, plugins, force=force)
-    stated = parse_shapes(shapes)
+    chosen = given(EngineOptions, options, keywords, called="to_tensorrt")
+    path = check_place(path, chosen)
     with workspace(path) as folder:
-        ready = module_as_onnx(
-            gm, folder, dtype=dtype, io_dtype=io_dtype, stated=stated, capabilities=capabilities, opset=opset,
-            attention=attention, form=form, plugins=plugins, example_inputs=example_inputs, dynamic_shapes=dynamic_shapes,
-            verify=verify, tolerance=tolerance, progress=progress,
-        )  # fmt: skip
+        ready = module_as_onnx(gm, folder, chosen, example_inputs=example_inputs, dynamic_shapes=dynamic_shapes)
         del gm
-        return _built(
-            ready, path, stated, dtype=_short(dtype), flavour=flavour, capabilities=capabilities, force=force, progress=progress
-        )
+        return _built(ready, path, chosen)
 
 
 @dataclass(frozen=True)
@@ -124,129 +108,75 @@ class Ready:
 
 
 def module_as_onnx(
-    gm: nn.Module,
-    folder: Path,
-    *,
-    dtype: str | None = None,
-    io_dtype: str = "fp32",
-    stated: Mapping[str, Profile] | None = None,
-    capabilities: Sequence[str] = (),
-    opset: int | None = None,
-    attention: str = "auto",
-    form: str = "auto",
-    plugins: Sequence[str] = (),
-    example_inputs: Any = None,
-    dynamic_shapes: Any = None,
-    verify: bool = True,
-    tolerance: float | None = None,
-    progress: bool = True,
+    gm: nn.Module, folder: Path, options: EngineOptions, *, example_inputs: Any = None, dynamic_shapes: Any = None
 ) -> Ready:
-    """The file in `folder` that `to_tensorrt` builds from; the arguments are those of it.
+    """The file in `folder` that `to_tensorrt` builds from.
 
     Raises: what `to_tensorrt` raises before it builds.
     """
     from normfuse.export.onnx.api import write_onnx
-    from normfuse.export.targets import FUSED_NORM_OPSET, opset_for, target_named
 
-    version = opset_for(target_named("tensorrt"), opset)
-    if attention == "auto":
-        attention = "attention23" if version >= FUSED_NORM_OPSET else "decomposed"
+    plugins = tuple(options.plugins)
     if plugins:
         from normfuse.export.kernels import with_kernels
 
         gm = with_kernels(_graph(gm), _ops(plugins))
     file = folder / "model.onnx"
+    kept = (*_ops(plugins), *(p for p in plugins if p == _QUANTIZED))
     exported, program = write_onnx(
-        gm, file, target="tensorrt", opset=opset, example_inputs=example_inputs, dynamic_shapes=dynamic_shapes, form=form,
-        int4_initializers=False, attention=attention, verify=verify, tolerance=tolerance, threads=None, runtime=None, tune=False,
-        measure_seconds=0.0,
-        external_data_above=_INLINE, dtype=dtype, io_dtype=io_dtype, force=False, progress=progress,
-        kept=(*_ops(plugins), *(p for p in plugins if p == _QUANTIZED)),
-    )  # fmt: skip
+        gm, file, options.as_file(), example_inputs=example_inputs, dynamic_shapes=dynamic_shapes, kept=kept
+    )
     sizes = _sizes(file, program)
-    placed = _place(file, plugins, _short(dtype), capabilities, sizes, stated or {}) if plugins else {}
+    placed = _place(file, options, sizes) if plugins else {}
     return Ready(file, sizes, placed, exported.form, exported.error, exported.notes)
 
 
-def file_as_onnx(file: str | Path, folder: Path, *, dtype: str | None = None, io_dtype: str = "fp32") -> Ready:
+def file_as_onnx(file: str | Path, folder: Path, options: EngineOptions) -> Ready:
     """The file that `build_onnx` builds from: the one that is given, or its conversion in `folder`."""
     file = Path(file)
     sizes = _sizes(file)
-    dtype = _short(dtype)
-    if dtype == "fp32":
+    if options.weights_in == "fp32":
         return Ready(file, sizes)
     from normfuse.export.onnx.writer.save import save_model
     from normfuse.export.onnx.writer.variants import load_model
 
     model = load_model(file)
-    notes = to_precision(model, dtype, io_dtype=io_dtype)
+    notes = to_precision(model, options.weights_in, io_dtype=options.io_dtype)
     save_model(model, folder / "model.onnx", limit=_INLINE)
     return Ready(folder / "model.onnx", sizes, notes=notes)
 
 
+@keywords_of(EngineOptions, tuple(FileKeywords.__annotations__))
 def build_onnx(
-    file: str | Path,
-    path: str | Path,
-    *,
-    dtype: str | None = None,
-    io_dtype: str = "fp32",
-    shapes: Shapes = None,
-    flavour: str | None = None,
-    capabilities: Sequence[str] = (),
-    force: bool = False,
-    progress: bool = True,
+    file: str | Path, path: str | Path, options: EngineOptions | None = None, **keywords: Unpack[FileKeywords]
 ) -> Engine:
     """Build an engine of the ONNX file at `file` as it is; the arguments are those of `to_tensorrt`.
 
     Raises:
-        UsageError: the file is missing or no ONNX file, an argument is wrong, or sizes of an input are open.
+        UsageError: the file is missing or no ONNX file, an argument is wrong or about an export, or sizes of an input are open.
         ExportError: TensorRT refuses the model.
         MissingExtra: TensorRT or onnx is not installed.
     """
-    path = check_arguments(path, dtype, io_dtype, flavour, capabilities, (), force=force)
-    stated = parse_shapes(shapes)
+    chosen = given(EngineOptions, options, keywords, called="build_onnx")
+    for name in (f.name for f in fields(chosen) if f.name in _OF_THE_MODULE and getattr(chosen, f.name) != f.default):
+        raise UsageError(f"{name} starts from the PyTorch model; {file} is exported already")
+    path = check_place(path, chosen)
     with workspace(path) as folder:
-        ready = file_as_onnx(file, folder, dtype=dtype, io_dtype=io_dtype)
-        return _built(
-            ready, path, stated, dtype=_short(dtype), flavour=flavour, capabilities=capabilities, force=force, progress=progress
-        )
+        return _built(file_as_onnx(file, folder, chosen), path, chosen)
 
 
-def check_arguments(
-    path: str | Path,
-    dtype: str | None,
-    io_dtype: str,
-    flavour: str | None,
-    capabilities: Sequence[str],
-    plugins: Sequence[str],
-    *,
-    force: bool,
-) -> Path:
+def check_place(path: str | Path, options: EngineOptions) -> Path:
     """`path`, when everything that can be wrong without looking at the model is right.
 
     Raises:
         UsageError: something is not.
         MissingExtra: TensorRT is not installed.
     """
-    path = check_target(path, force=force)
+    path = check_target(path, force=options.force)
     for beside in (manifest_path(path), log_path(path)):
-        check_target(beside, force=force)
-    _short(dtype)
-    if io_dtype not in IO_DTYPES:
-        raise UsageError(f"unknown io_dtype {io_dtype!r}: expected {' or '.join(IO_DTYPES)}")
-    unknown = [name for name in plugins if name not in PLUGINS]
-    if unknown:
-        raise UsageError(f"no plugin is called {unknown[0]!r}: expected {', '.join(PLUGINS)}")
-    for text in capabilities:
-        if not isinstance(text, str) or not text.replace(".", "", 1).isdigit() or "." not in text:
-            raise UsageError(f"unknown compute capability {text!r}: expected numbers like 8.6, as NVIDIA lists them for each GPU")
-    find(flavour)
+        check_target(beside, force=options.force)
+    find(options.flavour)
     return path
-
-
-def _short(dtype: str | None) -> str:
-    """The name of a dtype that engines have."""
-    return "fp32" if dtype is None else spelled_dtype(dtype, known=("fp32", "fp16", "bf16"))
 
 
 def _graph(gm: nn.Module) -> Any:
@@ -263,30 +193,23 @@ def _ops(plugins: Sequence[str]) -> tuple[str, ...]:
     return (*found, *(_WITH_RESIDUAL[name] for name in found if name in _WITH_RESIDUAL))
 
 
-def _place(
-    file: Path,
-    plugins: Sequence[str],
-    dtype: str,
-    capabilities: Sequence[str],
-    inputs: Sequence[InputSize],
-    stated: Mapping[str, Profile],
-) -> dict[str, int]:
+def _place(file: Path, options: EngineOptions, inputs: Sequence[InputSize]) -> dict[str, int]:
     """Kernels into the nodes of `file`, in place; their tiles are chosen for the usual sizes of the profiles."""
     from normfuse.export.onnx.writer.save import save_model
     from normfuse.export.onnx.writer.variants import load_model
     from normfuse.export.tensorrt.plugins import kernel_capabilities, place
 
-    profiles = complete(inputs, stated)
+    profiles = complete(inputs, options.profiles)
     usual = {
         axis: profiles[wanted.name].opt[at]
         for wanted in inputs
         for at, axis in enumerate(wanted.sizes)
         if isinstance(axis, str) and wanted.name in profiles
     }
-    model = load_model(file)
-    placed: dict[str, int] = place(model, plugins, dtype=dtype, capabilities=kernel_capabilities(capabilities), sizes=usual)
+    model, capabilities = load_model(file), kernel_capabilities(options.capabilities)
+    placed: dict[str, int] = place(model, options.plugins, dtype=options.weights_in, capabilities=capabilities, sizes=usual)
     if not placed:
-        raise UsageError(f"plugins={tuple(plugins)}: the optimized model has no place for any of them")
+        raise UsageError(f"plugins={tuple(options.plugins)}: the optimized model has no place for any of them")
     ready = file.with_name("plugins.onnx")
     save_model(model, ready, limit=_INLINE)
     os.replace(ready, file)
@@ -322,60 +245,54 @@ def _known(program: Program) -> tuple[dict[str, tuple[int, ...]], dict[str, tupl
     return examples, limits
 
 
-def _built(
-    ready: Ready,
-    path: Path,
-    stated: Mapping[str, Profile],
-    *,
-    dtype: str,
-    flavour: str | None,
-    capabilities: Sequence[str],
-    force: bool,
-    progress: bool,
-) -> Engine:
+def _built(ready: Ready, path: Path, options: EngineOptions) -> Engine:
     """Build the file, and write engine, manifest and log to `path` and beside it."""
-    profiles = complete(ready.inputs, stated)
-    module = find(flavour)
-    with atomic(path, force=force) as temporary:
-        answer = ask(
-            module,
-            "build",
-            {
-                "onnx": str(ready.file.resolve()),
-                "plan": str(temporary),
-                "log": str(log_path(temporary)),
-                "profiles": {name: (p.min, p.opt, p.max) for name, p in profiles.items()},
-                "capabilities": list(capabilities),
-                "plugins": bool(ready.plugins),
-            },
-            label=f"building {path.name} with {module}",
-            progress=progress,
-        )
+    profiles = complete(ready.inputs, options.profiles)
+    module = find(options.flavour)
+    with atomic(path, force=options.force) as temporary:
+        asked = {
+            "onnx": str(ready.file.resolve()),
+            "plan": str(temporary),
+            "log": str(log_path(temporary)),
+            "profiles": {name: (p.min, p.opt, p.max) for name, p in profiles.items()},
+            "capabilities": list(options.capabilities),
+            "plugins": bool(ready.plugins),
+        }
+        answer = ask(module, "build", asked, label=f"building {path.name} with {module}", progress=options.progress)
         if not temporary.is_file():
             raise ExportError(f"{module} built nothing and said nothing; its log is lost with it")
         result = Engine(
             path=path,
             module=module,
-            version=answer["version"],
-            capabilities=tuple(capabilities),
-            dtype=dtype,
+            dtype=options.weights_in,
+            capabilities=tuple(options.capabilities),
             bytes=temporary.stat().st_size,
             sha256=sha256(temporary),
-            weight_bytes=memory(answer["facts"], "Weights"),
-            activation_bytes=memory(answer["facts"], "Activation"),
-            inputs=tuple(Tensor(t["name"], t["dtype"], tuple(t["shape"])) for t in answer["inputs"]),
-            outputs=tuple(Tensor(t["name"], t["dtype"], tuple(t["shape"])) for t in answer["outputs"]),
             profiles={n: {"min": list(p.min), "opt": list(p.opt), "max": list(p.max)} for n, p in profiles.items()},
-            layers=layers(answer["facts"]),
             plugins=ready.plugins,
             passes=_passes(ready.file),
             form=ready.form,
             error=ready.error,
-            seconds=answer["seconds"],
             notes=ready.notes,
+            **_told(answer),
         )
         manifest_path(temporary).write_text(result.to_json(), encoding="utf-8")
     return result
+
+
+def _told(answer: Mapping[str, Any]) -> dict[str, Any]:
+    """What the builder says of the engine."""
+    facts = answer["facts"]
+    tensors = {
+        side: tuple(Tensor(t["name"], t["dtype"], tuple(t["shape"])) for t in answer[side]) for side in ("inputs", "outputs")
+    }
+    return tensors | {
+        "version": answer["version"],
+        "seconds": answer["seconds"],
+        "layers": layers(facts),
+        "weight_bytes": memory(facts, "Weights"),
+        "activation_bytes": memory(facts, "Activation"),
+    }
 
 
 def _passes(file: Path) -> tuple[tuple[str, int], ...]:

@@ -12,16 +12,15 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from normfuse.errors import ExportError, MissingExtra, UsageError
 
-__all__ = ["CAPABILITIES", "FLAVOURS", "environment", "find", "load"]
+__all__ = ["FLAVOURS", "Flavour", "environment", "find", "load"]
 
 #: Modules by preference: the first builds on any machine.
-FLAVOURS = ("tensorrt_rtx", "tensorrt")
-#: Compute capabilities that TensorRT for RTX 1.7 builds for; without any an engine is portable among them.
-CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
+Flavour = Literal["tensorrt_rtx", "tensorrt"]
+FLAVOURS: tuple[str, ...] = get_args(Flavour)
 
 
 def find(flavour: str | None = None) -> str:

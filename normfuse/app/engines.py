@@ -6,7 +6,6 @@ the process of an ONNX Runtime engine holds ONNX Runtime and not torch, as it wo
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -23,6 +22,7 @@ from normfuse.export.onnx.tensors import check_file
 from normfuse.extras import need
 from normfuse.files import spelled
 from normfuse.gpu.device import DeviceCall, as_graph, find_gpu
+from normfuse.native_library import library_file, switched_off
 
 if TYPE_CHECKING:
     import numpy as np
@@ -261,8 +261,8 @@ def _open_onnxruntime(path: str, arrays: Arrays, registered: bool, threads: int)
     settings.intra_op_num_threads = threads
     settings.inter_op_num_threads = 1
     settings.log_severity_level = 3
-    kernels = Path(__file__).with_name("_native.so")  # normfuse.native would import torch
-    if registered and kernels.is_file() and os.environ.get("NORMFUSE_NATIVE", "1") != "0" and "normfuse" in domains(path):
+    kernels = library_file()  # normfuse.native would import torch
+    if registered and kernels.is_file() and not switched_off() and "normfuse" in domains(path):
         settings.register_custom_ops_library(str(kernels))
     try:
         session = ort.InferenceSession(spelled(path), settings, providers=["CPUExecutionProvider"])

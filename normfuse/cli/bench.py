@@ -1,8 +1,10 @@
 """`normfuse bench`."""
 
+import dataclasses
 import json
 import logging
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,9 +16,11 @@ from normfuse.app.engines import bench as compare
 from normfuse.app.engines import export_original, onnxruntime_engine, program_engine, source_engine, tensorrt_engine
 from normfuse.app.sources import Source
 from normfuse.benchmark import Comparison, Engine, Verdict
+from normfuse.cli.bundled import bundled
 from normfuse.cli.onnx_files import file_inputs, is_onnx
-from normfuse.cli.options import Model, Pipeline, json_option, model_options, pipeline_options, spelled, verbosity
+from normfuse.cli.options import Model, Pipeline, json_option, model_options, names, pipeline_options, spelled, verbosity
 from normfuse.errors import CheckFailed, Undecided, UsageError
+from normfuse.export.targets import target_named
 from normfuse.gpu.device import Gpu, find_gpu
 
 if TYPE_CHECKING:
@@ -33,42 +37,92 @@ ENGINES = (
 _MORE = 2  # an undecided measurement is repeated once, this much longer
 
 
+@dataclass(frozen=True)
+class Claim:
+    """Which engine is claimed to be how much faster than which."""
+
+    against: str | None
+    challenger: str | None
+    at_least: float | None
+
+
+@dataclass(frozen=True)
+class Making:
+    """How engines are made."""
+
+    device: str
+    dtype: str | None
+    graph: bool
+    plugins: str | None
+    form: Any
+
+
+@dataclass(frozen=True)
+class Timing:
+    """How long, and on how many threads; see `normfuse.bench`."""
+
+    threads: int | None
+    seconds: float
+    rounds: int | None
+    warmup: float
+
+    def longer(self, times: int) -> dict[str, Any]:
+        """The arguments of `normfuse.bench`, for that many times as long."""
+        found = dataclasses.asdict(self)
+        return found | {"seconds": times * self.seconds, "rounds": None if self.rounds is None else times * self.rounds}
+
+
+_claim_options = bundled(
+    "claim",
+    Claim,
+    click.option(
+        "--against", metavar="ENGINE", help="What to beat.  [default: onnxruntime; on a GPU compile, or tensorrt for TensorRT]"
+    ),
+    click.option("--engine", "challenger", metavar="ENGINE", help="What should be faster.  [default: see above; SOURCE for .onnx]"),
+    click.option("--at-least", type=float, metavar="RATIO", help="Demanded speedup.  [default: 1 minus the measured noise]"),
+)
+_making_options = bundled(
+    "making",
+    Making,
+    click.option("--device", type=click.Choice(("cpu", "cuda")), default="cpu", show_default=True, help="Where PyTorch runs."),
+    click.option(
+        "--dtype", metavar="fp32|fp16|bf16", callback=spelled(tuple(DTYPES)), help="Of the model on a GPU.  [default: fp16]"
+    ),
+    click.option("--graph/--no-graph", default=True, help="On a GPU, replay a CUDA graph.  [default: graph]"),
+    click.option("--plugins", metavar="NAMES", help="normfuse's kernels in tensorrt-optimized: rms_norm, ...  [default: none]"),
+    click.option(
+        "--form",
+        type=click.Choice(("auto", *target_named("onnxruntime").quantized)),
+        default="auto",
+        show_default=True,
+        help="What --quantize becomes in onnxruntime-optimized.",
+    ),
+)
+_timing_options = bundled(
+    "timing",
+    Timing,
+    click.option("--threads", type=click.IntRange(1), help="Threads of each engine.  [default: one for each physical core]"),
+    click.option(
+        "--seconds",
+        type=float,
+        default=20.0,
+        show_default=True,
+        help="Time for measuring. Exporting, loading and warming up come on top.",
+    ),
+    click.option("--rounds", type=click.IntRange(2), help="Exact number of rounds instead."),
+    click.option("--warmup", type=float, default=0.5, show_default=True, help="Seconds of warm-up for each engine."),
+)
+
+
 @click.command(short_help="Measure optimized against original; exit 1 if slower, 3 if undecided.")
 @model_options
 @pipeline_options
-@click.option(
-    "--against", metavar="ENGINE", help="What to beat.  [default: onnxruntime; on a GPU compile, or tensorrt for TensorRT]"
-)
-@click.option("--engine", "challenger", metavar="ENGINE", help="What should be faster.  [default: see above; SOURCE for .onnx]")
-@click.option("--device", type=click.Choice(("cpu", "cuda")), default="cpu", show_default=True, help="Where PyTorch runs.")
-@click.option("--dtype", metavar="fp32|fp16|bf16", callback=spelled(tuple(DTYPES)), help="Of the model on a GPU.  [default: fp16]")
-@click.option("--graph/--no-graph", default=True, help="On a GPU, replay a CUDA graph.  [default: graph]")
-@click.option("--plugins", metavar="NAMES", help="normfuse's kernels in tensorrt-optimized: rms_norm, ...  [default: none]")
-@click.option(
-    "--form",
-    type=click.Choice(("auto", "native", "integer", "qdq")),
-    default="auto",
-    show_default=True,
-    help="What --quantize becomes in onnxruntime-optimized.",
-)
-@click.option("--at-least", type=float, metavar="RATIO", help="Demanded speedup.  [default: 1 minus the measured noise]")
-@click.option("--threads", type=click.IntRange(1), help="Threads of each engine.  [default: one for each physical core]")
-@click.option(
-    "--seconds",
-    type=float,
-    default=20.0,
-    show_default=True,
-    help="Time for measuring. Exporting, loading and warming up come on top.",
-)
-@click.option("--rounds", type=click.IntRange(2), help="Exact number of rounds instead.")
-@click.option("--warmup", type=float, default=0.5, show_default=True, help="Seconds of warm-up for each engine.")
+@_claim_options
+@_making_options
+@_timing_options
 @json_option
 @verbosity
-def bench(
-    model: Model, pipeline: Pipeline, against: str | None, challenger: str | None, device: str, dtype: str | None, graph: bool,
-    plugins: str | None, form: str, at_least: float | None, threads: int | None, seconds: float, rounds: int | None, warmup: float,
-    as_json: bool, quiet: bool,
-) -> None:  # fmt: skip
+def bench(model: Model, pipeline: Pipeline, claim: Claim, making: Making, timing: Timing, as_json: bool, quiet: bool) -> None:
     """Measure the optimized SOURCE against another engine, interleaved, each in a process of its own.
 
     Engines: eager, compile (torch.compile), onnxruntime and tensorrt run the original. With -optimized they run
@@ -80,72 +134,78 @@ def bench(
     above that, fails (1) where all of it is below, and is undecided (3) otherwise. Where the baseline differs from
     itself by more than 5 %, or other processes worked during most turns, the interval is widened by that first.
     """
-    against, challenger = _chosen(model, against, challenger, device)
-    on_gpu = {name: _on_gpu(name, device) for name in (against, challenger)}
-    if len(set(on_gpu.values())) > 1:
-        raise UsageError(
-            f"{against} and {challenger} are not on one device, and each is timed by its own clock: compare two on the CPU, or "
-            "two on a GPU (--device cuda, tensorrt)"
-        )
-    if dtype is not None and not on_gpu[against]:
-        raise UsageError("--dtype is for engines on a GPU; on the CPU models run as they are")
-    if plugins is not None and "tensorrt-optimized" not in on_gpu:
-        raise UsageError(f"--plugins is for the engine tensorrt-optimized, not for {against} and {challenger}")
-    gpu = find_gpu() if on_gpu[against] else None
+    against, challenger = _chosen(model, claim, making.device)
+    on_gpu = _device_of(against, challenger, making)
+    gpu = find_gpu() if on_gpu else None
     settings = Settings(
-        Placement(device, dtype or ("fp32" if gpu is None else "fp16"), graph),
-        tuple(n.strip() for n in (plugins or "").split(",") if n.strip()),
+        Placement(making.device, making.dtype or ("fp32" if gpu is None else "fp16"), making.graph), names(making.plugins)
     )
+
+    def say(text: str) -> None:
+        if not (quiet or as_json):
+            click.echo(text, err=True)
+
     with tempfile.TemporaryDirectory(prefix="normfuse-bench-") as folder:
-
-        def say(text: str) -> None:
-            if not (quiet or as_json):
-                click.echo(text, err=True)
-
         say(f"preparing {against} and {challenger}, then opening each of them in a process of its own")
-        workshop = Workshop(model, pipeline, Path(folder), form, settings)
-        baseline = workshop.engine(against)
-        contender = workshop.engine(challenger)
+        workshop = Workshop(model, pipeline, Path(folder), making.form, settings)
+        pair = workshop.engine(against), workshop.engine(challenger)
         weights = workshop.weights
-
-        def measured(longer: int, more: str = "") -> Comparison:
-            from normfuse.reports.numbers import duration
-
-            return compare(
-                baseline,
-                contender,
-                seconds=longer * seconds,
-                rounds=None if rounds is None else longer * rounds,
-                warmup=warmup,
-                threads=threads,
-                progress=not quiet,
-                on_plan=lambda count, left: say(
-                    f"measuring for about {duration(left)}, on a busy machine up to twice that: {count} rounds{more}"
-                ),
-            )
-
-        result = measured(1, f"; {_MORE} times as long once more if that is undecided")
-        if result.verdict(at_least) is Verdict.UNDECIDED:
-            say(f"undecided after {result.rounds} rounds: {result.why_undecided(at_least)}")
-            result = measured(_MORE)
-    bound, verdict, why = result.bound(at_least), result.verdict(at_least), result.why_undecided(at_least)
+        result = _decided(pair, timing, claim.at_least, say, progress=not quiet)
+    bound, verdict, why = result.bound(claim.at_least), result.verdict(claim.at_least), result.why_undecided(claim.at_least)
     if as_json:
-        on = {} if gpu is None else {"gpu": gpu.to_dict() | {"dtype": settings.place.dtype, "graph": graph}}
+        on = {} if gpu is None else {"gpu": gpu.to_dict() | {"dtype": settings.place.dtype, "graph": making.graph}}
         told = {"source": model.source, "weights": weights, "at_least": bound, "verdict": verdict.value, "why_undecided": why}
         click.echo(json.dumps({**result.to_dict(), **on, **told}, indent=2))
     elif not quiet:
         said = f"{model.source}, weights: {weights}\n" if weights else ""
         click.echo(f"{said}{result}\n{_clock(gpu, settings)}at least {bound:.3f}: {verdict.value}")
     if verdict is Verdict.FAILS:
-        raise CheckFailed(
-            f"{contender.name} is {result.speedup} times as fast as {baseline.name}; at least {bound:.3f} was demanded"
-        )
+        raise CheckFailed(f"{pair[1].name} is {result.speedup} times as fast as {pair[0].name}; at least {bound:.3f} was demanded")
     if verdict is Verdict.UNDECIDED:
         raise Undecided(f"{why.replace('(seconds)', '(--seconds)')}; the speedup is {result.speedup}")
 
 
-def _chosen(model: Model, against: str | None, challenger: str | None, device: str) -> tuple[str, str]:
+def _device_of(against: str, challenger: str, making: Making) -> bool:
+    """Both run on a GPU.
+
+    Raises:
+        UsageError: one does, or a flag is about another device.
+    """
+    on_gpu = {name: _on_gpu(name, making.device) for name in (against, challenger)}
+    if len(set(on_gpu.values())) > 1:
+        raise UsageError(
+            f"{against} and {challenger} are not on one device, and each is timed by its own clock: compare two on the CPU, or "
+            "two on a GPU (--device cuda, tensorrt)"
+        )
+    if making.dtype is not None and not on_gpu[against]:
+        raise UsageError("--dtype is for engines on a GPU; on the CPU models run as they are")
+    if making.plugins is not None and "tensorrt-optimized" not in on_gpu:
+        raise UsageError(f"--plugins is for the engine tensorrt-optimized, not for {against} and {challenger}")
+    return on_gpu[against]
+
+
+def _decided(
+    pair: tuple[Engine, Engine], timing: Timing, at_least: float | None, say: Callable[[str], None], *, progress: bool
+) -> Comparison:
+    """Measured, and once more for longer where that decides nothing."""
+    from normfuse.reports.numbers import duration
+
+    def measured(times: int, more: str = "") -> Comparison:
+        def plan(count: int, left: float) -> None:
+            say(f"measuring for about {duration(left)}, on a busy machine up to twice that: {count} rounds{more}")
+
+        return compare(*pair, progress=progress, on_plan=plan, **timing.longer(times))
+
+    result = measured(1, f"; {_MORE} times as long once more if that is undecided")
+    if result.verdict(at_least) is not Verdict.UNDECIDED:
+        return result
+    say(f"undecided after {result.rounds} rounds: {result.why_undecided(at_least)}")
+    return measured(_MORE)
+
+
+def _chosen(model: Model, claim: Claim, device: str) -> tuple[str, str]:
     """Both engines, with defaults where they are not named."""
+    against, challenger = claim.against, claim.challenger
     if challenger is None:
         file = is_onnx(model.source)
         tensorrt = against is not None and _is_tensorrt(against)
@@ -190,7 +250,7 @@ class Workshop:
     """Makes the engines of one model; files that they need are made once and live in `folder`."""
 
     def __init__(
-        self, model: Model, pipeline: Pipeline, folder: Path, form: str = "auto", settings: Settings | None = None
+        self, model: Model, pipeline: Pipeline, folder: Path, form: Any = "auto", settings: Settings | None = None
     ) -> None:
         self._model = model
         self._pipeline = pipeline

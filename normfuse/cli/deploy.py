@@ -6,82 +6,85 @@ import dataclasses
 import json
 import re
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import click
 
-from normfuse.cli.engine_export import EngineOptions, to_engine
-from normfuse.cli.onnx_files import FileOptions, is_onnx
+from normfuse.cli.asked import Asked, Place
+from normfuse.cli.bundled import Telling
+from normfuse.cli.onnx_files import is_onnx
 from normfuse.cli.options import Model, Pipeline
 from normfuse.errors import UsageError
+from normfuse.export.options import EngineOptions
 
 if TYPE_CHECKING:
     from torch import fx
 
-__all__ = ["Deployment", "deploy"]
+__all__ = ["deploy"]
+
+_Exported: TypeAlias = "tuple[Path, Any, fx.GraphModule | None]"
+"""The file, what is to be told of it, and the module that it is of."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Deployment:
-    """The flags of a repository; see `normfuse.export.server.write_repository`."""
-
-    folder: Path
-    name: str | None
-    version: str
-    backend: str | None
-
-
-def deploy(
-    model: Model, pipeline: Pipeline, options: EngineOptions, where: Deployment, target: str | None, files: FileOptions, *,
-    int4: bool, force: bool, as_json: bool, quiet: bool,
-) -> None:  # fmt: skip
+def deploy(model: Model, pipeline: Pipeline, asked: Asked, place: Place, telling: Telling) -> None:
     """Export to a temporary folder, and from there into the repository.
 
     Raises:
         UsageError: a flag is wrong, the version exists, or the repository cannot be written.
     """
-    from normfuse.export import to_onnx
     from normfuse.export.server import check_place, write_repository
 
-    backend, _, accelerator = (where.backend or "onnxruntime").partition("+")
-    if backend == "tensorrt":
-        _check_flavour(options)
-    if accelerator:
-        target = target or "tensorrt"
-    if backend != "tensorrt":
-        engine_only = {"--shapes": options.shapes, "--flavour": options.flavour, "--capability": options.capabilities}
-        for flag, value in (engine_only | {"--plugins": options.plugins}).items():
-            if value:
-                raise UsageError(f"{flag} is for TensorRT engines, and the server is to run an ONNX file: pass --backend tensorrt")
-    name = where.name or re.sub(r"[^A-Za-z0-9_.-]+", "_", Path(model.source.partition(":")[2] or model.source).stem)
-    version: Any = where.version if where.version == "next" else _number(where.version)
-    check_place(where.folder, name, version=version, force=force)  # a taken version costs a second and not a minute
-    fast: fx.GraphModule | None = None
+    assert place.repository is not None
+    backend, _, accelerator = (place.backend or "onnxruntime").partition("+")
+    name = place.name or re.sub(r"[^A-Za-z0-9_.-]+", "_", Path(model.source.partition(":")[2] or model.source).stem)
+    version = _number(place.model_version or "1")
+    export = _exporter(model, pipeline, asked, telling, backend, accelerator)
+    check_place(place.repository, name, version=version, force=telling.force)  # a taken version costs a second and not a minute
     with tempfile.TemporaryDirectory(prefix="normfuse-deploy-") as folder:
-        told: Any
-        if backend == "tensorrt":
-            file = Path(folder, "model.engine")
-            told, fast = to_engine(model, pipeline, options, file, force=False, progress=not quiet)
-        elif is_onnx(model.source):
-            file, told = Path(model.source), None
-        else:
-            file = Path(folder, "model.onnx")
-            fast = pipeline.run(model, model.load(inputs_needed=True))
-            told = to_onnx(
-                fast, file, target=target or "onnxruntime", opset=options.opset, form=options.form, int4_initializers=int4,
-                dtype=options.dtype, io_dtype=options.io_dtype, **dataclasses.asdict(files),
-            )  # fmt: skip
+        file, told, fast = export(Path(folder))
         served = write_repository(
-            where.folder, name, file, version=version, force=force, accelerator="tensorrt" if accelerator else None,
-            precision="fp16" if accelerator and options.dtype == "fp16" else "fp32",
+            place.repository, name, file, version=version, force=telling.force, accelerator="tensorrt" if accelerator else None,
+            precision="fp16" if accelerator and asked.dtype == "fp16" else "fp32",
         )  # fmt: skip
     if told is not None:
         told = dataclasses.replace(told, path=served.files[0])  # where it was written is gone
-    if as_json:
+    if telling.as_json:
         click.echo(json.dumps({"schema": 1, "repository": dataclasses.asdict(served)}, indent=2, default=str))
-    elif not quiet:
+    elif not telling.quiet:
         click.echo("\n\n".join(str(part) for part in (_report(fast), told, served) if part is not None))
+
+
+def _exporter(
+    model: Model, pipeline: Pipeline, asked: Asked, telling: Telling, backend: str, accelerator: str
+) -> Callable[[Path], _Exported]:
+    """Writes what the server is to run into a folder; flags that are wrong are errors now."""
+    if backend == "tensorrt":
+        from normfuse.cli.engine_export import to_engine
+
+        options = asked.engine(telling)
+        _check_flavour(options)
+
+        def engine(folder: Path) -> _Exported:
+            file = folder / "model.engine"
+            return file, *to_engine(model, pipeline, options, file)
+
+        return engine
+    stray = asked.engine_only()
+    if stray is not None:
+        raise UsageError(f"{stray} is for TensorRT engines, and the server is to run an ONNX file: pass --backend tensorrt")
+    if is_onnx(model.source):
+        return lambda folder: (Path(model.source), None, None)
+    wanted = asked.file(telling, target="tensorrt" if accelerator else None)
+
+    def onnx(folder: Path) -> _Exported:
+        from normfuse.export import to_onnx
+
+        fast = pipeline.run(model, model.load(inputs_needed=True))
+        return folder / "model.onnx", to_onnx(fast, folder / "model.onnx", wanted), fast
+
+    return onnx
 
 
 def _check_flavour(options: EngineOptions) -> None:
@@ -101,7 +104,9 @@ def _report(fast: fx.GraphModule | None) -> Any:
     return None if fast is None else report(fast)
 
 
-def _number(text: str) -> int:
+def _number(text: str) -> int | Literal["next"]:
+    if text == "next":
+        return "next"
     if re.fullmatch("[0-9]+", text) is None or int(text) < 1:
         raise UsageError(f"--model-version {text!r}: expected a number from 1 on, or next")
     return int(text)

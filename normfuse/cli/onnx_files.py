@@ -1,6 +1,5 @@
-"""`.onnx` files given where a model is expected, and how one is to be written."""
+"""`.onnx` files given where a model is expected."""
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,21 +10,12 @@ from normfuse.errors import UsageError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["FileOptions", "file_inputs", "is_onnx", "run_file"]
+__all__ = ["file_inputs", "is_onnx", "run_file"]
 
 _TYPES = {
     "float": "float32", "float16": "float16", "bfloat16": "bfloat16", "double": "float64", "int64": "int64", "int32": "int32",
     "bool": "bool",
 }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class FileOptions:
-    """The flags of `normfuse.export.to_onnx` that an engine has not."""
-
-    runtime: str | None = None
-    attention: str = "auto"
-    tune: bool = False
 
 
 def is_onnx(source: str) -> bool:

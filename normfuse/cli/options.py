@@ -31,6 +31,7 @@ __all__ = [
     "force_option",
     "json_option",
     "model_options",
+    "names",
     "output_option",
     "partial_option",
     "pipeline_options",
@@ -208,9 +209,9 @@ def model_options(f: F) -> F:
 
     @click.argument("source")
     @click.option("--shape", "shapes", multiple=True, metavar="[NAME=]SIZES[:DTYPE]", help=_SHAPE)
-    @click.option("--input", "input_", type=click.Path(path_type=Path), help="Inputs from a .npz, .npy, .pt or .safetensors file.")
+    @click.option("--input", type=click.Path(path_type=Path), help="Inputs from a .npz, .npy, .pt or .safetensors file.")
     @click.option("--batch", type=int, help="Batch size of the inputs that the model declares itself.  [default: 1]")
-    @click.option("--seq", type=int, help="Sequence length of the inputs that the model declares itself.")
+    @click.option("--seq", "tokens", type=int, help="Sequence length of the inputs that the model declares itself.")
     @click.option("--dynamic", multiple=True, metavar="AXIS[,AXIS]", help=_DYNAMIC)
     @click.option("--pretrained", is_flag=True, help="Fetch the published weights (timm, torchvision) instead of random ones.")
     @click.option(
@@ -219,30 +220,17 @@ def model_options(f: F) -> F:
     @click.option("--trust", is_flag=True, help="Allow files to run code: pickles, custom code of Hugging Face folders.")
     @click.option("--seed", type=int, default=0, show_default=True, help="Of random weights and random inputs.")
     @functools.wraps(f)
-    def wrapped(
-        source: str,
-        shapes: tuple[str, ...],
-        input_: Path | None,
-        batch: int | None,
-        seq: int | None,
-        dynamic: tuple[str, ...],
-        pretrained: bool,
-        weights: Path | None,
-        trust: bool,
-        seed: int,
-        **rest: Any,
-    ) -> Any:
-        if not -(1 << 63) <= seed < 1 << 64:
+    def wrapped(source: str, dynamic: tuple[str, ...], **given: Any) -> Any:
+        loaded = {field.name: given.pop(field.name) for field in dataclasses.fields(Options)}
+        if not -(1 << 63) <= loaded["seed"] < 1 << 64:
             raise UsageError("--seed: torch's generators take 64 bits, and that number has more")
         axes = parse_axes(dynamic)
         if axes and Path(source).suffix == ".onnx":
             raise UsageError("--dynamic: an .onnx file has its dynamic axes inside; they were chosen when it was exported")
-        if batch is None and any(a.name == "batch" or a.axis == 0 for a in axes) and not shapes and input_ is None:
-            batch = 2  # an example of size 1 would be taken for a fixed size
-        options = Options(
-            pretrained=pretrained, trust=trust, shapes=shapes, input=input_, batch=batch, tokens=seq, seed=seed, weights=weights
-        )
-        return f(model=Model(source, options, axes), **rest)
+        stated = loaded["shapes"] or loaded["input"] is not None or loaded["batch"] is not None
+        if not stated and any(a.name == "batch" or a.axis == 0 for a in axes):
+            loaded["batch"] = 2  # an example of size 1 would be taken for a fixed size
+        return f(model=Model(source, Options(**loaded), axes), **given)
 
     return wrapped  # type: ignore[return-value]
 
@@ -290,7 +278,7 @@ def pipeline_options(f: F) -> F:
             if given and quantize is None:
                 raise UsageError(f"{flag} is about the data of --quantize: pass --quantize as well, e.g. --quantize w8a8,static")
         spec = None if quantize is None else parse_quantize(quantize, keep)
-        chosen = _names(passes) if passes is not None else None
+        chosen = names(passes) if passes is not None else None
         return f(pipeline=Pipeline(chosen, verify, spec, calibration, partial, random_calibration), **rest)
 
     return wrapped  # type: ignore[return-value]
@@ -332,5 +320,6 @@ def output_option(what: str) -> Callable[[F], F]:
     return click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help=f"Where to write {what}.")
 
 
-def _names(text: str | None) -> tuple[str, ...]:
+def names(text: str | None) -> tuple[str, ...]:
+    """What stands between commas."""
     return tuple(n.strip() for n in text.split(",") if n.strip()) if text else ()

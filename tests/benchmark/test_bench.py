@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 import normfuse
+from normfuse import native
 from normfuse.app.cuda import for_onnxruntime
 from normfuse.app.engines import bench, callable_engine, onnxruntime_engine
 from normfuse.app.sources import Source
@@ -452,6 +453,22 @@ def test_original_that_the_runtime_has_no_kernels_for_is_measured_in_float32() -
 def test_what_cannot_be_measured_is_an_error(a: Any, inputs: Any, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         bench(a, a, inputs)
+
+
+@pytest.mark.skipif(not native.available(), reason=native.why_not() or "there")
+def test_file_with_ops_of_the_library_runs_in_its_kernels(tmp_path: Path) -> None:
+    onnx = pytest.importorskip("onnx")
+    types = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [2, 8]) for name in ("x", "y")]
+    node = onnx.helper.make_node("TwoPassSoftmax", ["x"], ["y"], domain="normfuse")  # without a function: kernels or nothing
+    opsets = [onnx.helper.make_opsetid("", 20), onnx.helper.make_opsetid("normfuse", 1)]
+    onnx.save(
+        onnx.helper.make_model(onnx.helper.make_graph([node], "g", types[:1], types[1:]), opset_imports=opsets, ir_version=9),
+        tmp_path / "own.onnx",
+    )
+    (y,) = onnxruntime_engine("own", tmp_path / "own.onnx", torch.zeros(2, 8)).open(1)()
+    assert torch.equal(torch.from_numpy(y), torch.full((2, 8), 0.125))
+    with pytest.raises(NormfuseError, match="cannot load"):
+        onnxruntime_engine("own", tmp_path / "own.onnx", torch.zeros(2, 8), kernels=False).open(1)
 
 
 def test_wrong_number_of_inputs_names_the_expected_ones(onnx_file: Path) -> None:

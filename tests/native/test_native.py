@@ -45,7 +45,7 @@ def put(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[[b
         file = tmp_path / "_native.so"
         if content is not None:
             file.write_bytes(content)
-        monkeypatch.setattr(native, "_file", lambda: file)
+        monkeypatch.setattr(native, "library_file", lambda: file)
         native._load.cache_clear()
         return file
 

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from normfuse.export.onnx.attention.masks import Bias, bias_of
-from normfuse.export.onnx.build import Build, const_of, dims, same_size
+from normfuse.export.onnx.build import Build, const_of, dims, same_size, take_over
 from normfuse.export.onnx.linear import Linear, linear_of
-from normfuse.export.onnx.quantized.native import native_node
+from normfuse.export.onnx.own_nodes import native_node
 from normfuse.export.onnx.views import Heads, heads
 from normfuse.export.onnx.writer.translate import MARKER_DOMAIN, SDPA
 
@@ -381,7 +381,7 @@ def _masked(out: Any, bias: Bias, at: Build) -> Any:
 
 
 def _finish(site: Site, out: Any) -> None:
-    _take_over(site.node.outputs[0], out)
+    take_over(site.node.outputs[0], out)
 
 
 def _finish_heads_last(site: Site, out: Any, bias: Bias, at: Build) -> None:
@@ -393,7 +393,7 @@ def _finish_heads_last(site: Site, out: Any, bias: Bias, at: Build) -> None:
         out = _alive_tokens(out, bias, head, width, at)
     four = at.op("Reshape", out, at.const(np.array([0, 0, head, width], np.int64)), dtype=out.dtype)
     four = at.op("Transpose", four, perm=list(_HEADS_LAST), dtype=out.dtype)
-    _take_over(site.node.outputs[0], four)
+    take_over(site.node.outputs[0], four)
     for user in _readers(four):
         if _undoes(user):
             for reshape, _ in list(user.outputs[0].uses()):
@@ -430,12 +430,3 @@ def _undoes(node: Any) -> bool:
         if shape is not None and (shape.reshape(-1)[2:] == 0).any():
             return False
     return True
-
-
-def _take_over(old: Any, new: Any) -> None:
-    """`new` in the place of `old`, as a graph output too."""
-    if new.shape is None:
-        new.shape = old.shape
-    if new.dtype is None:
-        new.dtype = old.dtype
-    old.replace_all_uses_with(new, replace_graph_outputs=True)

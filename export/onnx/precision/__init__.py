@@ -10,12 +10,10 @@ from normfuse.export.onnx.precision.islands import plan
 from normfuse.export.onnx.precision.ops import COMMON_DOMAINS, infer_dtypes
 from normfuse.export.onnx.precision.rewrite import Rewrite
 from normfuse.export.onnx.precision.spelling import DTYPES, spelled_dtype
+from normfuse.export.options import IO_DTYPES
 from normfuse.extras import need
 
 __all__ = ["DTYPES", "IO_DTYPES", "to_precision"]
-
-#: What its inputs and outputs can be: float32 with one cast each, or the dtype that it computes in.
-IO_DTYPES = ("fp32", "low")
 
 _WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 

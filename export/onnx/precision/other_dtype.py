@@ -43,7 +43,6 @@ def in_another_dtype(found: Program, target: Target, asked: str | None, *, verif
     if given is None:
         return ()
     before, after = dtype_name(found.dtype), dtype_name(TORCH[asked]) if asked else _now(found)
-    runtime = "TensorRT has no kernels for it" if target.name == "tensorrt" else f"ONNX Runtime lacks {before} kernels on the CPU"
     if before == after and after != "bfloat16":
         text = "parts of the model compute in bfloat16, in the file in float32: ONNX Runtime has no bfloat16 kernels on the CPU"
     elif asked:
@@ -51,7 +50,7 @@ def in_another_dtype(found: Program, target: Target, asked: str | None, *, verif
     elif is_quantized_graph(found.exported.graph_module):
         text = f"exported in float32, not in {before}: quantized layers are scaled in float32"
     else:
-        text = f"exported in {after}: the model computes in {before}, and {runtime}"
+        text = f"exported in {after}: the model computes in {before}, and {target.runtime} lacks {before} kernels"
     if _inputs_change(given, found) and asked not in ("fp16", "bf16"):
         text += f"; float inputs are {after}"
     if not verify:
@@ -66,7 +65,7 @@ def check_double(model: Any, asked: str | None, target: Target) -> None:
     Raises:
         ExportError: ONNX Runtime has no float64 kernel for a convolution of the model.
     """
-    if asked != "fp64" or target.name == "tensorrt" or not isinstance(model, nn.Module):
+    if asked != "fp64" or "fp64" in target.lacks or not isinstance(model, nn.Module):
         return
     name = next((n for n, m in model.named_modules() if isinstance(m, torch.nn.modules.conv._ConvNd)), None)
     if name is not None:

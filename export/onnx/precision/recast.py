@@ -72,15 +72,13 @@ def changes_for(native: torch.dtype, asked: str | None, target: Target, *, quant
         quantized: the model has layers in integers, whose kernels scale in float32.
     """
     everything = {d: torch.float32 for d in _FLOATS if d is not torch.float32}
-    on_cpu = target.name != "tensorrt"
-    no_bf16 = {torch.bfloat16: torch.float32} if on_cpu else {}
-    if asked is None:
-        nearest = native
-        if (native is torch.bfloat16 and on_cpu) or (quantized and on_cpu) or (native is torch.float64 and not on_cpu):
-            nearest = torch.float32
-    else:
+    lacking = [TORCH[name] for name in target.lacks]
+    no_bf16 = {torch.bfloat16: torch.float32} if torch.bfloat16 in lacking else {}
+    if asked is not None:
         nearest = TORCH[asked]
-    if nearest is native and not (nearest is torch.bfloat16 and on_cpu):
+    else:
+        nearest = torch.float32 if native in lacking or (quantized and target.own_in_float32) else native
+    if nearest is native and native not in no_bf16:
         return no_bf16  # what the author keeps apart in a wider dtype stays apart
     if nearest is torch.float64:
         return {d: torch.float64 for d in _FLOATS if d is not torch.float64}

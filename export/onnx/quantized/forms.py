@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
-from normfuse import native
 from normfuse.errors import UsageError
-from normfuse.export.onnx.quantized.attention import float_masks, place_attention
-from normfuse.export.onnx.quantized.fuse import fuse
-from normfuse.export.onnx.quantized.integer import lower_integer
-from normfuse.export.onnx.quantized.native import MIN_NATIVE_OPSET, lower_native
-from normfuse.export.onnx.quantized.qdq import check_static, lower_qdq
+from normfuse.export.onnx.quantized.attention import float_masks
+from normfuse.export.onnx.quantized.form import INT4_OPSET, Form, Wanted
+from normfuse.export.onnx.quantized.integer import Integer
+from normfuse.export.onnx.quantized.native import Native
+from normfuse.export.onnx.quantized.qdq import Qdq
 from normfuse.export.onnx.quantized.sites import sites
-from normfuse.export.onnx.quantized.weight_only import INT4_OPSET, check_weight_only, lower_weight_only
+from normfuse.export.onnx.quantized.weight_only import WeightOnly
 from normfuse.export.targets import QUANTIZED_FORMS, Target
 
-__all__ = ["is_quantized", "lower_quantized", "possible_forms"]
+__all__ = ["FORMS", "is_quantized", "lower_quantized", "possible_forms"]
+
+#: The forms by name.
+FORMS: dict[str, Form] = {form.name: form for form in (Native(), Integer(), Qdq(), WeightOnly())}
 
 
 def is_quantized(model: Any) -> bool:
@@ -26,15 +28,15 @@ def is_quantized(model: Any) -> bool:
 def possible_forms(model: Any, target: Target, opset: int, form: str, *, int4: bool = False) -> tuple[str, ...]:
     """The forms to try, the plain one first; () for a model without quantized layers.
 
-    "auto" is, for ONNX Runtime, the native form if the kernel library is here, else whichever of the others is faster; for other
-    targets QDQ if all scales are static and all codes fit in int8, else integers, or weights alone where integers are not taken.
+    "auto" is what the target likes best of the forms that can express the model: several where only a measurement can tell.
 
     Raises:
         UsageError: there is no such form, or it cannot express the model for the target.
     """
     if form not in ("auto", *QUANTIZED_FORMS):
         raise UsageError(f"unknown form {form!r}: expected auto, {', '.join(QUANTIZED_FORMS)}")
-    if not is_quantized(model):
+    layers = list(sites(model))
+    if not layers:
         if form != "auto" or int4:
             asked = f"form={form!r}" if form != "auto" else "int4_initializers=True"
             raise UsageError(
@@ -43,28 +45,21 @@ def possible_forms(model: Any, target: Target, opset: int, form: str, *, int4: b
         return ()
     if form != "auto" and form not in target.quantized:
         raise UsageError(f"form={form!r}: target {target.name!r} does not take it; use {_one_of(target.quantized)}")
-    if int4 and (form in ("native", "weight_only") or opset < INT4_OPSET):
-        packs = form in ("native", "weight_only")
+    packs = form != "auto" and FORMS[form].packs
+    if int4 and (packs or opset < INT4_OPSET):
         why = f"the form {form!r} packs its weights anyway" if packs else f"INT4 needs opset {INT4_OPSET}, not {opset}"
         raise UsageError(f"int4_initializers=True: {why}")
-    if form == "native" and opset < MIN_NATIVE_OPSET:
-        raise UsageError(f"form='native' needs opset {MIN_NATIVE_OPSET}, not {opset}; use form='integer' or form='qdq'")
-    if form == "qdq":
-        check_static(model, unsigned=target.contrib, others=target.quantized)
-    if form == "weight_only":
-        check_weight_only(model, others=target.quantized)
-    if form != "auto":
-        return (form,)
-    if target.contrib and native.available() and opset >= MIN_NATIVE_OPSET and not int4:
-        return ("native",)
-    try:
-        check_static(model, unsigned=target.contrib, others=target.quantized)
-    except UsageError:
-        if "integer" in target.quantized:
-            return ("integer",)
-        check_weight_only(model, others=target.quantized)
-        return ("weight_only",)
-    return ("integer", "qdq") if target.contrib else ("qdq",)
+    ranks: list[tuple[str, ...]] = [(form,)] if form != "auto" else [*target.forms]
+    refused = {f: FORMS[f].refuses(layers, Wanted(target, opset, int4)) for rank in ranks for f in rank}
+    if form == "auto":
+        refused |= {f: "" for f in refused if not FORMS[f].offers_itself()}
+        if int4:  # what packs anyway comes last: it takes no notice of what was asked for
+            ranks.sort(key=lambda rank: any(FORMS[f].packs for f in rank))
+    for rank in ranks:
+        possible = tuple(f for f in rank if refused[f] is None)
+        if possible:
+            return possible
+    raise UsageError(next(why for why in reversed(refused.values()) if why))
 
 
 def _one_of(forms: tuple[str, ...]) -> str:
@@ -74,13 +69,4 @@ def _one_of(forms: tuple[str, ...]) -> str:
 def lower_quantized(model: Any, form: str, target: Target, opset: int, *, int4: bool = False) -> None:
     """Write the quantized layers of `model` in `form`, in place."""
     float_masks(model)
-    if form == "native":
-        place_attention(model)
-        lower_native(model)
-        fuse(model)
-    elif form == "qdq":
-        lower_qdq(model, unsigned=target.contrib, int4=int4, one_scale=target.name == "tensorrt")
-    elif form == "weight_only":
-        lower_weight_only(model, opset=opset)
-    else:
-        lower_integer(model, int4=int4)
+    FORMS[form].write(model, Wanted(target, opset, int4))

@@ -16,9 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from normfuse.export.onnx.build import Build, const_of, dims
-from normfuse.export.onnx.quantized.integer import take_over
-from normfuse.export.onnx.quantized.native import facts_of, native_node
+from normfuse.export.onnx.build import Build, const_of, dims, take_over
+from normfuse.export.onnx.own_nodes import facts_of, native_node
 from normfuse.export.ops import DOMAIN, OPS
 
 __all__ = ["fuse"]

@@ -6,23 +6,22 @@ from typing import Any
 
 import numpy as np
 
-from normfuse.export.onnx.build import Build
+from normfuse.export.onnx.build import Build, take_over
+from normfuse.export.onnx.quantized.form import Form, Wanted
 from normfuse.export.onnx.quantized.sites import Site, sites
 
-__all__ = ["expand", "lower_integer", "take_over"]
+__all__ = ["Integer", "expand"]
 
 
-def lower_integer(model: Any, *, int4: bool = False) -> int:
-    """Write every marker in standard ops, in place; returns their number.
+class Integer(Form):
+    """Every marker in standard ops."""
 
-    `int4`: weights of up to 4 bits as INT4 in the file, expanded by the runtime when it loads.
-    """
-    shared: dict[Any, Any] = {}
-    count = 0
-    for site in sites(model):
-        expand(model, site, shared, int4=int4)
-        count += 1
-    return count
+    name = "integer"
+
+    def write(self, model: Any, wanted: Wanted) -> None:
+        shared: dict[Any, Any] = {}
+        for site in sites(model):
+            expand(model, site, shared, int4=wanted.int4)
 
 
 def expand(model: Any, site: Site, shared: dict[Any, Any], *, int4: bool = False) -> None:
@@ -41,12 +40,3 @@ def expand(model: Any, site: Site, shared: dict[Any, Any], *, int4: bool = False
         # the type that torch says
         take_over(old, at.op("Cast", new, to=int(old.dtype)) if first in half and old.dtype in half else new)
     model.graph.remove(site.node, safe=True)
-
-
-def take_over(old: Any, new: Any) -> None:
-    """`new` in the place of `old`, as a graph output too."""
-    if new.shape is None:
-        new.shape = old.shape
-    if new.dtype is None:
-        new.dtype = old.dtype
-    old.replace_all_uses_with(new, replace_graph_outputs=True)

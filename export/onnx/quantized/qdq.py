@@ -15,9 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from normfuse.errors import ExportError, UsageError
-from normfuse.export.onnx.build import Build, dims
-from normfuse.export.onnx.quantized.integer import expand, take_over
+from normfuse.errors import ExportError
+from normfuse.export.onnx.build import Build, dims, take_over
+from normfuse.export.onnx.quantized.form import Form, Wanted
+from normfuse.export.onnx.quantized.integer import expand
 from normfuse.export.onnx.quantized.sites import Site, sites
 from normfuse.export.onnx.writer.translate import MARKER_DOMAIN
 from normfuse.export.ops.activations import ZERO
@@ -25,83 +26,73 @@ from normfuse.export.ops.products import activated
 from normfuse.export.ops.shiftquant_conv2d import conv_codes, conv_parts
 from normfuse.export.ops.weights import SAFE, parts, stored, unit_of
 
-__all__ = ["check_static", "lower_qdq", "one_reader_each"]
+__all__ = ["Qdq"]
 
 _WIDEST = 9
 _CODES = ("QuantizeRows", "NormQuantize", "ShiftQuantMatMul", "ShiftQuantMatMulQuantize")
 
 
-def check_static(model: Any, *, unsigned: bool, others: Sequence[str] = ("integer",)) -> None:
-    """The QDQ form can express every layer; `unsigned` as in `lower_qdq`, `others` are the forms that the target takes as well.
+class Qdq(Form):
+    """Codes with constant scales around float products; what the target says decides which codes.
 
-    Raises:
-        UsageError: the scale of an activation is found where the model runs, or the codes of a weight are wider than the int8 that
-            a target takes (ONNX Runtime, which has to run the file once, does not take such a weight in parts either).
+    Unsigned ones, with a zero point of 128 for activations and for weights beyond `SAFE`, are what ONNX Runtime multiplies exactly
+    on every CPU; int8 with a zero point of 0 is what other runtimes expect. TensorRT wants one scale for a weight: it then
+    multiplies integers where q, k and v are cut from the product, too; else it cuts the weight first, and multiplies halves.
     """
-    found, instead = list(sites(model)), next(f for f in others if f not in ("native", "qdq"))
-    layers = [s for s in found if s.has_weight or s.op.name in _CODES]
-    dynamic = [s for s in layers if not s.static]
-    if dynamic:
-        raise UsageError(
-            f"form='qdq' needs static scales, and {len(dynamic)} of {len(layers)} quantized layers find theirs at run time, "
-            f"{dynamic[0].layer} among them: quantize with ShiftQuant(activations='static') and calibration data, or use "
-            f"form={instead!r}"
-        )
-    wide = [] if unsigned else [s for s in layers if s.has_weight and s.facts["bits"] + s.facts["groups"] > _WIDEST]
-    if wide:
-        bits, groups = wide[0].facts["bits"], wide[0].facts["groups"]
-        raise UsageError(
-            f"form='qdq' for this target needs weights that fit in 8 bits, weight_bits + groups <= {_WIDEST}, and "
-            f"{wide[0].layer} has {bits} bits and {groups} groups: quantize with ShiftQuant(groups={max(1, _WIDEST - bits)}), "
-            f"or use form={instead!r}"
-        )
-    attention = [s for s in found if s.op.name == "Attention" and s.facts["bits"]]
-    if attention:
-        raise UsageError(
-            f"form='qdq' needs static scales, and the attention at {attention[0].layer} finds those of its queries and keys at run "
-            f"time: quantize with ShiftQuant(attention=False), or use form={instead!r}"
-        )
 
+    name = "qdq"
 
-def lower_qdq(model: Any, *, unsigned: bool, int4: bool = False, one_scale: bool = False) -> int:
-    """Write every marker with QuantizeLinear and DequantizeLinear, in place; returns their number.
+    def refuses(self, layers: Sequence[Site], wanted: Wanted) -> str | None:
+        """Where a scale is found at run time, or the codes of a weight are wider than the int8 that a target takes (ONNX Runtime,
+        which has to run the file once, does not take such a weight in parts either)."""
+        instead = f"form={wanted.instead_of('native', 'qdq')!r}"
+        scaled = [s for s in layers if s.has_weight or s.op.name in _CODES]
+        dynamic = [s for s in scaled if not s.static]
+        if dynamic:
+            return (
+                f"form='qdq' needs static scales, and {len(dynamic)} of {len(scaled)} quantized layers find theirs at run time, "
+                f"{dynamic[0].layer} among them: quantize with ShiftQuant(activations='static') and calibration data, or use "
+                f"{instead}"
+            )
+        wide = [s for s in scaled if s.has_weight and s.facts["bits"] + s.facts["groups"] > _WIDEST]
+        if wide and not wanted.target.unsigned_codes:
+            bits, groups = wide[0].facts["bits"], wide[0].facts["groups"]
+            return (
+                f"form='qdq' for this target needs weights that fit in 8 bits, weight_bits + groups <= {_WIDEST}, and "
+                f"{wide[0].layer} has {bits} bits and {groups} groups: quantize with ShiftQuant(groups={max(1, _WIDEST - bits)}), "
+                f"or use {instead}"
+            )
+        attention = [s for s in layers if s.op.name == "Attention" and s.facts["bits"]]
+        if attention:
+            return (
+                f"form='qdq' needs static scales, and the attention at {attention[0].layer} finds those of its queries and keys at "
+                f"run time: quantize with ShiftQuant(attention=False), or use {instead}"
+            )
+        return None
 
-    Args:
-        model: the translated model.
-        unsigned: activations, and weights with codes beyond `SAFE`, as uint8 with zero point 128, which ONNX Runtime multiplies
-            exactly on every CPU; else as int8 with zero point 0, which other runtimes expect.
-        int4: weights of up to 4 bits as INT4 in the file, expanded by the runtime when it loads.
-        one_scale: of a matrix, with what is left of each output's behind the product. TensorRT then multiplies integers where q, k
-            and v are cut from the product, too; else it cuts the weight first, and multiplies halves.
-    """
-    shared: dict[Any, Any] = {}
-    count = 0
-    for site in sites(model):
-        if not site.has_weight:
-            expand(model, site, shared)
-        else:
+    def write(self, model: Any, wanted: Wanted) -> None:
+        shared: dict[Any, Any] = {}
+        unsigned = wanted.target.unsigned_codes
+        for site in sites(model):
+            if not site.has_weight:
+                expand(model, site, shared)
+                continue
             at = Build(model, site.node, shared)
-            y = _linear(at, site, unsigned, int4, one_scale) if site.op.name == "ShiftQuantLinear" else _conv(at, site, unsigned)
+            y = _linear(at, site, wanted) if site.op.name == "ShiftQuantLinear" else _conv(at, site, unsigned)
             y = activated(at, y, site.facts["epilogue"])
             old = site.node.outputs[0]
             take_over(old, at.op("Cast", y, to=int(old.dtype)) if old.dtype != at.ir.DataType.FLOAT else y)
             model.graph.remove(site.node, safe=True)
-        count += 1
-    return count
 
-
-def one_reader_each(model: Any) -> int:
-    """A DequantizeLinear of its own for each node that reads one; returns how many there are more."""
-    count = 0
-    for node in list(model.graph):
-        if node.op_type != "DequantizeLinear" or node.domain:
-            continue
-        out = node.outputs[0]
-        for reader, i in list(out.uses())[1:]:
-            copy = Build(model, reader).op("DequantizeLinear", *node.inputs, dtype=out.dtype, shape=dims(out), **_axis(node))
-            reader.replace_input_with(i, copy)
-            count += 1
-    return count
+    def at_last(self, model: Any) -> None:
+        """A DequantizeLinear of its own for each node that reads one."""
+        for node in list(model.graph):
+            if node.op_type != "DequantizeLinear" or node.domain:
+                continue
+            out = node.outputs[0]
+            for reader, i in list(out.uses())[1:]:
+                copy = Build(model, reader).op("DequantizeLinear", *node.inputs, dtype=out.dtype, shape=dims(out), **_axis(node))
+                reader.replace_input_with(i, copy)
 
 
 def _axis(node: Any) -> dict[str, Any]:
@@ -147,8 +138,9 @@ def _clipped(at: Build, codes: Any, low: int, high: int) -> Any:
     return at.op("Clip", codes, *bounds, dtype=codes.dtype, shape=dims(codes))
 
 
-def _linear(at: Build, site: Site, unsigned: bool, int4: bool, one_scale: bool) -> Any:
+def _linear(at: Build, site: Site, wanted: Wanted) -> Any:
     """Σ_parts DQ(codes) · DQ(operand · scale · 2^shift) + bias"""
+    unsigned = wanted.target.unsigned_codes
     codes, static, point = _codes(at, site, unsigned)
     scale, bits, full, shape = site.array("scale"), site.facts["bits"], at.ir.DataType.FLOAT, dims(site.node.outputs[0])
     found = parts(site.array("weight"), site.array("exponents"), scale.size, bits)
@@ -157,9 +149,9 @@ def _linear(at: Build, site: Site, unsigned: bool, int4: bool, one_scale: bool) 
         read = codes if len(found) == 1 else at.op("Gather", codes, at.const(columns), axis=-1, dtype=codes.dtype)
         operand = values << factors
         zero = 128 if unsigned and np.abs(operand).max(initial=0) > SAFE else 0
-        weight = stored(at, values, factors, zero, int4=int4 and bits <= 4)
+        weight = stored(at, values, factors, zero, int4=wanted.int4 and bits <= 4)
         each = scale * np.float32(2**shift)
-        unit = unit_of(each) if one_scale else each
+        unit = unit_of(each) if wanted.target.one_scale_tensors else each
         weight = _dequantized(at, weight, unit, zero, 1)
         x = at.op("DequantizeLinear", read, static, point, dtype=full, shape=dims(read))
         y = at.op("MatMul", x, weight, dtype=full, shape=shape)

@@ -14,27 +14,28 @@ This is another function than the module's, whose activations are rounded: `quan
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
-from normfuse.errors import ExportError, UsageError
-from normfuse.export.onnx.build import Build, dims
+from normfuse.errors import ExportError
+from normfuse.export.onnx.build import Build, dims, take_over
+from normfuse.export.onnx.program import Program
 from normfuse.export.onnx.quantized.absorb import absorbed
-from normfuse.export.onnx.quantized.integer import expand, take_over
+from normfuse.export.onnx.quantized.form import INT4_OPSET, Form, Wanted
+from normfuse.export.onnx.quantized.integer import expand
 from normfuse.export.onnx.quantized.sites import Site, sites
+from normfuse.export.onnx.quantized.weights_alone import weights_alone
 from normfuse.export.onnx.writer.translate import MARKER_DOMAIN, SDPA
 from normfuse.export.ops.products import activated
 from normfuse.export.ops.shiftquant_conv2d import conv_codes
 from normfuse.export.ops.weights import unit_of
 from normfuse.quant.packing import unpack, unpack_rows
 
-__all__ = ["INT4_OPSET", "block_size", "check_weight_only", "float_attention", "lower_weight_only"]
+__all__ = ["WeightOnly", "block_size"]
 
-#: DequantizeLinear of INT4, and in blocks, exists from here on.
-INT4_OPSET = 21
 #: Sizes of a block of input channels that share a row of scales, the best first.
 _BLOCKS = (128, 64, 32, 16)
 _CODES = ("NormQuantize", "QuantizeRows", "ShiftQuantMatMul", "ShiftQuantMatMulQuantize")
@@ -51,61 +52,59 @@ def block_size(k: int, n: int) -> int:
     return next((b for b in _BLOCKS if k % b == 0 and k > b), k // 2)
 
 
-def check_weight_only(model: Any, *, others: Sequence[str] = ()) -> None:
-    """The form can express every layer; `others` are the forms that the target takes as well.
+class WeightOnly(Form):
+    """Packed weights and float activations."""
 
-    Raises:
-        UsageError: a layer reads or writes codes of activations, which this form has none of.
-    """
-    found = [s for s in sites(model) if s.op.name in _CODES]
-    if found:
-        remedy = ", or use form='integer'" if "integer" in others else ""
-        raise UsageError(
+    name = "weight_only"
+    packs = True
+    rounds = False
+
+    def refuses(self, layers: Sequence[Site], wanted: Wanted) -> str | None:
+        """Where a layer reads or writes codes of activations, which this form has none of."""
+        found = [s for s in layers if s.op.name in _CODES]
+        if not found:
+            return None
+        remedy = ", or use form='integer'" if "integer" in wanted.target.quantized else ""
+        return (
             f"form='weight_only' leaves activations in float, and {found[0].layer} ({found[0].op.name}) reads or writes their "
             f"codes: export what normfuse.optimize(quantize=...) returned{remedy}"
         )
 
+    def before_attention(self, model: Any) -> None:
+        """Attention with quantized queries and keys as the marker of attention in float.
 
-def float_attention(model: Any) -> int:
-    """Attention with quantized queries and keys as the marker of attention in float, in place; returns the number of sites.
-
-    A causal one with other numbers of queries and of keys stays: its convention is not that of the marker.
-    """
-    count = 0
-    for site in sites(model):
-        if site.op.name != "Attention":
-            continue
-        query, key, value, mask = site.inputs
-        q, k = dims(query), dims(key)
-        if site.facts["causal"] and (q is None or k is None or q[-2] is None or q[-2] != k[-2]):
-            continue
-        at = Build(model, site.node)
-        facts = {"scale": repr(float(site.facts["scale"])), "is_causal": int(site.facts["causal"])}
-        old = site.node.outputs[0]
-        new = at.op(SDPA, query, key, value, mask, domain=MARKER_DOMAIN, dtype=old.dtype, shape=dims(old), **facts)
-        old.replace_all_uses_with(new, replace_graph_outputs=True)
-        model.graph.remove(site.node, safe=True)
-        count += 1
-    return count
-
-
-def lower_weight_only(model: Any, *, opset: int) -> int:
-    """Write every marker with packed weights and float activations, in place; returns their number."""
-    shared: dict[Any, Any] = {}
-    count = 0
-    for site in sites(model):
-        make = _MAKE.get(site.op.name)
-        if make is None:
-            if site.op.name == "Attention":
-                site.facts["bits"] = 0
-            expand(model, site, shared)
-        else:
-            at = Build(model, site.node, shared)
-            y = make(at, model, site, opset)
-            take_over(site.node.outputs[0], y)
+        A causal one with other numbers of queries and of keys stays: its convention is not that of the marker.
+        """
+        for site in sites(model):
+            if site.op.name != "Attention":
+                continue
+            query, key, value, mask = site.inputs
+            q, k = dims(query), dims(key)
+            if site.facts["causal"] and (q is None or k is None or q[-2] is None or q[-2] != k[-2]):
+                continue
+            at = Build(model, site.node)
+            facts = {"scale": repr(float(site.facts["scale"])), "is_causal": int(site.facts["causal"])}
+            old = site.node.outputs[0]
+            new = at.op(SDPA, query, key, value, mask, domain=MARKER_DOMAIN, dtype=old.dtype, shape=dims(old), **facts)
+            old.replace_all_uses_with(new, replace_graph_outputs=True)
             model.graph.remove(site.node, safe=True)
-        count += 1
-    return count
+
+    def write(self, model: Any, wanted: Wanted) -> None:
+        shared: dict[Any, Any] = {}
+        for site in sites(model):
+            make = _MAKE.get(site.op.name)
+            if make is None:
+                if site.op.name == "Attention":
+                    site.facts["bits"] = 0
+                expand(model, site, shared)
+            else:
+                at = Build(model, site.node, shared)
+                y = make(at, model, site, wanted.opset)
+                take_over(site.node.outputs[0], y)
+                model.graph.remove(site.node, safe=True)
+
+    def meant(self, program: Program, kept: Collection[str] = ()) -> Program:
+        return weights_alone(program, kept)
 
 
 def _linear(at: Build, model: Any, site: Site, opset: int) -> Any:

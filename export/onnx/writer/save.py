@@ -12,14 +12,12 @@ from typing import Any
 
 from normfuse.export.onnx.tensors import mentions
 from normfuse.export.onnx.writer.variants import one_name_each
+from normfuse.export.options import MAX_PROTO
 from normfuse.extras import need
 
 __all__ = ["MAX_PROTO", "data_files", "drop_stale", "save_model", "sha256_of_tensors", "weights_sha256"]
 
 log = logging.getLogger(__name__)
-
-#: Weights above this many bytes go to a second file. A protobuf message ends at 2 GiB; the graph needs some of it.
-MAX_PROTO = 2**31 - 64 * 2**20
 
 
 def save_model(model: Any, path: Path, *, limit: int = MAX_PROTO) -> None:

@@ -125,7 +125,7 @@ def test_tuning_measures_once_and_says_so(tmp_path, monkeypatch):
     assert result.attention == "decomposed" or result.ratios[result.attention] > 1
     assert result.attention in str(result)
     assert len(list((tmp_path / "cache").rglob("*.json"))) == 1
-    monkeypatch.setattr("normfuse.export.onnx.api.fastest", None)  # what is known is not measured again
+    monkeypatch.setattr("normfuse.export.onnx.choice.candidates.fastest", None)  # what is known is not measured again
     again = exported(attention(), inputs, tmp_path, tune=True, force=True)
     assert (again.attention, again.ratios) == (result.attention, result.ratios)
     with pytest.raises(TypeError):

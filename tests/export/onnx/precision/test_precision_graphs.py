@@ -172,7 +172,7 @@ def test_loop_carries_float32():
 
 
 def _with_function(op, inputs, outputs):
-    from normfuse.export.onnx.quantized.native import add_functions
+    from normfuse.export.onnx.own_nodes import add_functions
 
     names = re.findall(r"(\w+)(?:,|$)", outputs.replace("[2,8]", ""))
     body = f"h = Mul(x, w0)  {', '.join(names[:-1])} = normfuse.{op}(h{inputs})  z = MatMul(y, w1)"

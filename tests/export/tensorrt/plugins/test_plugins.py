@@ -22,7 +22,7 @@ ml_dtypes = pytest.importorskip("ml_dtypes", reason="comes with onnx")
 
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402 - behind importorskip
 
-from normfuse.export.onnx.quantized.native import add_functions  # noqa: E402
+from normfuse.export.onnx.own_nodes import add_functions  # noqa: E402
 from normfuse.export.tensorrt.plugins.placing import kernel_capabilities, place  # noqa: E402
 from normfuse.gpu.planes import layout  # noqa: E402
 

@@ -1,0 +1,195 @@
+"""A written file is checked, run and compared with the module before anybody sees it."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import operator
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from normfuse import native
+from normfuse.errors import ExportError
+from normfuse.export.onnx.compare import compare, tolerance_for
+from normfuse.export.onnx.program import Program
+from normfuse.export.onnx.quantized.forms import FORMS
+from normfuse.export.onnx.quantized.weights_alone import AS_WRITTEN
+from normfuse.export.onnx.runtime import session
+from normfuse.export.onnx.writer.save import MAX_PROTO
+from normfuse.export.options import ExportOptions
+from normfuse.export.targets import MAX_OPSET
+from normfuse.extras import need
+from normfuse.files import spelled
+from normfuse.reports.model import Error
+
+__all__ = ["Proof", "Proven", "check", "tensor_dtypes"]
+
+_HALF = " (float16 may be too narrow for its values: export it in bf16, or state a larger tolerance)"
+
+
+@dataclass(frozen=True)
+class Proven:
+    """What was found when a file was run.
+
+    Attributes:
+        error: its deviation from the module; None where it was not run.
+        sqnr: the same in dB.
+        notes: what the user should know.
+    """
+
+    error: Error | None = None
+    sqnr: float | None = None
+    notes: tuple[str, ...] = ()
+
+    def noting(self, *notes: str) -> Proven:
+        """The same with more notes."""
+        return dataclasses.replace(self, notes=(*self.notes, *notes))
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What a file is held against, and how.
+
+    Attributes:
+        found: the program that was written.
+        options: of the export.
+        layers: form of its quantized layers; None without any.
+        rounds: it rounds to integers on its way, so that an SQNR is asked of it, unless a tolerance is stated.
+        kept: names in `torch.ops.normfuse` that are nodes of the domain `normfuse`.
+    """
+
+    found: Program
+    options: ExportOptions
+    layers: str | None
+    rounds: bool
+    kept: Sequence[str]
+
+    def bound(self, model: Any) -> float:
+        """What the largest deviation is held to; infinite where an SQNR is asked for instead."""
+        if self.options.tolerance is not None:
+            return self.options.tolerance
+        return math.inf if self.rounds else tolerance_for(_dtypes(model))
+
+    def of(self, file: Path, bound: float, *, half: bool = False) -> Proven:
+        """Run the file and compare it: where there is a kernel library, with it and without.
+
+        Args:
+            file: it was checked.
+            bound: see `bound`.
+            half: it was converted to float16.
+
+        Raises:
+            ExportError: it does not run, or deviates from the module.
+        """
+        form = None if self.layers is None else FORMS[self.layers]
+        try:
+            sessions = self._sessions(file)
+        except ExportError as e:
+            return self._cannot_run(e)
+        meant = self.found if form is None else form.meant(self.found, self.kept)
+        proofs = [compare(meant, opened, quantized=self.rounds, half=half, bound=bound) for opened in sessions]
+        error, (_, sqnr, wanted) = functools.reduce(operator.or_, (p[0] for p in proofs)), min(proofs, key=lambda p: p[1] - p[2])
+        if not error.max_rel <= bound:
+            raise ExportError(
+                f"the exported model deviates from the module by {error.max_rel:.1e} relative, above the bound {bound:.0e}; "
+                f"nothing was written{_HALF if half else ''}"
+            )
+        if bound == math.inf and not sqnr >= wanted:
+            raise ExportError(
+                f"the exported model has {sqnr:.0f} dB against the module, and a quantized one must have {wanted:.0f}; "
+                "nothing was written"
+            )
+        notes: tuple[str, ...] = ()
+        if form is not None and form.kernels and not native.available():
+            notes = (f"run without normfuse's kernels: {native.why_not()}",)
+        if form is not None and not form.rounds:
+            sqnr = compare(self.found, sessions[0], half=half)[1]
+            which = "of what is in no plugin " if self.rounds else ""
+            notes = (*notes, f"activations {which}stay floats: {sqnr:.0f} dB against the module, which rounds them")
+        return Proven(error, sqnr, notes)
+
+    def _sessions(self, file: Path) -> list[Any]:
+        """With the kernels, and without. Nodes that wait for plugins come in any form and type, and our CPU kernels take float32."""
+        threads = self.options.threads
+        config = {} if self.options.where.runs_here or self.layers is None else AS_WRITTEN
+        kernels = self.layers is not None and FORMS[self.layers].kernels
+        sessions = [session(file, threads=threads, config=config, kernels=kernels)]
+        if kernels and native.available():
+            sessions.append(session(file, threads=threads, kernels=False))
+        return sessions
+
+    def _cannot_run(self, e: ExportError) -> Proven:
+        lacking = _without_kernels(self.found, e)
+        if lacking is None:
+            raise e
+        has_none = f"ONNX Runtime has no {lacking} kernels on the CPU for this model"
+        if self.options.where.runs_here or lacking == "float64":
+            other = "float32" if lacking == "float64" else "float32 or float16"
+            raise ExportError(f"{has_none} ({e}); export it in {other}, or pass verify=False to write it for another device") from e
+        return Proven(notes=(f"not run: {has_none}",))
+
+
+def check(file: Path) -> None:
+    """The file is valid ONNX.
+
+    Raises:
+        ExportError: it is not.
+    """
+    onnx = need("onnx", extra="onnx")
+    try:
+        # by path: the checker then follows external data; shape inference needs the model in one message
+        onnx.checker.check_model(spelled(file), full_check=file.stat().st_size < MAX_PROTO)
+    except Exception as e:
+        raise _invalid(e) from e
+
+
+def _invalid(e: Exception) -> ExportError:
+    """What the checker says; most of the time that operators of an older opset do not take a dtype."""
+    said = " ".join(str(e).split())[:500]
+    dtype = re.search(r"unsupported type: (tensor\((\w+)\))", said)
+    if dtype is None:
+        return ExportError(f"the exported model is not valid ONNX: {said}")
+    op = re.search(r"op_type:\s*(\w+)", said)
+    newer = "with opset=23, or " if op is not None and _takes(op[1], dtype[1]) else ""
+    return ExportError(f"an operator of this ONNX opset does not take {dtype[2]} ({said}); export {newer}in float32")
+
+
+def _takes(op: str, dtype: str) -> bool:
+    """The newest opset that is written takes it."""
+    onnx = need("onnx", extra="onnx")
+    schema = onnx.defs.get_schema(op, MAX_OPSET) if onnx.defs.has(op) else None
+    return schema is not None and any(dtype in c.allowed_type_strs for c in schema.type_constraints)
+
+
+def _without_kernels(found: Program, e: ExportError) -> str | None:
+    """The dtype of the model for which the runtime lacks kernels, where it says so; of bfloat16 it lacks nearly all."""
+    dtypes = tensor_dtypes(found)
+    if torch.bfloat16 in dtypes:
+        return "bfloat16"
+    return "float64" if torch.float64 in dtypes and "NOT_IMPLEMENTED" in str(e) else None
+
+
+def tensor_dtypes(found: Program) -> set[torch.dtype]:
+    """Of weights and inputs."""
+    return {t.dtype for t in found.exported.state_dict.values()} | {
+        t.dtype for t in found.flat_inputs() if isinstance(t, torch.Tensor)
+    }
+
+
+def _dtypes(model: Any) -> list[torch.dtype]:
+    """Floating dtypes of the values of the graph."""
+    ir = need("onnx_ir", extra="onnx")
+    known = {
+        ir.DataType.DOUBLE: torch.float64,
+        ir.DataType.FLOAT: torch.float32,
+        ir.DataType.FLOAT16: torch.float16,
+        ir.DataType.BFLOAT16: torch.bfloat16,
+    }
+    values = [*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()]
+    return [known[v.dtype] for v in values if v.dtype in known]
