@@ -10,14 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from math import sqrt
-from time import perf_counter
 
 import torch
 from torch import Tensor, fx
 
 from normfuse.ir.constants import Constant
 from normfuse.ir.graph import Graph, Refuse
+from normfuse.ir.passes import Change, Pass, Rewriting, Samples
 from normfuse.ir.views import (
     Addmm,
     Affine,
@@ -38,7 +39,6 @@ from normfuse.numerics.observe import observe
 from normfuse.passes.affine.broadcast import PASS_INPUTS, UNKNOWN, channelwise, is_zero, same_shape
 from normfuse.passes.affine.into_producer import _bias
 from normfuse.passes.streams.streams import centered
-from normfuse.reports.model import PassReport, Site
 
 __all__ = ["HugeEps"]
 
@@ -63,41 +63,29 @@ class Norm:
 
 
 @dataclass(frozen=True)
-class HugeEps:
+class HugeEps(Pass):
     """γ (x − μ) / √(σ² + ε) + β = γ / √ε (x − μ) + β for ε ≫ σ², into the weights that read it.
 
     Attributes:
-        ratio: how many times ε must exceed the largest variance measured on `graph.samples`; without samples, ε must be
+        ratio: how many times ε must exceed the largest variance measured on `Run.samples`; without samples, ε must be
             10⁹ at least.
     """
 
     ratio: float = 1e6
     name = "huge_eps"
+    rule = RULE
     changes = "takes a norm whose ε is far above every variance as an affine map"
 
-    def __call__(self, graph: Graph) -> PassReport:
-        start = perf_counter()
-        applied: list[Site] = []
-        refused: list[Site] = []
-        norms: list[Norm] = []
-        for node in graph:
-            try:
-                norm = _norm(graph, node)
-            except Refuse as refusal:
-                refused.append(graph.site(RULE, node, refusal))
-                continue
-            norms += [norm] if norm is not None else []
-        largest = _measured(graph, norms)
+    def rewrite(self, work: Rewriting) -> None:
+        graph = work.graph
+        norms = [n for node in graph if (n := work.found(RULE, node, partial(_norm, graph, node))) is not None]
+        largest = _measured(graph, norms, work.run.samples)
         for norm in norms:
-            try:
-                self._dwarfs(norm, largest.get(norm.node))
-            except Refuse as refusal:
-                refused.append(graph.site(RULE, norm.node, refusal))
-                continue
-            if graph.permit(RULE, graph.path(norm.node)):
-                applied.append(graph.site(RULE, norm.node, note=_rewritten(graph, norm)))
-        graph.clean()
-        return PassReport(self.name, tuple(applied), tuple(refused), seconds=perf_counter() - start)
+            work.attempt(RULE, norm.node, partial(self._affine, graph, norm, largest.get(norm.node)))
+
+    def _affine(self, graph: Graph, norm: Norm, variance: float | None) -> Change:
+        self._dwarfs(norm, variance)
+        return Change(do=partial(_rewritten, graph, norm))
 
     def _dwarfs(self, norm: Norm, variance: float | None) -> None:
         if variance:
@@ -135,12 +123,12 @@ def _gains(graph: Graph, gamma: Constant | None, beta: Constant | None, eps: flo
     return one if gamma is None else gamma * (1 / sqrt(eps)), zero if beta is None else beta
 
 
-def _measured(graph: Graph, norms: list[Norm]) -> dict[fx.Node, float]:
+def _measured(graph: Graph, norms: list[Norm], samples: Samples) -> dict[fx.Node, float]:
     """The largest variance (mean square for RMSNorm) that each norm divides by on the samples."""
     largest: dict[fx.Node, float] = {}
     for key in {(n.dims, n.centred) for n in norms}:
         alike = [n for n in norms if (n.dims, n.centred) == key and n.x.node is not None]
-        for values in graph.samples:
+        for values in samples:
             seen = observe(graph, [n.x.node for n in alike if n.x.node is not None], values, reduce=_largest(*key))
             for n in alike:
                 assert n.x.node is not None
