@@ -18,7 +18,6 @@ from normfuse.ir.views import (
     Identity,
     LayerNorm,
     LeakyRelu,
-    Linear,
     MatMul,
     Movement,
     Mul,
@@ -28,6 +27,7 @@ from normfuse.ir.views import (
     RmsNorm,
     Value,
 )  # fmt: skip
+from normfuse.ir.weights import Weight
 from normfuse.passes.affine.broadcast import PASS_INPUTS, UNKNOWN, hint, replayed
 from normfuse.passes.streams.streams import named
 
@@ -120,9 +120,9 @@ def _scale_behind(graph: Graph, reader: fx.Node, at: fx.Node, rows: Tensor) -> T
             return _same_shape(op, rows)
         case Permute(Value()) | Reshape(Value()) | Movement(Value()):
             return replayed(op, rows)
-        case Linear(b=b) if b is not None:
+        case Value(weight=Weight(linear=True, bias=Constant())):
             raise Refuse(f"{named(graph, reader)} has a bias, which is not scaled along", blocker=reader)
-        case Linear() | MatMul(Value(), Constant()) if torch.equal(rows, rows[..., :1].expand(rows.shape)):
+        case Value(weight=Weight(linear=True)) | MatMul(Value(), Constant()) if torch.equal(rows, rows[..., :1].expand(rows.shape)):
             return _same_shape(op, rows[..., :1])
         case _:
             raise Refuse(f"{named(graph, reader)} reads it, and what it gives is not normalized again", blocker=reader)

@@ -20,14 +20,11 @@ from normfuse.ir.constants import Constant
 from normfuse.ir.graph import Graph, Refuse
 from normfuse.ir.passes import Change, Pass, Rewriting, Samples
 from normfuse.ir.views import (
-    Addmm,
     Affine,
     Embedding,
     GroupNorm,
     Identity,
     LayerNorm,
-    Linear,
-    MatMul,
     Mean,
     Op,
     Reshape,
@@ -35,9 +32,10 @@ from normfuse.ir.views import (
     Sub,
     Value,
 )  # fmt: skip
+from normfuse.ir.weights import Weight
 from normfuse.numerics.observe import observe
 from normfuse.passes.affine.broadcast import PASS_INPUTS, UNKNOWN, channelwise, is_zero, same_shape
-from normfuse.passes.affine.into_producer import _bias
+from normfuse.passes.affine.into_producer import bias
 from normfuse.passes.streams.streams import centered
 
 __all__ = ["HugeEps"]
@@ -157,7 +155,9 @@ def _rewritten(graph: Graph, norm: Norm) -> str:
         graph.replace(norm.node, Affine(x, norm.s, norm.t))
         return f"ε = {norm.eps:g}; an affine map" + (" of x − mean(x)" if norm.centred else "")
     for reader in readers:
-        graph.replace(reader, _absorbed(graph.view(reader, 1), norm))
+        layer = graph.view(reader, 1)
+        assert isinstance(layer, Op)
+        graph.replace(reader, _absorbed(layer, norm))
     norm.node.replace_all_uses_with(norm.x.node)
     into = ", ".join(dict.fromkeys(graph.path(n) for n in readers))
     return f"ε = {norm.eps:g}; into {into}"
@@ -174,7 +174,7 @@ def _linear_readers(graph: Graph, norm: Norm) -> list[fx.Node] | None:
             match op:
                 case Identity(x) | Reshape(Value() as x) if same_shape(op, x) or (isinstance(op, Reshape) and _tokens(op, x)):
                     work.append(user)
-                case Linear(W=W) | Addmm(W=W) | MatMul(Value(), Constant() as W) if W.ndim == 2 and _free(graph, W, user):
+                case Value(weight=Weight(linear=True) as w) if _free(graph, w.value, user):
                     found.append(user)
                 case _:
                     return None
@@ -193,23 +193,14 @@ def _free(graph: Graph, W: Constant, reader: fx.Node) -> bool:
     return not others or not (large or any(isinstance(graph.view(n, 1), Embedding) for n in others))
 
 
-def _absorbed(op: Value, norm: Norm) -> Op:
-    one = Constant.of(torch.ones(1, dtype=torch.float64))
-
-    def weight(W: Constant, dim: int) -> Constant:
-        scaled = W * (norm.s if dim == 1 or norm.s.numel == 1 else norm.s[:, None])
-        return centered(scaled, dim) if norm.centred else scaled
-
-    def shift(W: Constant) -> Constant:
-        return W @ (norm.t if norm.t.numel > 1 else norm.t.reshape(1).expand(W.shape[1]))
-
-    match op:
-        case Linear(x, W, b):
-            return Linear(x, weight(W, 1), b if is_zero(norm.t) else _bias(b, one, shift(W), W))
-        case Addmm(b, x, W):
-            return Addmm(b if is_zero(norm.t) else b + shift(W.T), x, weight(W, 0))
-        case MatMul(Value() as x, Constant() as W) if is_zero(norm.t):
-            return MatMul(x, weight(W, 0), target=op.target)
-        case MatMul(Value() as x, Constant() as W):
-            return Linear(x, weight(W, 0).T, _bias(None, one, shift(W.T), W))
-    raise TypeError(op)
+def _absorbed(layer: Op, norm: Norm) -> Op:
+    """The layer on what the norm reads: (W s P) x + (W t + b)"""
+    w = layer.weight
+    assert w is not None
+    assert w.into is not None
+    scaled = w.value * (norm.s if norm.s.numel == 1 else w.beside(norm.s, w.into))
+    shifted = w.bias
+    if not is_zero(norm.t):
+        one = Constant.of(torch.ones(1, dtype=torch.float64))
+        shifted = bias(w, one, w.total(norm.t if norm.t.numel > 1 else norm.t.reshape(1).expand(w.inputs)))
+    return layer.with_weight(centered(scaled, w.into) if norm.centred else scaled, shifted)

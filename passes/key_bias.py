@@ -19,14 +19,13 @@ from normfuse.ir.graph import Graph, Refuse
 from normfuse.ir.passes import Change, Pass
 from normfuse.ir.views import (
     Add,
-    Addmm,
     Affine,
     Div,
     Identity,
-    Linear,
     MatMul,
     Movement,
     Mul,
+    Op,
     Permute,
     Reshape,
     Sdpa,
@@ -68,13 +67,13 @@ class KeyBias(Pass):
 
     def change(self, graph: Graph, node: fx.Node) -> Change | None:
         op = graph.view(node, 2)
-        if not isinstance(op, (Linear, Addmm)) or op.b is None or is_zero(op.b) or not (self.own or op.b.tensor is None):
+        w = op.weight
+        if not isinstance(op, Op) or w is None or w.bias is None or is_zero(w.bias) or not (self.own or w.bias.tensor is None):
             return None
-        seen = _keys_only(graph, node, op.b)
+        seen = _keys_only(graph, node, w.bias)
         if seen is None:
             return None
-        without = Linear(op.x, op.W) if isinstance(op, Linear) else MatMul(op.x, op.W)
-        return Change(without, f"read as keys by {', '.join(dict.fromkeys(seen))}")
+        return Change(op.with_weight(w.value), f"read as keys by {', '.join(dict.fromkeys(seen))}")
 
 
 def _projections(graph: Graph) -> list[fx.Node]:
@@ -88,7 +87,8 @@ def _projections(graph: Graph) -> list[fx.Node]:
         work, looked = [keys], 0
         while work and looked < _FAR:
             at, looked = work.pop(), looked + 1
-            if isinstance(graph.view(at, 1), (Linear, Addmm)):
+            w = graph.view(at, 1).weight
+            if w is not None and w.linear and w.bias_field:
                 found.add(at)
             elif at.op == "call_function":
                 work += at.all_input_nodes

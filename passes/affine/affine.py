@@ -17,7 +17,7 @@ from normfuse.ir.decode import objection, pieces
 from normfuse.ir.graph import Graph, Refuse
 from normfuse.ir.passes import Pass, Rewriting
 from normfuse.ir.views import Affine as AffineOp
-from normfuse.ir.views import BatchNorm, Embedding, GroupNorm, Identity, InstanceNorm, LayerNorm, Linear, Mul, Op, RmsNorm, Value
+from normfuse.ir.views import BatchNorm, Embedding, GroupNorm, Identity, InstanceNorm, LayerNorm, Mul, Op, RmsNorm, Value
 from normfuse.ir.wording import operator_name
 from normfuse.passes.affine import into_consumer, into_producer
 from normfuse.passes.affine.broadcast import PASS_INPUTS, collapse, is_one, is_zero
@@ -362,12 +362,12 @@ def _changed(new: Op, old: Op) -> bool:
 def _cheaper(graph: Graph, plan: Plan) -> None:
     """Refuse a new bias that is much wider than the shift which it would save (a language model's head)."""
     for node, new in plan.items():
-        old = graph.view(node, 1)
-        if not isinstance(new, Linear) or new.b is None or (isinstance(old, Linear) and old.b is not None):
+        w, before = new.weight, graph.view(node, 1).weight
+        if w is None or not w.linear or w.bias is None or (before is not None and before.bias is not None):
             continue
-        out, features = new.W.shape
-        if out > _WIDER * features:
-            raise Refuse(f"a new bias of {out} values would cost more than the shift of {features} that it replaces", blocker=node)
+        if w.outputs > _WIDER * w.inputs:
+            reason = f"a new bias of {w.outputs} values would cost more than the shift of {w.inputs} that it replaces"
+            raise Refuse(reason, blocker=node)
 
 
 def _affordable(graph: Graph, old: Value, new: Op) -> None:

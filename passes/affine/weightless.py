@@ -21,11 +21,8 @@ from normfuse.ir.graph import Graph, Refuse
 from normfuse.ir.passes import Change, Pass, Rewriting
 from normfuse.ir.views import (
     Add,
-    Addmm,
     Identity,
     LayerNorm,
-    Linear,
-    MatMul,
     Movement,
     Mul,
     Op,
@@ -112,10 +109,11 @@ def _note(graph: Graph, plan: Plan) -> str:
     twice = 0
     for node, new in plan.items():
         old = graph.view(node, 1)
-        for name in ("W", "y"):
-            before, after = getattr(old, name, None), getattr(new, name, None)
-            if isinstance(before, Constant) and isinstance(after, Constant) and before is not after and graph.shared(before):
-                twice += after.numel * after.dtype.itemsize
+        if old.weight is None or new.weight is None:
+            continue
+        before, after = old.weight.value, new.weight.value
+        if before is not after and graph.shared(before):
+            twice += after.numel * after.dtype.itemsize
     return into(graph, plan) + (f"; {twice} bytes more for weights that are shared" if twice else "")
 
 
@@ -151,9 +149,8 @@ def _defer(graph: Graph, norm: fx.Node, readers: list[fx.Node], between: list[fx
     scales: dict[fx.Node, fx.Node] = {}
     for reader in readers:
         view = graph.view(reader, 2)
-        assert isinstance(view, (Linear, Addmm, MatMul))
-        x = view.x.node if isinstance(view.x, Value) else None
-        assert x is not None
+        assert isinstance(view, Op)
+        x: fx.Node = view.x.node  # type: ignore[attr-defined]
         if x not in scales:
             scales[x] = _scale(graph, x, op, reader, norm)
         graph.replace(reader, _scaled(view, Value(node=scales[x])))
@@ -176,7 +173,7 @@ def _products(graph: Graph, norm: fx.Node, op: RmsNorm) -> tuple[list[fx.Node], 
         node = work.pop()
         for reader in graph.readers(node):
             view = graph.view(reader, 2)
-            if isinstance(view, (Linear, Addmm, MatMul)) and reads(view, node, -1) is not None:
+            if reads(view, node, -1) is not None:
                 readers.append(reader)
             elif _moves_rows(graph, reader, node):
                 between.append(reader)
@@ -205,13 +202,9 @@ def _scale(graph: Graph, x: fx.Node, op: RmsNorm, before: fx.Node, like: fx.Node
     return rho if wide is x else graph.call(aten.to.dtype, (rho, val.dtype), before, like)
 
 
-def _scaled(op: Linear | Addmm | MatMul, rho: Value) -> Op:
+def _scaled(layer: Op, rho: Value) -> Op:
     """ρ (W x) + b"""
-    match op:
-        case Linear(x, W, b):
-            product: Op = Mul(Linear(x, W), rho)
-        case Addmm(b, x, W):
-            product = Mul(MatMul(x, W), rho)
-        case _:
-            return Mul(dataclasses.replace(op, node=None), rho)
-    return product if b is None else Add(product, b)
+    w = layer.weight
+    assert w is not None
+    product = Mul(layer.with_weight(w.value), rho)
+    return product if w.bias is None else Add(product, w.bias)

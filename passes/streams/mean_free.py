@@ -20,8 +20,6 @@ from normfuse.ir.views import (
     Add,
     Affine,
     Cat,
-    Conv,
-    ConvTranspose,
     Identity,
     LayerNorm,
     Mean,
@@ -249,10 +247,9 @@ def _explicit(graph: Graph, found: Streams, node: fx.Node) -> str | None:
     if isinstance(op, (Reshape, Cat)):
         return f"{named(graph, node)} joins features that have means of their own"
     writer = centered_writer(graph, op, found.axis[node])
-    if writer is None and isinstance(op, (Conv, ConvTranspose)) and op.groups > 1:
-        return (
-            f"{named(graph, node)} has {op.groups} groups: no weight of it sees all features, so that none could remove their mean"
-        )
+    if writer is None and op.weight is not None and op.weight.groups > 1:
+        groups = op.weight.groups
+        return f"{named(graph, node)} has {groups} groups: no weight of it sees all features, so that none could remove their mean"
     if writer is None:
         return f"{named(graph, node)} has no weights that could be centered"
     shared = [c for c in vars(op).values() if isinstance(c, Constant) and graph.shared(c)]
