@@ -22,6 +22,7 @@ from normfuse.given.flags import flagged, not_given
 from normfuse.given.model_kinds import check_kind, unwrapped
 from normfuse.given.original import Call, Original, Run, with_own_weights
 from normfuse.given.sizes import variations
+from normfuse.ir import passes
 from normfuse.ir.graph import Graph, identity_of
 from normfuse.ir.module_tree import ModuleTree
 from normfuse.ir.wording import operator_name
@@ -228,11 +229,9 @@ class _Folding:
     def _attempt(self, without: Sequence[Site_] = ()) -> _Attempt:
         """Everything but these sites and those that were left before; a site that cannot be written is left from then on."""
         while True:
-            graph = self.start.copy()
-            graph.skip = frozenset({*without, *self.left, *self.undone})
             self.tree.gains.clear()
-            proven = run(graph, _PIPELINE, None)
-            sites = [s for s in dict.fromkeys(proven.graph.permitted) if s[0] in _RULES]
+            proven = run(self.start, _PIPELINE, None, given=passes.Run(skip=(*without, *self.left, *self.undone)))
+            sites = [s for s in dict.fromkeys(proven.permitted) if s[0] in _RULES]
             paths = [s.path for r in proven.reports for s in r.applied if s.rule in _RULES]
             back = write_back(self.base, self.tree, proven.graph, paths)
             for path, (attempt, _) in self.inner.items():

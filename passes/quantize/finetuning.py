@@ -9,6 +9,7 @@ from torch import fx
 from normfuse.errors import UsageError
 from normfuse.ir.constants import Constant
 from normfuse.ir.graph import Graph
+from normfuse.ir.passes import Samples
 from normfuse.passes.quantize.coded import Coded
 from normfuse.passes.quantize.evaluation import Outputs
 from normfuse.passes.quantize.probe import progress
@@ -26,7 +27,9 @@ RULE = "finetuning"
 Held = list[tuple[fx.Node, list[Constant | None]]]
 
 
-def finetuned(graph: Graph, coded: Sequence[Coded], spec: ShiftQuant, outputs: Outputs) -> tuple[list[Coded] | None, Site]:
+def finetuned(
+    graph: Graph, samples: Samples, coded: Sequence[Coded], spec: ShiftQuant, outputs: Outputs
+) -> tuple[list[Coded] | None, Site]:
     """The layers with trained integers, and what to say; None, and the graph as it was, if they are no better than before.
 
     The constants of the graph are then trained ones. Embeddings stay as they are. Layers that share a weight learn scales
@@ -34,6 +37,7 @@ def finetuned(graph: Graph, coded: Sequence[Coded], spec: ShiftQuant, outputs: O
 
     Args:
         graph: in float.
+        samples: what to train on.
         coded: the layers as calibrated.
         spec: with `finetune_steps`.
         outputs: those of the float model.
@@ -48,7 +52,7 @@ def finetuned(graph: Graph, coded: Sequence[Coded], spec: ShiftQuant, outputs: O
     with progress("fine-tune", spec.finetune_steps) as advance:
         trained = finetune(
             graph,
-            graph.samples,
+            samples,
             spec,
             weights={c.layer.node: c.weights for c in chosen},
             input_scales={c.layer.node: c.input_scale for c in chosen if c.input_scale is not None},

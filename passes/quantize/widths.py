@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from normfuse.errors import UsageError
 from normfuse.ir.graph import Graph, Refuse
+from normfuse.ir.passes import Samples
 from normfuse.passes.quantize.coded import Coded
 from normfuse.passes.quantize.evaluation import Outputs
 from normfuse.passes.quantize.measure import sqnr
@@ -54,12 +55,13 @@ class _Unit:
 
 
 def choose(
-    graph: Graph, units: Sequence[Sequence[Layer]], encode: Encode, spec: ShiftQuant, fixed: int, total: int
+    graph: Graph, samples: Samples, units: Sequence[Sequence[Layer]], encode: Encode, spec: ShiftQuant, fixed: int, total: int
 ) -> list[Choice]:
     """A width for each unit that meets `spec.size_budget` and `spec.sqnr_budget`.
 
     Args:
-        graph: in float, with samples.
+        graph: in float.
+        samples: what to measure on.
         units: layers that share a weight, together.
         encode: a layer's integers at a width.
         spec: with a budget.
@@ -69,9 +71,9 @@ def choose(
     Raises:
         UsageError: no widths meet the budget, or there are no samples.
     """
-    if not graph.samples:
+    if not samples:
         raise UsageError("size_budget= and sqnr_budget= need data to measure on: pass example_inputs or calibration=")
-    outputs = Outputs(graph, _BATCHES)
+    outputs = Outputs(graph, samples[:_BATCHES])
     found = [_unit(list(layers), encode, outputs, spec, label) for label, layers in _labelled(units)]
     steps = _steps(found)
     if spec.size_budget is not None:

@@ -15,18 +15,13 @@ from normfuse.ir.constants import Constant
 from normfuse.ir.graph import Graph, Refuse
 from normfuse.ir.views import (
     Add,
-    Addmm,
     Affine,
     AvgPool,
     Cat,
-    Conv,
-    ConvTranspose,
     Div,
-    Embedding,
     GlobalAvgPool,
     Identity,
     LayerNorm,
-    Linear,
     MatMul,
     Mean,
     Movement,
@@ -139,21 +134,10 @@ def writes(op: Value, axis: int) -> dict[str, int] | None:
 
     None for an operator that has no weights of its own there: D (W x + b) = (D W) x + D b needs them for any linear D.
     """
-    match op:
-        case Linear(b=b) if axis == -1:
-            return {"W": 0} if b is None else {"W": 0, "b": 0}
-        case Addmm(b=b) if axis == -1:
-            return {"W": 1, "b": b.ndim - 1}
-        case MatMul(Value(), Constant() as W) if axis == -1 and W.ndim == 2:
-            return {"y": 1}
-        case Conv(W=W, b=b, groups=1) if axis == 1 - W.ndim:
-            return {"W": 0} if b is None else {"W": 0, "b": 0}
-        case ConvTranspose(W=W, b=b, groups=1) if axis == 1 - W.ndim:
-            return {"W": 1} if b is None else {"W": 1, "b": 0}
-        case Embedding() if axis == -1:
-            return {"W": 1}
-        case _:
-            return None
+    w = op.weight
+    if w is None or axis != w.axis or w.groups > 1:
+        return None
+    return {w.field: w.out} | ({w.bias_field: 0} if w.bias is not None else {})
 
 
 def centered(c: Constant, dim: int) -> Constant:
