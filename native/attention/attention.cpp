@@ -9,19 +9,6 @@
 namespace nf {
 namespace {
 
-const AttendKernels& kernels() {
-#if defined(__x86_64__) || defined(NORMFUSE_SIMDE)
-  if (runs_avx512()) return attend_avx512;
-#endif
-#if defined(__x86_64__)
-  if (runs_avx2()) return attend_avx2;
-#endif
-#if defined(__aarch64__)
-  if (runs_neon()) return attend_neon;
-#endif
-  return attend_scalar;
-}
-
 int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 }  // namespace
@@ -41,7 +28,7 @@ const char* nf_attend(const nf_threads* threads, const nf_attention* shape, cons
   if (a.batch == 0 || a.queries == 0) return nullptr;
   if (!q || !k || !v || !y) return "nf_attend: q, k, v or y is missing";
 
-  const AttendKernels& kernel = kernels();
+  const AttendKernels& kernel = active_kernels().attention;
   AttendPlan p{};
   p.shape = a;
   p.q = q, p.k = k, p.v = v, p.mask = mask, p.y = y;

@@ -33,7 +33,4 @@ struct AttendKernels {
   void (*attend)(const AttendPlan&, int64_t batch, int64_t kv_head, int64_t row0, int64_t row1, float* scratch);
 };
 
-// Each is there where its instruction set can be compiled.
-extern const AttendKernels attend_scalar, attend_avx2, attend_avx512, attend_neon;
-
 }  // namespace nf

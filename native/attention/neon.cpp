@@ -1,4 +1,6 @@
 // Attention with NEON: 6 rows by 4 vectors of sums.
+#include "isa/isa.h"
+
 #define NF_NEON
 #include "simd/simd.h"
 
@@ -26,10 +28,9 @@ struct Blocks {
 };
 
 }  // namespace
-}  // namespace nf::neon
 
-namespace nf {
-const AttendKernels attend_neon = neon::Attention<neon::Blocks>::kernels();
-}  // namespace nf
+const AttendKernels attention = Attention<Blocks>::kernels();
+
+}  // namespace nf::neon
 #endif
 #include "simd/end.h"

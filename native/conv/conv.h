@@ -49,17 +49,6 @@ struct ConvKernels {
   void (*depthwise)(const Depthwise&);
 };
 
-extern const ConvKernels conv_scalar;
-#if defined(__x86_64__)
-extern const ConvKernels conv_avx2;
-#endif
-#if defined(__x86_64__) || defined(NORMFUSE_SIMDE)
-extern const ConvKernels conv_avx512;
-#endif
-#if defined(__aarch64__)
-extern const ConvKernels conv_neon;
-#endif
-const ConvKernels& conv_kernels();
 
 // One call, checked.
 struct ConvCall {

@@ -2,6 +2,7 @@
 #include <atomic>
 
 #include "conv/conv.h"
+#include "isa/isa.h"
 #include "linear/linear.h"
 #include "parallel.h"
 
@@ -75,7 +76,7 @@ const char* conv_depthwise(const ConvCall& call) {
   // Whole planes that are small share a task.
   const int64_t planes = s.batch * s.c, together = bands > 1 ? 1 : 1 + 8192 / (s.oh * s.ow * s.outputs);
   std::atomic<bool> full{false};
-  const ConvKernels& kernels = conv_kernels();
+  const ConvKernels& kernels = active_kernels().conv;
   parallel(call.threads, bands * ceil_div(planes, together), [&](int64_t task) {
     float* scratch = thread_scratch<DepthwisePlane>().of<float>(depthwise_scratch(s, rows));
     if (!scratch) {

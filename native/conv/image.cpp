@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <atomic>
 
+#include "isa/isa.h"
 #include "linear/linear.h"
 #include "parallel.h"
 #include "conv/transpose.h"
@@ -20,7 +21,7 @@ struct BandMemory;
 const char* conv_fill_images(const ConvCall& call, const ConvRecord* records, const int64_t* offsets, int64_t first, int64_t count,
                              const ConvImageCodes* scales, int8_t* codes) {
   const ConvShape& s = call.shape;
-  const ConvKernels& kernels = conv_kernels();
+  const ConvKernels& kernels = active_kernels().conv;
   const int64_t band = std::min(s.hp, std::max<int64_t>(1, kBandBytes / (s.c * s.w))), bands = ceil_div(s.hp, band);
   const int64_t columns = std::max<int64_t>(0, std::min(s.w, s.wp - s.pad_left));
   const bool joined = columns == s.w && s.wp == s.w;  // no border at the sides: rows of pixels run on

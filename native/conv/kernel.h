@@ -137,7 +137,5 @@ inline void depthwise(const Depthwise& d) {
   }
 }
 
-constexpr ConvKernels kConvKernels = {highest_bits, image_codes, depthwise};
-
 }  // namespace
 }  // namespace nf::NF_ARCH

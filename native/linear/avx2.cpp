@@ -2,6 +2,8 @@
 // bits: 2 (2^bits - 1) 127. As many of these as 16 bits hold are added before vpmaddwd widens them; nothing ever saturates.
 #include "linear/linear.h"
 
+#include "isa/isa.h"
+
 #define NF_AVX2
 #include "simd/simd.h"
 
@@ -13,12 +15,11 @@
 #include "simd/quantize.h"
 #include "linear/unpack.h"
 
-namespace nf {
-namespace avx2 {
+namespace nf::avx2 {
 namespace {
 
 template <int R>
-NF_INLINE void begin_sums(const Stretch& s, int32_t* sums) {
+NF_INLINE inline void begin_sums(const Stretch& s, int32_t* sums) {
   if (s.first) {
     for (int i = 0; i < 2 * R; ++i) store(sums + 8 * i, _mm256_setzero_si256());
   } else if (s.shift) {
@@ -155,14 +156,13 @@ void multiply(const Stretch& s) {
 bool is_unsigned(int bits) { return bits < 8; }
 
 }  // namespace
-}  // namespace avx2
 
 constexpr int kDirectRows = 4;
 
-const LinearKernels linear_avx2 = {avx2::is_unsigned, kDirectRows, avx2::unpack, avx2::multiply, avx2::direct,
-                                   avx2::finish, avx2::row_sum, avx2::quantize_row, avx2::quantize_static,
-                                   avx2::unpack_pairs, avx2::multiply_pairs};
+const LinearKernels linear = {is_unsigned, kDirectRows, unpack, multiply, direct,
+                                   finish, row_sum, quantize_row, quantize_static,
+                                   unpack_pairs, multiply_pairs};
 
-}  // namespace nf
+}  // namespace nf::avx2
 #endif
 #include "simd/end.h"

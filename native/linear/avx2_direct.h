@@ -1,6 +1,7 @@
 // Few rows (decoding): the packed panel is read once, where it lies, and its codes go from the planes to registers. Reading the weights
 // is then what takes the time, so that fewer bits are faster.
 #pragma once
+#include "linear/avx2_ops.h"
 #include "linear/tile.h"
 #include "linear/unpack.h"
 

@@ -1,14 +1,18 @@
 // Integer products of AVX-VNNI: vpdpbusd on 256 bits (processors without AVX-512 that have it). All else is AVX2.
 #include "linear/linear.h"
 
+#include "isa/isa.h"
+
 #define NF_AVX2
 #include "simd/simd.h"
 
 #if NF_BUILT && NF_HAS_AVXVNNI
 #include "linear/dot.h"
+#include "linear/finish.h"
+#include "linear/unpack.h"
+#include "simd/quantize.h"
 
-namespace nf {
-namespace avx2 {
+namespace nf::avx2 {
 namespace {
 
 struct Vnni256 {
@@ -43,11 +47,10 @@ void multiply(const Stretch& s) { multiply_rows<DotTile<Vnni256>>(s); }
 bool yes(int) { return true; }
 
 }  // namespace
-}  // namespace avx2
 
-const LinearKernels linear_avxvnni = {avx2::yes, 0, linear_avx2.unpack, avx2::multiply, nullptr,
-                                      linear_avx2.finish, linear_avx2.row_sum, linear_avx2.quantize_row, linear_avx2.quantize_static, nullptr, nullptr};
+const LinearKernels linear_vnni = {yes, 0, unpack, multiply, nullptr,
+                                      finish, row_sum, quantize_row, quantize_static, nullptr, nullptr};
 
-}  // namespace nf
+}  // namespace nf::avx2
 #endif
 #include "simd/end.h"

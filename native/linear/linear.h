@@ -2,7 +2,6 @@
 #pragma once
 #include <utility>
 
-#include "isa/isa.h"
 #include "normfuse.h"
 
 namespace nf {
@@ -77,21 +76,5 @@ struct LinearKernels {
   void (*unpack_pairs)(const uint8_t* panel, int64_t first, int64_t count, uint8_t* out);
   void (*multiply_pairs)(const Stretch&);
 };
-
-extern const LinearKernels linear_scalar;
-#if defined(__x86_64__)
-extern const LinearKernels linear_avx2;
-#if NF_HAS_AVXVNNI
-extern const LinearKernels linear_avxvnni;
-#endif
-#endif
-#if defined(__x86_64__) || defined(NORMFUSE_SIMDE)
-extern const LinearKernels linear_avx512;
-#endif
-#if defined(__aarch64__)
-extern const LinearKernels linear_neon;
-#endif
-
-const LinearKernels& linear_kernels();
 
 }  // namespace nf

@@ -5,10 +5,6 @@
 
 namespace nf::NF_ARCH {
 
-#define NF_INLINE inline __attribute__((always_inline))
-// Before a loop over an array of vectors: written out, so that the array lives in registers.
-#define NF_UNROLL _Pragma("GCC unroll 16")
-
 template <class K, int R>
 inline void rest(const Stretch& s, int64_t rows, const int8_t* a, int32_t* sums) {
   if constexpr (R > 0) {

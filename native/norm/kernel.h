@@ -4,6 +4,7 @@
 // does not lose what a float32 mean loses. Such rows take two more passes over the cache.
 #pragma once
 #include "norm/norm.h"
+#include "normfuse.h"
 #include "simd/partial.h"
 #include "simd/quantize.h"
 

@@ -7,19 +7,6 @@
 #include "parallel.h"
 
 namespace nf {
-
-const NormKernels& norm_kernels() {
-#if defined(__x86_64__) || defined(NORMFUSE_SIMDE)
-  if (runs_avx512()) return norm_avx512;
-#endif
-#if defined(__x86_64__)
-  if (runs_avx2()) return norm_avx2;
-#elif defined(__aarch64__)
-  if (runs_neon()) return norm_neon;
-#endif
-  return norm_scalar;
-}
-
 namespace {
 
 constexpr int64_t kTaskFloats = 1 << 15;  // a few microseconds: what makes waking a thread worth it
@@ -31,7 +18,7 @@ const char* norm_all(const nf_threads* threads, const NormRows& r, int64_t rows)
   if (rows > INT64_MAX / 8 / r.d) return "norm: rows times d does not fit in memory";
   if (rows == 0) return nullptr;
   if (!r.x) return "norm: x is missing";
-  const NormKernels& kernels = norm_kernels();
+  const NormKernels& kernels = active_kernels().norm;
   const int64_t step = r.d < kTaskFloats ? kTaskFloats / r.d : 1;
   std::atomic<bool> full{false};
   parallel(threads, (rows + step - 1) / step, [&](int64_t task) {

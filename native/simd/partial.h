@@ -3,7 +3,6 @@
 #include <limits>
 
 #include "simd/quantize.h"
-#define NF_INLINE __attribute__((always_inline))
 
 namespace nf::NF_ARCH {
 namespace {

@@ -5,8 +5,8 @@
 #pragma once
 #include <limits>
 
-#include "norm/norm.h"
 #include "simd/partial.h"
+#include "softmax/softmax.h"
 
 namespace nf::NF_ARCH {
 namespace {
@@ -151,8 +151,6 @@ inline void softmax_row(const float* x, int64_t d, float* y) {
   for (i = 0; i + N <= d; i += N) (F32::load(y + i) * inverse).store(y + i);
   if (i < d) (F32::load(y + i, d - i) * inverse).store(y + i, d - i);
 }
-
-constexpr NormKernels kKernels = {norm_rows, softmax_sum, softmax_write, softmax_row};
 
 }  // namespace
 }  // namespace nf::NF_ARCH

@@ -8,8 +8,9 @@
 #include <string>
 #include <vector>
 
-#include "norm/norm.h"
+#include "isa/isa.h"
 #include "normfuse.h"
+#include "softmax/softmax.h"
 
 namespace {
 
@@ -102,16 +103,16 @@ void norms() {
 
 void softmax() {
   std::printf("softmax, ns an element   [%s]\n", nf_isa());
-  const nf::NormKernels& kernels = nf::norm_kernels();
+  const nf::SoftmaxKernels& kernels = nf::active_kernels().softmax;
   for (int power : {8, 10, 12, 14, 15, 16, 17, 18, 20, 22, 24}) {
     const int64_t d = int64_t(1) << power;
     const int repeat = d < 100000 ? (int)(100000 / d) : 1;
     std::vector<float> x = normal((size_t)d), y((size_t)d);
     const auto three = [&] {
-      for (int i = 0; i < repeat; i++) kernels.softmax_row(x.data(), d, y.data());
+      for (int i = 0; i < repeat; i++) kernels.row(x.data(), d, y.data());
     };
     const auto two = [&] {
-      for (int i = 0; i < repeat; i++) kernels.softmax_write(x.data(), d, kernels.softmax_sum(x.data(), d), y.data());
+      for (int i = 0; i < repeat; i++) kernels.write(x.data(), d, kernels.sum(x.data(), d), y.data());
     };
     const auto ours = [&] {
       for (int i = 0; i < repeat; i++) nf_two_pass_softmax(nullptr, x.data(), 1, d, y.data());
