@@ -13,7 +13,7 @@
 #define NF_EXPORT extern "C" __attribute__((visibility("default")))
 #endif
 
-// -- threads -----------------------------------------------------------------------------------------------------------------
+// -- threads --------------------------------------------------------------------------------------
 // Whoever calls brings the threads: ONNX Runtime its own pool, Python the pool of threads.cpp. `run` calls fn(arg, i) for every
 // i < total, each exactly once, from any thread, and returns when all are done.
 typedef void (*nf_task)(void* arg, size_t i);
@@ -23,7 +23,7 @@ struct nf_threads {
   void (*run)(void* context, size_t total, nf_task fn, void* arg);
 };
 
-// -- quantized weights ---------------------------------------------------------------------------------------------------------
+// -- quantized weights ----------------------------------------------------------------------------
 // Y[m, n] = float(Σ_k A[m, k] · (C[n, k] << (E − e[k]))) · row_scale[m] · scale[n] + bias[n]
 //   A     int8 activations, |A| <= 127
 //   C     codes of `bits` bits, |C| <= 2^(bits-1) - 1
@@ -49,14 +49,14 @@ NF_EXPORT int64_t nf_packed_bytes(int64_t n, int32_t bits, int32_t groups, const
 
 enum nf_epilogue { NF_NONE = 0, NF_RELU = 1, NF_GELU = 2, NF_GELU_TANH = 3, NF_SILU = 4 };
 
-// -- quantization of activations ------------------------------------------------------------------------------------------------
+// -- quantization of activations ------------------------------------------------------------------
 // q = clamp(rne(x * (qmax / max|x|)), -qmax, qmax), scale = max|x| / qmax, a row at a time, in float32; a row of zeros has scale 1.
 // A row that holds NaN or Inf has scale NaN and codes 0, so that everything computed from it is NaN.
 NF_EXPORT const char* nf_quantize_rows(const nf_threads*, const float* x, int64_t rows, int64_t k, int32_t bits, int8_t* q, float* scale);
 // q = clamp(rne(x / scale)): QuantizeLinear with zero point 0, one scale a tensor. NaN gives code 0.
 NF_EXPORT const char* nf_quantize_static(const nf_threads*, const float* x, int64_t count, float scale, int32_t bits, int8_t* q);
 
-// -- products --------------------------------------------------------------------------------------------------------------------
+// -- products -------------------------------------------------------------------------------------
 // act(Y) + residual in float32. `row_stride` 1: one row_scale a row; 0: one for all. `residual` [m, n] or nullptr; y may be residual.
 NF_EXPORT const char* nf_matmul(const nf_threads*, const nf_weight*, const int8_t* q, const float* row_scale, int64_t row_stride, int64_t m,
                                 int32_t epilogue, const float* residual, float* y);
@@ -75,7 +75,7 @@ struct nf_conv { int64_t batch, c, h, w, kh, kw; int64_t stride[2], pad_begin[2]
 NF_EXPORT const char* nf_conv2d(const nf_threads*, const nf_conv*, const nf_weight* weights, const float* x, int32_t activation_bits,
                                 float static_scale, int32_t epilogue, float* y);
 
-// -- normalization ---------------------------------------------------------------------------------------------------------------
+// -- normalization --------------------------------------------------------------------------------
 enum nf_norm_kind { NF_LAYER = 0, NF_RMS = 1, NF_CRMS = 2, NF_L1 = 3 };
 // s = x (+ residual); y = norm(s) * gain + shift over the last axis of d features. CRMS: (Σ s² + (Σ s)²) / (d + 1) + eps under the root.
 // L1: centered, divided by scale_const · mean|s - mean| + eps. gain, shift, residual, sum: nullptr if absent. sum may be x or residual.
@@ -90,7 +90,7 @@ NF_EXPORT const char* nf_norm_quantize(const nf_threads*, int32_t kind, const fl
 // values and uniform alone. A row whose maximum is beyond ±1e5 takes three passes. What is more than 87 below the maximum is 0.
 NF_EXPORT const char* nf_two_pass_softmax(const nf_threads*, const float* x, int64_t rows, int64_t d, float* y);
 
-// -- attention ---------------------------------------------------------------------------------------------------------------------
+// -- attention ------------------------------------------------------------------------------------
 // softmax(scale q kᵀ + mask) v in float32. Strides in floats of (batch, head, token); the feature axis (head_dim) is contiguous. kv heads may be
 // fewer than q heads (grouped queries). mask: nullptr, or additive with strides (batch, head, query), key contiguous. causal: query i sees keys
 // j <= i + (keys - queries). A query that sees nothing gives 0, as in PyTorch.
@@ -105,7 +105,7 @@ struct nf_attention {
 };
 NF_EXPORT const char* nf_attend(const nf_threads*, const nf_attention*, const float* q, const float* k, const float* v, const float* mask, float* y);
 
-// -- the machine ---------------------------------------------------------------------------------------------------------------------
+// -- the machine ----------------------------------------------------------------------------------
 // Instruction sets, best first, separated by spaces, e.g. "avx512vnni avx2 scalar"; what runs now; and forcing one (nullptr: the best).
 NF_EXPORT const char* nf_isa_available();
 NF_EXPORT const char* nf_isa();

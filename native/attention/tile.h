@@ -16,7 +16,8 @@ inline void soon(const float* p, int64_t n) {
 
 // 2^x for x <= 0: 0 from -126.5 down, NaN for NaN. The fraction is in [-1/2, 1/2], where the polynomial errs by 2e-7 at most.
 inline F32 power_of_two(F32 x) {
-  const F32 magic = F32::set(12582912.f + 127.f);  // 1.5 * 2^23: the low bits of the sum are the exponent, biased as a float's is
+  // 1.5 * 2^23: the low bits of the sum are the exponent, biased as a float's is.
+  const F32 magic = F32::set(12582912.f + 127.f);
   x = max(F32::set(-127.f), x);
   const F32 t = x + magic;
   const F32 f = x - (t - magic);
@@ -28,7 +29,7 @@ inline F32 power_of_two(F32 x) {
   return p * float_of(shift_left<23>(bits_of(t)));
 }
 
-// -- products of R rows with C vectors ---------------------------------------------------------------------------------------------
+// -- products of R rows with C vectors ------------------------------------------------------------
 template <int R, int C>
 struct Product {
   F32 sum[R][C];
@@ -145,7 +146,7 @@ inline void mix_of(int64_t r, int64_t c, const float* w, int64_t pitch, const fl
   mix<R, C>(w, pitch, values, ldv, n, to);
 }
 
-// -- panels ------------------------------------------------------------------------------------------------------------------------
+// -- panels ---------------------------------------------------------------------------------------
 // keys [n, dim] -> [panel of C vectors of keys][dim][keys of the panel]; the last panel has as many vectors as it needs, the last
 // vector zeros.
 template <class B>
@@ -186,7 +187,7 @@ inline void pack_values(const float* v, int64_t stride, int64_t n, int64_t dim, 
   }
 }
 
-// -- weights -----------------------------------------------------------------------------------------------------------------------
+// -- weights --------------------------------------------------------------------------------------
 // Of a row, over the keys so far.
 struct Running {
   float maximum, sum;

@@ -123,18 +123,7 @@ inline void depthwise_as(const Depthwise& d) {
 }
 
 inline void depthwise(const Depthwise& d) {
-  switch (d.epilogue) {
-    case NF_RELU:
-      return depthwise_as<NF_RELU>(d);
-    case NF_GELU:
-      return depthwise_as<NF_GELU>(d);
-    case NF_GELU_TANH:
-      return depthwise_as<NF_GELU_TANH>(d);
-    case NF_SILU:
-      return depthwise_as<NF_SILU>(d);
-    default:
-      return depthwise_as<NF_NONE>(d);
-  }
+  with_epilogue(d.epilogue, [&](auto e) { depthwise_as<e>(d); });
 }
 
 }  // namespace

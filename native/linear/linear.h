@@ -1,6 +1,6 @@
 // What the instruction sets' integer products share: the layout of the weights and the operations that linear.cpp blocks.
 #pragma once
-#include <utility>
+#include <type_traits>
 
 #include "normfuse.h"
 

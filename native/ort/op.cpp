@@ -55,7 +55,7 @@ Tensor view(const OrtApi& api, const OrtValue* value, const Port& port, const ch
   return t;
 }
 
-// -- attributes -------------------------------------------------------------------------------------------------------------------
+// -- attributes -----------------------------------------------------------------------------------
 
 bool Info::found(OrtStatus* status) const {
   if (!status) return true;
@@ -134,7 +134,7 @@ bool Info::constant(size_t index, Tensor* tensor) const {
   return true;
 }
 
-// -- inputs, outputs, threads -----------------------------------------------------------------------------------------------------
+// -- inputs, outputs, threads ---------------------------------------------------------------------
 
 Context::Context(const Op& op, const OrtApi& api, OrtKernelContext* context) : op_(op), api_(api), context_(context) {
   const OrtKernelContext* c = context;
@@ -176,7 +176,7 @@ void Context::run(void* self, size_t total, nf_task fn, void* arg) {
   for (size_t i = 0; i < total; ++i) fn(arg, i);
 }
 
-// -- the callbacks that are the same for all --------------------------------------------------------------------------------------
+// -- the callbacks that are the same for all ------------------------------------------------------
 
 namespace {
 const Op& self(const OrtCustomOp* op) { return *static_cast<const Op*>(op); }

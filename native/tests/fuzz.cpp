@@ -84,7 +84,7 @@ int32_t some_bits() { return one_in(25) ? int32_t(between(-2, 12)) : int32_t(bet
 int32_t some_epilogue() { return one_in(40) ? int32_t(between(-3, 9)) : int32_t(between(0, 4)); }
 bool bits_are_right(int32_t bits) { return bits >= 2 && bits <= 8; }
 
-// -- weights ----------------------------------------------------------------------------------------------------------------------
+// -- weights --------------------------------------------------------------------------------------
 
 struct Weight {
   nf_weight w{};
@@ -201,7 +201,7 @@ void expect(const char* message, bool right) {
   if (!right && !message) fail("a mistake was accepted");
 }
 
-// -- functions --------------------------------------------------------------------------------------------------------------------
+// -- functions ------------------------------------------------------------------------------------
 
 void quantize_rows() {
   current_call = "nf_quantize_rows";
