@@ -35,12 +35,9 @@ void conv_image_codes(const ConvCall& call, int64_t first, int64_t count, ConvIm
     const int32_t bits = top.load();
     float largest;
     std::memcpy(&largest, &bits, 4);
-    if (bits >= 0x7f800000)
-      out[i] = {{0, limit, false}, std::numeric_limits<float>::quiet_NaN()};
-    else if (bits == 0)
-      out[i] = {{0, limit, false}, 1};
-    else
-      out[i] = {{limit / largest, limit, false}, largest / limit};
+    if (bits >= 0x7f800000) out[i] = {{0, limit, false}, std::numeric_limits<float>::quiet_NaN()};
+    else if (bits == 0) out[i] = {{0, limit, false}, 1};
+    else out[i] = {{limit / largest, limit, false}, largest / limit};
   }
 }
 
@@ -67,14 +64,34 @@ const char* check_weights(const nf_weight* weights, const ConvShape& s) {
 }
 
 const char* shape_of(const nf_conv& c, ConvShape* s) {
-  for (const int64_t size : {c.c, c.h, c.w, c.kh, c.kw, c.stride[0], c.stride[1], c.dilation[0], c.dilation[1], c.conv_groups})
-    if (size < 1 || size > INT32_MAX) return "conv2d: sizes, strides, dilations and groups must be 1 or more (and fit 31 bits)";
+  for (const int64_t size :
+       {c.c, c.h, c.w, c.kh, c.kw, c.stride[0], c.stride[1], c.dilation[0], c.dilation[1], c.conv_groups})
+    if (size < 1 || size > INT32_MAX)
+      return "conv2d: sizes, strides, dilations and groups must be 1 or more (and fit 31 bits)";
   for (const int64_t pad : {c.pad_begin[0], c.pad_begin[1], c.pad_end[0], c.pad_end[1]})
     if (pad < 0 || pad > INT32_MAX) return "conv2d: paddings must be 0 or more (and fit 31 bits)";
   if (c.batch < 0 || c.batch > INT32_MAX) return "conv2d: batch must be 0 or more (and fit 31 bits)";
   if (c.c % c.conv_groups != 0) return "conv2d: c must be a multiple of conv_groups";
-  *s = {c.batch, c.c, c.h, c.w, c.kh, c.kw, c.stride[0], c.stride[1], c.dilation[0], c.dilation[1], c.pad_begin[0], c.pad_begin[1],
-        c.conv_groups, c.c / c.conv_groups, 0, 0, 0, 0, 0, 0};
+  *s = {c.batch,
+        c.c,
+        c.h,
+        c.w,
+        c.kh,
+        c.kw,
+        c.stride[0],
+        c.stride[1],
+        c.dilation[0],
+        c.dilation[1],
+        c.pad_begin[0],
+        c.pad_begin[1],
+        c.conv_groups,
+        c.c / c.conv_groups,
+        0,
+        0,
+        0,
+        0,
+        0,
+        0};
   if (!product_fits({c.kh, c.kw, s->channels}) || c.kh > kMost / c.dilation[0] || c.kw > kMost / c.dilation[1])
     return "conv2d: the kernel does not fit in memory";
   s->taps = c.kh * c.kw;
@@ -85,15 +102,17 @@ const char* shape_of(const nf_conv& c, ConvShape* s) {
   s->ow = columns / s->sx + 1;
   s->hp = (s->oh - 1) * s->sy + (s->kh - 1) * s->dy + 1;
   s->wp = (s->ow - 1) * s->sx + (s->kw - 1) * s->dx + 1;
-  if (!product_fits({s->hp, s->wp, s->c}) || !product_fits({c.batch, c.c, c.h, c.w})) return "conv2d: the padded image does not fit in memory";
+  if (!product_fits({s->hp, s->wp, s->c}) || !product_fits({c.batch, c.c, c.h, c.w}))
+    return "conv2d: the padded image does not fit in memory";
   return nullptr;
 }
 
 }  // namespace
 }  // namespace nf
 
-NF_EXPORT const char* nf_conv2d(const nf_threads* threads, const nf_conv* conv, const nf_weight* weights, const float* x,
-                                int32_t activation_bits, float static_scale, int32_t epilogue, float* y) {
+NF_EXPORT const char* nf_conv2d(const nf_threads* threads, const nf_conv* conv, const nf_weight* weights,
+                                const float* x, int32_t activation_bits, float static_scale, int32_t epilogue,
+                                float* y) {
   using namespace nf;
   if (!conv || !weights) return "conv2d: conv or weights is missing";
   if (activation_bits < 2 || activation_bits > 8) return "conv2d: activation_bits must be 2..8";

@@ -1,4 +1,5 @@
-// Depthwise convolution: each group has one input channel. Weights become floats that hold integers, then a plane at a time.
+// Depthwise convolution: each group has one input channel. Weights become floats that hold integers, then a plane at a
+// time.
 #include <atomic>
 
 #include "conv/conv.h"
@@ -40,7 +41,8 @@ void operands_of(const nf_weight& w, float* operand) {
     const float factor = static_cast<float>(1 << (w.groups - 1 - g));
     for (int32_t i = 0; i < w.sizes[g]; ++i, ++position) {
       const int64_t tap = w.order ? w.order[position] : position;
-      for (int64_t n = 0; n < w.n; ++n) operand[n * w.k + tap] = static_cast<float>(code_at(w, quads, start + i / 4, i % 4, n)) * factor;
+      for (int64_t n = 0; n < w.n; ++n)
+        operand[n * w.k + tap] = static_cast<float>(code_at(w, quads, start + i / 4, i % 4, n)) * factor;
     }
     start += ceil_div(w.sizes[g], 4);
   }
@@ -87,8 +89,9 @@ const char* conv_depthwise(const ConvCall& call) {
     for (int64_t p = begin; p < planes && p < begin + together; ++p) {
       const int64_t image = p / s.c, g = p % s.c;
       const nf_weight& w = call.weights[g];
-      kernels.depthwise({&s, call.x + p * s.h * s.w, images[image].codes, first, first + rows < s.oh ? first + rows : s.oh, weights + g * each,
-                         w.scale, w.bias, images[image].scale, call.epilogue, call.y + p * s.outputs * s.oh * s.ow, scratch});
+      kernels.depthwise({&s, call.x + p * s.h * s.w, images[image].codes, first,
+                         first + rows < s.oh ? first + rows : s.oh, weights + g * each, w.scale, w.bias,
+                         images[image].scale, call.epilogue, call.y + p * s.outputs * s.oh * s.ow, scratch});
     }
   });
   return full ? kNoMemory : nullptr;

@@ -1,6 +1,6 @@
-// Convolution as products: the images become int8 with channels running fastest (conv/image.h), a tile of output pixels becomes rows
-// of (exponent, tap, channel) in the order of the packed weights, and the panels of 16 outputs (linear/panel.h) multiply it.
-// A kernel of one tap needs no rows: its tile is the image itself.
+// Convolution as products: the images become int8 with channels running fastest (conv/image.h), a tile of output pixels
+// becomes rows of (exponent, tap, channel) in the order of the packed weights, and the panels of 16 outputs
+// (linear/panel.h) multiply it. A kernel of one tap needs no rows: its tile is the image itself.
 #include <algorithm>
 #include <atomic>
 #include <new>
@@ -8,17 +8,17 @@
 
 #include "conv/conv.h"
 #include "conv/image.h"
+#include "conv/transpose.h"
 #include "isa/isa.h"
 #include "linear/panel.h"
 #include "parallel.h"
-#include "conv/transpose.h"
 
 namespace nf {
 namespace {
 
-constexpr int64_t kTileBytes = 384 << 10;     // codes of a tile: second-level cache
+constexpr int64_t kTileBytes = 384 << 10;  // codes of a tile: second-level cache
 constexpr int64_t kTileRows = 192;
-constexpr int64_t kImagesBytes = 1 << 20;     // codes of the images that are worked on together
+constexpr int64_t kImagesBytes = 1 << 20;  // codes of the images that are worked on together
 
 struct TileMemory;
 struct ImageMemory;
@@ -27,9 +27,9 @@ struct ImageScales;
 // How one group's rows are made and multiplied.
 struct GroupPlan {
   Layout layout;
-  bool regular;                    // the exponent of a channel is the same for all taps, and the order is the stable one
+  bool regular;  // the exponent of a channel is the same for all taps, and the order is the stable one
   ConvRecord record;
-  std::vector<int32_t> channels;   // of the record
+  std::vector<int32_t> channels;  // of the record
 };
 
 // Channels sorted by the exponent that the first tap gives them, and where each exponent starts.
@@ -92,26 +92,28 @@ struct Products {
   const ConvCall& call;
   const ConvShape& s;
   const LinearKernels& kernels;
-  const bool direct;              // a tap, and rows are the image itself
-  const int64_t pixels;           // of an output image
+  const bool direct;     // a tap, and rows are the image itself
+  const int64_t pixels;  // of an output image
   std::vector<GroupPlan> plans;
   std::vector<ConvRecord> records;
-  int64_t widest;                 // bytes of a row of any group
-  int64_t image_bytes;            // of all groups
-  int64_t images;                 // that are worked on together
-  int8_t* codes;                  // [group][image][hp][wp][record]
-  std::vector<int64_t> offsets;   // of the groups in `codes`
+  int64_t widest;                // bytes of a row of any group
+  int64_t image_bytes;           // of all groups
+  int64_t images;                // that are worked on together
+  int8_t* codes;                 // [group][image][hp][wp][record]
+  std::vector<int64_t> offsets;  // of the groups in `codes`
   ConvImageCodes* scales;
 
   explicit Products(const ConvCall& c)
       : call(c),
         s(c.shape),
         kernels(active_kernels().linear),
-        direct(s.taps == 1 && s.sy == 1 && s.sx == 1 && s.pad_top == 0 && s.pad_left == 0 && s.hp == s.h && s.wp == s.w),
+        direct(s.taps == 1 && s.sy == 1 && s.sx == 1 && s.pad_top == 0 && s.pad_left == 0 && s.hp == s.h &&
+               s.wp == s.w),
         pixels(s.oh * s.ow) {}
 
   // The rows of output pixels first.. of a group: pixels run on from image to image.
-  void fill_rows(const GroupPlan& p, const int8_t* image, const nf_weight& w, int64_t first, int64_t rows, int8_t* to, int8_t* spare) const {
+  void fill_rows(const GroupPlan& p, const int8_t* image, const nf_weight& w, int64_t first, int64_t rows, int8_t* to,
+                 int8_t* spare) const {
     const int64_t width = p.layout.width(), record = p.record.size, line = s.wp * record, image_size = s.hp * line;
     const bool run = p.record.part_count == 1 && s.dx == 1;  // the taps of a row lie side by side
     int64_t pixel = first % pixels, oy = pixel / s.ow, ox = pixel % s.ow;
@@ -126,14 +128,14 @@ struct Products {
           const ConvRecord::Part& part = p.record.parts[i];
           int8_t* begin = at;
           for (int64_t ky = 0; ky < s.kh; ++ky)
-            for (int64_t kx = 0; kx < s.kw; ++kx) at = copy(at, from + ky * s.dy * line + kx * s.dx * record + part.offset, part.size);
+            for (int64_t kx = 0; kx < s.kw; ++kx)
+              at = copy(at, from + ky * s.dy * line + kx * s.dx * record + part.offset, part.size);
           while ((at - begin) % 4 != 0) *at++ = 0;
         }
       }
       if (p.regular)
         while (at - to < width) *at++ = 0;
-      else
-        gather_row(w, spare, to);
+      else gather_row(w, spare, to);
       if (++ox == s.ow) {
         ox = 0;
         if (++oy == s.oh) {
@@ -145,7 +147,8 @@ struct Products {
   }
 
   // Columns of a panel, a pixel a row, to planes of pixels.
-  void scatter(const float* tile, int64_t group, int64_t column, int columns, int64_t image0, int64_t first, int64_t rows) const {
+  void scatter(const float* tile, int64_t group, int64_t column, int columns, int64_t image0, int64_t first,
+               int64_t rows) const {
     while (rows > 0) {
       const int64_t image = first / pixels, pixel = first % pixels, n = std::min(rows, pixels - pixel);
       float* y = call.y + (((image0 + image) * s.groups + group) * s.outputs + column) * pixels + pixel;
@@ -179,15 +182,14 @@ struct Products {
     return t;
   }
 
-  void task(const Tile& t, int64_t group, int64_t image0, int64_t first, int64_t rows, int64_t panel, int64_t last) const {
+  void task(const Tile& t, int64_t group, int64_t image0, int64_t first, int64_t rows, int64_t panel,
+            int64_t last) const {
     const GroupPlan& p = plans[static_cast<size_t>(group)];
     const nf_weight& w = call.weights[group];
     const int8_t* image = codes + offsets[static_cast<size_t>(group)];
     const int8_t* a = t.codes;
-    if (direct && p.regular)
-      a = image + first * p.record.size;
-    else
-      fill_rows(p, image, w, first, rows, t.codes, t.spare);
+    if (direct && p.regular) a = image + first * p.record.size;
+    else fill_rows(p, image, w, first, rows, t.codes, t.spare);
     const bool corrected = kernels.is_unsigned(w.bits);
     const int64_t width = p.layout.width();
     for (int64_t r = 0; r < rows; ++r) {
@@ -232,7 +234,8 @@ struct Products {
     const int64_t panels = ceil_div(s.outputs, kPanel);
     const int64_t all = count * pixels, most = std::min(kTileRows, std::max<int64_t>(24, kTileBytes / widest));
     int64_t tiles = ceil_div(all, most);
-    const int64_t rows = round_up(ceil_div(all, tiles), 12);  // rows by 6 in the kernels, pixels by 4 where they are written
+    // Rows by 6 in the kernels, pixels by 4 where they are written.
+    const int64_t rows = round_up(ceil_div(all, tiles), 12);
     tiles = ceil_div(all, rows);
     const int64_t parts = threads == 1 ? 1 : std::min(panels, ceil_div(4 * threads, tiles * s.groups));
     std::atomic<bool> full{false};
@@ -255,7 +258,8 @@ struct Products {
     for (int64_t image0 = 0; image0 < s.batch; image0 += images) {
       const int64_t count = std::min(images, s.batch - image0);
       conv_image_codes(call, image0, count, scales);
-      if (const char* wrong = conv_fill_images(call, records.data(), offsets.data(), image0, count, scales, codes)) return wrong;
+      if (const char* wrong = conv_fill_images(call, records.data(), offsets.data(), image0, count, scales, codes))
+        return wrong;
       starved = !multiply(image0, count) || starved;
     }
     return starved ? kNoMemory : nullptr;

@@ -36,7 +36,8 @@ struct InstructionSet {
 #if defined(__x86_64__)
 bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 
-// No name for it in __builtin_cpu_supports of GCC 12 and Clang 14. That the system saves the registers is what "avx2" has asked.
+// No name for it in __builtin_cpu_supports of GCC 12 and Clang 14. That the system saves the registers is what "avx2"
+// has asked.
 bool has_avxvnni() {
   unsigned a = 0, b = 0, c = 0, d = 0;
   return has_avx2() && (kEmulated || (__get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1)));
@@ -44,7 +45,8 @@ bool has_avxvnni() {
 
 bool has_avx512() {
   return kEmulated || (has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni"));
+                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+                       __builtin_cpu_supports("avx512vnni"));
 }
 
 constexpr const Kernels *kAvx512 = &avx512::kernels, *kAvx2 = &avx2::kernels, *kNeon = nullptr;
@@ -76,9 +78,11 @@ bool has_neon() {
 }
 
 // Best first.
-constexpr InstructionSet kSets[] = {
-    {"avx512vnni", kAvx512, has_avx512, kEmulated}, {"avxvnni", kAvxVnni, has_avxvnni, kEmulated}, {"avx2", kAvx2, has_avx2},
-    {"neondot", kNeon, has_neon}, {"scalar", &scalar::kernels, [] { return true; }}};
+constexpr InstructionSet kSets[] = {{"avx512vnni", kAvx512, has_avx512, kEmulated},
+                                    {"avxvnni", kAvxVnni, has_avxvnni, kEmulated},
+                                    {"avx2", kAvx2, has_avx2},
+                                    {"neondot", kNeon, has_neon},
+                                    {"scalar", &scalar::kernels, [] { return true; }}};
 
 bool has(const InstructionSet& s) { return s.kernels && s.there(); }
 
@@ -137,7 +141,8 @@ NF_EXPORT const char* nf_force_isa(const char* name) {
   }
   const nf::InstructionSet* s = nf::named(name);
   if (!s) return "nf_force_isa: no instruction set of this name; nf_isa_available() lists them";
-  if (!nf::has(*s)) return "nf_force_isa: this machine does not have that instruction set; nf_isa_available() lists what it has";
+  if (!nf::has(*s))
+    return "nf_force_isa: this machine does not have that instruction set; nf_isa_available() lists what it has";
   nf::forced.store(s);
   return nullptr;
 }

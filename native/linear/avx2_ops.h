@@ -12,8 +12,8 @@ NF_INLINE inline __m256i four(const int8_t* p) {
   return _mm256_set1_epi32(x);
 }
 
-// p += w b and q += v b in 16 bits; b is used up. Left to themselves, compilers reorder the sums of a tile until they no longer fit
-// the registers.
+// p += w b and q += v b in 16 bits; b is used up. Left to themselves, compilers reorder the sums of a tile until they
+// no longer fit the registers.
 NF_INLINE inline void accumulate(__m256i& p, __m256i& q, __m256i w, __m256i v, __m256i b) {
   __m256i x;
   asm volatile(
@@ -29,6 +29,8 @@ NF_INLINE inline void accumulate_pairs(__m256i& p, __m256i& q, __m256i w, __m256
       : [p] "+x"(p), [q] "+x"(q), [x] "=&x"(x), [b] "+x"(b)
       : [w] "x"(w), [v] "x"(v));
 }
-NF_INLINE inline void multiply_only(__m256i& p, __m256i w, __m256i b) { asm volatile("vpmaddubsw %2, %1, %0" : "=x"(p) : "x"(w), "x"(b)); }
+NF_INLINE inline void multiply_only(__m256i& p, __m256i w, __m256i b) {
+  asm volatile("vpmaddubsw %2, %1, %0" : "=x"(p) : "x"(w), "x"(b));
+}
 
 }  // namespace nf::NF_ARCH

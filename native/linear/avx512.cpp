@@ -9,8 +9,8 @@
 #if NF_BUILT
 #include "linear/dot.h"
 #include "linear/finish.h"
-#include "simd/quantize.h"
 #include "linear/unpack.h"
+#include "simd/quantize.h"
 
 namespace nf::avx512 {
 namespace {
@@ -44,8 +44,8 @@ bool yes(int) { return true; }
 
 }  // namespace
 
-const LinearKernels linear = {yes, 0, unpack, multiply, nullptr,
-                                     finish, row_sum, quantize_row, quantize_static, nullptr, nullptr};
+const LinearKernels linear = {
+    yes, 0, unpack, multiply, nullptr, finish, row_sum, quantize_row, quantize_static, nullptr, nullptr};
 
 }  // namespace nf::avx512
 #endif

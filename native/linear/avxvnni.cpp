@@ -33,7 +33,8 @@ struct Vnni256 {
 #if defined(NORMFUSE_SIMDE)
       // The same sums of AVX2 on 16 bits, for tests on machines without the instruction.
       const __m256i low = _mm256_set1_epi16(255), ones = _mm256_set1_epi16(1);
-      const __m256i even = _mm256_mullo_epi16(_mm256_and_si256(w[v], low), _mm256_srai_epi16(_mm256_slli_epi16(b, 8), 8));
+      const __m256i even =
+          _mm256_mullo_epi16(_mm256_and_si256(w[v], low), _mm256_srai_epi16(_mm256_slli_epi16(b, 8), 8));
       const __m256i odd = _mm256_mullo_epi16(_mm256_srli_epi16(w[v], 8), _mm256_srai_epi16(b, 8));
       c[v] = add(c[v], add(_mm256_madd_epi16(even, ones), _mm256_madd_epi16(odd, ones)));
 #else
@@ -48,8 +49,8 @@ bool yes(int) { return true; }
 
 }  // namespace
 
-const LinearKernels linear_vnni = {yes, 0, unpack, multiply, nullptr,
-                                      finish, row_sum, quantize_row, quantize_static, nullptr, nullptr};
+const LinearKernels linear_vnni = {
+    yes, 0, unpack, multiply, nullptr, finish, row_sum, quantize_row, quantize_static, nullptr, nullptr};
 
 }  // namespace nf::avx2
 #endif

@@ -18,9 +18,12 @@ inline void finish_rows(const Finish& f) {
   constexpr int N = F32::N, V = kPanel / N;
   F32 scale[V], bias[V];
   for (int j = 0; j < V; ++j) {
-    scale[j] = Full ? F32::load(f.scale + j * N) : F32::load(f.scale + (j * N < f.columns ? j * N : 0), f.columns - j * N);
+    scale[j] =
+        Full ? F32::load(f.scale + j * N) : F32::load(f.scale + (j * N < f.columns ? j * N : 0), f.columns - j * N);
     bias[j] = F32::set(0.f);
-    if (f.bias) bias[j] = Full ? F32::load(f.bias + j * N) : F32::load(f.bias + (j * N < f.columns ? j * N : 0), f.columns - j * N);
+    if (f.bias)
+      bias[j] =
+          Full ? F32::load(f.bias + j * N) : F32::load(f.bias + (j * N < f.columns ? j * N : 0), f.columns - j * N);
   }
   for (int64_t m = 0; m < f.rows; ++m) {
     const F32 row_scale = F32::set(f.row_scale[m * f.row_stride]);

@@ -1,8 +1,10 @@
-// Products of int8 rows with packed weights: arguments, blocking and threads. The arithmetic is in the kernels of linear.h.
+// Products of int8 rows with packed weights: arguments, blocking and threads. The arithmetic is in the kernels of
+// linear.h.
 //
-// A band of rows is prepared (quantized, gathered in the order of the exponents, summed), then multiplied by tasks of some rows and
-// some panels, then, if asked, quantized again. A chunk of a panel is unpacked to bytes once for all rows of a task and stays in
-// the first-level cache. Integer sums are exact and every output is made by one task: the result does not depend on the threads.
+// A band of rows is prepared (quantized, gathered in the order of the exponents, summed), then multiplied by tasks of
+// some rows and some panels, then, if asked, quantized again. A chunk of a panel is unpacked to bytes once for all rows
+// of a task and stays in the first-level cache. Integer sums are exact and every output is made by one task: the result
+// does not depend on the threads.
 #include "linear/linear.h"
 
 #include <algorithm>
@@ -50,10 +52,10 @@ struct Product {
   const nf_weight& w;
   const LinearKernels& kernels;
   const Layout layout;
-  const bool gather;       // rows cannot be read where they lie
-  const bool corrected;    // sums are too large by a correction
-  const bool pairs;        // rows are read as int16
-  const int64_t stride;    // bytes of a row as it is read
+  const bool gather;     // rows cannot be read where they lie
+  const bool corrected;  // sums are too large by a correction
+  const bool pairs;      // rows are read as int16
+  const int64_t stride;  // bytes of a row as it is read
   const int64_t panels;
   const int64_t band_rows;
 
@@ -109,7 +111,8 @@ struct Product {
     const int64_t gathered_bytes = gather ? round_up(band_rows * layout.width(), 64) : 0;
     const int64_t wide_bytes = pairs ? round_up(band_rows * stride, 64) : 0, row_bytes = round_up(band_rows * 4, 64);
     const int64_t float_bytes = call.out_q ? band_rows * w.n * 4 : 0;
-    quantized = thread_scratch<CallMemory>().of<int8_t>(code_bytes + gathered_bytes + wide_bytes + 2 * row_bytes + float_bytes);
+    quantized =
+        thread_scratch<CallMemory>().of<int8_t>(code_bytes + gathered_bytes + wide_bytes + 2 * row_bytes + float_bytes);
     if (!quantized) return false;
     gathered = quantized + code_bytes;
     widened = reinterpret_cast<int16_t*>(gathered + gathered_bytes);
@@ -198,22 +201,23 @@ struct Product {
     const int columns = columns_at(column);
     for (int64_t m = 0; m < rows; ++m)
       for (int n = 0; n < columns; ++n)
-        call.sums[(to + m) * w.n + column + n] = static_cast<int32_t>(static_cast<uint32_t>(sums[m * kPanel + n]) -
-                                                                      static_cast<uint32_t>(corrected ? corrections[row + m] : 0));
+        call.sums[(to + m) * w.n + column + n] = static_cast<int32_t>(
+            static_cast<uint32_t>(sums[m * kPanel + n]) - static_cast<uint32_t>(corrected ? corrections[row + m] : 0));
   }
 
   void finish(const Band& band, int64_t row, int64_t rows, int64_t column, const int32_t* sums) const {
     const float* residual = call.residual ? call.residual + (band.first + row) * w.n + column : nullptr;
-    kernels.finish({sums, corrected ? corrections + row : nullptr, rows, columns_at(column), band.row_scale + row * band.row_stride,
-                    band.row_stride, w.scale + column, w.bias ? w.bias + column : nullptr, residual, band.y + row * w.n + column, w.n,
-                    call.epilogue});
+    kernels.finish({sums, corrected ? corrections + row : nullptr, rows, columns_at(column),
+                    band.row_scale + row * band.row_stride, band.row_stride, w.scale + column,
+                    w.bias ? w.bias + column : nullptr, residual, band.y + row * w.n + column, w.n, call.epilogue});
   }
 
   void quantize_again(const Band& band) const {
     const int64_t step = std::max<int64_t>(1, kAtOnce / w.n);
     parallel(call.threads, ceil_div(band.rows, step), [&](int64_t t) {
       for (int64_t r = t * step; r < std::min(band.rows, (t + 1) * step); ++r)
-        kernels.quantize_row(floats + r * w.n, w.n, call.out_bits, call.out_q + (band.first + r) * w.n, call.out_scale + band.first + r);
+        kernels.quantize_row(floats + r * w.n, w.n, call.out_bits, call.out_q + (band.first + r) * w.n,
+                             call.out_scale + band.first + r);
     });
   }
 };
@@ -242,8 +246,8 @@ NF_EXPORT int64_t nf_packed_bytes(int64_t n, int32_t bits, int32_t groups, const
   return nf::ceil_div(n, nf::kPanel) * nf::round_up(quads, nf::unit_of(bits)) * 8 * bits;
 }
 
-NF_EXPORT const char* nf_matmul(const nf_threads* threads, const nf_weight* w, const int8_t* q, const float* row_scale, int64_t row_stride,
-                                int64_t m, int32_t epilogue, const float* residual, float* y) {
+NF_EXPORT const char* nf_matmul(const nf_threads* threads, const nf_weight* w, const int8_t* q, const float* row_scale,
+                                int64_t row_stride, int64_t m, int32_t epilogue, const float* residual, float* y) {
   if (const char* wrong = nf::check_product(w, m, epilogue)) return wrong;
   if (m == 0) return nullptr;
   if (!q || !row_scale || !y) return "nf_matmul: q, row_scale or y is null";
@@ -261,9 +265,9 @@ NF_EXPORT const char* nf_matmul(const nf_threads* threads, const nf_weight* w, c
   return nf::run(call);
 }
 
-NF_EXPORT const char* nf_matmul_quantize(const nf_threads* threads, const nf_weight* w, const int8_t* q, const float* row_scale,
-                                         int64_t row_stride, int64_t m, int32_t epilogue, int32_t out_bits, int8_t* out_q,
-                                         float* out_scale) {
+NF_EXPORT const char* nf_matmul_quantize(const nf_threads* threads, const nf_weight* w, const int8_t* q,
+                                         const float* row_scale, int64_t row_stride, int64_t m, int32_t epilogue,
+                                         int32_t out_bits, int8_t* out_q, float* out_scale) {
   if (const char* wrong = nf::check_product(w, m, epilogue)) return wrong;
   if (out_bits < 2 || out_bits > 8) return "nf_matmul_quantize: out_bits must be 2..8";
   if (m == 0) return nullptr;
@@ -283,8 +287,9 @@ NF_EXPORT const char* nf_matmul_quantize(const nf_threads* threads, const nf_wei
   return nf::run(call);
 }
 
-NF_EXPORT const char* nf_linear(const nf_threads* threads, const nf_weight* w, const float* x, int64_t m, int32_t activation_bits,
-                                float static_scale, int32_t epilogue, const float* residual, float* y) {
+NF_EXPORT const char* nf_linear(const nf_threads* threads, const nf_weight* w, const float* x, int64_t m,
+                                int32_t activation_bits, float static_scale, int32_t epilogue, const float* residual,
+                                float* y) {
   if (const char* wrong = nf::check_product(w, m, epilogue)) return wrong;
   if (activation_bits < 2 || activation_bits > 8) return "nf_linear: activation_bits must be 2..8";
   if (m == 0) return nullptr;
@@ -302,7 +307,8 @@ NF_EXPORT const char* nf_linear(const nf_threads* threads, const nf_weight* w, c
   return nf::run(call);
 }
 
-NF_EXPORT const char* nf_matmul_i32(const nf_threads* threads, const nf_weight* w, const int8_t* q, int64_t m, int32_t* acc) {
+NF_EXPORT const char* nf_matmul_i32(const nf_threads* threads, const nf_weight* w, const int8_t* q, int64_t m,
+                                    int32_t* acc) {
   if (const char* wrong = nf::check_product(w, m, NF_NONE)) return wrong;
   if (m == 0) return nullptr;
   if (!q || !acc) return "nf_matmul_i32: q or acc is null";

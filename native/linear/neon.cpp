@@ -9,8 +9,8 @@
 #if NF_BUILT
 #include "linear/finish.h"
 #include "linear/tile.h"
-#include "simd/quantize.h"
 #include "linear/unpack.h"
+#include "simd/quantize.h"
 
 namespace nf::neon {
 namespace {
@@ -65,8 +65,8 @@ bool no(int) { return false; }
 
 }  // namespace
 
-const LinearKernels linear = {no, 0, unpack, multiply, nullptr,
-                                   finish, row_sum, quantize_row, quantize_static, nullptr, nullptr};
+const LinearKernels linear = {
+    no, 0, unpack, multiply, nullptr, finish, row_sum, quantize_row, quantize_static, nullptr, nullptr};
 
 }  // namespace nf::neon
 #endif

@@ -64,11 +64,12 @@ int32_t correction_of(const LinearKernels& kernels, const Layout& l, int bits, c
   return static_cast<int32_t>(sum << (bits - 1));
 }
 
-void multiply_panel(const LinearKernels& kernels, const nf_weight& w, const Layout& l, int64_t panel, const Rows& rows, uint8_t* operands,
-                    int32_t* sums) {
+void multiply_panel(const LinearKernels& kernels, const nf_weight& w, const Layout& l, int64_t panel, const Rows& rows,
+                    uint8_t* operands, int32_t* sums) {
   const uint8_t* packed = w.packed + panel * l.packed_quads * 8 * w.bits;
   if (rows.count <= kernels.direct_rows && !rows.pairs)
-    return kernels.direct({rows.codes, rows.stride, rows.count, packed, l.packed_quads, l.segments, l.segment_count, w.bits, sums});
+    return kernels.direct(
+        {rows.codes, rows.stride, rows.count, packed, l.packed_quads, l.segments, l.segment_count, w.bits, sums});
   const bool is_unsigned = kernels.is_unsigned(w.bits);
   const bool as_they_lie = w.bits == 8 && is_unsigned;
   const int64_t wide = rows.pairs ? 2 : 1, step = kChunk / wide;
@@ -82,9 +83,17 @@ void multiply_panel(const LinearKernels& kernels, const nf_weight& w, const Layo
       const int64_t from = std::max(begin, s.begin), to = std::min(end, s.end);
       const bool trailing = s.begin == s.end && end == l.quads;  // nothing but a shift
       if (from >= to && !trailing) continue;
-      const Stretch stretch{rows.codes + from * 4 * wide, rows.stride, rows.count, chunk + (from - begin) * kQuadBytes * wide,
-                            trailing ? 0 : to - from, w.bits, trailing || from == s.begin ? s.shift : 0, from == 0 && !trailing, sums,
-                            to == l.quads ? rows.y : nullptr, rows.y_stride};
+      const Stretch stretch{rows.codes + from * 4 * wide,
+                            rows.stride,
+                            rows.count,
+                            chunk + (from - begin) * kQuadBytes * wide,
+                            trailing ? 0 : to - from,
+                            w.bits,
+                            trailing || from == s.begin ? s.shift : 0,
+                            from == 0 && !trailing,
+                            sums,
+                            to == l.quads ? rows.y : nullptr,
+                            rows.y_stride};
       if (rows.pairs) kernels.multiply_pairs(stretch);
       else kernels.multiply(stretch);
     }

@@ -1,13 +1,13 @@
-// What every product of rows with packed weights is made of, whoever makes the rows: linear.cpp reads them, conv/products.cpp fills them
-// from images.
+// What every product of rows with packed weights is made of, whoever makes the rows: linear.cpp reads them,
+// conv/products.cpp fills them from images.
 #pragma once
 #include "linear/linear.h"
 
 namespace nf {
 
 constexpr int kMaxGroups = 16;
-constexpr int64_t kChunk = 256;                        // quads of a panel that are unpacked at once
-constexpr int64_t kChunkBytes = kChunk * kQuadBytes;   // 16 KB: half a first-level cache
+constexpr int64_t kChunk = 256;                       // quads of a panel that are unpacked at once
+constexpr int64_t kChunkBytes = kChunk * kQuadBytes;  // 16 KB: half a first-level cache
 
 // Where the exponents of a weight lie in a row and in a panel.
 struct Layout {
@@ -26,7 +26,7 @@ struct Rows {
   int64_t stride;       // bytes
   int64_t count;
   bool pairs;
-  float* y;             // where their outputs of the panel will be, to be in the cache by then; or nullptr
+  float* y;  // where their outputs of the panel will be, to be in the cache by then; or nullptr
   int64_t y_stride;
 };
 
@@ -39,6 +39,7 @@ void gather_row(const nf_weight&, const int8_t* from, int8_t* to);
 int32_t correction_of(const LinearKernels&, const Layout&, int bits, const int8_t* row);
 
 // sums [rows][16] of a panel; `operands` holds kChunkBytes, aligned to 64.
-void multiply_panel(const LinearKernels&, const nf_weight&, const Layout&, int64_t panel, const Rows&, uint8_t* operands, int32_t* sums);
+void multiply_panel(const LinearKernels&, const nf_weight&, const Layout&, int64_t panel, const Rows&,
+                    uint8_t* operands, int32_t* sums);
 
 }  // namespace nf

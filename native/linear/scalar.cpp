@@ -1,4 +1,5 @@
-// Integer products in plain C++: what the other instruction sets are tested against, and what runs where there is none of them.
+// Integer products in plain C++: what the other instruction sets are tested against, and what runs where there is none
+// of them.
 #include "linear/linear.h"
 
 #include "isa/isa.h"
@@ -7,8 +8,8 @@
 #include "simd/simd.h"
 
 #include "linear/finish.h"
-#include "simd/quantize.h"
 #include "linear/unpack.h"
+#include "simd/quantize.h"
 
 namespace nf::scalar {
 namespace {
@@ -32,8 +33,8 @@ bool no(int) { return false; }
 
 }  // namespace
 
-const LinearKernels linear = {no, 0, unpack, multiply, nullptr,
-                                     finish, row_sum, quantize_row, quantize_static, nullptr, nullptr};
+const LinearKernels linear = {
+    no, 0, unpack, multiply, nullptr, finish, row_sum, quantize_row, quantize_static, nullptr, nullptr};
 
 }  // namespace nf::scalar
 

@@ -1,5 +1,5 @@
-// How a stretch is cut into tiles of rows: the same for every instruction set. K gives kRows, the rows of a full tile, and
-// tile<R>(stretch, a, sums) for every R up to it. Up to 6 rows of 16 sums fill 16 registers of 256 bits.
+// How a stretch is cut into tiles of rows: the same for every instruction set. K gives kRows, the rows of a full tile,
+// and tile<R>(stretch, a, sums) for every R up to it. Up to 6 rows of 16 sums fill 16 registers of 256 bits.
 #pragma once
 #include "linear/linear.h"
 

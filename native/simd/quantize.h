@@ -5,7 +5,8 @@
 #if NF_BUILT
 namespace nf::NF_ARCH {
 
-// The largest |x| as the bits of a float: ordered as integers are, and at or above infinity's where something is not finite.
+// The largest |x| as the bits of a float: ordered as integers are, and at or above infinity's where something is not
+// finite.
 inline int32_t highest_bits(const float* x, int64_t k) {
   constexpr int N = F32::N;
   const I32 magnitude = I32::set(0x7fffffff);
@@ -24,7 +25,8 @@ inline void write_codes(const float* x, int64_t k, int8_t* q, const Code& code) 
   constexpr int N = F32::N;
   int64_t i = 0;
   for (; i + 4 * N <= k; i += 4 * N)
-    store_codes(q + i, code(F32::load(x + i)), code(F32::load(x + i + N)), code(F32::load(x + i + 2 * N)), code(F32::load(x + i + 3 * N)));
+    store_codes(q + i, code(F32::load(x + i)), code(F32::load(x + i + N)), code(F32::load(x + i + 2 * N)),
+                code(F32::load(x + i + 3 * N)));
   for (; i < k; i += N) {
     int32_t c[N];
     const int64_t left = k - i < N ? k - i : N;

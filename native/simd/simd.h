@@ -34,7 +34,8 @@
 #elif defined(__x86_64__)
 #define NF_BUILT 1
 #if defined(__GNUC__) && !defined(__clang__)
-// GCC's own header leaves the unused operand of its intrinsics undefined and warns about that wherever they are inlined.
+// GCC's own header leaves the unused operand of its intrinsics undefined and warns about that wherever they are
+// inlined.
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif

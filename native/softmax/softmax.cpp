@@ -8,15 +8,17 @@ namespace nf {
 namespace {
 
 constexpr int64_t kStretch = 1 << 16;  // of a long row; fixed, so that the sums do not depend on the number of threads
-constexpr int64_t kInCache = 1 << 18;  // up to here, 1 MB in and 1 MB out, a pass over a cache costs less than another e^x
+constexpr int64_t kInCache = 1 << 18;  // 1 MB in and 1 MB out: so far a pass over a cache costs less than another e^x
 constexpr int64_t kTaskFloats = 1 << 14;
 
-// The largest exponent must lie where the argument reduction is good; a NaN or an infinity of the row shows in one of the two.
+// The largest exponent must lie where the argument reduction is good; a NaN or an infinity of the row shows in one of
+// the two.
 bool usable(SoftmaxSum s) {
   return s.reference > kSoftmaxStart && s.reference <= kSoftmaxMagic + kSoftmaxFarthest && s.sum > 0 && s.sum < 1e30;
 }
 
-void long_row(const nf_threads* threads, const SoftmaxKernels& kernels, const float* x, int64_t d, float* y, SoftmaxSum* sums) {
+void long_row(const nf_threads* threads, const SoftmaxKernels& kernels, const float* x, int64_t d, float* y,
+              SoftmaxSum* sums) {
   const int64_t stretches = (d + kStretch - 1) / kStretch;
   const auto length = [=](int64_t i) { return i < stretches - 1 ? kStretch : d - i * kStretch; };
   parallel(threads, stretches, [&](int64_t i) { sums[i] = kernels.sum(x + i * kStretch, length(i)); });
@@ -29,7 +31,8 @@ void long_row(const nf_threads* threads, const SoftmaxKernels& kernels, const fl
 }  // namespace
 }  // namespace nf
 
-NF_EXPORT const char* nf_two_pass_softmax(const nf_threads* threads, const float* x, int64_t rows, int64_t d, float* y) {
+NF_EXPORT const char* nf_two_pass_softmax(const nf_threads* threads, const float* x, int64_t rows, int64_t d,
+                                          float* y) {
   using namespace nf;
   if (rows < 0) return "two_pass_softmax: rows must be 0 or more";
   if (d < 0) return "two_pass_softmax: d must be 0 or more";

@@ -5,8 +5,8 @@
 
 namespace nf {
 
-constexpr float kSoftmaxMagic = 12582912;               // 1.5 · 2^23: an integer added to it lies in the low bits
-constexpr float kSoftmaxFarthest = 144269;              // 1e5 · log2 e: so far the argument reduction is exact to the last bit
+constexpr float kSoftmaxMagic = 12582912;   // 1.5 · 2^23: an integer added to it lies in the low bits
+constexpr float kSoftmaxFarthest = 144269;  // 1e5 · log2 e: so far the argument reduction is exact to the last bit
 constexpr float kSoftmaxStart = kSoftmaxMagic - kSoftmaxFarthest;
 
 // sum · 2^(reference - kSoftmaxMagic): the exponent is kept apart, so nothing over- or underflows.
