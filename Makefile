@@ -61,13 +61,18 @@ $(SANITIZED)/%.o: native/%.cpp $(KERNELS)
 	@mkdir -p $(@D)
 	@$(CXX) $(SANITIZE) -c $< -o $@
 
+# Whatever is C++, the programs and the library for TensorRT too.
+CPP := $(foreach folder,native native/* native/*/*,$(foreach kind,cpp h inc,$(wildcard $(folder)/*.$(kind))))
+
 lint: $(VENV)/.dev  ## format check, lint, strict types
 	@$(BIN)/ruff format --check .
+	@$(BIN)/clang-format --dry-run --Werror $(CPP)
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
 
 format: $(VENV)/.dev  ## rewrite the sources in the project's format
 	@$(BIN)/ruff format .
+	@$(BIN)/clang-format -i $(CPP)
 	@$(BIN)/ruff check --fix .
 
 clean:  ## remove the environment, caches and build results

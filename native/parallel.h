@@ -7,7 +7,9 @@
 
 namespace nf {
 
-inline int thread_count(const nf_threads* threads) { return threads && threads->run && threads->count > 1 ? threads->count : 1; }
+inline int thread_count(const nf_threads* threads) {
+  return threads && threads->run && threads->count > 1 ? threads->count : 1;
+}
 
 // body(i) for every i < total, each exactly once. `body` must not throw.
 template <class Body>
@@ -17,7 +19,8 @@ void parallel(const nf_threads* threads, int64_t total, const Body& body) {
     return;
   }
   threads->run(
-      threads->context, static_cast<size_t>(total), [](void* arg, size_t i) { (*static_cast<const Body*>(arg))(static_cast<int64_t>(i)); },
+      threads->context, static_cast<size_t>(total),
+      [](void* arg, size_t i) { (*static_cast<const Body*>(arg))(static_cast<int64_t>(i)); },
       const_cast<void*>(static_cast<const void*>(&body)));
 }
 
@@ -39,7 +42,8 @@ class Scratch {
       size_ = raw_ ? bytes : 0;
     }
     if (!raw_) return nullptr;
-    return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(raw_) + kAlign - 1) & ~static_cast<uintptr_t>(kAlign - 1));
+    return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(raw_) + kAlign - 1) &
+                                   ~static_cast<uintptr_t>(kAlign - 1));
   }
   template <class T>
   T* of(int64_t count) {

@@ -1,5 +1,5 @@
-// A pool of our own for Python. One set of workers serves every count that is asked for; it starts with the first job and is never
-// taken down, because a worker may outlive everything that could wait for it.
+// A pool of our own for Python. One set of workers serves every count that is asked for; it starts with the first job
+// and is never taken down, because a worker may outlive everything that could wait for it.
 #include <atomic>
 #include <condition_variable>
 #include <mutex>
@@ -132,7 +132,8 @@ Pool* pool() {
   Pool* found = current.load(std::memory_order_acquire);
   if (found) return found;
 #if !defined(_WIN32)
-  // A fork takes only the calling thread along: the child starts with a pool of its own, and what it inherited is left alone.
+  // A fork takes only the calling thread along: the child starts with a pool of its own, and what it inherited is left
+  // alone.
   static const int registered = pthread_atfork(nullptr, nullptr, [] {
     current.store(nullptr, std::memory_order_release);
     inside_a_job = false;

@@ -9,39 +9,28 @@
 namespace nf {
 namespace {
 
-const AttendKernels& kernels() {
-#if defined(__x86_64__) || defined(NORMFUSE_SIMDE)
-  if (runs_avx512()) return attend_avx512;
-#endif
-#if defined(__x86_64__)
-  if (runs_avx2()) return attend_avx2;
-#endif
-#if defined(__aarch64__)
-  if (runs_neon()) return attend_neon;
-#endif
-  return attend_scalar;
-}
-
 int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 }  // namespace
 }  // namespace nf
 
-const char* nf_attend(const nf_threads* threads, const nf_attention* shape, const float* q, const float* k, const float* v, const float* mask,
-                      float* y) {
+const char* nf_attend(const nf_threads* threads, const nf_attention* shape, const float* q, const float* k,
+                      const float* v, const float* mask, float* y) {
   using namespace nf;
   if (!shape) return "nf_attend: the shape is missing";
   const nf_attention& a = *shape;
   if (a.batch < 0 || a.queries < 0) return "nf_attend: batch and queries must not be negative";
-  if (a.heads < 1 || a.kv_heads < 1 || a.heads % a.kv_heads) return "nf_attend: heads must be a positive multiple of kv_heads";
+  if (a.heads < 1 || a.kv_heads < 1 || a.heads % a.kv_heads)
+    return "nf_attend: heads must be a positive multiple of kv_heads";
   if (a.keys < 1) return "nf_attend: at least one key is needed";
   if (a.head_dim < 1 || a.head_dim > 1 << 16) return "nf_attend: head_dim must be in 1..65536";
-  if (a.batch > 1 << 30 || a.heads > 1 << 20 || a.queries > 1 << 30 || a.keys > 1 << 30) return "nf_attend: a size is out of range";
+  if (a.batch > 1 << 30 || a.heads > 1 << 20 || a.queries > 1 << 30 || a.keys > 1 << 30)
+    return "nf_attend: a size is out of range";
   if (a.bits != 0 && (a.bits < 2 || a.bits > 8)) return "nf_attend: bits must be 0 or 2..8";
   if (a.batch == 0 || a.queries == 0) return nullptr;
   if (!q || !k || !v || !y) return "nf_attend: q, k, v or y is missing";
 
-  const AttendKernels& kernel = kernels();
+  const AttendKernels& kernel = active_kernels().attention;
   AttendPlan p{};
   p.shape = a;
   p.q = q, p.k = k, p.v = v, p.mask = mask, p.y = y;
@@ -70,7 +59,8 @@ const char* nf_attend(const nf_threads* threads, const nf_attention* shape, cons
       out_of_memory.store(true, std::memory_order_relaxed);
       return;
     }
-    const int64_t head = i / p.tasks_per_head, row0 = i % p.tasks_per_head * p.rows_per_task, row1 = row0 + p.rows_per_task;
+    const int64_t head = i / p.tasks_per_head, row0 = i % p.tasks_per_head * p.rows_per_task,
+                  row1 = row0 + p.rows_per_task;
     kernel.attend(p, head / p.shape.kv_heads, head % p.shape.kv_heads, row0, row1 < p.rows ? row1 : p.rows, scratch);
   });
   return out_of_memory ? kNoMemory : nullptr;

@@ -1,4 +1,6 @@
 // Attention with AVX2 and FMA: 6 rows by 2 vectors of sums leave 4 of the 16 registers for the operands.
+#include "isa/isa.h"
+
 #define NF_AVX2
 #include "simd/simd.h"
 
@@ -38,10 +40,9 @@ struct Blocks {
 };
 
 }  // namespace
-}  // namespace nf::avx2
 
-namespace nf {
-const AttendKernels attend_avx2 = avx2::Attention<avx2::Blocks>::kernels();
-}  // namespace nf
+const AttendKernels attention = Attention<Blocks>::kernels();
+
+}  // namespace nf::avx2
 #endif
 #include "simd/end.h"

@@ -1,4 +1,6 @@
 // Attention with AVX-512: 12 rows by 2 vectors of sums.
+#include "isa/isa.h"
+
 #define NF_AVX512
 #if defined(__GNUC__) && !defined(__clang__)
 // The intrinsics of GCC 12 start from a register that they leave undefined on purpose.
@@ -54,10 +56,9 @@ struct Blocks {
 };
 
 }  // namespace
-}  // namespace nf::avx512
 
-namespace nf {
-const AttendKernels attend_avx512 = avx512::Attention<avx512::Blocks>::kernels();
-}  // namespace nf
+const AttendKernels attention = Attention<Blocks>::kernels();
+
+}  // namespace nf::avx512
 #endif
 #include "simd/end.h"

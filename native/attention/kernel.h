@@ -1,5 +1,5 @@
-// softmax(scale q kᵀ + mask) v by tiles of keys with a running maximum (Milakov and Gimelshein 2018; Rabe and Staats 2021). Two ways
-// through a task:
+// softmax(scale q kᵀ + mask) v by tiles of keys with a running maximum (Milakov and Gimelshein 2018; Rabe and Staats
+// 2021). Two ways through a task:
 //   packed    keys and values of a tile are copied into panels that stay in the caches while blocks of rows pass;
 //   streamed  few rows: nothing would use a panel twice, so that keys and values are read where they lie, once.
 // Included after simd.h by one source file an instruction set.
@@ -10,8 +10,9 @@
 #if NF_BUILT
 namespace nf::NF_ARCH {
 
-// B, the blocking of an instruction set: rows and columns of vectors of a product, block_rows whose scores are alive at once, few_rows at
-// most that are streamed, and what F32 does not have: transpose (of N x N floats) and sums (of four vectors).
+// B, the blocking of an instruction set: rows and columns of vectors of a product, block_rows whose scores are alive at
+// once, few_rows at most that are streamed, and what F32 does not have: transpose (of N x N floats) and sums (of four
+// vectors).
 template <class B>
 struct Attention {
   static constexpr int64_t W = F32::N, panel = B::columns * W;
@@ -19,12 +20,15 @@ struct Attention {
   // A row of the task: its head and query. Counted up, because dividing costs as much as a vector of exponentials.
   struct Row {
     int64_t head, query;
-    Row(const AttendPlan& p, int64_t kv, int64_t row) : head(kv * p.group + row / p.shape.queries), query(row % p.shape.queries) {}
+    Row(const AttendPlan& p, int64_t kv, int64_t row)
+        : head(kv * p.group + row / p.shape.queries), query(row % p.shape.queries) {}
     void next(const AttendPlan& p) {
       if (++query == p.shape.queries) query = 0, ++head;
     }
     int64_t at(const int64_t* stride, int64_t b) const { return b * stride[0] + head * stride[1] + query * stride[2]; }
-    const float* mask(const AttendPlan& p, int64_t b, int64_t key0) const { return p.mask ? p.mask + at(p.shape.mask_stride, b) + key0 : nullptr; }
+    const float* mask(const AttendPlan& p, int64_t b, int64_t key0) const {
+      return p.mask ? p.mask + at(p.shape.mask_stride, b) + key0 : nullptr;
+    }
     // How many of n keys from key0 on it sees.
     int64_t seen(const AttendPlan& p, int64_t key0, int64_t n) const {
       return p.shape.causal ? most(0, least(n, query + p.shape.keys - p.shape.queries + 1 - key0)) : n;
@@ -48,12 +52,15 @@ struct Attention {
     float inverse, scale;
     row_scale_of(highest_bits(x, dim), bits, &inverse, &scale);
     const F32 by = F32::set(inverse), limit = F32::set(static_cast<float>((1 << (bits - 1)) - 1));
-    const auto codes = [&](int64_t d) { return to_code(d + W <= dim ? F32::load(x + d) : F32::load(x + d, most(0, dim - d)), by, limit); };
+    const auto codes = [&](int64_t d) {
+      return to_code(d + W <= dim ? F32::load(x + d) : F32::load(x + d, most(0, dim - d)), by, limit);
+    };
     for (int64_t d = 0; d < dim; d += 2 * W, to += W)
       float_of((codes(d) & I32::set(0xffff)) + shift_left<16>(codes(d + W))).store(to);
     return scale;
   }
 
+  // One function on purpose: cut into its steps, GCC 12 inlines other tiles, and 197 tokens take 2 % longer on AVX-512.
   static void packed(const AttendPlan& p, int64_t b, int64_t kv, int64_t row0, int64_t row1, float* scratch) {
     const nf_attention& a = p.shape;
     const int64_t rows = row1 - row0, dim = a.head_dim, ldo = p.padded_dim;
@@ -80,7 +87,8 @@ struct Attention {
       } else {
         pack_keys<B>(k, a.k_stride[2], n, dim, keys);
       }
-      pack_values<B>(p.v + b * a.v_stride[0] + kv * a.v_stride[1] + key0 * a.v_stride[2], a.v_stride[2], n, dim, values);
+      pack_values<B>(p.v + b * a.v_stride[0] + kv * a.v_stride[1] + key0 * a.v_stride[2], a.v_stride[2], n, dim,
+                     values);
       Row row(p, kv, row0);
       for (int64_t r0 = 0; r0 < rows; r0 += B::block_rows) {
         const int64_t block = least(B::block_rows, rows - r0);
@@ -101,10 +109,11 @@ struct Attention {
             if (j < seen[r]) {
               const int64_t count = least(B::rows, block - r), vectors = least(B::columns, ceil_div(n - j, W));
               if (a.bits)
-                code_scores_of<B, B::rows, B::columns>(count, vectors, q + r * ldo, ldo, keys + j * pairs, pairs, q_scale + r, k_scale + j,
-                                                       s + r * p.pitch + j, p.pitch);
+                code_scores_of<B, B::rows, B::columns>(count, vectors, q + r * ldo, ldo, keys + j * pairs, pairs,
+                                                       q_scale + r, k_scale + j, s + r * p.pitch + j, p.pitch);
               else
-                scores_of<B::rows, B::columns>(count, vectors, q + r * ldo, ldo, keys + j * dim, dim, s + r * p.pitch + j, p.pitch);
+                scores_of<B::rows, B::columns>(count, vectors, q + r * ldo, ldo, keys + j * dim, dim,
+                                               s + r * p.pitch + j, p.pitch);
             }
         float top[B::block_rows], carry[B::block_rows], finish[B::block_rows];
         for (int64_t r = 0; r < block; ++r) top[r] = masked(s + r * p.pitch, row_mask[r], row_seen[r]);
@@ -115,9 +124,15 @@ struct Attention {
         for (int64_t d = 0; d < dim; d += panel) {
           const int64_t vectors = least(B::columns, ceil_div(dim - d, W));
           for (int64_t r = 0; r < block; r += B::rows) {
-            const Mixed to{o + (r0 + r) * ldo + d, ldo, key0 ? carry + r : nullptr, key0 + n == a.keys ? finish + r : nullptr, p.y + d,
-                           row_y + r, dim - d};
-            mix_of<B::rows, B::columns>(least(B::rows, block - r), vectors, s + r * p.pitch, p.pitch, values + d * n, vectors * W, seen[r], to);
+            const Mixed to{o + (r0 + r) * ldo + d,
+                           ldo,
+                           key0 ? carry + r : nullptr,
+                           key0 + n == a.keys ? finish + r : nullptr,
+                           p.y + d,
+                           row_y + r,
+                           dim - d};
+            mix_of<B::rows, B::columns>(least(B::rows, block - r), vectors, s + r * p.pitch, p.pitch, values + d * n,
+                                        vectors * W, seen[r], to);
           }
         }
       }
@@ -155,10 +170,8 @@ struct Attention {
     if (d == dim) return;
     F32 x = to.carry ? F32::load(to.o) * F32::set(*to.carry) : F32::set(0.f);
     for (int64_t j = 0; j < n; ++j) x = fma(F32::set(w[j]), F32::load(v + j * stride + d, dim - d), x);
-    if (to.finish)
-      (x * F32::set(*to.finish)).store(to.y + *to.row, dim - d);
-    else
-      x.store(to.o);
+    if (to.finish) (x * F32::set(*to.finish)).store(to.y + *to.row, dim - d);
+    else x.store(to.o);
   }
 
   static void streamed(const AttendPlan& p, int64_t b, int64_t kv, int64_t row0, int64_t row1, float* scratch) {
@@ -191,8 +204,9 @@ struct Attention {
     const int64_t rows = p.rows_per_task;
     if (p.streamed) return rows * (2 * p.padded_dim + p.pitch + 2);
     const int64_t kept = p.tile_keys < p.shape.keys ? rows * p.padded_dim : 0;
-    return ceil_div(p.tile_keys, W) * W * p.padded_dim + p.tile_keys * p.padded_dim + B::block_rows * (p.pitch + p.padded_dim) + kept +
-           2 * rows + (p.shape.bits ? ceil_div(p.tile_keys, W) * W + p.tile_keys * p.padded_dim : 0);
+    return ceil_div(p.tile_keys, W) * W * p.padded_dim + p.tile_keys * p.padded_dim +
+           B::block_rows * (p.pitch + p.padded_dim) + kept + 2 * rows +
+           (p.shape.bits ? ceil_div(p.tile_keys, W) * W + p.tile_keys * p.padded_dim : 0);
   }
 
   static void attend(const AttendPlan& p, int64_t b, int64_t kv, int64_t row0, int64_t row1, float* scratch) {

@@ -1,4 +1,6 @@
 // Attention in plain C++, for machines without a kernel of their own and as what the others are tested against.
+#include "isa/isa.h"
+
 #define NF_SCALAR
 #include "simd/simd.h"
 
@@ -22,10 +24,8 @@ struct Blocks {
 };
 
 }  // namespace
-}  // namespace nf::scalar
 
-namespace nf {
-extern const AttendKernels attend_scalar;
-const AttendKernels attend_scalar = scalar::Attention<scalar::Blocks>::kernels();
-}  // namespace nf
+const AttendKernels attention = Attention<Blocks>::kernels();
+
+}  // namespace nf::scalar
 #include "simd/end.h"

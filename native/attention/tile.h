@@ -1,5 +1,5 @@
-// The pieces of attention, once for every instruction set: products of a block of rows with a panel, packing of panels, and the weights of
-// a row of scores. Included after simd.h.
+// The pieces of attention, once for every instruction set: products of a block of rows with a panel, packing of panels,
+// and the weights of a row of scores. Included after simd.h.
 #pragma once
 #if NF_BUILT
 namespace nf::NF_ARCH {
@@ -9,14 +9,17 @@ constexpr float kMinusInfinity = -__builtin_inff();
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-// n floats from p are needed soon: heads of a packed projection lie too far apart for the machine to guess where the next row is.
+// n floats from p are needed soon: heads of a packed projection lie too far apart for the machine to guess where the
+// next row is.
 inline void soon(const float* p, int64_t n) {
   for (int64_t i = 0; i < n; i += 16) __builtin_prefetch(p + i);
 }
 
-// 2^x for x <= 0: 0 from -126.5 down, NaN for NaN. The fraction is in [-1/2, 1/2], where the polynomial errs by 2e-7 at most.
+// 2^x for x <= 0: 0 from -126.5 down, NaN for NaN. The fraction is in [-1/2, 1/2], where the polynomial errs by 2e-7 at
+// most.
 inline F32 power_of_two(F32 x) {
-  const F32 magic = F32::set(12582912.f + 127.f);  // 1.5 * 2^23: the low bits of the sum are the exponent, biased as a float's is
+  // 1.5 * 2^23: the low bits of the sum are the exponent, biased as a float's is.
+  const F32 magic = F32::set(12582912.f + 127.f);
   x = max(F32::set(-127.f), x);
   const F32 t = x + magic;
   const F32 f = x - (t - magic);
@@ -28,7 +31,7 @@ inline F32 power_of_two(F32 x) {
   return p * float_of(shift_left<23>(bits_of(t)));
 }
 
-// -- products of R rows with C vectors ---------------------------------------------------------------------------------------------
+// -- products of R rows with C vectors ------------------------------------------------------------
 template <int R, int C>
 struct Product {
   F32 sum[R][C];
@@ -58,11 +61,11 @@ inline void scores(const float* q, int64_t ldq, const float* keys, int64_t dim, 
     for (int c = 0; c < C; ++c) product.sum[r][c].store(s + r * pitch + c * F32::N);
 }
 
-// The same for codes: a "float" of q and keys is two int16, which B::pairs multiplies and adds; exact. The scores are the sums times
-// the scales of their rows.
+// The same for codes: a "float" of q and keys is two int16, which B::pairs multiplies and adds; exact. The scores are
+// the sums times the scales of their rows.
 template <class B, int R, int C>
-inline void code_scores(const float* q, int64_t ldq, const float* keys, int64_t pairs, const float* q_scale, const float* k_scale, float* s,
-                        int64_t pitch) {
+inline void code_scores(const float* q, int64_t ldq, const float* keys, int64_t pairs, const float* q_scale,
+                        const float* k_scale, float* s, int64_t pitch) {
   I32 sum[R][C];
   for (int r = 0; r < R; ++r)
     for (int c = 0; c < C; ++c) sum[r][c] = I32::set(0);
@@ -76,11 +79,13 @@ inline void code_scores(const float* q, int64_t ldq, const float* keys, int64_t 
   }
   for (int r = 0; r < R; ++r)
     for (int c = 0; c < C; ++c)
-      (to_float(sum[r][c]) * (F32::set(q_scale[r]) * F32::load(k_scale + c * F32::N))).store(s + r * pitch + c * F32::N);
+      (to_float(sum[r][c]) * (F32::set(q_scale[r]) * F32::load(k_scale + c * F32::N)))
+          .store(s + r * pitch + c * F32::N);
 }
 
-// Where weighted values go. carry [r] multiplies what is at o already, from earlier keys (nullptr: nothing is). finish [r], after the
-// last keys: what the sums are multiplied by on their way to y + row [r], `columns` of them; else nullptr, and they stay at o.
+// Where weighted values go. carry [r] multiplies what is at o already, from earlier keys (nullptr: nothing is). finish
+// [r], after the last keys: what the sums are multiplied by on their way to y + row [r], `columns` of them; else
+// nullptr, and they stay at o.
 struct Mixed {
   float* o;
   int64_t ldo;
@@ -110,17 +115,16 @@ inline void mix(const float* w, int64_t pitch, const float* values, int64_t ldv,
       const F32 y = product.sum[r][c] * F32::set(to.finish[r]);
       float* at = to.y + to.row[r] + c * F32::N;
       const int64_t left = to.columns - c * F32::N;
-      if (left >= F32::N)
-        y.store(at);
-      else
-        y.store(at, left);
+      if (left >= F32::N) y.store(at);
+      else y.store(at, left);
     }
   }
 }
 
 // The template's numbers from numbers.
 template <int R, int C>
-inline void scores_of(int64_t r, int64_t c, const float* q, int64_t ldq, const float* keys, int64_t dim, float* s, int64_t pitch) {
+inline void scores_of(int64_t r, int64_t c, const float* q, int64_t ldq, const float* keys, int64_t dim, float* s,
+                      int64_t pitch) {
   if constexpr (R > 1)
     if (r < R) return scores_of<R - 1, C>(r, c, q, ldq, keys, dim, s, pitch);
   if constexpr (C > 1)
@@ -128,8 +132,8 @@ inline void scores_of(int64_t r, int64_t c, const float* q, int64_t ldq, const f
   scores<R, C>(q, ldq, keys, dim, s, pitch);
 }
 template <class B, int R, int C>
-inline void code_scores_of(int64_t r, int64_t c, const float* q, int64_t ldq, const float* keys, int64_t pairs, const float* q_scale,
-                           const float* k_scale, float* s, int64_t pitch) {
+inline void code_scores_of(int64_t r, int64_t c, const float* q, int64_t ldq, const float* keys, int64_t pairs,
+                           const float* q_scale, const float* k_scale, float* s, int64_t pitch) {
   if constexpr (R > 1)
     if (r < R) return code_scores_of<B, R - 1, C>(r, c, q, ldq, keys, pairs, q_scale, k_scale, s, pitch);
   if constexpr (C > 1)
@@ -137,7 +141,8 @@ inline void code_scores_of(int64_t r, int64_t c, const float* q, int64_t ldq, co
   code_scores<B, R, C>(q, ldq, keys, pairs, q_scale, k_scale, s, pitch);
 }
 template <int R, int C>
-inline void mix_of(int64_t r, int64_t c, const float* w, int64_t pitch, const float* values, int64_t ldv, int64_t n, const Mixed& to) {
+inline void mix_of(int64_t r, int64_t c, const float* w, int64_t pitch, const float* values, int64_t ldv, int64_t n,
+                   const Mixed& to) {
   if constexpr (R > 1)
     if (r < R) return mix_of<R - 1, C>(r, c, w, pitch, values, ldv, n, to);
   if constexpr (C > 1)
@@ -145,9 +150,9 @@ inline void mix_of(int64_t r, int64_t c, const float* w, int64_t pitch, const fl
   mix<R, C>(w, pitch, values, ldv, n, to);
 }
 
-// -- panels ------------------------------------------------------------------------------------------------------------------------
-// keys [n, dim] -> [panel of C vectors of keys][dim][keys of the panel]; the last panel has as many vectors as it needs, the last
-// vector zeros.
+// -- panels ---------------------------------------------------------------------------------------
+// keys [n, dim] -> [panel of C vectors of keys][dim][keys of the panel]; the last panel has as many vectors as it
+// needs, the last vector zeros.
 template <class B>
 inline void pack_keys(const float* k, int64_t stride, int64_t n, int64_t dim, float* to) {
   constexpr int64_t W = F32::N, panel = B::columns * W;
@@ -186,7 +191,7 @@ inline void pack_values(const float* v, int64_t stride, int64_t n, int64_t dim, 
   }
 }
 
-// -- weights -----------------------------------------------------------------------------------------------------------------------
+// -- weights --------------------------------------------------------------------------------------
 // Of a row, over the keys so far.
 struct Running {
   float maximum, sum;
@@ -223,8 +228,8 @@ inline float masked(float* s, const float* mask, int64_t seen) {
   return highest(max(top, other));
 }
 
-// What `masked` left becomes exp(score - maximum), and zero from there up to n, where `top` is the largest score. Returns what sums of
-// earlier keys are to be multiplied by.
+// What `masked` left becomes exp(score - maximum), and zero from there up to n, where `top` is the largest score.
+// Returns what sums of earlier keys are to be multiplied by.
 inline float weigh(float* s, float top, int64_t seen, int64_t n, Running& row) {
   constexpr int64_t W = F32::N;
   const int64_t end = ceil_div(seen, W) * W;
@@ -234,7 +239,8 @@ inline float weigh(float* s, float top, int64_t seen, int64_t n, Running& row) {
   F32 total = F32::set(0.f), other = total;
   int64_t j = 0;
   for (; j + 2 * W <= end; j += 2 * W) {
-    const F32 x = power_of_two((F32::load(s + j) - shift) * log2e), y = power_of_two((F32::load(s + j + W) - shift) * log2e);
+    const F32 x = power_of_two((F32::load(s + j) - shift) * log2e),
+              y = power_of_two((F32::load(s + j + W) - shift) * log2e);
     x.store(s + j);
     y.store(s + j + W);
     total = total + x;

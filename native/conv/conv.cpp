@@ -7,22 +7,10 @@
 #include <limits>
 
 #include "isa/isa.h"
-#include "linear/linear.h"
+#include "linear/panel.h"
 #include "parallel.h"
 
 namespace nf {
-
-const ConvKernels& conv_kernels() {
-#if defined(__x86_64__) || defined(NORMFUSE_SIMDE)
-  if (runs_avx512()) return conv_avx512;
-#endif
-#if defined(__x86_64__)
-  if (runs_avx2()) return conv_avx2;
-#elif defined(__aarch64__)
-  if (runs_neon()) return conv_neon;
-#endif
-  return conv_scalar;
-}
 
 void conv_image_codes(const ConvCall& call, int64_t first, int64_t count, ConvImageCodes* out) {
   const float limit = static_cast<float>((1 << (call.activation_bits - 1)) - 1);
@@ -31,7 +19,7 @@ void conv_image_codes(const ConvCall& call, int64_t first, int64_t count, ConvIm
     return;
   }
   constexpr int64_t kTask = 1 << 15;
-  const ConvKernels& kernels = conv_kernels();
+  const ConvKernels& kernels = active_kernels().conv;
   const int64_t size = call.shape.c * call.shape.h * call.shape.w, tasks = ceil_div(size, kTask);
   for (int64_t i = 0; i < count; ++i) {
     const float* x = call.x + (first + i) * size;
@@ -47,12 +35,9 @@ void conv_image_codes(const ConvCall& call, int64_t first, int64_t count, ConvIm
     const int32_t bits = top.load();
     float largest;
     std::memcpy(&largest, &bits, 4);
-    if (bits >= 0x7f800000)
-      out[i] = {{0, limit, false}, std::numeric_limits<float>::quiet_NaN()};
-    else if (bits == 0)
-      out[i] = {{0, limit, false}, 1};
-    else
-      out[i] = {{limit / largest, limit, false}, largest / limit};
+    if (bits >= 0x7f800000) out[i] = {{0, limit, false}, std::numeric_limits<float>::quiet_NaN()};
+    else if (bits == 0) out[i] = {{0, limit, false}, 1};
+    else out[i] = {{limit / largest, limit, false}, largest / limit};
   }
 }
 
@@ -69,33 +54,44 @@ bool product_fits(std::initializer_list<int64_t> sizes) {
   return true;
 }
 
-const char* check_weight(const nf_weight& w, const ConvShape& s, int64_t outputs) {
-  if (w.k != s.taps * s.channels) return "conv2d: k of a weight must be kh * kw * c / conv_groups";
-  if (w.n < 1 || w.n != outputs) return "conv2d: the weights of all groups must have the same n, 1 or more";
-  if (w.bits < 2 || w.bits > 8) return "conv2d: bits must be 2..8";
-  if (w.groups < 1 || w.groups > 16) return "conv2d: groups of a weight must be 1..16";
-  if (!w.sizes || !w.packed || !w.scale) return "conv2d: sizes, packed or scale of a weight is missing";
-  if (w.groups > 1 && !w.order) return "conv2d: order of a weight is missing although it has more than one group";
-  int64_t sum = 0;
-  for (int32_t g = 0; g < w.groups; ++g) {
-    if (w.sizes[g] < 0) return "conv2d: a size of a weight is negative";
-    sum += w.sizes[g];
+const char* check_weights(const nf_weight* weights, const ConvShape& s) {
+  for (int64_t g = 0; g < s.groups; ++g) {
+    if (weights[g].k != s.taps * s.channels) return "conv2d: k of a weight must be kh * kw * c / conv_groups";
+    if (weights[g].n != weights[0].n) return "conv2d: the weights of all groups must have the same n";
+    if (const char* wrong = check_weight(&weights[g])) return wrong;
   }
-  if (sum != w.k) return "conv2d: the sizes of a weight do not add up to its k";
-  for (int64_t i = 0; w.order && i < w.k; ++i)
-    if (w.order[i] < 0 || w.order[i] >= w.k) return "conv2d: order of a weight names a channel that it does not have";
   return nullptr;
 }
 
 const char* shape_of(const nf_conv& c, ConvShape* s) {
-  for (const int64_t size : {c.c, c.h, c.w, c.kh, c.kw, c.stride[0], c.stride[1], c.dilation[0], c.dilation[1], c.conv_groups})
-    if (size < 1 || size > INT32_MAX) return "conv2d: sizes, strides, dilations and groups must be 1 or more (and fit 31 bits)";
+  for (const int64_t size :
+       {c.c, c.h, c.w, c.kh, c.kw, c.stride[0], c.stride[1], c.dilation[0], c.dilation[1], c.conv_groups})
+    if (size < 1 || size > INT32_MAX)
+      return "conv2d: sizes, strides, dilations and groups must be 1 or more (and fit 31 bits)";
   for (const int64_t pad : {c.pad_begin[0], c.pad_begin[1], c.pad_end[0], c.pad_end[1]})
     if (pad < 0 || pad > INT32_MAX) return "conv2d: paddings must be 0 or more (and fit 31 bits)";
   if (c.batch < 0 || c.batch > INT32_MAX) return "conv2d: batch must be 0 or more (and fit 31 bits)";
   if (c.c % c.conv_groups != 0) return "conv2d: c must be a multiple of conv_groups";
-  *s = {c.batch, c.c, c.h, c.w, c.kh, c.kw, c.stride[0], c.stride[1], c.dilation[0], c.dilation[1], c.pad_begin[0], c.pad_begin[1],
-        c.conv_groups, c.c / c.conv_groups, 0, 0, 0, 0, 0, 0};
+  *s = {c.batch,
+        c.c,
+        c.h,
+        c.w,
+        c.kh,
+        c.kw,
+        c.stride[0],
+        c.stride[1],
+        c.dilation[0],
+        c.dilation[1],
+        c.pad_begin[0],
+        c.pad_begin[1],
+        c.conv_groups,
+        c.c / c.conv_groups,
+        0,
+        0,
+        0,
+        0,
+        0,
+        0};
   if (!product_fits({c.kh, c.kw, s->channels}) || c.kh > kMost / c.dilation[0] || c.kw > kMost / c.dilation[1])
     return "conv2d: the kernel does not fit in memory";
   s->taps = c.kh * c.kw;
@@ -106,15 +102,17 @@ const char* shape_of(const nf_conv& c, ConvShape* s) {
   s->ow = columns / s->sx + 1;
   s->hp = (s->oh - 1) * s->sy + (s->kh - 1) * s->dy + 1;
   s->wp = (s->ow - 1) * s->sx + (s->kw - 1) * s->dx + 1;
-  if (!product_fits({s->hp, s->wp, s->c}) || !product_fits({c.batch, c.c, c.h, c.w})) return "conv2d: the padded image does not fit in memory";
+  if (!product_fits({s->hp, s->wp, s->c}) || !product_fits({c.batch, c.c, c.h, c.w}))
+    return "conv2d: the padded image does not fit in memory";
   return nullptr;
 }
 
 }  // namespace
 }  // namespace nf
 
-NF_EXPORT const char* nf_conv2d(const nf_threads* threads, const nf_conv* conv, const nf_weight* weights, const float* x,
-                                int32_t activation_bits, float static_scale, int32_t epilogue, float* y) {
+NF_EXPORT const char* nf_conv2d(const nf_threads* threads, const nf_conv* conv, const nf_weight* weights,
+                                const float* x, int32_t activation_bits, float static_scale, int32_t epilogue,
+                                float* y) {
   using namespace nf;
   if (!conv || !weights) return "conv2d: conv or weights is missing";
   if (activation_bits < 2 || activation_bits > 8) return "conv2d: activation_bits must be 2..8";
@@ -122,8 +120,7 @@ NF_EXPORT const char* nf_conv2d(const nf_threads* threads, const nf_conv* conv, 
   if (!(static_scale <= 3e38f)) return "conv2d: static_scale must be finite (0 or less: one scale an image)";
   ConvCall call = {threads, {}, weights, x, activation_bits, static_scale, epilogue, y};
   if (const char* wrong = shape_of(*conv, &call.shape)) return wrong;
-  for (int64_t g = 0; g < call.shape.groups; ++g)
-    if (const char* wrong = check_weight(weights[g], call.shape, weights[0].n)) return wrong;
+  if (const char* wrong = check_weights(weights, call.shape)) return wrong;
   call.shape.outputs = weights[0].n;
   if (!product_fits({conv->batch, call.shape.groups, call.shape.outputs}) ||
       !product_fits({conv->batch * call.shape.groups * call.shape.outputs, call.shape.oh, call.shape.ow}))

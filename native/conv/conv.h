@@ -4,13 +4,13 @@
 
 namespace nf {
 
-// Output pixel (oy, ox), tap (ky, kx) reads padded pixel (oy · sy + ky · dy, ox · sx + kx · dx); padded pixel (0, 0) lies
-// (pad_top, pad_left) before the image. Rows and columns of the image that nothing reads are not kept.
+// Output pixel (oy, ox), tap (ky, kx) reads padded pixel (oy · sy + ky · dy, ox · sx + kx · dx); padded pixel (0, 0)
+// lies (pad_top, pad_left) before the image. Rows and columns of the image that nothing reads are not kept.
 struct ConvShape {
   int64_t batch, c, h, w, kh, kw, sy, sx, dy, dx, pad_top, pad_left, groups;
   int64_t channels, outputs;  // of a group
   int64_t taps, oh, ow;
-  int64_t hp, wp;             // padded pixels that are read
+  int64_t hp, wp;  // padded pixels that are read
 };
 
 // How a float becomes a code: clamp(rne(x · factor)), or x / factor if `divide`. `factor` 0: all codes are 0.
@@ -22,7 +22,7 @@ struct ConvCodes {
 // Some output rows of one input plane, for all outputs that read it.
 struct Depthwise {
   const ConvShape* shape;
-  const float* x;        // [h][w]
+  const float* x;  // [h][w]
   ConvCodes codes;
   int64_t first, last;   // output rows
   const float* weights;  // [outputs][taps], integers
@@ -30,8 +30,8 @@ struct Depthwise {
   const float* bias;     // [outputs] or nullptr
   float image_scale;
   int32_t epilogue;
-  float* y;              // [outputs][oh][ow]
-  float* scratch;        // depthwise_scratch(...) floats
+  float* y;        // [outputs][oh][ow]
+  float* scratch;  // depthwise_scratch(...) floats
 };
 
 constexpr int64_t kConvSlack = 16;  // floats (or bytes) that whole vectors may read past a row
@@ -48,18 +48,6 @@ struct ConvKernels {
   void (*codes)(const float* x, int64_t count, ConvCodes codes, int8_t* q);
   void (*depthwise)(const Depthwise&);
 };
-
-extern const ConvKernels conv_scalar;
-#if defined(__x86_64__)
-extern const ConvKernels conv_avx2;
-#endif
-#if defined(__x86_64__) || defined(NORMFUSE_SIMDE)
-extern const ConvKernels conv_avx512;
-#endif
-#if defined(__aarch64__)
-extern const ConvKernels conv_neon;
-#endif
-const ConvKernels& conv_kernels();
 
 // One call, checked.
 struct ConvCall {

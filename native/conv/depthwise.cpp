@@ -1,7 +1,9 @@
-// Depthwise convolution: each group has one input channel. Weights become floats that hold integers, then a plane at a time.
+// Depthwise convolution: each group has one input channel. Weights become floats that hold integers, then a plane at a
+// time.
 #include <atomic>
 
 #include "conv/conv.h"
+#include "isa/isa.h"
 #include "linear/linear.h"
 #include "parallel.h"
 
@@ -39,7 +41,8 @@ void operands_of(const nf_weight& w, float* operand) {
     const float factor = static_cast<float>(1 << (w.groups - 1 - g));
     for (int32_t i = 0; i < w.sizes[g]; ++i, ++position) {
       const int64_t tap = w.order ? w.order[position] : position;
-      for (int64_t n = 0; n < w.n; ++n) operand[n * w.k + tap] = static_cast<float>(code_at(w, quads, start + i / 4, i % 4, n)) * factor;
+      for (int64_t n = 0; n < w.n; ++n)
+        operand[n * w.k + tap] = static_cast<float>(code_at(w, quads, start + i / 4, i % 4, n)) * factor;
     }
     start += ceil_div(w.sizes[g], 4);
   }
@@ -75,7 +78,7 @@ const char* conv_depthwise(const ConvCall& call) {
   // Whole planes that are small share a task.
   const int64_t planes = s.batch * s.c, together = bands > 1 ? 1 : 1 + 8192 / (s.oh * s.ow * s.outputs);
   std::atomic<bool> full{false};
-  const ConvKernels& kernels = conv_kernels();
+  const ConvKernels& kernels = active_kernels().conv;
   parallel(call.threads, bands * ceil_div(planes, together), [&](int64_t task) {
     float* scratch = thread_scratch<DepthwisePlane>().of<float>(depthwise_scratch(s, rows));
     if (!scratch) {
@@ -86,8 +89,9 @@ const char* conv_depthwise(const ConvCall& call) {
     for (int64_t p = begin; p < planes && p < begin + together; ++p) {
       const int64_t image = p / s.c, g = p % s.c;
       const nf_weight& w = call.weights[g];
-      kernels.depthwise({&s, call.x + p * s.h * s.w, images[image].codes, first, first + rows < s.oh ? first + rows : s.oh, weights + g * each,
-                         w.scale, w.bias, images[image].scale, call.epilogue, call.y + p * s.outputs * s.oh * s.ow, scratch});
+      kernels.depthwise({&s, call.x + p * s.h * s.w, images[image].codes, first,
+                         first + rows < s.oh ? first + rows : s.oh, weights + g * each, w.scale, w.bias,
+                         images[image].scale, call.epilogue, call.y + p * s.outputs * s.oh * s.ow, scratch});
     }
   });
   return full ? kNoMemory : nullptr;

@@ -4,9 +4,10 @@
 #include <algorithm>
 #include <atomic>
 
+#include "conv/transpose.h"
+#include "isa/isa.h"
 #include "linear/linear.h"
 #include "parallel.h"
-#include "conv/transpose.h"
 
 namespace nf {
 namespace {
@@ -17,10 +18,10 @@ struct BandMemory;
 
 }  // namespace
 
-const char* conv_fill_images(const ConvCall& call, const ConvRecord* records, const int64_t* offsets, int64_t first, int64_t count,
-                             const ConvImageCodes* scales, int8_t* codes) {
+const char* conv_fill_images(const ConvCall& call, const ConvRecord* records, const int64_t* offsets, int64_t first,
+                             int64_t count, const ConvImageCodes* scales, int8_t* codes) {
   const ConvShape& s = call.shape;
-  const ConvKernels& kernels = conv_kernels();
+  const ConvKernels& kernels = active_kernels().conv;
   const int64_t band = std::min(s.hp, std::max<int64_t>(1, kBandBytes / (s.c * s.w))), bands = ceil_div(s.hp, band);
   const int64_t columns = std::max<int64_t>(0, std::min(s.w, s.wp - s.pad_left));
   const bool joined = columns == s.w && s.wp == s.w;  // no border at the sides: rows of pixels run on
@@ -40,12 +41,14 @@ const char* conv_fill_images(const ConvCall& call, const ConvRecord* records, co
     const float* x = call.x + (first + image) * s.c * s.h * s.w + y0 * s.w;
     const bool whole = plane == s.h * s.w;
     if (whole) kernels.codes(x, s.c * plane, scales[image].codes, rows);
-    for (int64_t c = 0; c < s.c && !whole; ++c) kernels.codes(x + c * s.h * s.w, plane, scales[image].codes, rows + c * pitch);
+    for (int64_t c = 0; c < s.c && !whole; ++c)
+      kernels.codes(x + c * s.h * s.w, plane, scales[image].codes, rows + c * pitch);
     const int64_t step = whole ? plane : pitch;
     for (int64_t g = 0; g < s.groups; ++g) {
       const ConvRecord& record = records[g];
       int8_t* to = codes + offsets[g] + (image * s.hp + top) * s.wp * record.size;
-      if (!joined || y1 - y0 != bottom - top) std::memset(to, 0, static_cast<size_t>((bottom - top) * s.wp * record.size));
+      if (!joined || y1 - y0 != bottom - top)
+        std::memset(to, 0, static_cast<size_t>((bottom - top) * s.wp * record.size));
       if (columns == 0) continue;
       to += (y0 + s.pad_top - top) * s.wp * record.size + s.pad_left * record.size;
       const int8_t* from = rows + g * s.channels * step;

@@ -16,7 +16,7 @@ struct ConvRecord {
 };
 
 // codes[offsets[group] + ((image · hp + y) · wp + x) · size + position] for `count` images of the call from `first` on.
-const char* conv_fill_images(const ConvCall&, const ConvRecord* records, const int64_t* offsets, int64_t first, int64_t count,
-                             const ConvImageCodes* scales, int8_t* codes);
+const char* conv_fill_images(const ConvCall&, const ConvRecord* records, const int64_t* offsets, int64_t first,
+                             int64_t count, const ConvImageCodes* scales, int8_t* codes);
 
 }  // namespace nf

@@ -1,7 +1,8 @@
 // Codes of an image, and the depthwise convolution. Included after simd.h.
 //
-// The depthwise sums are taken in float32: codes and weights are integers, and no partial sum reaches 2^24, so that every one is
-// exact (conv_is_depthwise sees to it). Vectors run along a row of output pixels, whatever the layout of channels is.
+// The depthwise sums are taken in float32: codes and weights are integers, and no partial sum reaches 2^24, so that
+// every one is exact (conv_is_depthwise sees to it). Vectors run along a row of output pixels, whatever the layout of
+// channels is.
 #pragma once
 #include "conv/conv.h"
 #include "linear/finish.h"
@@ -73,7 +74,8 @@ struct Place {
 
 // Up to 4 vectors of output pixels at once, which hides the latency of the sums.
 template <int E>
-inline void depthwise_places(const Place* places, int count, const float* w, const int64_t* offsets, int64_t taps, F32 scale, F32 bias, bool add) {
+inline void depthwise_places(const Place* places, int count, const float* w, const int64_t* offsets, int64_t taps,
+                             F32 scale, F32 bias, bool add) {
   const float *p0 = places[0].from, *p1 = places[1].from, *p2 = places[2].from, *p3 = places[3].from;
   F32 a[4];
   for (F32& v : a) v = F32::set(0);
@@ -111,7 +113,8 @@ inline void depthwise_as(const Depthwise& d) {
     int count = 0;
     for (int64_t oy = d.first; oy < d.last; ++oy)
       for (int64_t ox = 0; ox < s.ow; ox += N) {
-        places[count++] = {plane + (oy - d.first) * s.sy * s.sx * pitch + ox, d.y + (o * s.oh + oy) * s.ow + ox, s.ow - ox < N ? s.ow - ox : N};
+        places[count++] = {plane + (oy - d.first) * s.sy * s.sx * pitch + ox, d.y + (o * s.oh + oy) * s.ow + ox,
+                           s.ow - ox < N ? s.ow - ox : N};
         if (count < 4) continue;
         depthwise_places<E>(places, 4, d.weights + o * s.taps, offsets, s.taps, scale, bias, d.bias);
         count = 0;
@@ -123,21 +126,8 @@ inline void depthwise_as(const Depthwise& d) {
 }
 
 inline void depthwise(const Depthwise& d) {
-  switch (d.epilogue) {
-    case NF_RELU:
-      return depthwise_as<NF_RELU>(d);
-    case NF_GELU:
-      return depthwise_as<NF_GELU>(d);
-    case NF_GELU_TANH:
-      return depthwise_as<NF_GELU_TANH>(d);
-    case NF_SILU:
-      return depthwise_as<NF_SILU>(d);
-    default:
-      return depthwise_as<NF_NONE>(d);
-  }
+  with_epilogue(d.epilogue, [&](auto e) { depthwise_as<e>(d); });
 }
-
-constexpr ConvKernels kConvKernels = {highest_bits, image_codes, depthwise};
 
 }  // namespace
 }  // namespace nf::NF_ARCH

@@ -1,6 +1,6 @@
-// Convolution as products: the images become int8 with channels running fastest (conv/image.h), a tile of output pixels becomes rows
-// of (exponent, tap, channel) in the order of the packed weights, and the kernels of linear/linear.h multiply it by panels of 16 outputs.
-// A kernel of one tap needs no rows: its tile is the image itself.
+// Convolution as products: the images become int8 with channels running fastest (conv/image.h), a tile of output pixels
+// becomes rows of (exponent, tap, channel) in the order of the packed weights, and the panels of 16 outputs
+// (linear/panel.h) multiply it. A kernel of one tap needs no rows: its tile is the image itself.
 #include <algorithm>
 #include <atomic>
 #include <new>
@@ -8,18 +8,17 @@
 
 #include "conv/conv.h"
 #include "conv/image.h"
-#include "linear/linear.h"
-#include "parallel.h"
 #include "conv/transpose.h"
+#include "isa/isa.h"
+#include "linear/panel.h"
+#include "parallel.h"
 
 namespace nf {
 namespace {
 
-constexpr int64_t kChunk = 256;               // quads of a panel that are unpacked at once, as in linear/linear.cpp
-constexpr int64_t kTileBytes = 384 << 10;     // codes of a tile: second-level cache
+constexpr int64_t kTileBytes = 384 << 10;  // codes of a tile: second-level cache
 constexpr int64_t kTileRows = 192;
-constexpr int64_t kImagesBytes = 1 << 20;     // codes of the images that are worked on together
-constexpr int kMaxGroups = 16;
+constexpr int64_t kImagesBytes = 1 << 20;  // codes of the images that are worked on together
 
 struct TileMemory;
 struct ImageMemory;
@@ -27,28 +26,14 @@ struct ImageScales;
 
 // How one group's rows are made and multiplied.
 struct GroupPlan {
-  Segment segments[kMaxGroups + 1];
-  int segment_count = 0;
-  int64_t quads = 0, packed_quads = 0;
-  bool regular = true;             // the exponent of a channel is the same for all taps, and the order is the stable one
+  Layout layout;
+  bool regular;  // the exponent of a channel is the same for all taps, and the order is the stable one
   ConvRecord record;
-  std::vector<int32_t> channels;   // of the record
+  std::vector<int32_t> channels;  // of the record
 };
 
-GroupPlan plan_of(const ConvShape& s, const nf_weight& w, bool direct) {
-  GroupPlan p;
-  int shift = 0;
-  for (int32_t g = 0; g < w.groups; ++g, ++shift) {
-    const int64_t quads = ceil_div(w.sizes[g], 4);
-    if (quads == 0) continue;
-    p.segments[p.segment_count++] = {p.quads, p.quads + quads, p.quads == 0 ? 0 : shift};
-    p.quads += quads;
-    shift = 0;
-  }
-  if (shift > 1) p.segments[p.segment_count++] = {p.quads, p.quads, shift - 1};
-  p.packed_quads = round_up(p.quads, unit_of(w.bits));
-
-  // Channels of each exponent as the first tap has them; then see whether the order is the one that follows from it.
+// Channels sorted by the exponent that the first tap gives them, and where each exponent starts.
+std::vector<int32_t> sort_channels(const ConvShape& s, const nf_weight& w, int32_t* starts) {
   std::vector<int32_t> exponent(static_cast<size_t>(s.channels), 0);
   if (w.order) {
     int64_t position = 0;
@@ -57,19 +42,30 @@ GroupPlan plan_of(const ConvShape& s, const nf_weight& w, bool direct) {
         if (w.order[position] < s.channels) exponent[static_cast<size_t>(w.order[position])] = g;
   }
   std::vector<int32_t> sorted;
-  int32_t starts[kMaxGroups + 1] = {0};
   for (int32_t g = 0; g < w.groups; ++g) {
     for (int32_t c = 0; c < s.channels; ++c)
       if (exponent[static_cast<size_t>(c)] == g) sorted.push_back(c);
     starts[g + 1] = static_cast<int32_t>(sorted.size());
   }
+  return sorted;
+}
+
+// Whether the weight's order is the one that follows from these channels for every tap.
+bool is_regular(const ConvShape& s, const nf_weight& w, const std::vector<int32_t>& sorted, const int32_t* starts) {
   int64_t position = 0;
-  for (int32_t g = 0; g < w.groups && p.regular; ++g) {
-    p.regular = w.sizes[g] == (starts[g + 1] - starts[g]) * s.taps;
-    for (int64_t t = 0; t < s.taps && p.regular && w.order; ++t)
-      for (int32_t i = starts[g]; i < starts[g + 1] && p.regular; ++i, ++position)
-        p.regular = w.order[position] == t * s.channels + sorted[static_cast<size_t>(i)];
+  for (int32_t g = 0; g < w.groups; ++g) {
+    if (w.sizes[g] != (starts[g + 1] - starts[g]) * s.taps) return false;
+    for (int64_t t = 0; t < s.taps && w.order; ++t)
+      for (int32_t i = starts[g]; i < starts[g + 1]; ++i, ++position)
+        if (w.order[position] != t * s.channels + sorted[static_cast<size_t>(i)]) return false;
   }
+  return true;
+}
+
+GroupPlan plan_of(const ConvShape& s, const nf_weight& w, bool direct) {
+  int32_t starts[kMaxGroups + 1] = {0};
+  std::vector<int32_t> sorted = sort_channels(s, w, starts);
+  GroupPlan p{Layout(w), is_regular(s, w, sorted, starts), {}, {}};
   if (!p.regular) {
     for (int32_t c = 0; c < s.channels; ++c) sorted[static_cast<size_t>(c)] = c;
     starts[1] = static_cast<int32_t>(s.channels);
@@ -96,21 +92,29 @@ struct Products {
   const ConvCall& call;
   const ConvShape& s;
   const LinearKernels& kernels;
+  const bool direct;     // a tap, and rows are the image itself
+  const int64_t pixels;  // of an output image
   std::vector<GroupPlan> plans;
-  bool direct;
-  int64_t pixels;                 // of an output image
-  int64_t widest;                 // bytes of a row of any group
-  int64_t image_bytes;            // of all groups
-  int64_t images;                 // that are worked on together
-  int8_t* codes;                  // [group][image][hp][wp][record]
-  std::vector<int64_t> offsets;   // of the groups in `codes`
+  std::vector<ConvRecord> records;
+  int64_t widest;                // bytes of a row of any group
+  int64_t image_bytes;           // of all groups
+  int64_t images;                // that are worked on together
+  int8_t* codes;                 // [group][image][hp][wp][record]
+  std::vector<int64_t> offsets;  // of the groups in `codes`
   ConvImageCodes* scales;
 
-  explicit Products(const ConvCall& c) : call(c), s(c.shape), kernels(linear_kernels()) {}
+  explicit Products(const ConvCall& c)
+      : call(c),
+        s(c.shape),
+        kernels(active_kernels().linear),
+        direct(s.taps == 1 && s.sy == 1 && s.sx == 1 && s.pad_top == 0 && s.pad_left == 0 && s.hp == s.h &&
+               s.wp == s.w),
+        pixels(s.oh * s.ow) {}
 
   // The rows of output pixels first.. of a group: pixels run on from image to image.
-  void fill_rows(const GroupPlan& p, const int8_t* image, const nf_weight& w, int64_t first, int64_t rows, int8_t* to, int8_t* spare) const {
-    const int64_t width = p.quads * 4, record = p.record.size, line = s.wp * record, image_size = s.hp * line;
+  void fill_rows(const GroupPlan& p, const int8_t* image, const nf_weight& w, int64_t first, int64_t rows, int8_t* to,
+                 int8_t* spare) const {
+    const int64_t width = p.layout.width(), record = p.record.size, line = s.wp * record, image_size = s.hp * line;
     const bool run = p.record.part_count == 1 && s.dx == 1;  // the taps of a row lie side by side
     int64_t pixel = first % pixels, oy = pixel / s.ow, ox = pixel % s.ow;
     const int8_t* base = image + first / pixels * image_size;
@@ -124,14 +128,14 @@ struct Products {
           const ConvRecord::Part& part = p.record.parts[i];
           int8_t* begin = at;
           for (int64_t ky = 0; ky < s.kh; ++ky)
-            for (int64_t kx = 0; kx < s.kw; ++kx) at = copy(at, from + ky * s.dy * line + kx * s.dx * record + part.offset, part.size);
+            for (int64_t kx = 0; kx < s.kw; ++kx)
+              at = copy(at, from + ky * s.dy * line + kx * s.dx * record + part.offset, part.size);
           while ((at - begin) % 4 != 0) *at++ = 0;
         }
       }
       if (p.regular)
         while (at - to < width) *at++ = 0;
-      else
-        gather(w, spare, to);
+      else gather_row(w, spare, to);
       if (++ox == s.ow) {
         ox = 0;
         if (++oy == s.oh) {
@@ -142,47 +146,9 @@ struct Products {
     }
   }
 
-  static void gather(const nf_weight& w, const int8_t* from, int8_t* to) {
-    const int32_t* order = w.order;
-    for (int32_t g = 0; g < w.groups; ++g) {
-      int32_t i = 0;
-      for (; i < w.sizes[g]; ++i) *to++ = from[*order++];
-      for (; i % 4 != 0; ++i) *to++ = 0;
-    }
-  }
-
-  int32_t correction(const GroupPlan& p, int bits, const int8_t* a) const {
-    uint32_t sum = 0;
-    for (int i = 0; i < p.segment_count; ++i) {
-      const Segment& part = p.segments[i];
-      sum = (sum << part.shift) + static_cast<uint32_t>(kernels.row_sum(a + part.begin * 4, (part.end - part.begin) * 4));
-    }
-    return static_cast<int32_t>(sum << (bits - 1));
-  }
-
-  void multiply(const GroupPlan& p, const nf_weight& w, const int8_t* a, int64_t rows, int64_t panel, uint8_t* operands, int32_t* sums) const {
-    const uint8_t* packed = w.packed + panel * p.packed_quads * 8 * w.bits;
-    const bool is_unsigned = kernels.is_unsigned(w.bits);
-    for (int64_t begin = 0; begin < p.quads; begin += kChunk) {
-      const int64_t end = std::min(begin + kChunk, p.quads);
-      const uint8_t* chunk = packed + begin * kQuadBytes;
-      if (w.bits != 8 || !is_unsigned) {
-        kernels.unpack(w.bits, is_unsigned, packed, p.packed_quads, begin, std::min(begin + kChunk, p.packed_quads) - begin, operands);
-        chunk = operands;
-      }
-      for (int i = 0; i < p.segment_count; ++i) {
-        const Segment& part = p.segments[i];
-        const int64_t from = std::max(begin, part.begin), to = std::min(end, part.end);
-        const bool trailing = part.begin == part.end && end == p.quads;
-        if (from >= to && !trailing) continue;
-        kernels.multiply({a + from * 4, p.quads * 4, rows, chunk + (from - begin) * kQuadBytes, trailing ? 0 : to - from, w.bits,
-                          trailing || from == part.begin ? part.shift : 0, from == 0 && !trailing, sums, nullptr, kPanel});
-      }
-    }
-  }
-
   // Columns of a panel, a pixel a row, to planes of pixels.
-  void scatter(const float* tile, int64_t group, int64_t column, int columns, int64_t image0, int64_t first, int64_t rows) const {
+  void scatter(const float* tile, int64_t group, int64_t column, int columns, int64_t image0, int64_t first,
+               int64_t rows) const {
     while (rows > 0) {
       const int64_t image = first / pixels, pixel = first % pixels, n = std::min(rows, pixels - pixel);
       float* y = call.y + (((image0 + image) * s.groups + group) * s.outputs + column) * pixels + pixel;
@@ -201,13 +167,13 @@ struct Products {
   };
 
   static int64_t tile_bytes(int64_t rows, int64_t widest) {
-    return round_up(rows * widest + 64, 64) + round_up(widest + 64, 64) + kChunk * kQuadBytes + rows * (kPanel * 8 + 8) + 64;
+    return round_up(rows * widest + 64, 64) + round_up(widest + 64, 64) + kChunkBytes + rows * (kPanel * 8 + 8) + 64;
   }
 
   Tile tile_of(int8_t* memory, int64_t rows) const {
     Tile t;
     t.operands = reinterpret_cast<uint8_t*>(memory);
-    t.sums = reinterpret_cast<int32_t*>(memory + kChunk * kQuadBytes);
+    t.sums = reinterpret_cast<int32_t*>(memory + kChunkBytes);
     t.y = reinterpret_cast<float*>(t.sums + rows * kPanel);
     t.scales = t.y + rows * kPanel;
     t.corrections = reinterpret_cast<int32_t*>(t.scales + rows);
@@ -216,78 +182,87 @@ struct Products {
     return t;
   }
 
-  void task(const Tile& t, int64_t group, int64_t image0, int64_t first, int64_t rows, int64_t panel, int64_t last) const {
+  void task(const Tile& t, int64_t group, int64_t image0, int64_t first, int64_t rows, int64_t panel,
+            int64_t last) const {
     const GroupPlan& p = plans[static_cast<size_t>(group)];
     const nf_weight& w = call.weights[group];
     const int8_t* image = codes + offsets[static_cast<size_t>(group)];
     const int8_t* a = t.codes;
-    if (direct && p.regular)
-      a = image + first * p.record.size;
-    else
-      fill_rows(p, image, w, first, rows, t.codes, t.spare);
+    if (direct && p.regular) a = image + first * p.record.size;
+    else fill_rows(p, image, w, first, rows, t.codes, t.spare);
     const bool corrected = kernels.is_unsigned(w.bits);
+    const int64_t width = p.layout.width();
     for (int64_t r = 0; r < rows; ++r) {
-      if (corrected) t.corrections[r] = correction(p, w.bits, a + r * p.quads * 4);
+      if (corrected) t.corrections[r] = correction_of(kernels, p.layout, w.bits, a + r * width);
       t.scales[r] = scales[(first + r) / pixels].scale;
     }
     for (; panel < last; ++panel) {
       const int64_t column = panel * kPanel;
       const int columns = static_cast<int>(std::min<int64_t>(kPanel, s.outputs - column));
-      multiply(p, w, a, rows, panel, t.operands, t.sums);
+      multiply_panel(kernels, w, p.layout, panel, {a, width, rows, false, nullptr, 0}, t.operands, t.sums);
       kernels.finish({t.sums, corrected ? t.corrections : nullptr, rows, columns, t.scales, 1, w.scale + column,
                       w.bias ? w.bias + column : nullptr, nullptr, t.y, kPanel, call.epilogue});
       scatter(t.y, group, column, columns, image0, first, rows);
     }
   }
 
-  const char* run() {
-    direct = s.taps == 1 && s.sy == 1 && s.sx == 1 && s.pad_top == 0 && s.pad_left == 0 && s.hp == s.h && s.wp == s.w;
-    pixels = s.oh * s.ow;
+  // How the groups are laid out, and memory for the images that are worked on together.
+  bool plan() {
     widest = 0;
     image_bytes = 0;
     for (int64_t g = 0; g < s.groups; ++g) {
       plans.push_back(plan_of(s, call.weights[g], direct));
-      widest = std::max(widest, plans.back().quads * 4);
+      widest = std::max(widest, plans.back().layout.width());
       image_bytes += s.hp * s.wp * plans.back().record.size;
     }
     images = std::min(s.batch, std::max<int64_t>(1, kImagesBytes / image_bytes));
     int64_t total = 0;
-    for (const GroupPlan& p : plans) {
+    for (GroupPlan& p : plans) {
+      p.record.channels = p.channels.data();
+      records.push_back(p.record);
       offsets.push_back(total);
       total += round_up(images * s.hp * s.wp * p.record.size, 64);
     }
     codes = thread_scratch<ImageMemory>().of<int8_t>(total + 64);
     scales = thread_scratch<ImageScales>().of<ConvImageCodes>(images);
-    if (!codes || !scales) return kNoMemory;
-    std::vector<ConvRecord> records;
-    for (GroupPlan& p : plans) {
-      p.record.channels = p.channels.data();
-      records.push_back(p.record);
-    }
+    return codes && scales;
+  }
+
+  // Tiles of pixels of the images from image0 on by groups by parts of the panels.
+  bool multiply(int64_t image0, int64_t count) const {
     const int threads = thread_count(call.threads);
     const int64_t panels = ceil_div(s.outputs, kPanel);
+    const int64_t all = count * pixels, most = std::min(kTileRows, std::max<int64_t>(24, kTileBytes / widest));
+    int64_t tiles = ceil_div(all, most);
+    // Rows by 6 in the kernels, pixels by 4 where they are written.
+    const int64_t rows = round_up(ceil_div(all, tiles), 12);
+    tiles = ceil_div(all, rows);
+    const int64_t parts = threads == 1 ? 1 : std::min(panels, ceil_div(4 * threads, tiles * s.groups));
     std::atomic<bool> full{false};
+    parallel(call.threads, tiles * s.groups * parts, [&](int64_t i) {
+      int8_t* memory = thread_scratch<TileMemory>().of<int8_t>(tile_bytes(rows, widest));
+      if (!memory) {
+        full = true;
+        return;
+      }
+      const int64_t tile = i % tiles, group = i / tiles % s.groups, part = i / tiles / s.groups;
+      task(tile_of(memory, rows), group, image0, tile * rows, std::min(rows, all - tile * rows), panels * part / parts,
+           panels * (part + 1) / parts);
+    });
+    return !full;
+  }
+
+  const char* run() {
+    if (!plan()) return kNoMemory;
+    bool starved = false;
     for (int64_t image0 = 0; image0 < s.batch; image0 += images) {
       const int64_t count = std::min(images, s.batch - image0);
       conv_image_codes(call, image0, count, scales);
-      if (const char* wrong = conv_fill_images(call, records.data(), offsets.data(), image0, count, scales, codes)) return wrong;
-      const int64_t all = count * pixels, most = std::min(kTileRows, std::max<int64_t>(24, kTileBytes / widest));
-      int64_t tiles = ceil_div(all, most);
-      const int64_t rows = round_up(ceil_div(all, tiles), 12);  // rows by 6 in the kernels, pixels by 4 where they are written
-      tiles = ceil_div(all, rows);
-      const int64_t parts = threads == 1 ? 1 : std::min(panels, ceil_div(4 * threads, tiles * s.groups));
-      parallel(call.threads, tiles * s.groups * parts, [&](int64_t i) {
-        int8_t* memory = thread_scratch<TileMemory>().of<int8_t>(tile_bytes(rows, widest));
-        if (!memory) {
-          full = true;
-          return;
-        }
-        const int64_t tile = i % tiles, group = i / tiles % s.groups, part = i / tiles / s.groups;
-        task(tile_of(memory, rows), group, image0, tile * rows, std::min(rows, all - tile * rows), panels * part / parts,
-             panels * (part + 1) / parts);
-      });
+      if (const char* wrong = conv_fill_images(call, records.data(), offsets.data(), image0, count, scales, codes))
+        return wrong;
+      starved = !multiply(image0, count) || starved;
     }
-    return full ? kNoMemory : nullptr;
+    return starved ? kNoMemory : nullptr;
   }
 };
 

@@ -52,9 +52,10 @@ inline void transpose_16x16(const int8_t* const* rows, int64_t at, int8_t* to, i
 }
 #endif
 
-// to[pixel][position] = from[channels[position] · step + pixel], or 0 where that is -1. Up to 15 bytes after a row may be read.
-inline void transpose_bytes(const int8_t* from, const int8_t* zeros, int64_t step, const int32_t* channels, int64_t size, int64_t pixels,
-                            int8_t* to) {
+// to[pixel][position] = from[channels[position] · step + pixel], or 0 where that is -1. Up to 15 bytes after a row may
+// be read.
+inline void transpose_bytes(const int8_t* from, const int8_t* zeros, int64_t step, const int32_t* channels,
+                            int64_t size, int64_t pixels, int8_t* to) {
   const int8_t* rows[16];
   int64_t p = 0;
 #if defined(__x86_64__)
@@ -75,7 +76,8 @@ inline void transpose_bytes(const int8_t* from, const int8_t* zeros, int64_t ste
       uint64_t block[8];
       for (int i = 0; i < 8; ++i) std::memcpy(&block[i], rows[i] + x, 8);
       transpose_8x8(block);
-      for (int64_t i = 0; i < 8 && x + i < pixels; ++i) std::memcpy(to + (x + i) * size + p, &block[i], static_cast<size_t>(n));
+      for (int64_t i = 0; i < 8 && x + i < pixels; ++i)
+        std::memcpy(to + (x + i) * size + p, &block[i], static_cast<size_t>(n));
     }
   }
 }
@@ -89,13 +91,17 @@ inline void transpose_columns(const float* from, int64_t pitch, int64_t rows, in
       const float* f = from + r * pitch + c;
       float* t = to + c * stride + r;
 #if defined(__x86_64__)
-      __m128 v[4] = {_mm_loadu_ps(f), _mm_loadu_ps(f + pitch), _mm_loadu_ps(f + 2 * pitch), _mm_loadu_ps(f + 3 * pitch)};
+      __m128 v[4] = {_mm_loadu_ps(f), _mm_loadu_ps(f + pitch), _mm_loadu_ps(f + 2 * pitch),
+                     _mm_loadu_ps(f + 3 * pitch)};
       _MM_TRANSPOSE4_PS(v[0], v[1], v[2], v[3]);
       for (int i = 0; i < 4 && c + i < columns; ++i) _mm_storeu_ps(t + i * stride, v[i]);
 #else
-      const float32x4x2_t a = vtrnq_f32(vld1q_f32(f), vld1q_f32(f + pitch)), b = vtrnq_f32(vld1q_f32(f + 2 * pitch), vld1q_f32(f + 3 * pitch));
-      const float32x4_t v[4] = {vcombine_f32(vget_low_f32(a.val[0]), vget_low_f32(b.val[0])), vcombine_f32(vget_low_f32(a.val[1]), vget_low_f32(b.val[1])),
-                                vcombine_f32(vget_high_f32(a.val[0]), vget_high_f32(b.val[0])), vcombine_f32(vget_high_f32(a.val[1]), vget_high_f32(b.val[1]))};
+      const float32x4x2_t a = vtrnq_f32(vld1q_f32(f), vld1q_f32(f + pitch)),
+                          b = vtrnq_f32(vld1q_f32(f + 2 * pitch), vld1q_f32(f + 3 * pitch));
+      const float32x4_t v[4] = {vcombine_f32(vget_low_f32(a.val[0]), vget_low_f32(b.val[0])),
+                                vcombine_f32(vget_low_f32(a.val[1]), vget_low_f32(b.val[1])),
+                                vcombine_f32(vget_high_f32(a.val[0]), vget_high_f32(b.val[0])),
+                                vcombine_f32(vget_high_f32(a.val[1]), vget_high_f32(b.val[1]))};
       for (int i = 0; i < 4 && c + i < columns; ++i) vst1q_f32(t + i * stride, v[i]);
 #endif
     }

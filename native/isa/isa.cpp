@@ -5,115 +5,125 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "normfuse.h"
+
 #if defined(__aarch64__) && defined(__linux__)
 #include <sys/auxv.h>
 #endif
 #if defined(__aarch64__) && defined(__APPLE__)
 #include <sys/sysctl.h>
 #endif
-#if defined(__x86_64__) || defined(__i386__)
+#if defined(__x86_64__)
 #include <cpuid.h>
 #endif
 
 namespace nf {
 namespace {
 
-struct Entry {
-  Isa isa;
-  const char* name;
-};
-constexpr Entry kEntries[] = {
-    {Isa::Avx512, "avx512vnni"}, {Isa::AvxVnni, "avxvnni"}, {Isa::Avx2, "avx2"}, {Isa::Neon, "neondot"}, {Isa::Scalar, "scalar"}};
-
-#if defined(__x86_64__) || defined(__i386__)
-// No name for it in __builtin_cpu_supports of GCC 12 and Clang 14. That the system saves the registers is what "avx2" has asked.
-[[maybe_unused]] bool has_avx_vnni() {
-  unsigned a = 0, b = 0, c = 0, d = 0;
-  return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
-}
-#endif
-
-bool has(Isa isa) {
-  switch (isa) {
-    case Isa::Scalar:
-      return true;
-#if defined(__x86_64__) || defined(__i386__)
-    case Isa::Avx2:
-      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    case Isa::AvxVnni:
-#if !NF_HAS_AVXVNNI
-      return false;
-#elif defined(NORMFUSE_SIMDE)
-      return has(Isa::Avx2);
-#else
-      return has(Isa::Avx2) && has_avx_vnni();
-#endif
-    case Isa::Avx512:
 #if defined(NORMFUSE_SIMDE)
-      return true;
+constexpr bool kEmulated = true;
 #else
-      return has(Isa::Avx2) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
+constexpr bool kEmulated = false;
 #endif
-#elif defined(__aarch64__)
-    case Isa::Neon:
-#if defined(__linux__)
-      return getauxval(AT_HWCAP) >> 20 & 1;  // HWCAP_ASIMDDP
-#elif defined(__APPLE__)
-    {
-      int value = 0;
-      size_t size = sizeof value;
-      return sysctlbyname("hw.optional.arm.FEAT_DotProd", &value, &size, nullptr, 0) == 0 && value;
-    }
-#else
-      return false;
-#endif
-#endif
-    default:
-      return false;
-  }
+
+struct InstructionSet {
+  const char* name;
+  const Kernels* kernels;  // nullptr: not of this target
+  bool (*there)();         // on this machine
+  bool asked = false;      // for tests that ask for it: never chosen as the best
+};
+
+#if defined(__x86_64__)
+bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+
+// No name for it in __builtin_cpu_supports of GCC 12 and Clang 14. That the system saves the registers is what "avx2"
+// has asked.
+bool has_avxvnni() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return has_avx2() && (kEmulated || (__get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1)));
 }
 
-const Entry* named(const char* name) {
-  for (const Entry& e : kEntries)
-    if (std::strcmp(e.name, name) == 0) return &e;
+bool has_avx512() {
+  return kEmulated || (has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+                       __builtin_cpu_supports("avx512vnni"));
+}
+
+constexpr const Kernels *kAvx512 = &avx512::kernels, *kAvx2 = &avx2::kernels, *kNeon = nullptr;
+#if NF_HAS_AVXVNNI
+constexpr const Kernels* kAvxVnni = &avx2::kernels_vnni;
+#else
+constexpr const Kernels* kAvxVnni = nullptr;
+#endif
+#else
+constexpr bool (*has_avx2)() = nullptr, (*has_avxvnni)() = nullptr, (*has_avx512)() = nullptr;
+constexpr const Kernels *kAvx512 = nullptr, *kAvxVnni = nullptr, *kAvx2 = nullptr;
+#if defined(__aarch64__)
+constexpr const Kernels* kNeon = &neon::kernels;
+#else
+constexpr const Kernels* kNeon = nullptr;
+#endif
+#endif
+
+bool has_neon() {
+#if defined(__aarch64__) && defined(__linux__)
+  return getauxval(AT_HWCAP) >> 20 & 1;  // HWCAP_ASIMDDP
+#elif defined(__aarch64__) && defined(__APPLE__)
+  int value = 0;
+  size_t size = sizeof value;
+  return sysctlbyname("hw.optional.arm.FEAT_DotProd", &value, &size, nullptr, 0) == 0 && value;
+#else
+  return false;
+#endif
+}
+
+// Best first.
+constexpr InstructionSet kSets[] = {{"avx512vnni", kAvx512, has_avx512, kEmulated},
+                                    {"avxvnni", kAvxVnni, has_avxvnni, kEmulated},
+                                    {"avx2", kAvx2, has_avx2},
+                                    {"neondot", kNeon, has_neon},
+                                    {"scalar", &scalar::kernels, [] { return true; }}};
+
+bool has(const InstructionSet& s) { return s.kernels && s.there(); }
+
+const InstructionSet* named(const char* name) {
+  for (const InstructionSet& s : kSets)
+    if (std::strcmp(s.name, name) == 0) return &s;
   return nullptr;
 }
 
-Isa best() {
+const InstructionSet& best() {
   if (const char* wanted = std::getenv("NORMFUSE_ISA")) {
-    const Entry* e = named(wanted);
-    if (e && has(e->isa)) return e->isa;
+    const InstructionSet* s = named(wanted);
+    if (s && has(*s)) return *s;
   }
-  for (const Entry& e : kEntries) {
-#if defined(NORMFUSE_SIMDE)
-    if (e.isa == Isa::Avx512 || e.isa == Isa::AvxVnni) continue;  // emulated: for tests that ask for it
-#endif
-    if (has(e.isa)) return e.isa;
-  }
-  return Isa::Scalar;
+  const InstructionSet* s = kSets;
+  while (s->asked || !has(*s)) ++s;  // the last one is always there
+  return *s;
 }
 
-std::atomic<int> forced{-1};
+std::atomic<const InstructionSet*> forced{nullptr};
+
+const InstructionSet& active() {
+  static const InstructionSet& found = best();
+  const InstructionSet* f = forced.load(std::memory_order_relaxed);
+  return f ? *f : found;
+}
 
 struct Available {
   char text[96] = "";
   Available() {
-    for (const Entry& e : kEntries) {
-      if (!has(e.isa)) continue;
+    for (const InstructionSet& s : kSets) {
+      if (!has(s)) continue;
       if (text[0]) std::strcat(text, " ");
-      std::strcat(text, e.name);
+      std::strcat(text, s.name);
     }
   }
 };
 
 }  // namespace
 
-Isa active_isa() {
-  static const Isa found = best();
-  const int f = forced.load(std::memory_order_relaxed);
-  return f < 0 ? found : static_cast<Isa>(f);
-}
+const Kernels& active_kernels() { return *active().kernels; }
 
 }  // namespace nf
 
@@ -122,20 +132,17 @@ NF_EXPORT const char* nf_isa_available() {
   return available.text;
 }
 
-NF_EXPORT const char* nf_isa() {
-  for (const nf::Entry& e : nf::kEntries)
-    if (e.isa == nf::active_isa()) return e.name;
-  return "scalar";
-}
+NF_EXPORT const char* nf_isa() { return nf::active().name; }
 
 NF_EXPORT const char* nf_force_isa(const char* name) {
   if (!name) {
-    nf::forced.store(-1);
+    nf::forced.store(nullptr);
     return nullptr;
   }
-  const nf::Entry* e = nf::named(name);
-  if (!e) return "nf_force_isa: no instruction set of this name; nf_isa_available() lists them";
-  if (!nf::has(e->isa)) return "nf_force_isa: this machine does not have that instruction set; nf_isa_available() lists what it has";
-  nf::forced.store(static_cast<int>(e->isa));
+  const nf::InstructionSet* s = nf::named(name);
+  if (!s) return "nf_force_isa: no instruction set of this name; nf_isa_available() lists them";
+  if (!nf::has(*s))
+    return "nf_force_isa: this machine does not have that instruction set; nf_isa_available() lists what it has";
+  nf::forced.store(s);
   return nullptr;
 }

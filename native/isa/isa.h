@@ -1,6 +1,5 @@
-// Which instruction sets the kernels are written for, and which one runs now.
+// The instruction sets: what each has of every family of kernels, and which one runs now.
 #pragma once
-#include "normfuse.h"
 
 // Compilers as old as these come with assemblers that do not know vpdpbusd without AVX-512 (binutils before 2.36).
 #if !defined(__x86_64__)
@@ -13,14 +12,45 @@
 
 namespace nf {
 
-// Best last. AvxVnni is Avx2 for everything but the int8 products.
-enum class Isa : int { Scalar = 0, Neon = 1, Avx2 = 2, AvxVnni = 3, Avx512 = 4 };
+struct AttendKernels;
+struct ConvKernels;
+struct LinearKernels;
+struct NormKernels;
+struct SoftmaxKernels;
 
-Isa active_isa();
+// Of one instruction set. The header of a family says what its kernels do.
+struct Kernels {
+  const LinearKernels& linear;
+  const AttendKernels& attention;
+  const ConvKernels& conv;
+  const NormKernels& norm;
+  const SoftmaxKernels& softmax;
+};
 
-// What a table of kernels is chosen by: of AVX-512, AVX2 and NEON only one or none fits a machine.
-inline bool runs_avx512() { return active_isa() == Isa::Avx512; }
-inline bool runs_avx2() { return active_isa() == Isa::Avx2 || active_isa() == Isa::AvxVnni; }
-inline bool runs_neon() { return active_isa() == Isa::Neon; }
+// Each is defined where the target has the instruction set. `linear` and `attention` have a source file each in their
+// rooms; the other families are made of the vectors alone, and put together by families.inc.
+namespace scalar {
+extern const LinearKernels linear;
+extern const AttendKernels attention;
+extern const Kernels kernels;
+}  // namespace scalar
+namespace neon {
+extern const LinearKernels linear;
+extern const AttendKernels attention;
+extern const Kernels kernels;
+}  // namespace neon
+namespace avx2 {
+extern const LinearKernels linear, linear_vnni;
+extern const AttendKernels attention;
+extern const Kernels kernels, kernels_vnni;  // AVX-VNNI is AVX2 for everything but the products
+}  // namespace avx2
+namespace avx512 {
+extern const LinearKernels linear;
+extern const AttendKernels attention;
+extern const Kernels kernels;
+}  // namespace avx512
+
+// Those of the set that runs now.
+const Kernels& active_kernels();
 
 }  // namespace nf

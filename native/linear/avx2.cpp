@@ -1,24 +1,26 @@
-// Integer products of AVX2. vpmaddubsw multiplies unsigned weights u = C + 2^(bits-1) with signed activations and adds pairs into 16
-// bits: 2 (2^bits - 1) 127. As many of these as 16 bits hold are added before vpmaddwd widens them; nothing ever saturates.
+// Integer products of AVX2. vpmaddubsw multiplies unsigned weights u = C + 2^(bits-1) with signed activations and adds
+// pairs into 16 bits: 2 (2^bits - 1) 127. As many of these as 16 bits hold are added before vpmaddwd widens them;
+// nothing ever saturates.
 #include "linear/linear.h"
+
+#include "isa/isa.h"
 
 #define NF_AVX2
 #include "simd/simd.h"
 
 #if NF_BUILT
-#include "linear/avx2_ops.h"
 #include "linear/avx2_direct.h"
+#include "linear/avx2_ops.h"
 #include "linear/finish.h"
 #include "linear/tile.h"
-#include "simd/quantize.h"
 #include "linear/unpack.h"
+#include "simd/quantize.h"
 
-namespace nf {
-namespace avx2 {
+namespace nf::avx2 {
 namespace {
 
 template <int R>
-NF_INLINE void begin_sums(const Stretch& s, int32_t* sums) {
+NF_INLINE inline void begin_sums(const Stretch& s, int32_t* sums) {
   if (s.first) {
     for (int i = 0; i < 2 * R; ++i) store(sums + 8 * i, _mm256_setzero_si256());
   } else if (s.shift) {
@@ -56,7 +58,8 @@ struct Narrow {
       for (int q = 1; q < (Whole ? Span : quads); ++q) quad<R>(p, a, at + q * 4, w + q * kQuadBytes);
     }
     const __m256i ones = _mm256_set1_epi16(1);
-    NF_UNROLL for (int i = 0; i < 2 * R; ++i) store(sums + 8 * i, _mm256_add_epi32(load(sums + 8 * i), _mm256_madd_epi16(p[i], ones)));
+    NF_UNROLL for (int i = 0; i < 2 * R; ++i)
+        store(sums + 8 * i, _mm256_add_epi32(load(sums + 8 * i), _mm256_madd_epi16(p[i], ones)));
   }
 
   template <int R>
@@ -88,8 +91,10 @@ struct Wide {
       const __m256i w0 = load(w), w1 = load(w + 32);
       NF_UNROLL for (int r = 0; r < R; ++r) {
         const __m256i b = four(a[r] + q * 4), m = _mm256_abs_epi8(b);
-        c[2 * r] = _mm256_add_epi32(c[2 * r], _mm256_madd_epi16(_mm256_maddubs_epi16(m, _mm256_sign_epi8(w0, b)), ones));
-        c[2 * r + 1] = _mm256_add_epi32(c[2 * r + 1], _mm256_madd_epi16(_mm256_maddubs_epi16(m, _mm256_sign_epi8(w1, b)), ones));
+        c[2 * r] =
+            _mm256_add_epi32(c[2 * r], _mm256_madd_epi16(_mm256_maddubs_epi16(m, _mm256_sign_epi8(w0, b)), ones));
+        c[2 * r + 1] =
+            _mm256_add_epi32(c[2 * r + 1], _mm256_madd_epi16(_mm256_maddubs_epi16(m, _mm256_sign_epi8(w1, b)), ones));
       }
     }
     NF_UNROLL for (int i = 0; i < 2 * R; ++i) store(sums + 8 * i, c[i]);
@@ -110,7 +115,8 @@ struct Pairs {
     for (int64_t at = 0; at < s.quads * 8; at += 8, w += 2 * kQuadBytes) {
       NF_UNROLL for (int pair = 0; pair < 2; ++pair) {
         const __m256i w0 = load(w + pair * kQuadBytes), w1 = load(w + pair * kQuadBytes + 32);
-        NF_UNROLL for (int r = 0; r < R; ++r) accumulate_pairs(c[2 * r], c[2 * r + 1], w0, w1, four(a[r] + at + pair * 4));
+        NF_UNROLL for (int r = 0; r < R; ++r)
+            accumulate_pairs(c[2 * r], c[2 * r + 1], w0, w1, four(a[r] + at + pair * 4));
       }
     }
     NF_UNROLL for (int i = 0; i < 2 * R; ++i) store(sums + 8 * i, c[i]);
@@ -122,7 +128,8 @@ void multiply_pairs(const Stretch& s) { multiply_rows<Pairs>(s); }
 // A quad becomes its first two channels of every column, then the other two.
 void unpack_pairs(const uint8_t* panel, int64_t first, int64_t count, uint8_t* out) {
   const __m256i top = _mm256_set1_epi8(-128);
-  const __m256i order = _mm256_set_epi8(15, 13, 14, 12, 11, 9, 10, 8, 7, 5, 6, 4, 3, 1, 2, 0, 15, 13, 14, 12, 11, 9, 10, 8, 7, 5, 6, 4, 3, 1, 2, 0);
+  const __m256i order = _mm256_set_epi8(15, 13, 14, 12, 11, 9, 10, 8, 7, 5, 6, 4, 3, 1, 2, 0, 15, 13, 14, 12, 11, 9, 10,
+                                        8, 7, 5, 6, 4, 3, 1, 2, 0);
   const uint8_t* from = panel + first * kQuadBytes;
   for (int64_t q = 0; q < count; ++q, from += kQuadBytes, out += 2 * kQuadBytes) {
     for (int half = 0; half < 64; half += 32) {
@@ -135,34 +142,25 @@ void unpack_pairs(const uint8_t* panel, int64_t first, int64_t count, uint8_t* o
 
 void multiply(const Stretch& s) {
   switch (s.bits) {
-    case 2:
-      return multiply_rows<Narrow<32>>(s);
-    case 3:
-      return multiply_rows<Narrow<16>>(s);
-    case 4:
-      return multiply_rows<Narrow<8>>(s);
-    case 5:
-      return multiply_rows<Narrow<4>>(s);
-    case 6:
-      return multiply_rows<Narrow<2>>(s);
-    case 7:
-      return multiply_rows<Narrow<1>>(s);
-    default:
-      return multiply_rows<Wide>(s);
+    case 2: return multiply_rows<Narrow<32>>(s);
+    case 3: return multiply_rows<Narrow<16>>(s);
+    case 4: return multiply_rows<Narrow<8>>(s);
+    case 5: return multiply_rows<Narrow<4>>(s);
+    case 6: return multiply_rows<Narrow<2>>(s);
+    case 7: return multiply_rows<Narrow<1>>(s);
+    default: return multiply_rows<Wide>(s);
   }
 }
 
 bool is_unsigned(int bits) { return bits < 8; }
 
 }  // namespace
-}  // namespace avx2
 
 constexpr int kDirectRows = 4;
 
-const LinearKernels linear_avx2 = {avx2::is_unsigned, kDirectRows, avx2::unpack, avx2::multiply, avx2::direct,
-                                   avx2::finish, avx2::row_sum, avx2::quantize_row, avx2::quantize_static,
-                                   avx2::unpack_pairs, avx2::multiply_pairs};
+const LinearKernels linear = {is_unsigned, kDirectRows,  unpack,          multiply,     direct,        finish,
+                              row_sum,     quantize_row, quantize_static, unpack_pairs, multiply_pairs};
 
-}  // namespace nf
+}  // namespace nf::avx2
 #endif
 #include "simd/end.h"

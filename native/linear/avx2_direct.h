@@ -1,14 +1,15 @@
-// Few rows (decoding): the packed panel is read once, where it lies, and its codes go from the planes to registers. Reading the weights
-// is then what takes the time, so that fewer bits are faster.
+// Few rows (decoding): the packed panel is read once, where it lies, and its codes go from the planes to registers.
+// Reading the weights is then what takes the time, so that fewer bits are faster.
 #pragma once
+#include "linear/avx2_ops.h"
 #include "linear/tile.h"
 #include "linear/unpack.h"
 
 namespace nf::NF_ARCH {
 
 constexpr int kUnit = 8;  // quads after which every plane ends at a whole block
-// How far ahead weights are asked for. A panel is the next one's neighbour, so that this is right across panels as well; the processor's own
-// prefetching stops at every page.
+// How far ahead weights are asked for. A panel is the next one's neighbour, so that this is right across panels as
+// well; the processor's own prefetching stops at every page.
 constexpr int64_t kAhead = 1024;
 
 // Where the planes of a panel begin.
@@ -24,7 +25,8 @@ struct Planes {
   NF_INLINE __m256i quad(int64_t q, int half) const {
     Words x = {};
     if constexpr (Bits & 4) x = words(four + q / 2 * kQuadBytes + half) >> (4 * (q % 2)) & 15 * kEveryByte;
-    if constexpr (Bits & 2) x |= (words(two + q / 4 * kQuadBytes + half) >> (2 * (q % 4)) & 3 * kEveryByte) << (Bits & 4);
+    if constexpr (Bits & 2)
+      x |= (words(two + q / 4 * kQuadBytes + half) >> (2 * (q % 4)) & 3 * kEveryByte) << (Bits & 4);
     if constexpr (Bits & 1) x |= (words(one + q / 8 * kQuadBytes + half) >> (q % 8) & kEveryByte) << (Bits & 6);
     return reinterpret_cast<__m256i>(x);
   }
@@ -125,11 +127,14 @@ inline void direct_bytes(const Direct& d, const int8_t* first, int32_t* sums) {
     NF_UNROLL for (int i = 0; i < 2 * R; ++i) c[i] = _mm256_sll_epi32(c[i], by);
     for (int64_t q = d.segments[g].begin; q < d.segments[g].end; ++q) {
       __builtin_prefetch(d.panel + q * kQuadBytes + kAhead);
-      const __m256i w0 = _mm256_xor_si256(load(d.panel + q * kQuadBytes), top), w1 = _mm256_xor_si256(load(d.panel + q * kQuadBytes + 32), top);
+      const __m256i w0 = _mm256_xor_si256(load(d.panel + q * kQuadBytes), top),
+                    w1 = _mm256_xor_si256(load(d.panel + q * kQuadBytes + 32), top);
       NF_UNROLL for (int r = 0; r < R; ++r) {
         const __m256i b = four(first + r * d.a_stride + q * 4), m = _mm256_abs_epi8(b);
-        c[2 * r] = _mm256_add_epi32(c[2 * r], _mm256_madd_epi16(_mm256_maddubs_epi16(m, _mm256_sign_epi8(w0, b)), ones));
-        c[2 * r + 1] = _mm256_add_epi32(c[2 * r + 1], _mm256_madd_epi16(_mm256_maddubs_epi16(m, _mm256_sign_epi8(w1, b)), ones));
+        c[2 * r] =
+            _mm256_add_epi32(c[2 * r], _mm256_madd_epi16(_mm256_maddubs_epi16(m, _mm256_sign_epi8(w0, b)), ones));
+        c[2 * r + 1] =
+            _mm256_add_epi32(c[2 * r + 1], _mm256_madd_epi16(_mm256_maddubs_epi16(m, _mm256_sign_epi8(w1, b)), ones));
       }
     }
   }
@@ -155,20 +160,13 @@ inline void direct_as(const Direct& d) {
 
 inline void direct(const Direct& d) {
   switch (d.bits) {
-    case 2:
-      return direct_as<2, 4>(d);
-    case 3:
-      return direct_as<3, 4>(d);
-    case 4:
-      return direct_as<4, 4>(d);
-    case 5:
-      return direct_as<5, 4>(d);
-    case 6:
-      return direct_as<6, 4>(d);
-    case 7:
-      return direct_as<7, 4>(d);
-    default:
-      return direct_as<8, 4>(d);
+    case 2: return direct_as<2, 4>(d);
+    case 3: return direct_as<3, 4>(d);
+    case 4: return direct_as<4, 4>(d);
+    case 5: return direct_as<5, 4>(d);
+    case 6: return direct_as<6, 4>(d);
+    case 7: return direct_as<7, 4>(d);
+    default: return direct_as<8, 4>(d);
   }
 }
 

@@ -4,17 +4,17 @@
 
 namespace nf::NF_ARCH {
 
-NF_INLINE __m256i load(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
-NF_INLINE void store(void* p, __m256i v) { _mm256_storeu_si256(static_cast<__m256i*>(p), v); }
-NF_INLINE __m256i four(const int8_t* p) {
+NF_INLINE inline __m256i load(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+NF_INLINE inline void store(void* p, __m256i v) { _mm256_storeu_si256(static_cast<__m256i*>(p), v); }
+NF_INLINE inline __m256i four(const int8_t* p) {
   int32_t x;
   std::memcpy(&x, p, 4);
   return _mm256_set1_epi32(x);
 }
 
-// p += w b and q += v b in 16 bits; b is used up. Left to themselves, compilers reorder the sums of a tile until they no longer fit
-// the registers.
-NF_INLINE void accumulate(__m256i& p, __m256i& q, __m256i w, __m256i v, __m256i b) {
+// p += w b and q += v b in 16 bits; b is used up. Left to themselves, compilers reorder the sums of a tile until they
+// no longer fit the registers.
+NF_INLINE inline void accumulate(__m256i& p, __m256i& q, __m256i w, __m256i v, __m256i b) {
   __m256i x;
   asm volatile(
       "vpmaddubsw %[b], %[w], %[x]\n\tvpmaddubsw %[b], %[v], %[b]\n\tvpaddw %[x], %[p], %[p]\n\tvpaddw %[b], %[q], %[q]"
@@ -22,13 +22,15 @@ NF_INLINE void accumulate(__m256i& p, __m256i& q, __m256i w, __m256i v, __m256i 
       : [w] "x"(w), [v] "x"(v));
 }
 // The same of pairs of 16 bits, in 32.
-NF_INLINE void accumulate_pairs(__m256i& p, __m256i& q, __m256i w, __m256i v, __m256i b) {
+NF_INLINE inline void accumulate_pairs(__m256i& p, __m256i& q, __m256i w, __m256i v, __m256i b) {
   __m256i x;
   asm volatile(
       "vpmaddwd %[b], %[w], %[x]\n\tvpmaddwd %[b], %[v], %[b]\n\tvpaddd %[x], %[p], %[p]\n\tvpaddd %[b], %[q], %[q]"
       : [p] "+x"(p), [q] "+x"(q), [x] "=&x"(x), [b] "+x"(b)
       : [w] "x"(w), [v] "x"(v));
 }
-NF_INLINE void multiply_only(__m256i& p, __m256i w, __m256i b) { asm volatile("vpmaddubsw %2, %1, %0" : "=x"(p) : "x"(w), "x"(b)); }
+NF_INLINE inline void multiply_only(__m256i& p, __m256i w, __m256i b) {
+  asm volatile("vpmaddubsw %2, %1, %0" : "=x"(p) : "x"(w), "x"(b));
+}
 
 }  // namespace nf::NF_ARCH

@@ -1,17 +1,18 @@
 // Integer products of AVX-512 VNNI: vpdpbusd on 512 bits, unsigned weights u = C + 2^(bits-1) of any number of bits.
 #include "linear/linear.h"
 
+#include "isa/isa.h"
+
 #define NF_AVX512
 #include "simd/simd.h"
 
 #if NF_BUILT
 #include "linear/dot.h"
 #include "linear/finish.h"
-#include "simd/quantize.h"
 #include "linear/unpack.h"
+#include "simd/quantize.h"
 
-namespace nf {
-namespace avx512 {
+namespace nf::avx512 {
 namespace {
 
 typedef int32_t Unaligned __attribute__((may_alias, aligned(1)));
@@ -42,11 +43,10 @@ void multiply(const Stretch& s) { multiply_rows<DotTile<Vnni512>>(s); }
 bool yes(int) { return true; }
 
 }  // namespace
-}  // namespace avx512
 
-const LinearKernels linear_avx512 = {avx512::yes, 0, avx512::unpack, avx512::multiply, nullptr,
-                                     avx512::finish, avx512::row_sum, avx512::quantize_row, avx512::quantize_static, nullptr, nullptr};
+const LinearKernels linear = {
+    yes, 0, unpack, multiply, nullptr, finish, row_sum, quantize_row, quantize_static, nullptr, nullptr};
 
-}  // namespace nf
+}  // namespace nf::avx512
 #endif
 #include "simd/end.h"

@@ -1,14 +1,18 @@
 // Integer products of AVX-VNNI: vpdpbusd on 256 bits (processors without AVX-512 that have it). All else is AVX2.
 #include "linear/linear.h"
 
+#include "isa/isa.h"
+
 #define NF_AVX2
 #include "simd/simd.h"
 
 #if NF_BUILT && NF_HAS_AVXVNNI
 #include "linear/dot.h"
+#include "linear/finish.h"
+#include "linear/unpack.h"
+#include "simd/quantize.h"
 
-namespace nf {
-namespace avx2 {
+namespace nf::avx2 {
 namespace {
 
 struct Vnni256 {
@@ -29,7 +33,8 @@ struct Vnni256 {
 #if defined(NORMFUSE_SIMDE)
       // The same sums of AVX2 on 16 bits, for tests on machines without the instruction.
       const __m256i low = _mm256_set1_epi16(255), ones = _mm256_set1_epi16(1);
-      const __m256i even = _mm256_mullo_epi16(_mm256_and_si256(w[v], low), _mm256_srai_epi16(_mm256_slli_epi16(b, 8), 8));
+      const __m256i even =
+          _mm256_mullo_epi16(_mm256_and_si256(w[v], low), _mm256_srai_epi16(_mm256_slli_epi16(b, 8), 8));
       const __m256i odd = _mm256_mullo_epi16(_mm256_srli_epi16(w[v], 8), _mm256_srai_epi16(b, 8));
       c[v] = add(c[v], add(_mm256_madd_epi16(even, ones), _mm256_madd_epi16(odd, ones)));
 #else
@@ -43,11 +48,10 @@ void multiply(const Stretch& s) { multiply_rows<DotTile<Vnni256>>(s); }
 bool yes(int) { return true; }
 
 }  // namespace
-}  // namespace avx2
 
-const LinearKernels linear_avxvnni = {avx2::yes, 0, linear_avx2.unpack, avx2::multiply, nullptr,
-                                      linear_avx2.finish, linear_avx2.row_sum, linear_avx2.quantize_row, linear_avx2.quantize_static, nullptr, nullptr};
+const LinearKernels linear_vnni = {
+    yes, 0, unpack, multiply, nullptr, finish, row_sum, quantize_row, quantize_static, nullptr, nullptr};
 
-}  // namespace nf
+}  // namespace nf::avx2
 #endif
 #include "simd/end.h"

@@ -1,6 +1,6 @@
 // Tiles of the instruction sets that multiply four int8 pairs and add them to an int32 in one instruction. Op gives
-//   Vector, kVectors (of a quad of a panel), kRows, zero(), load(int32_t*), store(int32_t*, v), add(a, b), shift(v, by),
-//   operand(w): a vector of weights;  dot(sum, operand, a): the quad at a, the same for every column.
+//   Vector, kVectors (of a quad of a panel), kRows, zero(), load(int32_t*), store(int32_t*, v), add(a, b), shift(v,
+//   by), operand(w): a vector of weights;  dot(sum, operand, a): the quad at a, the same for every column.
 #pragma once
 #include "linear/tile.h"
 
@@ -23,7 +23,8 @@ struct DotTile {
     const int8_t* a = first;
     int64_t q = 0;
     for (; q + 4 <= s.quads; q += 4, w += 4 * kQuadBytes, a += 16) {
-      NF_UNROLL for (int j = 0; j < 4; ++j) quad<R, V>(c + j % chains * R * V, w + j * kQuadBytes, a + j * 4, s.a_stride);
+      NF_UNROLL for (int j = 0; j < 4; ++j)
+          quad<R, V>(c + j % chains * R * V, w + j * kQuadBytes, a + j * 4, s.a_stride);
     }
     for (; q < s.quads; ++q, w += kQuadBytes, a += 4) quad<R, V>(c, w, a, s.a_stride);
     NF_UNROLL for (int i = R * V; i < chains * R * V; ++i) c[i % (R * V)] = Op::add(c[i % (R * V)], c[i]);

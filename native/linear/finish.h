@@ -18,9 +18,12 @@ inline void finish_rows(const Finish& f) {
   constexpr int N = F32::N, V = kPanel / N;
   F32 scale[V], bias[V];
   for (int j = 0; j < V; ++j) {
-    scale[j] = Full ? F32::load(f.scale + j * N) : F32::load(f.scale + (j * N < f.columns ? j * N : 0), f.columns - j * N);
+    scale[j] =
+        Full ? F32::load(f.scale + j * N) : F32::load(f.scale + (j * N < f.columns ? j * N : 0), f.columns - j * N);
     bias[j] = F32::set(0.f);
-    if (f.bias) bias[j] = Full ? F32::load(f.bias + j * N) : F32::load(f.bias + (j * N < f.columns ? j * N : 0), f.columns - j * N);
+    if (f.bias)
+      bias[j] =
+          Full ? F32::load(f.bias + j * N) : F32::load(f.bias + (j * N < f.columns ? j * N : 0), f.columns - j * N);
   }
   for (int64_t m = 0; m < f.rows; ++m) {
     const F32 row_scale = F32::set(f.row_scale[m * f.row_stride]);
@@ -41,25 +44,20 @@ inline void finish_rows(const Finish& f) {
   }
 }
 
-template <int E>
-inline void finish_as(const Finish& f) {
-  if (f.columns == kPanel) finish_rows<E, true>(f);
-  else finish_rows<E, false>(f);
+// f(the epilogue of a call, as a constant)
+template <class F>
+inline void with_epilogue(int32_t epilogue, const F& f) {
+  switch (epilogue) {
+    case NF_RELU: return f(std::integral_constant<int, NF_RELU>());
+    case NF_GELU: return f(std::integral_constant<int, NF_GELU>());
+    case NF_GELU_TANH: return f(std::integral_constant<int, NF_GELU_TANH>());
+    case NF_SILU: return f(std::integral_constant<int, NF_SILU>());
+    default: return f(std::integral_constant<int, NF_NONE>());
+  }
 }
 
 inline void finish(const Finish& f) {
-  switch (f.epilogue) {
-    case NF_RELU:
-      return finish_as<NF_RELU>(f);
-    case NF_GELU:
-      return finish_as<NF_GELU>(f);
-    case NF_GELU_TANH:
-      return finish_as<NF_GELU_TANH>(f);
-    case NF_SILU:
-      return finish_as<NF_SILU>(f);
-    default:
-      return finish_as<NF_NONE>(f);
-  }
+  with_epilogue(f.epilogue, [&](auto e) { f.columns == kPanel ? finish_rows<e, true>(f) : finish_rows<e, false>(f); });
 }
 
 inline int32_t row_sum(const int8_t* a, int64_t count) {

@@ -1,8 +1,8 @@
-// What the instruction sets' integer products share: the layout of the weights and the operations that linear.cpp blocks.
+// What the instruction sets' integer products share: the layout of the weights and the operations that linear.cpp
+// blocks.
 #pragma once
-#include <utility>
+#include <type_traits>
 
-#include "isa/isa.h"
 #include "normfuse.h"
 
 namespace nf {
@@ -22,23 +22,23 @@ struct Segment {
 
 // rows x 16 sums += rows of codes times quads of a panel, unpacked.
 struct Stretch {
-  const int8_t* a;    // the first row at the first quad of the stretch
-  int64_t a_stride;   // bytes
+  const int8_t* a;   // the first row at the first quad of the stretch
+  int64_t a_stride;  // bytes
   int64_t rows;
-  const uint8_t* w;   // [quads][64]
+  const uint8_t* w;  // [quads][64]
   int64_t quads;
   int bits, shift;
-  bool first;         // nothing is in the sums yet
-  int32_t* sums;      // [rows][16], aligned to 64
-  float* y;           // the outputs that follow if these are the last sums, to be in the cache by then; or nullptr
-  int64_t y_stride;   // floats
+  bool first;        // nothing is in the sums yet
+  int32_t* sums;     // [rows][16], aligned to 64
+  float* y;          // the outputs that follow if these are the last sums, to be in the cache by then; or nullptr
+  int64_t y_stride;  // floats
 };
 
 // Few rows: the packed panel is read where it lies. Segments are those of all quads.
 struct Direct {
   const int8_t* a;
   int64_t a_stride;
-  int64_t rows;       // 1..kernels.direct_rows
+  int64_t rows;  // 1..kernels.direct_rows
   const uint8_t* panel;
   int64_t packed_quads;  // with the padding at the end
   const Segment* segments;
@@ -52,46 +52,33 @@ struct Finish {
   const int32_t* sums;
   const int32_t* correction;  // [rows] or nullptr
   int64_t rows;
-  int columns;                // 1..16
+  int columns;  // 1..16
   const float* row_scale;
   int64_t row_stride;
-  const float* scale;         // of the panel
-  const float* bias;          // of the panel, or nullptr
-  const float* residual;      // or nullptr; rows are y_stride apart
+  const float* scale;     // of the panel
+  const float* bias;      // of the panel, or nullptr
+  const float* residual;  // or nullptr; rows are y_stride apart
   float* y;
   int64_t y_stride;
   int32_t epilogue;
 };
 
 struct LinearKernels {
-  bool (*is_unsigned)(int bits);  // operands are u = C + 2^(bits-1): the sums are too large by 2^(bits-1) Σ A << (E - e)
-  int direct_rows;                // up to so many rows go through `direct`; 0: none
-  void (*unpack)(int bits, bool is_unsigned, const uint8_t* panel, int64_t quads_in_all, int64_t first, int64_t count, uint8_t* out);
+  // Operands are u = C + 2^(bits-1): the sums are too large by 2^(bits-1) Σ A << (E - e).
+  bool (*is_unsigned)(int bits);
+  int direct_rows;  // up to so many rows go through `direct`; 0: none
+  void (*unpack)(int bits, bool is_unsigned, const uint8_t* panel, int64_t quads_in_all, int64_t first, int64_t count,
+                 uint8_t* out);
   void (*multiply)(const Stretch&);
   void (*direct)(const Direct&);
   void (*finish)(const Finish&);
   int32_t (*row_sum)(const int8_t* a, int64_t count);
   void (*quantize_row)(const float* x, int64_t k, int bits, int8_t* q, float* scale);
   void (*quantize_static)(const float* x, int64_t count, float scale, int bits, int8_t* q);
-  // 8 bits with rows and weights as int16, or nullptr: a quad is 128 bytes here, and rows are int16 behind the pointer of Stretch.
+  // 8 bits with rows and weights as int16, or nullptr: a quad is 128 bytes here, and rows are int16 behind the pointer
+  // of Stretch.
   void (*unpack_pairs)(const uint8_t* panel, int64_t first, int64_t count, uint8_t* out);
   void (*multiply_pairs)(const Stretch&);
 };
-
-extern const LinearKernels linear_scalar;
-#if defined(__x86_64__)
-extern const LinearKernels linear_avx2;
-#if NF_HAS_AVXVNNI
-extern const LinearKernels linear_avxvnni;
-#endif
-#endif
-#if defined(__x86_64__) || defined(NORMFUSE_SIMDE)
-extern const LinearKernels linear_avx512;
-#endif
-#if defined(__aarch64__)
-extern const LinearKernels linear_neon;
-#endif
-
-const LinearKernels& linear_kernels();
 
 }  // namespace nf

@@ -1,22 +1,23 @@
 // Integer products of NEON with dot products (sdot, Armv8.2): signed weights, four quads of a row at a time.
 #include "linear/linear.h"
 
+#include "isa/isa.h"
+
 #define NF_NEON
 #include "simd/simd.h"
 
 #if NF_BUILT
 #include "linear/finish.h"
 #include "linear/tile.h"
-#include "simd/quantize.h"
 #include "linear/unpack.h"
+#include "simd/quantize.h"
 
-namespace nf {
-namespace neon {
+namespace nf::neon {
 namespace {
 
 // vdotq_laneq_s32, which the headers hide unless the whole file may use the extension.
 template <int Lane>
-NF_INLINE void dot(int32x4_t& c, int8x16_t w, int8x16_t a) {
+NF_INLINE inline void dot(int32x4_t& c, int8x16_t w, int8x16_t a) {
   asm(".arch armv8.2-a+dotprod\n\tsdot %0.4s, %1.16b, %2.4b[%3]" : "+w"(c) : "w"(w), "w"(a), "i"(Lane));
 }
 
@@ -63,11 +64,10 @@ void multiply(const Stretch& s) { multiply_rows<Dot>(s); }
 bool no(int) { return false; }
 
 }  // namespace
-}  // namespace neon
 
-const LinearKernels linear_neon = {neon::no, 0, neon::unpack, neon::multiply, nullptr,
-                                   neon::finish, neon::row_sum, neon::quantize_row, neon::quantize_static, nullptr, nullptr};
+const LinearKernels linear = {
+    no, 0, unpack, multiply, nullptr, finish, row_sum, quantize_row, quantize_static, nullptr, nullptr};
 
-}  // namespace nf
+}  // namespace nf::neon
 #endif
 #include "simd/end.h"

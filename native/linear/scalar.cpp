@@ -1,15 +1,17 @@
-// Integer products in plain C++: what the other instruction sets are tested against, and what runs where there is none of them.
+// Integer products in plain C++: what the other instruction sets are tested against, and what runs where there is none
+// of them.
 #include "linear/linear.h"
+
+#include "isa/isa.h"
 
 #define NF_SCALAR
 #include "simd/simd.h"
 
 #include "linear/finish.h"
-#include "simd/quantize.h"
 #include "linear/unpack.h"
+#include "simd/quantize.h"
 
-namespace nf {
-namespace scalar {
+namespace nf::scalar {
 namespace {
 
 void multiply(const Stretch& s) {
@@ -30,11 +32,10 @@ void multiply(const Stretch& s) {
 bool no(int) { return false; }
 
 }  // namespace
-}  // namespace scalar
 
-const LinearKernels linear_scalar = {scalar::no, 0, scalar::unpack, scalar::multiply, nullptr,
-                                     scalar::finish, scalar::row_sum, scalar::quantize_row, scalar::quantize_static, nullptr, nullptr};
+const LinearKernels linear = {
+    no, 0, unpack, multiply, nullptr, finish, row_sum, quantize_row, quantize_static, nullptr, nullptr};
 
-}  // namespace nf
+}  // namespace nf::scalar
 
 #include "simd/end.h"

@@ -1,13 +1,9 @@
-// How a stretch is cut into tiles of rows: the same for every instruction set. K gives kRows, the rows of a full tile, and
-// tile<R>(stretch, a, sums) for every R up to it. Up to 6 rows of 16 sums fill 16 registers of 256 bits.
+// How a stretch is cut into tiles of rows: the same for every instruction set. K gives kRows, the rows of a full tile,
+// and tile<R>(stretch, a, sums) for every R up to it. Up to 6 rows of 16 sums fill 16 registers of 256 bits.
 #pragma once
 #include "linear/linear.h"
 
 namespace nf::NF_ARCH {
-
-#define NF_INLINE inline __attribute__((always_inline))
-// Before a loop over an array of vectors: written out, so that the array lives in registers.
-#define NF_UNROLL _Pragma("GCC unroll 16")
 
 template <class K, int R>
 inline void rest(const Stretch& s, int64_t rows, const int8_t* a, int32_t* sums) {

@@ -31,7 +31,8 @@ inline void unpack_plane(const uint8_t* src, int64_t blocks, int shift, uint8_t*
 }
 
 // Quads [first, first + count) of a panel; both are multiples of the unit.
-inline void unpack(int bits, bool is_unsigned, const uint8_t* panel, int64_t quads_in_all, int64_t first, int64_t count, uint8_t* out) {
+inline void unpack(int bits, bool is_unsigned, const uint8_t* panel, int64_t quads_in_all, int64_t first, int64_t count,
+                   uint8_t* out) {
   const int64_t plane = quads_in_all * 8;  // bytes of a bit
   if (bits == 8) {
     std::memcpy(out, panel + first * 64, static_cast<size_t>(count) * 64);

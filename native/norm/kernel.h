@@ -1,9 +1,11 @@
-// Norms, one row at a time: the row is read once from memory, then lives in the first-level cache. Included after simd.h.
+// Norms, one row at a time: the row is read once from memory, then lives in the first-level cache. Included after
+// simd.h.
 //
-// Where the mean is larger than the spread it is a pair (high, low): low is the mean of x - high, which is exact or nearly so, and y
-// does not lose what a float32 mean loses. Such rows take two more passes over the cache.
+// Where the mean is larger than the spread it is a pair (high, low): low is the mean of x - high, which is exact or
+// nearly so, and y does not lose what a float32 mean loses. Such rows take two more passes over the cache.
 #pragma once
 #include "norm/norm.h"
+#include "normfuse.h"
 #include "simd/partial.h"
 #include "simd/quantize.h"
 
@@ -63,25 +65,32 @@ template <bool absolute>
 inline double spread(const float* s, int64_t d, float high, float low) {
   const F32 h = F32::set(high), l = F32::set(low), one = F32::set(1);
   if (low == 0)
-    return reduce(d, [=](int64_t i, int n, F32& a, F32&) NF_INLINE {
-             F32 t = load(s + i, n) - h;
-             if (n != F32::N) t = keep(t, n);
-             a = absolute ? fused(abs(t), one, a) : fused(t, t, a);  // a sum by fma: the adders have the difference to take
-           }).a;
-  return reduce(d, [=](int64_t i, int n, F32& a, F32&) NF_INLINE {
-           F32 t = (load(s + i, n) - h) - l;
-           if (n != F32::N) t = keep(t, n);
-           a = absolute ? a + abs(t) : fused(t, t, a);
-         }).a;
+    return reduce(d,
+                  [=](int64_t i, int n, F32& a, F32&) NF_INLINE {
+                    F32 t = load(s + i, n) - h;
+                    if (n != F32::N) t = keep(t, n);
+                    a = absolute ? fused(abs(t), one, a)
+                                 : fused(t, t, a);  // a sum by fma: the adders have the difference to take
+                  })
+        .a;
+  return reduce(d,
+                [=](int64_t i, int n, F32& a, F32&) NF_INLINE {
+                  F32 t = (load(s + i, n) - h) - l;
+                  if (n != F32::N) t = keep(t, n);
+                  a = absolute ? a + abs(t) : fused(t, t, a);
+                })
+      .a;
 }
 
 // Σ(s - high)
 inline double drift(const float* s, int64_t d, float high) {
   const F32 h = F32::set(high);
-  return reduce(d, [=](int64_t i, int n, F32& a, F32&) NF_INLINE {
-           const F32 t = load(s + i, n) - h;
-           a = a + (n == F32::N ? t : keep(t, n));
-         }).a;
+  return reduce(d,
+                [=](int64_t i, int n, F32& a, F32&) NF_INLINE {
+                  const F32 t = load(s + i, n) - h;
+                  a = a + (n == F32::N ? t : keep(t, n));
+                })
+      .a;
 }
 
 struct Statistic {
@@ -93,7 +102,8 @@ inline Statistic statistic(const NormRows& r, const float* x, const float* resid
   const int64_t d = r.d;
   const double count = static_cast<double>(d), eps = static_cast<double>(r.eps);
   if (r.kind == NF_RMS || r.kind == NF_CRMS) {
-    const Sums p = r.kind == NF_RMS ? read<false, true>(x, residual, write, d) : read<true, true>(x, residual, write, d);
+    const Sums p =
+        r.kind == NF_RMS ? read<false, true>(x, residual, write, d) : read<true, true>(x, residual, write, d);
     const double mean = r.kind == NF_RMS ? p.b / count : (p.b + p.a * p.a) / (count + 1);
     return {0, static_cast<float>(1 / std::sqrt(mean + eps)), 0};
   }
@@ -110,7 +120,8 @@ inline Statistic statistic(const NormRows& r, const float* x, const float* resid
   return {high, static_cast<float>(factor), static_cast<float>(-low * factor)};
 }
 
-// y = the row normalized; if asked, the bits of the largest |y|: those of NaN are above Inf's, and Inf's above all others.
+// y = the row normalized; if asked, the bits of the largest |y|: those of NaN are above Inf's, and Inf's above all
+// others.
 template <bool centered, bool gain, bool shift, bool track>
 inline int32_t write_row(const float* s, int64_t d, Statistic stat, const float* g, const float* b, float* y) {
   constexpr int N = F32::N;
@@ -120,12 +131,9 @@ inline int32_t write_row(const float* s, int64_t d, Statistic stat, const float*
     F32 v = load(s + i, n);
     if (centered) {
       v = fused(v - h, f, o);
-      if (gain && shift)
-        v = fused(v, load(g + i, n), load(b + i, n));
-      else if (gain)
-        v = v * load(g + i, n);
-      else if (shift)
-        v = v + load(b + i, n);
+      if (gain && shift) v = fused(v, load(g + i, n), load(b + i, n));
+      else if (gain) v = v * load(g + i, n);
+      else if (shift) v = v + load(b + i, n);
     } else if (gain) {
       v = v * f;
       v = shift ? fused(v, load(g + i, n), load(b + i, n)) : v * load(g + i, n);
@@ -168,10 +176,8 @@ inline void norm_rows(const NormRows& r, int64_t first, int64_t last, float* row
       int8_t* q = r.q + m * r.d;
       float inverse;
       row_scale_of(top, r.bits, &inverse, r.scale + m);
-      if (inverse == 0)
-        std::memset(q, 0, static_cast<size_t>(r.d));
-      else
-        codes_within(y, r.d, inverse, static_cast<float>((1 << (r.bits - 1)) - 1), q);
+      if (inverse == 0) std::memset(q, 0, static_cast<size_t>(r.d));
+      else codes_within(y, r.d, inverse, static_cast<float>((1 << (r.bits - 1)) - 1), q);
     }
   }
 }

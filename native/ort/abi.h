@@ -1,6 +1,7 @@
-// The part of ONNX Runtime's stable C ABI that a library of custom operators needs, declared here because its packages carry no
-// headers. `OrtApi` is a table of function pointers to which versions only ever append, so that a slot's number never changes; the
-// numbers are those of version 17 (ONNX Runtime 1.17, the first with KernelContext_ParallelFor) and are good for every later one.
+// The part of ONNX Runtime's stable C ABI that a library of custom operators needs, declared here because its packages
+// carry no headers. `OrtApi` is a table of function pointers to which versions only ever append, so that a slot's
+// number never changes; the numbers are those of version 17 (ONNX Runtime 1.17, the first with
+// KernelContext_ParallelFor) and are good for every later one.
 #pragma once
 #include <cstddef>
 #include <cstdint>

@@ -1,4 +1,5 @@
-// Attention, in the layouts that exporters leave: [B, H, T, D]; [B, T, H D] for each of q, k, v; or one [B, T, (H + 2 KV) D].
+// Attention, in the layouts that exporters leave: [B, H, T, D]; [B, T, H D] for each of q, k, v; or one [B, T, (H + 2
+// KV) D].
 #include <cmath>
 
 #include "ort/op.h"
@@ -24,7 +25,8 @@ struct Attention {
     else if (given == "bthd") layout = kTokensFirst;
     else if (given == "packed") layout = kPacked;
     else throw Problem(info.at("layout") + ": found \"" + given + "\", expected bhtd, bthd or packed");
-    require(layout == kHeadsFirst || heads > 0, info.at("heads") + ": the attribute is missing (layout " + given + " needs it)");
+    require(layout == kHeadsFirst || heads > 0,
+            info.at("heads") + ": the attribute is missing (layout " + given + " needs it)");
     if (layout != kHeadsFirst && !kv_heads) kv_heads = heads;
     require(!heads || !kv_heads || heads % kv_heads == 0,
             info.at("kv_heads") + ": " + std::to_string(heads) + " heads cannot share " + std::to_string(kv_heads));
@@ -57,8 +59,10 @@ struct Attention {
 
  private:
   void heads_first(const Context& c, const Shape& q, const Shape& k, const Shape& v, nf_attention* a) const {
-    require(q.rank == 4 && q.dim[3] >= 1, c.at("q") + ": found " + q.text() + ", expected [batch, heads, queries, features]");
-    require(!heads || q.dim[1] == heads, c.at("q") + ": found " + q.text() + ", expected " + std::to_string(heads) + " heads");
+    require(q.rank == 4 && q.dim[3] >= 1,
+            c.at("q") + ": found " + q.text() + ", expected [batch, heads, queries, features]");
+    require(!heads || q.dim[1] == heads,
+            c.at("q") + ": found " + q.text() + ", expected " + std::to_string(heads) + " heads");
     require(k.rank == 4 && k.dim[0] == q.dim[0] && k.dim[3] == q.dim[3] && k.dim[1] >= 1 && q.dim[1] % k.dim[1] == 0 &&
                 (!kv_heads || k.dim[1] == kv_heads),
             c.at("k") + ": found " + k.text() + ", which does not go with q of " + q.text());
@@ -83,12 +87,13 @@ struct Attention {
 
   void tokens_first(const Context& c, const Shape& q, const Shape& k, const Shape& v, nf_attention* a) const {
     const int64_t shares = layout == kPacked ? heads + 2 * kv_heads : heads;  // heads in a row of q
-    require(q.rank == 3 && q.dim[2] >= 1 && q.dim[2] % shares == 0,
-            c.at("q") + ": found " + q.text() + ", expected [batch, queries, features of " + std::to_string(shares) + " heads]");
+    require(q.rank == 3 && q.dim[2] >= 1 && q.dim[2] % shares == 0, c.at("q") + ": found " + q.text() +
+                                                                        ", expected [batch, queries, features of " +
+                                                                        std::to_string(shares) + " heads]");
     const int64_t d = q.dim[2] / shares, k_row = layout == kPacked ? q.dim[2] : kv_heads * d;
-    require(
-        k.rank == 3 && k.dim[0] == q.dim[0] && k.dim[2] == k_row,
-        c.at("k") + ": found " + k.text() + ", expected [" + std::to_string(q.dim[0]) + ", keys, " + std::to_string(k_row) + "]");
+    require(k.rank == 3 && k.dim[0] == q.dim[0] && k.dim[2] == k_row, c.at("k") + ": found " + k.text() +
+                                                                          ", expected [" + std::to_string(q.dim[0]) +
+                                                                          ", keys, " + std::to_string(k_row) + "]");
     require(v == k, c.at("v") + ": found " + v.text() + ", expected " + k.text());
     a->batch = q.dim[0];
     a->heads = heads;
@@ -113,8 +118,9 @@ struct Attention {
     if (!mask) return nullptr;
     const int64_t full[4] = {a->batch, a->heads, a->queries, a->keys};
     const auto expected = [&] {
-      return c.at("mask") + ": found " + mask.shape.text() + ", expected what broadcasts to [" + std::to_string(full[0]) + ", " +
-             std::to_string(full[1]) + ", " + std::to_string(full[2]) + ", " + std::to_string(full[3]) + "] and has all keys";
+      return c.at("mask") + ": found " + mask.shape.text() + ", expected what broadcasts to [" +
+             std::to_string(full[0]) + ", " + std::to_string(full[1]) + ", " + std::to_string(full[2]) + ", " +
+             std::to_string(full[3]) + "] and has all keys";
     };
     require(mask.shape.rank >= 1 && mask.shape.rank <= 4 && mask.shape.last() == a->keys, expected());
     int64_t stride = a->keys;

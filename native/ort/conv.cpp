@@ -33,10 +33,11 @@ struct Conv {
 
   // Positions of the kernel along one axis.
   int64_t positions(const Context& c, const Shape& x, size_t axis) const {
-    const int64_t size = x.dim[2 + axis] + pads[axis] + pads[2 + axis], reach = dilations[axis] * (kernel[axis] - 1) + 1;
+    const int64_t size = x.dim[2 + axis] + pads[axis] + pads[2 + axis],
+                  reach = dilations[axis] * (kernel[axis] - 1) + 1;
     require(x.dim[2 + axis] >= 1 && x.dim[2 + axis] <= INT32_MAX && reach <= size,
-            c.at("x") + ": found " + x.text() + ", smaller than the kernel, which reaches over " + std::to_string(reach) +
-                " along dimension " + std::to_string(2 + axis));
+            c.at("x") + ": found " + x.text() + ", smaller than the kernel, which reaches over " +
+                std::to_string(reach) + " along dimension " + std::to_string(2 + axis));
     return (size - reach) / strides[axis] + 1;
   }
 
@@ -44,8 +45,9 @@ struct Conv {
     weights.with(c, [&](const nf_weight* w) {
       const Tensor x = c.input(0);
       const int64_t channels = group * (w->k / (kernel[0] * kernel[1]));
-      require(x.shape.rank == 4 && x.shape.dim[1] == channels,
-              c.at("x") + ": found " + x.shape.text() + ", expected [batch, " + std::to_string(channels) + ", height, width]");
+      require(x.shape.rank == 4 && x.shape.dim[1] == channels, c.at("x") + ": found " + x.shape.text() +
+                                                                   ", expected [batch, " + std::to_string(channels) +
+                                                                   ", height, width]");
       Shape shape = x.shape;
       shape.dim[1] = group * w->n;
       shape.dim[2] = positions(c, x.shape, 0);

@@ -13,14 +13,15 @@ struct Rows {
     require(x.shape.rank >= 1, c.at("x") + ": expected at least one dimension");
     const Tensor q = c.output(0, x.shape), scale = c.output(1, x.shape.with_last(1));
     if (!x.shape.rows()) return;
-    done(nf_quantize_rows(c.threads(), x.as<float>(), x.shape.rows(), x.shape.last(), bits, q.as<int8_t>(), scale.as<float>()));
+    done(nf_quantize_rows(c.threads(), x.as<float>(), x.shape.rows(), x.shape.last(), bits, q.as<int8_t>(),
+                          scale.as<float>()));
   }
 };
 
 // The shape of the product of rows with a weight.
 Shape product(const Context& c, const char* name, const Shape& in, const nf_weight& w) {
-  require(in.rank >= 1 && in.last() == w.k,
-          c.at(name) + ": found " + in.text() + ", expected " + std::to_string(w.k) + " channels in the last dimension");
+  require(in.rank >= 1 && in.last() == w.k, c.at(name) + ": found " + in.text() + ", expected " + std::to_string(w.k) +
+                                                " channels in the last dimension");
   return in.with_last(w.n);
 }
 
@@ -49,7 +50,8 @@ struct Linear {
       const float* add = same(c, residual, "residual", shape);
       const Tensor y = c.output(0, shape);
       if (!x.shape.rows()) return;
-      done(nf_linear(c.threads(), &w, x.as<float>(), x.shape.rows(), activation_bits, input_scale, epilogue, add, y.as<float>()));
+      done(nf_linear(c.threads(), &w, x.as<float>(), x.shape.rows(), activation_bits, input_scale, epilogue, add,
+                     y.as<float>()));
     });
   }
 };
@@ -57,9 +59,9 @@ struct Linear {
 // row_scale: one for each row of q, or one for all.
 int64_t row_stride(const Context& c, const Tensor& q, const Tensor& scale) {
   const int64_t rows = q.shape.rows();
-  require(
-      scale.shape.count() == rows || scale.shape.count() == 1,
-      c.at("row_scale") + ": found " + scale.shape.text() + ", expected one for each of " + std::to_string(rows) + " rows, or one");
+  require(scale.shape.count() == rows || scale.shape.count() == 1, c.at("row_scale") + ": found " + scale.shape.text() +
+                                                                       ", expected one for each of " +
+                                                                       std::to_string(rows) + " rows, or one");
   return scale.shape.count() == rows ? 1 : 0;
 }
 
@@ -77,7 +79,8 @@ struct MatMul {
       const float* add = same(c, residual, "residual", shape);
       const Tensor y = c.output(0, shape);
       if (!q.shape.rows()) return;
-      done(nf_matmul(c.threads(), &w, q.as<int8_t>(), scale.as<float>(), stride, q.shape.rows(), epilogue, add, y.as<float>()));
+      done(nf_matmul(c.threads(), &w, q.as<int8_t>(), scale.as<float>(), stride, q.shape.rows(), epilogue, add,
+                     y.as<float>()));
     });
   }
 };
@@ -96,8 +99,8 @@ struct MatMulQuantize {
       const int64_t stride = row_stride(c, q, scale);
       const Tensor out = c.output(0, shape), out_scale = c.output(1, shape.with_last(1));
       if (!q.shape.rows()) return;
-      done(nf_matmul_quantize(c.threads(), &w, q.as<int8_t>(), scale.as<float>(), stride, q.shape.rows(), epilogue, out_bits,
-                              out.as<int8_t>(), out_scale.as<float>()));
+      done(nf_matmul_quantize(c.threads(), &w, q.as<int8_t>(), scale.as<float>(), stride, q.shape.rows(), epilogue,
+                              out_bits, out.as<int8_t>(), out_scale.as<float>()));
     });
   }
 };

@@ -1,6 +1,7 @@
-// Names of operators in exported files. A file has a name for each function body: the operator and a number, counted through the file
-// (normfuse/export/onnx/variants.py). A kernel reads from attributes and inputs what a body has built in, so it serves every number;
-// a number that is not here runs its body. ONNX Runtime takes 20 µs and more a name each time that it opens a session.
+// Names of operators in exported files. A file has a name for each function body: the operator and a number, counted
+// through the file (normfuse/export/onnx/variants.py). A kernel reads from attributes and inputs what a body has built
+// in, so it serves every number; a number that is not here runs its body. ONNX Runtime takes 20 µs and more a name each
+// time that it opens a session.
 #include <string>
 
 #include "ort/op.h"
@@ -19,7 +20,8 @@ int variants(const std::string& op) {
 const std::vector<Op>& named_ops() {
   static const std::vector<Op>& all = *[] {
     auto* found = new std::vector<Op>;
-    for (const std::vector<const Op*>* ops : {&linear_ops(), &norm_ops(), &conv_ops(), &attention_ops(), &cached_attention_ops()})
+    for (const std::vector<const Op*>* ops :
+         {&linear_ops(), &norm_ops(), &conv_ops(), &attention_ops(), &cached_attention_ops()})
       for (const Op* op : *ops) {
         found->push_back(*op);
         for (int i = 1; i <= variants(op->name); ++i) {

@@ -29,12 +29,13 @@ struct Norm {
 
   void compute(const Context& c) const {
     constexpr bool shifts = Kind == NF_L1;
-    const Tensor x = c.input(0), gain = c.input(1), shift = shifts ? c.input(2) : Tensor{}, residual = c.input(shifts ? 3 : 2);
+    const Tensor x = c.input(0), gain = c.input(1), shift = shifts ? c.input(2) : Tensor{},
+                 residual = c.input(shifts ? 3 : 2);
     const Features f = features(c, x, residual, gain, shift);
     const Tensor y = c.output(0, x.shape), sum = c.output(1, x.shape);
     if (!x.shape.rows()) return;
-    done(nf_norm(c.threads(), Kind, x.as<float>(), f.residual, x.shape.rows(), x.shape.last(), f.gain, f.shift, eps, scale_const,
-                 sum.as<float>(), y.as<float>()));
+    done(nf_norm(c.threads(), Kind, x.as<float>(), f.residual, x.shape.rows(), x.shape.last(), f.gain, f.shift, eps,
+                 scale_const, sum.as<float>(), y.as<float>()));
   }
 };
 
@@ -52,8 +53,8 @@ struct NormQuantize {
     const Features f = features(c, x, residual, c.input(1), c.input(2));
     const Tensor q = c.output(0, x.shape), scale = c.output(1, x.shape.with_last(1)), sum = c.output(2, x.shape);
     if (!x.shape.rows()) return;
-    done(nf_norm_quantize(c.threads(), kind, x.as<float>(), f.residual, x.shape.rows(), x.shape.last(), f.gain, f.shift, eps,
-                          scale_const, bits, sum.as<float>(), q.as<int8_t>(), scale.as<float>()));
+    done(nf_norm_quantize(c.threads(), kind, x.as<float>(), f.residual, x.shape.rows(), x.shape.last(), f.gain, f.shift,
+                          eps, scale_const, bits, sum.as<float>(), q.as<int8_t>(), scale.as<float>()));
   }
 };
 
@@ -69,7 +70,8 @@ struct Softmax {
 };
 
 const Port kScaled[] = {{"x", kFloat, false}, {"gain", kFloat, true}, {"residual", kFloat, true}};
-const Port kShifted[] = {{"x", kFloat, false}, {"gain", kFloat, true}, {"shift", kFloat, true}, {"residual", kFloat, true}};
+const Port kShifted[] = {
+    {"x", kFloat, false}, {"gain", kFloat, true}, {"shift", kFloat, true}, {"residual", kFloat, true}};
 const Port kNormed[] = {{"y", kFloat, false}, {"sum", kFloat, true}};
 const Port kCodes[] = {{"q", kInt8, false}, {"scale", kFloat, false}, {"sum", kFloat, true}};
 const Port kX[] = {{"x", kFloat, false}};

@@ -29,8 +29,9 @@ std::string Shape::text() const {
 }
 
 OrtStatus* report(const OrtApi& api, const char* op, const std::string& text) {
-  const std::string whole =
-      text.compare(0, std::string(op).size(), op) == 0 ? "normfuse." + text : std::string("normfuse.") + op + ": " + text;
+  const std::string whole = text.compare(0, std::string(op).size(), op) == 0
+                                ? "normfuse." + text
+                                : std::string("normfuse.") + op + ": " + text;
   return api.call<OrtStatus*>(kCreateStatus, int(kInvalidArgument), whole.c_str());
 }
 
@@ -48,14 +49,16 @@ Tensor view(const OrtApi& api, const OrtValue* value, const Port& port, const ch
   require(type == port.type, where + ": found " + type_name(type) + ", expected " + type_name(port.type));
   Tensor t;
   check(api.call<OrtStatus*>(kGetDimensionsCount, static_cast<const OrtTensorTypeAndShapeInfo*>(info), &t.shape.rank));
-  require(t.shape.rank <= kMaxRank, where + ": found " + std::to_string(t.shape.rank) + " dimensions, expected at most 8");
-  check(api.call<OrtStatus*>(kGetDimensions, static_cast<const OrtTensorTypeAndShapeInfo*>(info), t.shape.dim, t.shape.rank));
+  require(t.shape.rank <= kMaxRank,
+          where + ": found " + std::to_string(t.shape.rank) + " dimensions, expected at most 8");
+  check(api.call<OrtStatus*>(kGetDimensions, static_cast<const OrtTensorTypeAndShapeInfo*>(info), t.shape.dim,
+                             t.shape.rank));
   check(api.call<OrtStatus*>(kGetTensorMutableData, const_cast<OrtValue*>(value), &t.data));
   if (!t.data) t.data = nowhere;
   return t;
 }
 
-// -- attributes -------------------------------------------------------------------------------------------------------------------
+// -- attributes -----------------------------------------------------------------------------------
 
 bool Info::found(OrtStatus* status) const {
   if (!status) return true;
@@ -66,8 +69,8 @@ bool Info::found(OrtStatus* status) const {
 int64_t Info::integer(const char* name, int64_t otherwise, int64_t low, int64_t high) const {
   int64_t value = otherwise;
   if (!found(api_.call<OrtStatus*>(kKernelInfoGetAttribute_int64, info_, name, &value))) value = otherwise;
-  require(value >= low && value <= high,
-          at(name) + ": found " + std::to_string(value) + ", expected " + std::to_string(low) + " to " + std::to_string(high));
+  require(value >= low && value <= high, at(name) + ": found " + std::to_string(value) + ", expected " +
+                                             std::to_string(low) + " to " + std::to_string(high));
   return value;
 }
 
@@ -100,13 +103,14 @@ std::string Info::word(const char* name, const char* otherwise) const {
 std::vector<int64_t> Info::integers(const char* name, size_t size, int64_t otherwise, int64_t low, int64_t high) const {
   std::vector<int64_t> values(size, otherwise);
   size_t given = 0;
-  if (!found(api_.call<OrtStatus*>(kKernelInfoGetAttributeArray_int64, info_, name, static_cast<int64_t*>(nullptr), &given)))
+  if (!found(api_.call<OrtStatus*>(kKernelInfoGetAttributeArray_int64, info_, name, static_cast<int64_t*>(nullptr),
+                                   &given)))
     return values;
   require(given == size, at(name) + ": found " + std::to_string(given) + " integers, expected " + std::to_string(size));
   check(api_.call<OrtStatus*>(kKernelInfoGetAttributeArray_int64, info_, name, values.data(), &given));
   for (const int64_t v : values)
-    require(v >= low && v <= high,
-            at(name) + ": found " + std::to_string(v) + ", expected " + std::to_string(low) + " to " + std::to_string(high));
+    require(v >= low && v <= high, at(name) + ": found " + std::to_string(v) + ", expected " + std::to_string(low) +
+                                       " to " + std::to_string(high));
   return values;
 }
 
@@ -130,13 +134,14 @@ bool Info::constant(size_t index, Tensor* tensor) const {
   if (size <= 1) return true;
   int is_constant = 0;
   const OrtValue* value = nullptr;
-  if (!found(api_.call<OrtStatus*>(kKernelInfoGetConstantInput_tensor, info_, index, &is_constant, &value))) return false;
+  if (!found(api_.call<OrtStatus*>(kKernelInfoGetConstantInput_tensor, info_, index, &is_constant, &value)))
+    return false;
   if (!is_constant || !value) return false;
   *tensor = view(api_, value, op_.in[index], op_.name);
   return true;
 }
 
-// -- inputs, outputs, threads -----------------------------------------------------------------------------------------------------
+// -- inputs, outputs, threads ---------------------------------------------------------------------
 
 Context::Context(const Op& op, const OrtApi& api, OrtKernelContext* context) : op_(op), api_(api), context_(context) {
   const OrtKernelContext* c = context;
@@ -149,7 +154,8 @@ Tensor Context::input(size_t index) const {
   const Port& port = op_.in[index];
   const OrtValue* value = nullptr;
   if (index < inputs_)
-    check(api_.call<OrtStatus*>(kKernelContext_GetInput, static_cast<const OrtKernelContext*>(context_), index, &value));
+    check(
+        api_.call<OrtStatus*>(kKernelContext_GetInput, static_cast<const OrtKernelContext*>(context_), index, &value));
   require(value || port.optional, at(port.name) + ": the input is missing");
   return value ? view(api_, value, port, op_.name) : Tensor{};
 }
@@ -159,8 +165,8 @@ Tensor Context::output(size_t index, const Shape& shape) const {
   t.shape = shape;
   if (index >= outputs_) return t;
   OrtValue* value = nullptr;
-  check(
-      api_.call<OrtStatus*>(kKernelContext_GetOutput, context_, index, static_cast<const int64_t*>(shape.dim), shape.rank, &value));
+  check(api_.call<OrtStatus*>(kKernelContext_GetOutput, context_, index, static_cast<const int64_t*>(shape.dim),
+                              shape.rank, &value));
   if (!value) return t;  // an optional output that nobody reads
   check(api_.call<OrtStatus*>(kGetTensorMutableData, value, &t.data));
   if (!t.data) t.data = nowhere;
@@ -170,15 +176,15 @@ Tensor Context::output(size_t index, const Shape& shape) const {
 void Context::run(void* self, size_t total, nf_task fn, void* arg) {
   const Context& c = *static_cast<const Context*>(self);
   if (total > 1) {
-    OrtStatus* failed = c.api_.call<OrtStatus*>(kKernelContext_ParallelFor, static_cast<const OrtKernelContext*>(c.context_), fn,
-                                                total, total, arg);
+    OrtStatus* failed = c.api_.call<OrtStatus*>(
+        kKernelContext_ParallelFor, static_cast<const OrtKernelContext*>(c.context_), fn, total, total, arg);
     if (!failed) return;
     c.api_.call<void>(kReleaseStatus, failed);  // it refuses before it starts
   }
   for (size_t i = 0; i < total; ++i) fn(arg, i);
 }
 
-// -- the callbacks that are the same for all --------------------------------------------------------------------------------------
+// -- the callbacks that are the same for all ------------------------------------------------------
 
 namespace {
 const Op& self(const OrtCustomOp* op) { return *static_cast<const Op*>(op); }

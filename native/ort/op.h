@@ -1,5 +1,5 @@
-// What every operator of the custom-op library is made from: attributes, inputs and outputs behind checks, errors as exceptions
-// that become an OrtStatus at the border, and ONNX Runtime's own threads.
+// What every operator of the custom-op library is made from: attributes, inputs and outputs behind checks, errors as
+// exceptions that become an OrtStatus at the border, and ONNX Runtime's own threads.
 #pragma once
 #include <exception>
 #include <new>
@@ -158,7 +158,8 @@ OrtStatus* guarded(const Op& op, const OrtApi& api, Body body) noexcept {
   }
 }
 
-// An operator from a class: `K(const Info&)` reads attributes and constants, `compute(const Context&) const` runs, from any thread.
+// An operator from a class: `K(const Info&)` reads attributes and constants, `compute(const Context&) const` runs, from
+// any thread.
 template <class K>
 struct Kernel {
   const Op& op;
@@ -193,9 +194,10 @@ Op make(const char* name, const Port (&in)[I], const Port (&out)[O]) {
   return op;
 }
 
-// Weights of a quantized layer: `weight`, `exponents`, `scale`, `bias` in this order from input `first` on. What is constant in
-// the model is looked at once; nothing is copied but the order of the channels. A convolution has one nf_weight for each of its
-// `groups`, one after the other in `weight`, and reads each channel through `taps` taps; anything else has 1 and 1.
+// Weights of a quantized layer: `weight`, `exponents`, `scale`, `bias` in this order from input `first` on. What is
+// constant in the model is looked at once; nothing is copied but the order of the channels. A convolution has one
+// nf_weight for each of its `groups`, one after the other in `weight`, and reads each channel through `taps` taps;
+// anything else has 1 and 1.
 struct Layer {
   std::vector<std::vector<int32_t>> sizes, order;
   std::vector<nf_weight> weights;

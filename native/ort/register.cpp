@@ -10,8 +10,8 @@
 
 namespace nf::ort {
 
-// ONNX Runtime does not say how many threads its pool has; its default is a thread a core, and with fewer the tasks of a kernel
-// wait in line.
+// ONNX Runtime does not say how many threads its pool has; its default is a thread a core, and with fewer the tasks of
+// a kernel wait in line.
 int processors() {
   static const int count = [] {
 #if defined(__linux__)
@@ -44,7 +44,8 @@ OrtStatus* domain_of(const OrtApi& api, OrtCustomOpDomain** out) {
   OrtCustomOpDomain* domain = nullptr;
   if (OrtStatus* failed = api.call<OrtStatus*>(kCreateCustomOpDomain, "normfuse", &domain)) return failed;
   for (const Op& op : named_ops())
-    if (OrtStatus* failed = api.call<OrtStatus*>(kCustomOpDomain_Add, domain, static_cast<const OrtCustomOp*>(&op))) return failed;
+    if (OrtStatus* failed = api.call<OrtStatus*>(kCustomOpDomain_Add, domain, static_cast<const OrtCustomOp*>(&op)))
+      return failed;
   known.push_back({&api, domain});
   *out = domain;
   return nullptr;

@@ -5,7 +5,8 @@ namespace nf::ort {
 
 namespace {
 
-// Counts the channels of each exponent and sorts them by it, stable. `taps` stretches of the same exponents follow each other.
+// Counts the channels of each exponent and sorts them by it, stable. `taps` stretches of the same exponents follow each
+// other.
 void sort_channels(const uint8_t* exponents, int64_t channels, int64_t taps, std::vector<int32_t>* sizes,
                    std::vector<int32_t>* order, const std::string& where) {
   int groups = 0;
@@ -39,7 +40,8 @@ void Weights::assemble(const Tensor (&t)[4], Layer* out, const std::string& wher
           where + "exponents: found " + exponents.shape.text() + ", expected one for each input channel");
   require(scale.shape.rank == 1 && scale.shape.dim[0] >= 1,
           where + "scale: found " + scale.shape.text() + ", expected one for each output");
-  require(!bias || bias.shape == scale.shape, where + "bias: found " + bias.shape.text() + ", expected " + scale.shape.text());
+  require(!bias || bias.shape == scale.shape,
+          where + "bias: found " + bias.shape.text() + ", expected " + scale.shape.text());
   const int64_t channels = exponents.shape.dim[0], outputs = scale.shape.dim[0];
   require(channels % groups_ == 0 && outputs % groups_ == 0,
           where + "group: " + std::to_string(channels) + " input and " + std::to_string(outputs) +

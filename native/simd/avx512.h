@@ -62,7 +62,9 @@ inline F32 operator-(F32 a, F32 b) { return {_mm512_sub_ps(a.v, b.v)}; }
 inline F32 operator*(F32 a, F32 b) { return {_mm512_mul_ps(a.v, b.v)}; }
 inline F32 operator/(F32 a, F32 b) { return {_mm512_div_ps(a.v, b.v)}; }
 inline F32 fma(F32 a, F32 b, F32 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
-inline F32 abs(F32 a) { return {_mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(a.v), _mm512_set1_epi32(0x7fffffff)))}; }
+inline F32 abs(F32 a) {
+  return {_mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(a.v), _mm512_set1_epi32(0x7fffffff)))};
+}
 inline F32 sqrt(F32 a) { return {_mm512_sqrt_ps(a.v)}; }
 inline F32 round(F32 a) { return {_mm512_roundscale_ps(a.v, 0)}; }
 inline F32 copysign(F32 a, F32 sign) {
@@ -87,7 +89,8 @@ inline I32 to_int(F32 a) {
   alignas(64) float x[16];
   alignas(64) int32_t y[16];
   a.store(x);
-  for (int i = 0; i < 16; ++i) y[i] = x[i] >= -2147483648.f && x[i] < 2147483648.f ? static_cast<int32_t>(std::lrintf(x[i])) : INT32_MIN;
+  for (int i = 0; i < 16; ++i)
+    y[i] = x[i] >= -2147483648.f && x[i] < 2147483648.f ? static_cast<int32_t>(std::lrintf(x[i])) : INT32_MIN;
   return I32::load(y);
 }
 #else

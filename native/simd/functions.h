@@ -1,5 +1,5 @@
-// exp, tanh, erf and the activations on vectors of floats. Polynomials fitted for this file (weighted least squares, reweighted
-// towards the minimax); NaN in gives NaN out.
+// exp, tanh, erf and the activations on vectors of floats. Polynomials fitted for this file (weighted least squares,
+// reweighted towards the minimax); NaN in gives NaN out.
 #pragma once
 #if NF_BUILT
 namespace nf::NF_ARCH {

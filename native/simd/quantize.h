@@ -5,7 +5,8 @@
 #if NF_BUILT
 namespace nf::NF_ARCH {
 
-// The largest |x| as the bits of a float: ordered as integers are, and at or above infinity's where something is not finite.
+// The largest |x| as the bits of a float: ordered as integers are, and at or above infinity's where something is not
+// finite.
 inline int32_t highest_bits(const float* x, int64_t k) {
   constexpr int N = F32::N;
   const I32 magnitude = I32::set(0x7fffffff);
@@ -18,20 +19,26 @@ inline int32_t highest_bits(const float* x, int64_t k) {
   return highest(max(max(m[0], m[1]), max(m[2], m[3])));
 }
 
-// q = clamp(rne(x * inverse), ±limit); a NaN product gives 0.
-inline void codes_of(const float* x, int64_t k, float inverse, float limit, int8_t* q) {
+// q = code(x) for vectors of x.
+template <class Code>
+inline void write_codes(const float* x, int64_t k, int8_t* q, const Code& code) {
   constexpr int N = F32::N;
-  const F32 by = F32::set(inverse), to = F32::set(limit);
   int64_t i = 0;
   for (; i + 4 * N <= k; i += 4 * N)
-    store_codes(q + i, to_code(F32::load(x + i), by, to), to_code(F32::load(x + i + N), by, to), to_code(F32::load(x + i + 2 * N), by, to),
-                to_code(F32::load(x + i + 3 * N), by, to));
+    store_codes(q + i, code(F32::load(x + i)), code(F32::load(x + i + N)), code(F32::load(x + i + 2 * N)),
+                code(F32::load(x + i + 3 * N)));
   for (; i < k; i += N) {
     int32_t c[N];
     const int64_t left = k - i < N ? k - i : N;
-    to_code(F32::load(x + i, left), by, to).store(c);
+    code(F32::load(x + i, left)).store(c);
     for (int64_t j = 0; j < left; ++j) q[i + j] = static_cast<int8_t>(c[j]);
   }
+}
+
+// q = clamp(rne(x * inverse), ±limit); a NaN product gives 0.
+inline void codes_of(const float* x, int64_t k, float inverse, float limit, int8_t* q) {
+  const F32 by = F32::set(inverse), to = F32::set(limit);
+  write_codes(x, k, q, [=](F32 v) NF_INLINE { return to_code(v, by, to); });
 }
 
 // From the largest |x| of a row: its scale, and what to multiply by (0 where all codes are 0).
@@ -59,18 +66,8 @@ inline void quantize_row(const float* x, int64_t k, int bits, int8_t* q, float* 
 
 // x / scale, not x * (1 / scale): what QuantizeLinear computes.
 inline void quantize_static(const float* x, int64_t count, float scale, int bits, int8_t* q) {
-  constexpr int N = F32::N;
   const F32 by = F32::set(scale), one = F32::set(1.f), to = F32::set(static_cast<float>((1 << (bits - 1)) - 1));
-  int64_t i = 0;
-  for (; i + 4 * N <= count; i += 4 * N)
-    store_codes(q + i, to_code(F32::load(x + i) / by, one, to), to_code(F32::load(x + i + N) / by, one, to),
-                to_code(F32::load(x + i + 2 * N) / by, one, to), to_code(F32::load(x + i + 3 * N) / by, one, to));
-  for (; i < count; i += N) {
-    int32_t c[N];
-    const int64_t left = count - i < N ? count - i : N;
-    to_code(F32::load(x + i, left) / by, one, to).store(c);
-    for (int64_t j = 0; j < left; ++j) q[i + j] = static_cast<int8_t>(c[j]);
-  }
+  write_codes(x, count, q, [=](F32 v) NF_INLINE { return to_code(v / by, one, to); });
 }
 
 }  // namespace nf::NF_ARCH

@@ -9,8 +9,12 @@ struct I32 {
   static I32 load(const int32_t* p) { return {*p}; }
   void store(int32_t* p) const { *p = v; }
 };
-inline I32 operator+(I32 a, I32 b) { return {static_cast<int32_t>(static_cast<uint32_t>(a.v) + static_cast<uint32_t>(b.v))}; }  // wraps
-inline I32 operator-(I32 a, I32 b) { return {static_cast<int32_t>(static_cast<uint32_t>(a.v) - static_cast<uint32_t>(b.v))}; }
+inline I32 operator+(I32 a, I32 b) {
+  return {static_cast<int32_t>(static_cast<uint32_t>(a.v) + static_cast<uint32_t>(b.v))};
+}  // wraps
+inline I32 operator-(I32 a, I32 b) {
+  return {static_cast<int32_t>(static_cast<uint32_t>(a.v) - static_cast<uint32_t>(b.v))};
+}
 inline I32 operator&(I32 a, I32 b) { return {a.v & b.v}; }
 inline I32 max(I32 a, I32 b) { return {a.v > b.v ? a.v : b.v}; }
 template <int S>
@@ -50,7 +54,9 @@ inline Mask ordered(F32 a) { return {!std::isnan(a.v)}; }
 inline F32 select(Mask m, F32 a, F32 b) { return m.v ? a : b; }
 inline F32 to_float(I32 a) { return {static_cast<float>(a.v)}; }
 // To nearest, ties to even. NaN and what does not fit: any number; select first.
-inline I32 to_int(F32 a) { return {a.v >= -2147483648.f && a.v < 2147483648.f ? static_cast<int32_t>(std::lrintf(a.v)) : INT32_MIN}; }
+inline I32 to_int(F32 a) {
+  return {a.v >= -2147483648.f && a.v < 2147483648.f ? static_cast<int32_t>(std::lrintf(a.v)) : INT32_MIN};
+}
 inline I32 bits_of(F32 a) {
   I32 r;
   std::memcpy(&r.v, &a.v, 4);

@@ -16,6 +16,11 @@
 #include <cstdint>
 #include <cstring>
 
+// Of a function, or of a lambda after its parameters.
+#define NF_INLINE __attribute__((always_inline))
+// Before a loop over an array of vectors: written out, so that the array lives in registers.
+#define NF_UNROLL _Pragma("GCC unroll 16")
+
 #if defined(NF_AVX512)
 #define NF_ARCH avx512
 #if defined(NORMFUSE_SIMDE)
@@ -29,7 +34,8 @@
 #elif defined(__x86_64__)
 #define NF_BUILT 1
 #if defined(__GNUC__) && !defined(__clang__)
-// GCC's own header leaves the unused operand of its intrinsics undefined and warns about that wherever they are inlined.
+// GCC's own header leaves the unused operand of its intrinsics undefined and warns about that wherever they are
+// inlined.
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif

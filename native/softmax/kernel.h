@@ -1,12 +1,13 @@
-// Softmax. e^x = m · 2^n with n = round(x log2 e), kept as an integer in the low bits of the float n + 1.5 · 2^23. Dukhan and Ablavatski
-// (arXiv 2001.04438) add pairs (m, n) one by one; here a lane keeps one reference, the largest n it met, and sums m · 2^(n - reference),
-// so that the exponents are aligned once for 8 vectors. The second pass writes m · 2^(n - reference) / sum.
-// Below reference - 126 a term is 0: -inf, -1e30 and the like never reach the argument reduction. Included after simd.h.
+// Softmax. e^x = m · 2^n with n = round(x log2 e), kept as an integer in the low bits of the float n + 1.5 · 2^23.
+// Dukhan and Ablavatski (arXiv 2001.04438) add pairs (m, n) one by one; here a lane keeps one reference, the largest n
+// it met, and sums m · 2^(n - reference), so that the exponents are aligned once for 8 vectors. The second pass writes
+// m · 2^(n - reference) / sum. Below reference - 126 a term is 0: -inf, -1e30 and the like never reach the argument
+// reduction. Included after simd.h.
 #pragma once
 #include <limits>
 
-#include "norm/norm.h"
 #include "simd/partial.h"
+#include "softmax/softmax.h"
 
 namespace nf::NF_ARCH {
 namespace {
@@ -18,7 +19,8 @@ constexpr float kLog2e = 0x1.715476p+0f, kLn2High = 0x1.62E43p-1f, kLn2Low = -0x
 struct Reference {
   I32 base;
   F32 lowest;
-  explicit Reference(F32 r) : base(bits_of(r) - I32::set(127)), lowest((r - F32::set(kSoftmaxMagic + 127)) * F32::set(kLn2High)) {}
+  explicit Reference(F32 r)
+      : base(bits_of(r) - I32::set(127)), lowest((r - F32::set(kSoftmaxMagic + 127)) * F32::set(kLn2High)) {}
   F32 power(F32 r) const { return float_of(shift_left<23>(bits_of(r) - base)); }
 };
 
@@ -151,8 +153,6 @@ inline void softmax_row(const float* x, int64_t d, float* y) {
   for (i = 0; i + N <= d; i += N) (F32::load(y + i) * inverse).store(y + i);
   if (i < d) (F32::load(y + i, d - i) * inverse).store(y + i, d - i);
 }
-
-constexpr NormKernels kKernels = {norm_rows, softmax_sum, softmax_write, softmax_row};
 
 }  // namespace
 }  // namespace nf::NF_ARCH

@@ -1,9 +1,9 @@
-// How fast nf_attend is on one thread: the least of many short runs, as a share of what the core's multipliers could do. Arguments: an
-// instruction set (default: the best), seconds for each shape.
+// How fast nf_attend is on one thread: the least of many short runs, as a share of what the core's multipliers could
+// do. Arguments: an instruction set (default: the best), seconds for each shape.
 #include <chrono>
+#include <cmath>
 #include <cstdio>
 #include <cstdlib>
-#include <cmath>
 #include <random>
 #include <vector>
 
@@ -29,8 +29,9 @@ __attribute__((target("avx2,fma"))) double peak() {
     const double start = now();
     for (int i = 0; i < 400000; ++i) {
       for (auto& x : s) x = _mm256_fmadd_ps(x, a, b);
-      asm volatile("" : "+x"(s[0]), "+x"(s[1]), "+x"(s[2]), "+x"(s[3]), "+x"(s[4]), "+x"(s[5]), "+x"(s[6]), "+x"(s[7]), "+x"(s[8]),
-                   "+x"(s[9]), "+x"(s[10]), "+x"(s[11]));
+      asm volatile(""
+                   : "+x"(s[0]), "+x"(s[1]), "+x"(s[2]), "+x"(s[3]), "+x"(s[4]), "+x"(s[5]), "+x"(s[6]), "+x"(s[7]),
+                     "+x"(s[8]), "+x"(s[9]), "+x"(s[10]), "+x"(s[11]));
     }
     const double rate = 400000.0 * 12 * 16 / (now() - start) * 1e-9;
     float out[8];
@@ -58,7 +59,8 @@ void measure(const Shape& c, double seconds, double top) {
   std::normal_distribution<float> draw;
   const int64_t width = c.heads * c.dim, tokens = c.queries;
   nf_attention s{};
-  s.batch = c.batch, s.heads = c.heads, s.kv_heads = c.kv_heads, s.queries = c.queries, s.keys = c.keys, s.head_dim = c.dim;
+  s.batch = c.batch, s.heads = c.heads, s.kv_heads = c.kv_heads, s.queries = c.queries, s.keys = c.keys,
+  s.head_dim = c.dim;
   s.scale = 1.0f / std::sqrt(static_cast<float>(c.dim)), s.causal = c.causal, s.bits = c.bits;
   std::vector<float> x, cache, y(static_cast<size_t>(c.batch * tokens * width));
   const float *k, *v;
@@ -87,8 +89,8 @@ void measure(const Shape& c, double seconds, double top) {
   if (c.causal) pairs -= static_cast<double>(c.queries * (c.queries - 1)) / 2;
   const double flops = 4.0 * static_cast<double>(c.batch * c.heads * c.dim) * pairs;
   const double bytes = 8.0 * static_cast<double>(c.batch * c.kv_heads * c.keys * c.dim);
-  std::printf("%-36s %9.1f us  %6.1f GFLOP/s  %4.1f %% of peak  K, V at %5.1f GB/s\n", c.name, best * 1e6, flops / best * 1e-9,
-              100 * flops / best * 1e-9 / top, bytes / best * 1e-9);
+  std::printf("%-36s %9.1f us  %6.1f GFLOP/s  %4.1f %% of peak  K, V at %5.1f GB/s\n", c.name, best * 1e6,
+              flops / best * 1e-9, 100 * flops / best * 1e-9 / top, bytes / best * 1e-9);
 }
 
 }  // namespace

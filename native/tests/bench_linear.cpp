@@ -1,5 +1,5 @@
-// How fast the integer products are, beside what this machine can do at most: the least of many runs. GOP/s counts a multiplication and
-// an addition as two. Needs x86 with AVX2 for the peaks; elsewhere only the products are timed.
+// How fast the integer products are, beside what this machine can do at most: the least of many runs. GOP/s counts a
+// multiplication and an addition as two. Needs x86 with AVX2 for the peaks; elsewhere only the products are timed.
 //
 //   bench_linear [instruction set] [bits] [threads]     products; more than one thread: wall-clock time
 //   bench_linear [instruction set] [bits] [threads] decode    one row, weights that are in no cache
@@ -61,9 +61,12 @@ NF_AVX2 void fma_rounds(int rounds) {
     for (int j = 0; j < 12; ++j) asm volatile("vfmadd231ps %1, %1, %0" : "+x"(c[j]) : "x"(x));
   }
 }
-double peak_fma() { return 2. * 8 * 12 * 5000 / seconds([] { fma_rounds(5000); }) * 1e-9; }
+double peak_fma() {
+  return 2. * 8 * 12 * 5000 / seconds([] { fma_rounds(5000); }) * 1e-9;
+}
 
-// `Adds` results of vpmaddubsw are added in 16 bits, then vpmaddwd and vpaddd widen them: the least work for weights of so many bits.
+// `Adds` results of vpmaddubsw are added in 16 bits, then vpmaddwd and vpaddd widen them: the least work for weights of
+// so many bits.
 template <int Adds>
 NF_AVX2 void maddubs_rounds(int rounds) {
   __m256i p[4], c[4];
@@ -82,7 +85,8 @@ NF_AVX2 void maddubs_rounds(int rounds) {
       }
     }
 #pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) asm volatile("vpmaddwd %2, %0, %0\n\tvpaddd %0, %1, %1" : "+x"(p[j]), "+x"(c[j]) : "x"(ones));
+    for (int j = 0; j < 4; ++j)
+      asm volatile("vpmaddwd %2, %0, %0\n\tvpaddd %0, %1, %1" : "+x"(p[j]), "+x"(c[j]) : "x"(ones));
   }
 }
 template <int Adds>
@@ -95,7 +99,8 @@ NF_AVX2 int read_all(const uint8_t* p, size_t bytes) {
   __m256i s[4] = {};
   for (size_t i = 0; i + 256 <= bytes; i += 256) {
 #pragma GCC unroll 8
-    for (size_t j = 0; j < 8; ++j) s[j & 3] = _mm256_add_epi8(s[j & 3], _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + i + j * 32)));
+    for (size_t j = 0; j < 8; ++j)
+      s[j & 3] = _mm256_add_epi8(s[j & 3], _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + i + j * 32)));
   }
   return _mm256_extract_epi32(_mm256_add_epi8(_mm256_add_epi8(s[0], s[1]), _mm256_add_epi8(s[2], s[3])), 0);
 }
@@ -130,8 +135,8 @@ struct Inputs {
   }
 };
 
-// A decoder's layers, one row at a time: so many copies of the weights that each has left the caches when its turn comes. Reads of the same
-// memory are timed in between.
+// A decoder's layers, one row at a time: so many copies of the weights that each has left the caches when its turn
+// comes. Reads of the same memory are timed in between.
 void decode(int bits) {
   constexpr size_t kBytes = size_t{128} << 20;
   std::mt19937 rng(1);
@@ -145,17 +150,19 @@ void decode(int bits) {
       nf_weight view = w.view();
       double product = 1e9, read = 1e9;
       for (int i = 0; i < 40; ++i) {
-        product = std::min(product, once([&] {
-          for (size_t c = 0; c < copies; ++c) {
-            view.packed = all.data() + c * w.packed.size();
-            nf_matmul(threads, &view, in.q.data(), in.scale.data(), 1, 1, NF_NONE, nullptr, in.y.data());
-          }
-        }));
+        product =
+            std::min(product, once([&] {
+                       for (size_t c = 0; c < copies; ++c) {
+                         view.packed = all.data() + c * w.packed.size();
+                         nf_matmul(threads, &view, in.q.data(), in.scale.data(), 1, 1, NF_NONE, nullptr, in.y.data());
+                       }
+                     }));
         read = std::min(read, once([&] { read_memory(all); }));
       }
       const double bytes = static_cast<double>(all.size());
-      std::printf("1 x %4d x %5d, %d bits, groups %d: %7.3f ms, %5.1f GB/s; a read: %5.1f GB/s (%3.0f %%)\n", int(k), int(n), bits, groups,
-                  product / static_cast<double>(copies) * 1e3, bytes / product * 1e-9, bytes / read * 1e-9, 100 * read / product);
+      std::printf("1 x %4d x %5d, %d bits, groups %d: %7.3f ms, %5.1f GB/s; a read: %5.1f GB/s (%3.0f %%)\n", int(k),
+                  int(n), bits, groups, product / static_cast<double>(copies) * 1e3, bytes / product * 1e-9,
+                  bytes / read * 1e-9, 100 * read / product);
     }
   }
 }
@@ -169,23 +176,28 @@ void epilogues(int bits) {
     Inputs in(128, 768, 3072, rng);
     std::fill(in.scale.begin(), in.scale.end(), scale);
     for (int e = NF_NONE; e <= NF_SILU; ++e) {
-      const double t = seconds([&] { nf_matmul(threads, &view, in.q.data(), in.scale.data(), 1, 128, e, nullptr, in.y.data()); });
-      std::printf("128 x 768 x 3072, %d bits, outputs about %g, %-9s: %7.3f ms\n", bits, double(scale) * 1e4, names[e], t * 1e3);
+      const double t =
+          seconds([&] { nf_matmul(threads, &view, in.q.data(), in.scale.data(), 1, 128, e, nullptr, in.y.data()); });
+      std::printf("128 x 768 x 3072, %d bits, outputs about %g, %-9s: %7.3f ms\n", bits, double(scale) * 1e4, names[e],
+                  t * 1e3);
     }
   }
 }
 
 void groups(int bits) {
   std::mt19937 rng(1);
-  for (const auto& [m, k, n] : {std::array<int64_t, 3>{1, 768, 2304}, {16, 768, 3072}, {197, 768, 3072}, {197, 3072, 768}}) {
+  for (const auto& [m, k, n] :
+       {std::array<int64_t, 3>{1, 768, 2304}, {16, 768, 3072}, {197, 768, 3072}, {197, 3072, 768}}) {
     double one = 0;
     for (int g : {1, 2, 3, 8}) {
       const Weights w(n, k, bits, g, rng);
       const nf_weight view = w.view();
       Inputs in(m, k, n, rng);
-      const double t = seconds([&] { nf_matmul(threads, &view, in.q.data(), in.scale.data(), 1, m, NF_NONE, nullptr, in.y.data()); });
+      const double t = seconds(
+          [&] { nf_matmul(threads, &view, in.q.data(), in.scale.data(), 1, m, NF_NONE, nullptr, in.y.data()); });
       if (g == 1) one = t;
-      std::printf("%3d x %4d x %4d, %d bits, groups %d: %8.4f ms (%+.1f %%)\n", int(m), int(k), int(n), bits, g, t * 1e3, 100 * (t / one - 1));
+      std::printf("%3d x %4d x %4d, %d bits, groups %d: %8.4f ms (%+.1f %%)\n", int(m), int(k), int(n), bits, g,
+                  t * 1e3, 100 * (t / one - 1));
     }
   }
 }
@@ -209,10 +221,18 @@ int main(int argc, char** argv) {
   double peak[9] = {};
 #if defined(__x86_64__)
   if (__builtin_cpu_supports("avx2")) {
-    const double peaks[9] = {0, 0, peak_maddubs<32>(), peak_maddubs<16>(), peak_maddubs<8>(), peak_maddubs<4>(), peak_maddubs<2>(), peak_maddubs<1>(),
+    const double peaks[9] = {0,
+                             0,
+                             peak_maddubs<32>(),
+                             peak_maddubs<16>(),
+                             peak_maddubs<8>(),
+                             peak_maddubs<4>(),
+                             peak_maddubs<2>(),
+                             peak_maddubs<1>(),
                              peak_maddubs<1>()};
     std::copy(peaks, peaks + 9, peak);
-    std::printf("peak: FMA float32 %.0f GFLOP/s; vpmaddubsw, widened after 8: %.0f GOP/s, after each: %.0f GOP/s\n", peak_fma(), peak[4], peak[7]);
+    std::printf("peak: FMA float32 %.0f GFLOP/s; vpmaddubsw, widened after 8: %.0f GOP/s, after each: %.0f GOP/s\n",
+                peak_fma(), peak[4], peak[7]);
     for (size_t mb : {1, 4, 16, 256}) std::printf("read bandwidth, %zu MiB: %.1f GB/s\n", mb, read_bandwidth(mb << 20));
   }
 #endif
@@ -221,26 +241,36 @@ int main(int argc, char** argv) {
     int64_t m, k, n;
     int groups;
   };
-  for (const Shape& s : {Shape{1576, 768, 3072, 1}, Shape{1576, 3072, 768, 1}, Shape{128, 768, 3072, 1}, Shape{128, 768, 3072, 3}, Shape{197, 768, 3072, 1}, Shape{16, 768, 3072, 1}, Shape{1, 768, 2304, 1}, Shape{2, 768, 2304, 1},
-                         Shape{4, 768, 2304, 1}, Shape{8, 768, 2304, 1}, Shape{1, 4096, 16384, 1}, Shape{1, 4096, 16384, 3}}) {
+  for (const Shape& s :
+       {Shape{1576, 768, 3072, 1}, Shape{1576, 3072, 768, 1}, Shape{128, 768, 3072, 1}, Shape{128, 768, 3072, 3},
+        Shape{197, 768, 3072, 1}, Shape{16, 768, 3072, 1}, Shape{1, 768, 2304, 1}, Shape{2, 768, 2304, 1},
+        Shape{4, 768, 2304, 1}, Shape{8, 768, 2304, 1}, Shape{1, 4096, 16384, 1}, Shape{1, 4096, 16384, 3}}) {
     for (int bits : {4, 8, 2, 3, 5, 6, 7}) {
       if (only_bits ? bits != only_bits : bits != 4 && bits != 8) continue;
       const Weights w(s.n, s.k, bits, s.groups, rng);
       const nf_weight view = w.view();
       std::vector<int8_t> q(static_cast<size_t>(s.m * s.k));
       for (auto& v : q) v = static_cast<int8_t>(static_cast<int>(rng() % 255) - 127);
-      std::vector<float> scale(static_cast<size_t>(s.m), 1e-3f), y(static_cast<size_t>(s.m * s.n)), x(q.begin(), q.end());
+      std::vector<float> scale(static_cast<size_t>(s.m), 1e-3f), y(static_cast<size_t>(s.m * s.n)),
+          x(q.begin(), q.end());
       std::vector<int8_t> out(y.size());
       std::vector<float> out_scale(scale.size());
-      const double t = seconds([&] { nf_matmul(threads, &view, q.data(), scale.data(), 1, s.m, NF_NONE, nullptr, y.data()); });
-      const double t_linear = seconds([&] { nf_linear(threads, &view, x.data(), s.m, 8, 0.f, NF_GELU, nullptr, y.data()); }, 0.2);
-      const double t_again =
-          seconds([&] { nf_matmul_quantize(threads, &view, q.data(), scale.data(), 1, s.m, NF_GELU, 8, out.data(), out_scale.data()); }, 0.2);
+      const double t =
+          seconds([&] { nf_matmul(threads, &view, q.data(), scale.data(), 1, s.m, NF_NONE, nullptr, y.data()); });
+      const double t_linear =
+          seconds([&] { nf_linear(threads, &view, x.data(), s.m, 8, 0.f, NF_GELU, nullptr, y.data()); }, 0.2);
+      const double t_again = seconds(
+          [&] {
+            nf_matmul_quantize(threads, &view, q.data(), scale.data(), 1, s.m, NF_GELU, 8, out.data(),
+                               out_scale.data());
+          },
+          0.2);
       const double ops = 2. * static_cast<double>(s.m * s.k * s.n);
-      std::printf("%5d x %4d x %5d, %d bits, groups %d: %7.1f GOP/s", int(s.m), int(s.k), int(s.n), bits, s.groups, ops / t * 1e-9);
+      std::printf("%5d x %4d x %5d, %d bits, groups %d: %7.1f GOP/s", int(s.m), int(s.k), int(s.n), bits, s.groups,
+                  ops / t * 1e-9);
       if (peak[bits] > 0) std::printf(" (%3.0f %% of peak)", 100 * ops / t * 1e-9 / peak[bits]);
-      std::printf(", weights %5.1f GB/s, %9.3f ms; linear+gelu %9.3f ms; gelu+quantize %9.3f ms\n", static_cast<double>(w.packed.size()) / t * 1e-9,
-                  t * 1e3, t_linear * 1e3, t_again * 1e3);
+      std::printf(", weights %5.1f GB/s, %9.3f ms; linear+gelu %9.3f ms; gelu+quantize %9.3f ms\n",
+                  static_cast<double>(w.packed.size()) / t * 1e-9, t * 1e3, t_linear * 1e3, t_again * 1e3);
     }
   }
   return 0;

@@ -1,5 +1,5 @@
-// Norms, softmax and convolutions on one thread: the least of many short runs, GB/s of what must move, and that as a fraction of the
-// bandwidth of a copy of the same size, measured beside it. Usage: bench_norm [norm|softmax|conv].
+// Norms, softmax and convolutions on one thread: the least of many short runs, GB/s of what must move, and that as a
+// fraction of the bandwidth of a copy of the same size, measured beside it. Usage: bench_norm [norm|softmax|conv].
 #include <chrono>
 #include <cmath>
 #include <cstdio>
@@ -8,8 +8,9 @@
 #include <string>
 #include <vector>
 
-#include "norm/norm.h"
+#include "isa/isa.h"
 #include "normfuse.h"
+#include "softmax/softmax.h"
 
 namespace {
 
@@ -60,21 +61,22 @@ void norms() {
     const auto norm = [&](int kind) {
       return [&, kind] {
         for (int i = 0; i < repeat; i++)
-          nf_norm(nullptr, kind, x.data(), nullptr, rows, d, g.data(), kind == NF_RMS || kind == NF_CRMS ? nullptr : b.data(), 1e-5f, 1.2533f,
-                  nullptr, y.data());
+          nf_norm(nullptr, kind, x.data(), nullptr, rows, d, g.data(),
+                  kind == NF_RMS || kind == NF_CRMS ? nullptr : b.data(), 1e-5f, 1.2533f, nullptr, y.data());
       };
     };
     const auto fused = [&](int kind) {
       return [&, kind] {
         for (int i = 0; i < repeat; i++)
-          nf_norm_quantize(nullptr, kind, x.data(), nullptr, rows, d, g.data(), kind == NF_RMS ? nullptr : b.data(), 1e-5f, 1, 8, nullptr,
-                           q.data(), scale.data());
+          nf_norm_quantize(nullptr, kind, x.data(), nullptr, rows, d, g.data(), kind == NF_RMS ? nullptr : b.data(),
+                           1e-5f, 1, 8, nullptr, q.data(), scale.data());
       };
     };
     const auto apart = [&](int kind) {
       return [&, kind] {
         for (int i = 0; i < repeat; i++) {
-          nf_norm(nullptr, kind, x.data(), nullptr, rows, d, g.data(), kind == NF_RMS ? nullptr : b.data(), 1e-5f, 1, nullptr, y.data());
+          nf_norm(nullptr, kind, x.data(), nullptr, rows, d, g.data(), kind == NF_RMS ? nullptr : b.data(), 1e-5f, 1,
+                  nullptr, y.data());
           nf_quantize_rows(nullptr, y.data(), rows, d, 8, q.data(), scale.data());
         }
       };
@@ -84,34 +86,47 @@ void norms() {
     };
     const auto skip = [&] {
       for (int i = 0; i < repeat; i++)
-        nf_norm_quantize(nullptr, NF_RMS, x.data(), r.data(), rows, d, g.data(), nullptr, 1e-5f, 1, 8, r.data(), q.data(), scale.data());
+        nf_norm_quantize(nullptr, NF_RMS, x.data(), r.data(), rows, d, g.data(), nullptr, 1e-5f, 1, 8, r.data(),
+                         q.data(), scale.data());
     };
-    const std::vector<double> t = least(1.0, copy, norm(NF_LAYER), norm(NF_L1), norm(NF_RMS), norm(NF_CRMS), fused(NF_LAYER), apart(NF_LAYER),
-                                        fused(NF_RMS), apart(NF_RMS), fused(NF_L1), apart(NF_L1), skip);
-    const char* names[] = {"copy", "layer", "L1", "RMS", "CRMS", "layer -> int8", "layer, quantize", "RMS -> int8", "RMS, quantize",
-                           "L1 -> int8", "L1, quantize", "skip + RMS -> int8"};
+    const std::vector<double> t =
+        least(1.0, copy, norm(NF_LAYER), norm(NF_L1), norm(NF_RMS), norm(NF_CRMS), fused(NF_LAYER), apart(NF_LAYER),
+              fused(NF_RMS), apart(NF_RMS), fused(NF_L1), apart(NF_L1), skip);
+    const char* names[] = {"copy",
+                           "layer",
+                           "L1",
+                           "RMS",
+                           "CRMS",
+                           "layer -> int8",
+                           "layer, quantize",
+                           "RMS -> int8",
+                           "RMS, quantize",
+                           "L1 -> int8",
+                           "L1, quantize",
+                           "skip + RMS -> int8"};
     std::printf("(%lld, %lld)\n", (long long)rows, (long long)d);
     for (size_t i = 0; i < t.size(); i++) {
       const double us = t[i] / repeat * 1e6, bytes = (double)n * (i < 5 ? 8 : i == 11 ? 13 : 5);
-      std::printf("  %-20s %9.2f us  %6.1f GB/s  %4.0f %%\n", names[i], us, bytes / us / 1e3, 100 * bytes / (t[i] / repeat) / ((double)n * 8 / (t[0] / repeat)));
+      std::printf("  %-20s %9.2f us  %6.1f GB/s  %4.0f %%\n", names[i], us, bytes / us / 1e3,
+                  100 * bytes / (t[i] / repeat) / ((double)n * 8 / (t[0] / repeat)));
     }
-    std::printf("  layer / L1 %.2f   layer / RMS %.2f   apart / fused: layer %.2f  RMS %.2f  L1 %.2f\n", t[1] / t[2], t[1] / t[3], t[6] / t[5],
-                t[8] / t[7], t[10] / t[9]);
+    std::printf("  layer / L1 %.2f   layer / RMS %.2f   apart / fused: layer %.2f  RMS %.2f  L1 %.2f\n", t[1] / t[2],
+                t[1] / t[3], t[6] / t[5], t[8] / t[7], t[10] / t[9]);
   }
 }
 
 void softmax() {
   std::printf("softmax, ns an element   [%s]\n", nf_isa());
-  const nf::NormKernels& kernels = nf::norm_kernels();
+  const nf::SoftmaxKernels& kernels = nf::active_kernels().softmax;
   for (int power : {8, 10, 12, 14, 15, 16, 17, 18, 20, 22, 24}) {
     const int64_t d = int64_t(1) << power;
     const int repeat = d < 100000 ? (int)(100000 / d) : 1;
     std::vector<float> x = normal((size_t)d), y((size_t)d);
     const auto three = [&] {
-      for (int i = 0; i < repeat; i++) kernels.softmax_row(x.data(), d, y.data());
+      for (int i = 0; i < repeat; i++) kernels.row(x.data(), d, y.data());
     };
     const auto two = [&] {
-      for (int i = 0; i < repeat; i++) kernels.softmax_write(x.data(), d, kernels.softmax_sum(x.data(), d), y.data());
+      for (int i = 0; i < repeat; i++) kernels.write(x.data(), d, kernels.sum(x.data(), d), y.data());
     };
     const auto ours = [&] {
       for (int i = 0; i < repeat; i++) nf_two_pass_softmax(nullptr, x.data(), 1, d, y.data());
@@ -120,8 +135,9 @@ void softmax() {
       for (int i = 0; i < repeat; i++) copy_floats(x.data(), y.data(), (size_t)d);
     };
     const std::vector<double> t = least(1.0, copy, three, two, ours);
-    std::printf("  2^%-2d  copy %.3f  three passes %.3f  two %.3f  nf_two_pass_softmax %.3f   three / two %.2f\n", power, t[0] * 1e9 / (double)(d * repeat),
-                t[1] * 1e9 / (double)(d * repeat), t[2] * 1e9 / (double)(d * repeat), t[3] * 1e9 / (double)(d * repeat), t[1] / t[2]);
+    std::printf("  2^%-2d  copy %.3f  three passes %.3f  two %.3f  nf_two_pass_softmax %.3f   three / two %.2f\n",
+                power, t[0] * 1e9 / (double)(d * repeat), t[1] * 1e9 / (double)(d * repeat),
+                t[2] * 1e9 / (double)(d * repeat), t[3] * 1e9 / (double)(d * repeat), t[1] / t[2]);
   }
 }
 
@@ -147,7 +163,8 @@ void convolutions() {
     const nf_conv& c = k.c;
     const int64_t K = c.kh * c.kw * c.c / c.conv_groups, oh = (c.h + 2 * c.pad_begin[0] - c.kh) / c.stride[0] + 1;
     const int32_t size = (int32_t)K;
-    std::vector<float> x = normal((size_t)(c.c * c.h * c.w)), y((size_t)(c.conv_groups * k.outputs * oh * oh)), scale((size_t)k.outputs, 0.01f);
+    std::vector<float> x = normal((size_t)(c.c * c.h * c.w)), y((size_t)(c.conv_groups * k.outputs * oh * oh)),
+                       scale((size_t)k.outputs, 0.01f);
     std::printf("  %-24s", k.name);
     for (int bits : {8, 4}) {
       const int64_t bytes = nf_packed_bytes(k.outputs, bits, 1, &size);
@@ -159,7 +176,8 @@ void convolutions() {
         w.push_back({k.outputs, K, bits, 1, &size, nullptr, packed.data() + g * bytes, scale.data(), nullptr});
       const auto once = [&] { nf_conv2d(nullptr, &c, w.data(), x.data(), 8, 0, NF_RELU, y.data()); };
       const double t = least(0.7, once)[0];
-      std::printf("  W%d %8.1f us %6.1f GOP/s", bits, t * 1e6, 2.0 * (double)(c.conv_groups * k.outputs * oh * oh * K) / t / 1e9);
+      std::printf("  W%d %8.1f us %6.1f GOP/s", bits, t * 1e6,
+                  2.0 * (double)(c.conv_groups * k.outputs * oh * oh * K) / t / 1e9);
     }
     std::printf("\n");
   }

@@ -1,6 +1,6 @@
-// Calls every function of normfuse.h with random shapes, values and mistakes, on every instruction set of the machine. Built with
-// sanitizers (`make sanitize`): buffers have exactly the sizes that the header names, so that a read or write beyond them is found.
-// Integers are compared with a plain computation.
+// Calls every function of normfuse.h with random shapes, values and mistakes, on every instruction set of the machine.
+// Built with sanitizers (`make sanitize`): buffers have exactly the sizes that the header names, so that a read or
+// write beyond them is found. Integers are compared with a plain computation.
 //
 //   fuzz [cases] [seed]
 #include <cmath>
@@ -29,8 +29,8 @@ int64_t between(int64_t low, int64_t high) { return low + int64_t(next() % uint6
 bool one_in(int64_t n) { return between(1, n) == 1; }
 
 [[noreturn]] void fail(const std::string& text) {
-  std::fprintf(stderr, "case %llu, %s on %s: %s\n", static_cast<unsigned long long>(current_case), current_call, nf_isa(),
-               text.c_str());
+  std::fprintf(stderr, "case %llu, %s on %s: %s\n", static_cast<unsigned long long>(current_case), current_call,
+               nf_isa(), text.c_str());
   std::abort();
 }
 void check(bool holds, const char* text) {
@@ -84,7 +84,7 @@ int32_t some_bits() { return one_in(25) ? int32_t(between(-2, 12)) : int32_t(bet
 int32_t some_epilogue() { return one_in(40) ? int32_t(between(-3, 9)) : int32_t(between(0, 4)); }
 bool bits_are_right(int32_t bits) { return bits >= 2 && bits <= 8; }
 
-// -- weights ----------------------------------------------------------------------------------------------------------------------
+// -- weights --------------------------------------------------------------------------------------
 
 struct Weight {
   nf_weight w{};
@@ -122,7 +122,8 @@ struct Weight {
     packed = new Buffer<uint8_t>(bytes);
     pack(code, top);
     operand.resize(code.size());
-    for (int64_t i = 0; i < n * k; ++i) operand[size_t(i)] = code[size_t(i)] * (1 << (w.groups - 1 - exponent[size_t(i % k)]));
+    for (int64_t i = 0; i < n * k; ++i)
+      operand[size_t(i)] = code[size_t(i)] * (1 << (w.groups - 1 - exponent[size_t(i % k)]));
     scale = new Buffer<float>(n);
     fill(*scale);
     if (one_in(2)) fill(*(bias = new Buffer<float>(n)));
@@ -187,7 +188,9 @@ struct Weight {
       case 11:
         if (w.order) {
           const int64_t at = between(0, w.k - 1);
-          order[size_t(at)] = int32_t(one_in(2) ? w.k + between(0, 3) : one_in(2) ? std::numeric_limits<int32_t>::min() : -between(1, 3));
+          order[size_t(at)] = int32_t(one_in(2)   ? w.k + between(0, 3)
+                                      : one_in(2) ? std::numeric_limits<int32_t>::min()
+                                                  : -between(1, 3));
           break;
         }
         [[fallthrough]];
@@ -201,7 +204,7 @@ void expect(const char* message, bool right) {
   if (!right && !message) fail("a mistake was accepted");
 }
 
-// -- functions --------------------------------------------------------------------------------------------------------------------
+// -- functions ------------------------------------------------------------------------------------
 
 void quantize_rows() {
   current_call = "nf_quantize_rows";
@@ -222,7 +225,8 @@ void quantize_rows() {
       finite = finite && std::isfinite(x[r * k + i]);
       most = std::fmax(most, std::fabs(x[r * k + i]));
     }
-    check(finite ? scale[r] == (most == 0 ? 1 : most / top) : std::isnan(scale[r]), "the scale of a row is not its definition");
+    check(finite ? scale[r] == (most == 0 ? 1 : most / top) : std::isnan(scale[r]),
+          "the scale of a row is not its definition");
     for (int64_t i = 0; i < k; ++i)
       check(std::abs(q[r * k + i]) <= int(top) && (finite || q[r * k + i] == 0), "a code is out of range");
   }
@@ -243,11 +247,13 @@ void quantize_static() {
     return;
   }
   const int top = (1 << (bits - 1)) - 1;
-  for (int64_t i = 0; i < count; ++i) check(std::abs(q[i]) <= top && (!std::isnan(x[i]) || q[i] == 0), "a code is out of range");
+  for (int64_t i = 0; i < count; ++i)
+    check(std::abs(q[i]) <= top && (!std::isnan(x[i]) || q[i] == 0), "a code is out of range");
 }
 
 void products() {
-  const int64_t n = between(1, one_in(4) ? 200 : 40), k = between(1, one_in(4) ? 400 : 70), m = some_size(one_in(4) ? 40 : 9);
+  const int64_t n = between(1, one_in(4) ? 200 : 40), k = between(1, one_in(4) ? 400 : 70),
+                m = some_size(one_in(4) ? 40 : 9);
   Weight weight;
   weight.make(n, k, true);
   Buffer<int8_t> q(m * k);
@@ -278,14 +284,15 @@ void products() {
     }
     case 1:
       current_call = "nf_matmul";
-      return expect(nf_matmul(threads, &weight.w, q.data(), row_scale.data(), stride, m, epilogue, add, y.data()), right);
+      return expect(nf_matmul(threads, &weight.w, q.data(), row_scale.data(), stride, m, epilogue, add, y.data()),
+                    right);
     case 2: {
       current_call = "nf_matmul_quantize";
       Buffer<int8_t> out(m * n);
       Buffer<float> out_scale(m);
       const int32_t bits = some_bits();
-      return expect(nf_matmul_quantize(threads, &weight.w, q.data(), row_scale.data(), stride, m, epilogue, bits, out.data(),
-                                       out_scale.data()),
+      return expect(nf_matmul_quantize(threads, &weight.w, q.data(), row_scale.data(), stride, m, epilogue, bits,
+                                       out.data(), out_scale.data()),
                     right && bits_are_right(bits));
     }
     default: {
@@ -294,7 +301,8 @@ void products() {
       fill(x);
       const int32_t bits = some_bits();
       const float scale = one_in(2) ? 0 : std::ldexp(1.0f, int(between(-20, 20)));
-      expect(nf_linear(threads, &weight.w, x.data(), m, bits, scale, epilogue, add, y.data()), right && bits_are_right(bits));
+      expect(nf_linear(threads, &weight.w, x.data(), m, bits, scale, epilogue, add, y.data()),
+             right && bits_are_right(bits));
     }
   }
 }
@@ -336,7 +344,10 @@ void mistakes() {
     case 16: message = nf_quantize_rows(t, x.data(), 1, one_in(2) ? 0 : -1, 8, codes, s); break;
     case 17: message = nf_quantize_rows(t, one_in(2) ? none : x.data(), 1, w.k, 8, no_codes, s); break;
     case 18: message = nf_quantize_static(t, x.data(), one_in(2) ? -1 : huge, 1.f, 8, codes); break;
-    case 19: message = nf_quantize_static(t, x.data(), w.k, one_in(2) ? -1.f : std::numeric_limits<float>::quiet_NaN(), 8, codes); break;
+    case 19:
+      message =
+          nf_quantize_static(t, x.data(), w.k, one_in(2) ? -1.f : std::numeric_limits<float>::quiet_NaN(), 8, codes);
+      break;
     default: message = nf_force_isa("mmx");
   }
   current_call = "a call with a mistake";
@@ -413,8 +424,8 @@ void norms() {
   const int32_t bits = some_bits();
   Buffer<int8_t> q(rows * d);
   Buffer<float> scale(rows);
-  const char* message =
-      nf_norm_quantize(some_threads(), kind, x.data(), add, rows, d, g, s, 1e-5f, 1.25f, bits, out, q.data(), scale.data());
+  const char* message = nf_norm_quantize(some_threads(), kind, x.data(), add, rows, d, g, s, 1e-5f, 1.25f, bits, out,
+                                         q.data(), scale.data());
   if (d > 0 || !right) expect(message, right && bits_are_right(bits));
   if (message) return;
   for (int64_t i = 0; i < rows * d; ++i) check(std::abs(q[i]) <= (1 << (bits - 1)) - 1, "a code is out of range");
@@ -458,8 +469,8 @@ void attention() {
     a.mask_stride[axis] = size[axis] == 1 ? 0 : stride;
     stride *= size[axis];
   }
-  Buffer<float> q(a.batch * a.heads * a.queries * a.head_dim), y(q.size()), k(a.batch * a.kv_heads * a.keys * a.head_dim),
-      v(k.size()), mask(stride);
+  Buffer<float> q(a.batch * a.heads * a.queries * a.head_dim), y(q.size()),
+      k(a.batch * a.kv_heads * a.keys * a.head_dim), v(k.size()), mask(stride);
   for (Buffer<float>* b : {&q, &k, &v, &mask}) fill(*b);
   bool right = true;
   if (one_in(25)) {
@@ -472,7 +483,8 @@ void attention() {
       default: a.keys = -1;
     }
   }
-  const char* message = nf_attend(some_threads(), &a, q.data(), k.data(), v.data(), one_in(2) ? mask.data() : nullptr, y.data());
+  const char* message =
+      nf_attend(some_threads(), &a, q.data(), k.data(), v.data(), one_in(2) ? mask.data() : nullptr, y.data());
   if (right ? a.batch > 0 && a.queries > 0 && a.keys > 0 : a.batch != 0) expect(message, right);
 }
 
@@ -495,7 +507,7 @@ int main(int argc, char** argv) {
   std::string names = nf_isa_available();
   for (size_t at; !names.empty(); names.erase(0, at == std::string::npos ? at : at + 1))
     isas.push_back(names.substr(0, at = names.find(' ')));
-  void (*const calls[])() = {quantize_rows, quantize_static, products, products,  products,  mistakes, conv,
+  void (*const calls[])() = {quantize_rows, quantize_static, products, products,  products,  mistakes,    conv,
                              norms,         norms,           softmax,  attention, attention, packed_bytes};
   for (current_case = 0; current_case < cases; ++current_case) {
     state = seed * 0x2545f4914f6cdd1du + current_case;  // a case can be run alone

@@ -1,5 +1,6 @@
-// nf_attend against softmax(scale q kᵀ + mask) v in double, on every instruction set that is here: random shapes, strides, masks, grouped
-// heads; what is around y stays as it was; rows that see nothing are 0. Exit status 0 when all hold. An argument: how many shapes.
+// nf_attend against softmax(scale q kᵀ + mask) v in double, on every instruction set that is here: random shapes,
+// strides, masks, grouped heads; what is around y stays as it was; rows that see nothing are 0. Exit status 0 when all
+// hold. An argument: how many shapes.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -45,8 +46,13 @@ struct Case {
   Array q, k, v, y;
   std::vector<float> qs, ks, vs, mask;
   explicit Case(const nf_attention& s)
-      : shape(s), q(s.batch, s.heads, s.queries, s.head_dim), k(s.batch, s.kv_heads, s.keys, s.head_dim),
-        v(s.batch, s.kv_heads, s.keys, s.head_dim), y(s.batch, s.heads, s.queries, s.head_dim), qs(normal(q.size)), ks(normal(k.size)),
+      : shape(s),
+        q(s.batch, s.heads, s.queries, s.head_dim),
+        k(s.batch, s.kv_heads, s.keys, s.head_dim),
+        v(s.batch, s.kv_heads, s.keys, s.head_dim),
+        y(s.batch, s.heads, s.queries, s.head_dim),
+        qs(normal(q.size)),
+        ks(normal(k.size)),
         vs(normal(v.size)) {
     std::copy_n(q.stride, 3, shape.q_stride), std::copy_n(k.stride, 3, shape.k_stride);
     std::copy_n(v.stride, 3, shape.v_stride), std::copy_n(y.stride, 3, shape.y_stride);
@@ -60,7 +66,8 @@ struct Case {
 };
 
 // What the scores are made from: q or k, or their codes times their scales.
-std::vector<double> operands(const std::vector<float>& x, const Array& at, int64_t batch, int64_t heads, int64_t tokens, int64_t dim, int bits) {
+std::vector<double> operands(const std::vector<float>& x, const Array& at, int64_t batch, int64_t heads, int64_t tokens,
+                             int64_t dim, int bits) {
   std::vector<double> out(x.begin(), x.end());
   if (!bits) return out;
   const float limit = static_cast<float>((1 << (bits - 1)) - 1);
@@ -71,12 +78,14 @@ std::vector<double> operands(const std::vector<float>& x, const Array& at, int64
         float top = 0;
         for (int64_t d = 0; d < dim; ++d) top = std::max(top, std::abs(row[d]));
         const float scale = top / limit, inverse = limit / top;
-        for (int64_t d = 0; d < dim; ++d) out[static_cast<size_t>(at.at(b, h, t) + d)] = std::nearbyint(row[d] * inverse) * double(scale);
+        for (int64_t d = 0; d < dim; ++d)
+          out[static_cast<size_t>(at.at(b, h, t) + d)] = std::nearbyint(row[d] * inverse) * double(scale);
       }
   return out;
 }
 
-// The largest error of y relative to the largest |v|; infinity if a NaN is where none should be, or y's surroundings changed.
+// The largest error of y relative to the largest |v|; infinity if a NaN is where none should be, or y's surroundings
+// changed.
 double error_of(const Case& c, const std::vector<float>& out) {
   const nf_attention& s = c.shape;
   double worst = 0;
@@ -87,14 +96,16 @@ double error_of(const Case& c, const std::vector<float>& out) {
   for (int64_t b = 0; b < s.batch; ++b)
     for (int64_t h = 0; h < s.heads; ++h)
       for (int64_t i = 0; i < s.queries; ++i) {
-        const int64_t kv = h / (s.heads / s.kv_heads), seen = s.causal ? std::clamp<int64_t>(i + 1 + s.keys - s.queries, 0, s.keys) : s.keys;
+        const int64_t kv = h / (s.heads / s.kv_heads),
+                      seen = s.causal ? std::clamp<int64_t>(i + 1 + s.keys - s.queries, 0, s.keys) : s.keys;
         double top = -INFINITY, sum = 0;
         for (int64_t j = 0; j < seen; ++j) {
           double x = 0;
           for (int64_t d = 0; d < s.head_dim; ++d)
             x += qs[static_cast<size_t>(c.q.at(b, h, i) + d)] * ks[static_cast<size_t>(c.k.at(b, kv, j) + d)];
           x *= s.scale;
-          if (!c.mask.empty()) x += c.mask[static_cast<size_t>(b * s.mask_stride[0] + h * s.mask_stride[1] + i * s.mask_stride[2] + j)];
+          if (!c.mask.empty())
+            x += c.mask[static_cast<size_t>(b * s.mask_stride[0] + h * s.mask_stride[1] + i * s.mask_stride[2] + j)];
           w[static_cast<size_t>(j)] = x;
           top = std::max(top, x);
         }
@@ -103,7 +114,8 @@ double error_of(const Case& c, const std::vector<float>& out) {
           const size_t at = static_cast<size_t>(c.y.at(b, h, i) + d);
           written[at] = 1;
           double want = 0;
-          for (int64_t j = 0; j < seen; ++j) want += w[static_cast<size_t>(j)] / sum * c.vs[static_cast<size_t>(c.v.at(b, kv, j) + d)];
+          for (int64_t j = 0; j < seen; ++j)
+            want += w[static_cast<size_t>(j)] / sum * c.vs[static_cast<size_t>(c.v.at(b, kv, j) + d)];
           if (seen == 0 || top == -INFINITY) {
             if (out[at] != 0) return INFINITY;
           } else if (std::isnan(sum)) {
@@ -127,7 +139,8 @@ void expect(bool ok, const char* isa, const std::string& what) {
   ++failures;
 }
 
-nf_attention shape_of(int64_t batch, int64_t heads, int64_t kv_heads, int64_t queries, int64_t keys, int64_t dim, bool causal) {
+nf_attention shape_of(int64_t batch, int64_t heads, int64_t kv_heads, int64_t queries, int64_t keys, int64_t dim,
+                      bool causal) {
   nf_attention s{};
   s.batch = batch, s.heads = heads, s.kv_heads = kv_heads, s.queries = queries, s.keys = keys, s.head_dim = dim;
   s.scale = 1.0f / std::sqrt(static_cast<float>(dim)), s.causal = causal;
@@ -136,8 +149,8 @@ nf_attention shape_of(int64_t batch, int64_t heads, int64_t kv_heads, int64_t qu
 
 std::string name_of(const nf_attention& s, bool mask) {
   std::ostringstream o;
-  o << "B " << s.batch << " H " << s.heads << "/" << s.kv_heads << " T " << s.queries << " keys " << s.keys << " D " << s.head_dim
-    << (s.causal ? " causal" : "") << " bits " << s.bits << (mask ? " mask" : "");
+  o << "B " << s.batch << " H " << s.heads << "/" << s.kv_heads << " T " << s.queries << " keys " << s.keys << " D "
+    << s.head_dim << (s.causal ? " causal" : "") << " bits " << s.bits << (mask ? " mask" : "");
   return o.str();
 }
 
@@ -224,7 +237,8 @@ void wrong_arguments(const char* isa) {
   nine.bits = 9;
   refused(nine, "bits");
   nf_attention empty = shape_of(0, 2, 2, 4, 4, 8, false);
-  expect(!nf_attend(nullptr, &empty, nullptr, nullptr, nullptr, nullptr, nullptr), isa, "an empty batch is nothing to do");
+  expect(!nf_attend(nullptr, &empty, nullptr, nullptr, nullptr, nullptr, nullptr), isa,
+         "an empty batch is nothing to do");
 }
 
 }  // namespace

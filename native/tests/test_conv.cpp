@@ -1,5 +1,5 @@
-// nf_conv2d of every instruction set of this machine: exact against sums of plain integers, and against float64 with bias and
-// epilogue. Usage: test_conv [seed [cases]]. Exits with 1 and says what was wrong.
+// nf_conv2d of every instruction set of this machine: exact against sums of plain integers, and against float64 with
+// bias and epilogue. Usage: test_conv [seed [cases]]. Exits with 1 and says what was wrong.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -40,7 +40,15 @@ struct Weight {
     return (int64_t)codes[(size_t)(row * k + column)] * (1 << (groups - 1 - exponents[(size_t)column]));
   }
   nf_weight view() const {
-    return {n, k, bits, groups, sizes.data(), with_order ? order.data() : nullptr, packed.data(), scale.data(), bias.empty() ? nullptr : bias.data()};
+    return {n,
+            k,
+            bits,
+            groups,
+            sizes.data(),
+            with_order ? order.data() : nullptr,
+            packed.data(),
+            scale.data(),
+            bias.empty() ? nullptr : bias.data()};
   }
   void pack() {
     sizes.assign((size_t)groups, 0);
@@ -59,7 +67,8 @@ struct Weight {
     while (places.size() / 4 % (size_t)unit) places.push_back(-1);
     const int64_t quads = (int64_t)places.size() / 4, panels = (n + 15) / 16;
     packed.assign((size_t)nf_packed_bytes(n, bits, groups, sizes.data()), 0);
-    expect((int64_t)packed.size() == panels * quads * 8 * bits, "packed bytes", (double)packed.size(), (double)(panels * quads * 8 * bits));
+    expect((int64_t)packed.size() == panels * quads * 8 * bits, "packed bytes", (double)packed.size(),
+           (double)(panels * quads * 8 * bits));
     uint8_t* at = packed.data();
     for (int64_t p = 0; p < panels; p++)
       for (int w = bits == 8 ? 8 : 4, low = 0; w >= 1; w /= 2) {
@@ -88,7 +97,8 @@ Weight make_weight(int64_t n, int64_t taps, int64_t channels, int bits, int grou
   for (int64_t i = 0; i < n * w.k; i++) w.codes.push_back((int)from_to(-most, most));
   std::vector<int> of_channel;
   for (int64_t c = 0; c < channels; c++) of_channel.push_back((int)from_to(0, groups - 1));
-  for (int64_t i = 0; i < w.k; i++) w.exponents.push_back(how == kAnyhow ? (int)from_to(0, groups - 1) : of_channel[(size_t)(i % channels)]);
+  for (int64_t i = 0; i < w.k; i++)
+    w.exponents.push_back(how == kAnyhow ? (int)from_to(0, groups - 1) : of_channel[(size_t)(i % channels)]);
   for (int64_t i = 0; i < n; i++) w.scale.push_back(plain ? 1.f : (float)from_to(1, 1000) * 1e-5f);
   for (int64_t i = 0; i < n && !plain; i++) w.bias.push_back((float)from_to(-100, 100) * 0.01f);
   w.pack();
@@ -97,16 +107,11 @@ Weight make_weight(int64_t n, int64_t taps, int64_t channels, int bits, int grou
 
 double activate(double v, int epilogue) {
   switch (epilogue) {
-    case NF_RELU:
-      return v > 0 ? v : 0;
-    case NF_GELU:
-      return 0.5 * v * (1 + std::erf(v / std::sqrt(2.0)));
-    case NF_GELU_TANH:
-      return 0.5 * v * (1 + std::tanh(std::sqrt(2 / M_PI) * (v + 0.044715 * v * v * v)));
-    case NF_SILU:
-      return v / (1 + std::exp(-v));
-    default:
-      return v;
+    case NF_RELU: return v > 0 ? v : 0;
+    case NF_GELU: return 0.5 * v * (1 + std::erf(v / std::sqrt(2.0)));
+    case NF_GELU_TANH: return 0.5 * v * (1 + std::tanh(std::sqrt(2 / M_PI) * (v + 0.044715 * v * v * v)));
+    case NF_SILU: return v / (1 + std::exp(-v));
+    default: return v;
   }
 }
 
@@ -115,23 +120,26 @@ int code_of(float x, float factor, bool divide, float limit) {
   return std::isnan(v) ? 0 : (int)std::nearbyint(std::min(std::max(v, -limit), limit));
 }
 
-void conv_case(const nf_threads* threads, const nf_conv& c, int64_t outputs, int bits, int groups, Exponents how, int activation_bits,
-               float static_scale, int epilogue, bool plain) {
+void conv_case(const nf_threads* threads, const nf_conv& c, int64_t outputs, int bits, int groups, Exponents how,
+               int activation_bits, float static_scale, int epilogue, bool plain) {
   std::ostringstream name;
-  name << nf_isa() << " batch " << c.batch << " c " << c.c << " " << c.h << "x" << c.w << " k " << c.kh << "x" << c.kw << " stride " << c.stride[0]
-       << "," << c.stride[1] << " pad " << c.pad_begin[0] << "," << c.pad_begin[1] << "," << c.pad_end[0] << "," << c.pad_end[1] << " dilation "
-       << c.dilation[0] << "," << c.dilation[1] << " groups " << c.conv_groups << " outputs " << outputs << " bits " << bits << " exponents "
-       << groups << " how " << how << " static " << static_scale << " epilogue " << epilogue;
+  name << nf_isa() << " batch " << c.batch << " c " << c.c << " " << c.h << "x" << c.w << " k " << c.kh << "x" << c.kw
+       << " stride " << c.stride[0] << "," << c.stride[1] << " pad " << c.pad_begin[0] << "," << c.pad_begin[1] << ","
+       << c.pad_end[0] << "," << c.pad_end[1] << " dilation " << c.dilation[0] << "," << c.dilation[1] << " groups "
+       << c.conv_groups << " outputs " << outputs << " bits " << bits << " exponents " << groups << " how " << how
+       << " static " << static_scale << " epilogue " << epilogue;
   where = name.str();
   const int64_t channels = c.c / c.conv_groups, taps = c.kh * c.kw;
   std::vector<Weight> weights;
   std::vector<nf_weight> views;
-  for (int64_t g = 0; g < c.conv_groups; g++) weights.push_back(make_weight(outputs, taps, channels, bits, groups, how, plain));
+  for (int64_t g = 0; g < c.conv_groups; g++)
+    weights.push_back(make_weight(outputs, taps, channels, bits, groups, how, plain));
   for (const Weight& w : weights) views.push_back(w.view());
   const int64_t oh = (c.h + c.pad_begin[0] + c.pad_end[0] - (c.kh - 1) * c.dilation[0] - 1) / c.stride[0] + 1;
   const int64_t ow = (c.w + c.pad_begin[1] + c.pad_end[1] - (c.kw - 1) * c.dilation[1] - 1) / c.stride[1] + 1;
   const float limit = (float)((1 << (activation_bits - 1)) - 1);
-  std::vector<float> x((size_t)(c.batch * c.c * c.h * c.w)), y((size_t)(c.batch * c.conv_groups * outputs * oh * ow), -7.f);
+  std::vector<float> x((size_t)(c.batch * c.c * c.h * c.w)),
+      y((size_t)(c.batch * c.conv_groups * outputs * oh * ow), -7.f);
   std::normal_distribution<double> dist(0, plain ? (double)limit / 2 : 1.0);
   for (float& v : x) v = (float)(plain ? std::nearbyint(dist(rng)) : dist(rng));
   const char* error = nf_conv2d(threads, &c, views.data(), x.data(), activation_bits, static_scale, epilogue, y.data());
@@ -141,7 +149,12 @@ void conv_case(const nf_threads* threads, const nf_conv& c, int64_t outputs, int
     float top = 0;
     for (int64_t i = 0; i < c.c * c.h * c.w; i++) top = std::max(top, std::fabs(image[i]));
     const bool divide = static_scale > 0;
-    const float factor = divide ? static_scale : top > 0 ? limit / top : 0, image_scale = divide ? static_scale : top > 0 ? top / limit : 1;
+    const float factor = divide    ? static_scale
+                         : top > 0 ? limit / top
+                                   : 0,
+                image_scale = divide    ? static_scale
+                              : top > 0 ? top / limit
+                                        : 1;
     for (int64_t g = 0; g < c.conv_groups; g++)
       for (int64_t n = 0; n < outputs; n++)
         for (int64_t i = 0; i < oh * ow; i++) {
@@ -162,7 +175,8 @@ void conv_case(const nf_threads* threads, const nf_conv& c, int64_t outputs, int
             const float scale = image_scale * w.scale[(size_t)n];
             const double linear = (double)((float)sum * scale), bias = w.bias.empty() ? 0.0 : (double)w.bias[(size_t)n];
             const double wanted = activate(linear + bias, epilogue);
-            expect(std::fabs((double)found - wanted) <= 1e-6 * (std::fabs(linear) + std::fabs(bias) + 1e-3), "output", (double)found, wanted);
+            expect(std::fabs((double)found - wanted) <= 1e-6 * (std::fabs(linear) + std::fabs(bias) + 1e-3), "output",
+                   (double)found, wanted);
           }
         }
   }
@@ -170,9 +184,21 @@ void conv_case(const nf_threads* threads, const nf_conv& c, int64_t outputs, int
 
 void random_case(const nf_threads* threads) {
   const int kind = (int)from_to(0, 3);  // depthwise, one tap, grouped or plain
-  const int64_t groups = kind == 0 ? from_to(1, 20) : kind == 1 ? 1 : from_to(1, 3), channels = kind == 0 ? 1 : from_to(1, 40);
-  nf_conv c{from_to(0, 3), groups * channels, from_to(1, 20), from_to(1, 20), from_to(1, 5), from_to(1, 5), {from_to(1, 3), from_to(1, 3)},
-            {from_to(0, 3), from_to(0, 3)}, {from_to(0, 3), from_to(0, 3)}, {from_to(1, 2), from_to(1, 3)}, groups};
+  const int64_t groups = kind == 0   ? from_to(1, 20)
+                         : kind == 1 ? 1
+                                     : from_to(1, 3),
+                channels = kind == 0 ? 1 : from_to(1, 40);
+  nf_conv c{from_to(0, 3),
+            groups * channels,
+            from_to(1, 20),
+            from_to(1, 20),
+            from_to(1, 5),
+            from_to(1, 5),
+            {from_to(1, 3), from_to(1, 3)},
+            {from_to(0, 3), from_to(0, 3)},
+            {from_to(0, 3), from_to(0, 3)},
+            {from_to(1, 2), from_to(1, 3)},
+            groups};
   if (kind == 1) {
     c.kh = c.kw = 1;
     if (from_to(0, 1)) c = {c.batch, c.c, c.h, c.w, 1, 1, {1, 1}, {0, 0}, {0, 0}, {1, 1}, groups};
@@ -182,24 +208,27 @@ void random_case(const nf_threads* threads) {
   const int exponents = from_to(0, 1) ? 1 : (int)from_to(1, 5);
   const Exponents how = exponents == 1 ? (from_to(0, 1) ? kNatural : kByChannel) : from_to(0, 3) ? kByChannel : kAnyhow;
   const bool plain = from_to(0, 1);
-  conv_case(threads, c, kind == 0 ? from_to(1, 3) : from_to(1, 40), (int)from_to(2, 8), exponents, how, plain ? 8 : (int)from_to(2, 8),
-            plain ? 1.f : from_to(0, 1) ? 0.02f : 0.f, (int)from_to(0, plain ? 0 : 4), plain);
+  conv_case(threads, c, kind == 0 ? from_to(1, 3) : from_to(1, 40), (int)from_to(2, 8), exponents, how,
+            plain ? 8 : (int)from_to(2, 8),
+            plain           ? 1.f
+            : from_to(0, 1) ? 0.02f
+                            : 0.f,
+            (int)from_to(0, plain ? 0 : 4), plain);
 }
 
 void fixed_cases(const nf_threads* threads) {
   const nf_conv cases[] = {
-      {1, 3, 32, 32, 7, 7, {2, 2}, {3, 3}, {3, 3}, {1, 1}, 1},     // the first layer of a ResNet
-      {2, 64, 7, 7, 1, 1, {1, 1}, {0, 0}, {0, 0}, {1, 1}, 1},      // a tile over two images
-      {1, 64, 14, 14, 1, 1, {2, 2}, {0, 0}, {0, 0}, {1, 1}, 1},    // a shortcut
-      {3, 24, 9, 9, 3, 3, {1, 1}, {1, 1}, {1, 1}, {1, 1}, 24},     // depthwise
-      {1, 8, 40, 41, 3, 3, {2, 2}, {0, 0}, {1, 1}, {1, 1}, 8},     // depthwise, asymmetric
-      {1, 4, 200, 300, 5, 5, {1, 1}, {2, 2}, {2, 2}, {1, 1}, 4},   // depthwise, more than one band
-      {1, 3, 13, 13, 13, 13, {1, 1}, {0, 0}, {0, 0}, {1, 1}, 3},   // more taps than the depthwise kernel takes
-      {1, 64, 8, 8, 3, 3, {1, 1}, {1, 1}, {1, 1}, {1, 1}, 8},      // ResNeXt
-      {1, 130, 5, 5, 3, 3, {1, 1}, {1, 1}, {1, 1}, {1, 1}, 1},     // more quads than a chunk
-      {1, 2, 3, 3, 2, 2, {1, 1}, {9, 0}, {0, 9}, {1, 1}, 1},       // rows and columns of padding only
-      {1, 2, 1, 1, 1, 1, {5, 5}, {0, 0}, {0, 0}, {3, 3}, 1},
-      {0, 2, 4, 4, 3, 3, {1, 1}, {0, 0}, {0, 0}, {1, 1}, 1}};
+      {1, 3, 32, 32, 7, 7, {2, 2}, {3, 3}, {3, 3}, {1, 1}, 1},    // the first layer of a ResNet
+      {2, 64, 7, 7, 1, 1, {1, 1}, {0, 0}, {0, 0}, {1, 1}, 1},     // a tile over two images
+      {1, 64, 14, 14, 1, 1, {2, 2}, {0, 0}, {0, 0}, {1, 1}, 1},   // a shortcut
+      {3, 24, 9, 9, 3, 3, {1, 1}, {1, 1}, {1, 1}, {1, 1}, 24},    // depthwise
+      {1, 8, 40, 41, 3, 3, {2, 2}, {0, 0}, {1, 1}, {1, 1}, 8},    // depthwise, asymmetric
+      {1, 4, 200, 300, 5, 5, {1, 1}, {2, 2}, {2, 2}, {1, 1}, 4},  // depthwise, more than one band
+      {1, 3, 13, 13, 13, 13, {1, 1}, {0, 0}, {0, 0}, {1, 1}, 3},  // more taps than the depthwise kernel takes
+      {1, 64, 8, 8, 3, 3, {1, 1}, {1, 1}, {1, 1}, {1, 1}, 8},     // ResNeXt
+      {1, 130, 5, 5, 3, 3, {1, 1}, {1, 1}, {1, 1}, {1, 1}, 1},    // more quads than a chunk
+      {1, 2, 3, 3, 2, 2, {1, 1}, {9, 0}, {0, 9}, {1, 1}, 1},      // rows and columns of padding only
+      {1, 2, 1, 1, 1, 1, {5, 5}, {0, 0}, {0, 0}, {3, 3}, 1},     {0, 2, 4, 4, 3, 3, {1, 1}, {0, 0}, {0, 0}, {1, 1}, 1}};
   for (const nf_conv& c : cases)
     for (int bits : {8, 4, 3})
       for (int exponents : {1, 3}) {
@@ -223,8 +252,10 @@ void hazards() {
       std::vector<float> x(200, 1.f), y((size_t)(2 * groups * 4 * 25), 0.f);
       x[7] = bad;
       expect(!nf_conv2d(nullptr, &c, views.data(), x.data(), 8, 0, NF_NONE, y.data()), "no error");
-      for (size_t i = 0; i < y.size() / 2; i++) expect(std::isnan(y[i]), "an image with NaN or Inf is NaN", (double)y[i]);
-      for (size_t i = y.size() / 2; i < y.size(); i++) expect(std::isfinite(y[i]), "its neighbour is not", (double)y[i]);
+      for (size_t i = 0; i < y.size() / 2; i++)
+        expect(std::isnan(y[i]), "an image with NaN or Inf is NaN", (double)y[i]);
+      for (size_t i = y.size() / 2; i < y.size(); i++)
+        expect(std::isfinite(y[i]), "its neighbour is not", (double)y[i]);
     }
     std::vector<float> x(200, 0.f), y((size_t)(2 * groups * 4 * 25), 9.f);
     nf_conv2d(nullptr, &c, views.data(), x.data(), 8, 0, NF_NONE, y.data());

@@ -1,5 +1,6 @@
-// Tests every integer product of every instruction set this machine has, on random shapes, against sums made one by one.
-// tests/README.md says how to build it. Prints what fails; exit status 1 if anything did. An argument: how many random cases.
+// Tests every integer product of every instruction set this machine has, on random shapes, against sums made one by
+// one. tests/README.md says how to build it. Prints what fails; exit status 1 if anything did. An argument: how many
+// random cases.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -34,16 +35,11 @@ bool same(const float* a, const float* b, size_t n) { return std::memcmp(a, b, n
 
 double activated(double x, int epilogue) {
   switch (epilogue) {
-    case NF_RELU:
-      return x > 0 ? x : 0;
-    case NF_GELU:
-      return 0.5 * x * (1 + std::erf(x * 0.7071067811865476));
-    case NF_GELU_TANH:
-      return 0.5 * x * (1 + std::tanh(0.7978845608028654 * (x + 0.044715 * x * x * x)));
-    case NF_SILU:
-      return x / (1 + std::exp(-x));
-    default:
-      return x;
+    case NF_RELU: return x > 0 ? x : 0;
+    case NF_GELU: return 0.5 * x * (1 + std::erf(x * 0.7071067811865476));
+    case NF_GELU_TANH: return 0.5 * x * (1 + std::tanh(0.7978845608028654 * (x + 0.044715 * x * x * x)));
+    case NF_SILU: return x / (1 + std::exp(-x));
+    default: return x;
   }
 }
 
@@ -58,7 +54,8 @@ void test_case(const Case& c, std::mt19937& rng) {
   const nf_weight view = w.view(c.bias);
   const size_t outputs = static_cast<size_t>(c.m * c.n), inputs = static_cast<size_t>(c.m * c.k);
   std::vector<int8_t> q(inputs);
-  for (auto& x : q) x = static_cast<int8_t>(c.full_scale ? (rng() % 2 ? 127 : -127) : static_cast<int>(rng() % 255) - 127);
+  for (auto& x : q)
+    x = static_cast<int8_t>(c.full_scale ? (rng() % 2 ? 127 : -127) : static_cast<int>(rng() % 255) - 127);
   std::vector<float> row_scale(static_cast<size_t>(c.m));
   for (auto& s : row_scale) s = 0.0001f * static_cast<float>(1 + rng() % 100);
   std::vector<float> residual(outputs);
@@ -86,8 +83,9 @@ void test_case(const Case& c, std::mt19937& rng) {
   for (const std::string& isa : isas()) {
     nf_force_isa(isa.c_str());
     char text[200];
-    std::snprintf(text, sizeof text, "%s m=%d n=%d k=%d bits=%d groups=%d threads=%d epilogue=%d%s", isa.c_str(), int(c.m), int(c.n), int(c.k), c.bits,
-                  c.groups, c.threads, c.epilogue, c.full_scale ? " full scale" : "");
+    std::snprintf(text, sizeof text, "%s m=%d n=%d k=%d bits=%d groups=%d threads=%d epilogue=%d%s", isa.c_str(),
+                  int(c.m), int(c.n), int(c.k), c.bits, c.groups, c.threads, c.epilogue,
+                  c.full_scale ? " full scale" : "");
     const std::string where = text;
     std::vector<int32_t> got(outputs, 77);
     const char* wrong = nf_matmul_i32(threads, &view, q.data(), c.m, got.data());
@@ -95,25 +93,29 @@ void test_case(const Case& c, std::mt19937& rng) {
     size_t bad = 0, at = 0;
     for (size_t i = outputs; i-- > 0;)
       if (got[i] != want[i]) ++bad, at = i;
-    check(bad == 0, where + ": " + std::to_string(bad) + " sums differ, first at " + std::to_string(at) + ": " + std::to_string(bad ? got[at] : 0) +
-                        " for " + std::to_string(bad ? want[at] : 0));
+    check(bad == 0, where + ": " + std::to_string(bad) + " sums differ, first at " + std::to_string(at) + ": " +
+                        std::to_string(bad ? got[at] : 0) + " for " + std::to_string(bad ? want[at] : 0));
 
     std::vector<float> y(residual);
-    check(!nf_matmul(threads, &view, q.data(), row_scale.data(), c.one_scale ? 0 : 1, c.m, c.epilogue, c.residual ? y.data() : nullptr, y.data()),
+    check(!nf_matmul(threads, &view, q.data(), row_scale.data(), c.one_scale ? 0 : 1, c.m, c.epilogue,
+                     c.residual ? y.data() : nullptr, y.data()),
           where + ": matmul");
     bad = 0;
     for (size_t i = outputs; i-- > 0;)
       if (!(std::fabs(y[i] - want_y[i]) <= tolerance[i])) ++bad, at = i;
-    check(bad == 0, where + ": " + std::to_string(bad) + " outputs differ, first at " + std::to_string(at) + ": " + std::to_string(bad ? y[at] : 0) +
-                        " for " + std::to_string(bad ? want_y[at] : 0));
+    check(bad == 0, where + ": " + std::to_string(bad) + " outputs differ, first at " + std::to_string(at) + ": " +
+                        std::to_string(bad ? y[at] : 0) + " for " + std::to_string(bad ? want_y[at] : 0));
 
     // Quantized again: the same as in two steps.
     std::vector<float> plain(outputs), out_scale(static_cast<size_t>(c.m)), two_scale(static_cast<size_t>(c.m));
     std::vector<int8_t> out(outputs), two(outputs);
     nf_matmul(nullptr, &view, q.data(), row_scale.data(), 1, c.m, c.epilogue, nullptr, plain.data());
     nf_quantize_rows(nullptr, plain.data(), c.m, c.n, 8, two.data(), two_scale.data());
-    check(!nf_matmul_quantize(threads, &view, q.data(), row_scale.data(), 1, c.m, c.epilogue, 8, out.data(), out_scale.data()), where + ": matmul_quantize");
-    check(out == two && same(out_scale.data(), two_scale.data(), out_scale.size()), where + ": matmul_quantize is not matmul, then quantize_rows");
+    check(!nf_matmul_quantize(threads, &view, q.data(), row_scale.data(), 1, c.m, c.epilogue, 8, out.data(),
+                              out_scale.data()),
+          where + ": matmul_quantize");
+    check(out == two && same(out_scale.data(), two_scale.data(), out_scale.size()),
+          where + ": matmul_quantize is not matmul, then quantize_rows");
 
     // Floats in: the same as in two steps.
     std::vector<int8_t> codes(inputs);
@@ -127,14 +129,16 @@ void test_case(const Case& c, std::mt19937& rng) {
     std::vector<int8_t> static_codes(inputs);
     nf_quantize_static(threads, x.data(), static_cast<int64_t>(inputs), fixed, ab, static_codes.data());
     nf_matmul(nullptr, &view, static_codes.data(), &fixed, 0, c.m, c.epilogue, nullptr, steps.data());
-    check(!nf_linear(threads, &view, x.data(), c.m, ab, fixed, c.epilogue, nullptr, linear.data()), where + ": static linear");
+    check(!nf_linear(threads, &view, x.data(), c.m, ab, fixed, c.epilogue, nullptr, linear.data()),
+          where + ": static linear");
     check(same(linear.data(), steps.data(), outputs), where + ": linear is not quantize_static, then matmul");
     const int limit = (1 << (ab - 1)) - 1;
     bad = 0;
     for (int64_t m = 0; m < c.m; ++m) {
       float highest = 0;
       for (int64_t i = 0; i < c.k; ++i) highest = std::max(highest, std::fabs(x[static_cast<size_t>(m * c.k + i)]));
-      const float inverse = highest > 0 ? static_cast<float>(limit) / highest : 0.f, scale = highest > 0 ? highest / static_cast<float>(limit) : 1.f;
+      const float inverse = highest > 0 ? static_cast<float>(limit) / highest : 0.f,
+                  scale = highest > 0 ? highest / static_cast<float>(limit) : 1.f;
       bad += scales[static_cast<size_t>(m)] != scale;
       for (int64_t i = 0; i < c.k; ++i) {
         const size_t j = static_cast<size_t>(m * c.k + i);
@@ -161,10 +165,14 @@ void test_special_rows() {
           float scale[2];
           nf_quantize_rows(nullptr, x.data(), 2, k, 8, q.data(), scale);
           bool good = std::isnan(scale[0]) && scale[1] == 0.5f / 127.f;
-          for (int64_t i = 0; i < k; ++i) good = good && q[static_cast<size_t>(i)] == 0 && q[static_cast<size_t>(k + i)] == 127;
+          for (int64_t i = 0; i < k; ++i)
+            good = good && q[static_cast<size_t>(i)] == 0 && q[static_cast<size_t>(k + i)] == 127;
           check(good, isa + ": a row with NaN or infinity, k=" + std::to_string(k) + " at " + std::to_string(at));
           nf_quantize_static(nullptr, x.data(), k, 0.01f, 8, q.data());
-          check(q[static_cast<size_t>(at)] == (std::isnan(special) ? 0 : special > 0 ? 127 : -127), isa + ": static code of NaN or infinity");
+          check(q[static_cast<size_t>(at)] == (std::isnan(special) ? 0
+                                               : special > 0       ? 127
+                                                                   : -127),
+                isa + ": static code of NaN or infinity");
         }
       }
       std::vector<float> x(static_cast<size_t>(k), 0.f);
@@ -193,10 +201,12 @@ void test_arguments() {
   float scale = 1.f;
   std::vector<int32_t> sums(5);
   check(nf_packed_bytes(5, 4, 2, w.sizes.data()) == static_cast<int64_t>(w.packed.size()), "packed_bytes");
-  check(nf_packed_bytes(5, 9, 2, w.sizes.data()) == -1 && nf_packed_bytes(0, 4, 2, w.sizes.data()) == -1 && nf_packed_bytes(5, 4, 2, nullptr) == -1,
+  check(nf_packed_bytes(5, 9, 2, w.sizes.data()) == -1 && nf_packed_bytes(0, 4, 2, w.sizes.data()) == -1 &&
+            nf_packed_bytes(5, 4, 2, nullptr) == -1,
         "packed_bytes of wrong arguments");
   auto refused = [&](const nf_weight* bad, const char* what) {
-    check(nf_matmul_i32(nullptr, bad, q.data(), 1, sums.data()) && nf_matmul(nullptr, bad, q.data(), &scale, 1, 1, 0, nullptr, y.data()) &&
+    check(nf_matmul_i32(nullptr, bad, q.data(), 1, sums.data()) &&
+              nf_matmul(nullptr, bad, q.data(), &scale, 1, 1, 0, nullptr, y.data()) &&
               nf_linear(nullptr, bad, x.data(), 1, 8, 0.f, 0, nullptr, y.data()) &&
               nf_matmul_quantize(nullptr, bad, q.data(), &scale, 1, 1, 0, 8, out.data(), &scale),
           std::string("not refused: ") + what);
@@ -212,15 +222,24 @@ void test_arguments() {
   b = v, b.packed = nullptr, refused(&b, "no codes");
   b = v, b.scale = nullptr, refused(&b, "no scale");
   b = v, b.n = 0, refused(&b, "no outputs");
-  check(nf_matmul(nullptr, &v, nullptr, &scale, 1, 1, 0, nullptr, y.data()) && nf_matmul(nullptr, &v, q.data(), nullptr, 1, 1, 0, nullptr, y.data()) &&
-            nf_matmul(nullptr, &v, q.data(), &scale, 1, 1, 0, nullptr, nullptr) && nf_matmul(nullptr, &v, q.data(), &scale, 2, 1, 0, nullptr, y.data()) &&
-            nf_matmul(nullptr, &v, q.data(), &scale, 1, 1, 5, nullptr, y.data()) && nf_matmul(nullptr, &v, q.data(), &scale, 1, -1, 0, nullptr, y.data()) &&
-            nf_linear(nullptr, &v, x.data(), 1, 9, 0.f, 0, nullptr, y.data()) && nf_linear(nullptr, &v, nullptr, 1, 8, 0.f, 0, nullptr, y.data()) &&
-            nf_matmul_quantize(nullptr, &v, q.data(), &scale, 1, 1, 0, 1, out.data(), &scale) && nf_quantize_rows(nullptr, x.data(), 1, 9, 1, q.data(), &scale) &&
-            nf_quantize_rows(nullptr, nullptr, 1, 9, 8, q.data(), &scale) && nf_quantize_static(nullptr, x.data(), 9, 0.f, 8, q.data()),
+  check(nf_matmul(nullptr, &v, nullptr, &scale, 1, 1, 0, nullptr, y.data()) &&
+            nf_matmul(nullptr, &v, q.data(), nullptr, 1, 1, 0, nullptr, y.data()) &&
+            nf_matmul(nullptr, &v, q.data(), &scale, 1, 1, 0, nullptr, nullptr) &&
+            nf_matmul(nullptr, &v, q.data(), &scale, 2, 1, 0, nullptr, y.data()) &&
+            nf_matmul(nullptr, &v, q.data(), &scale, 1, 1, 5, nullptr, y.data()) &&
+            nf_matmul(nullptr, &v, q.data(), &scale, 1, -1, 0, nullptr, y.data()) &&
+            nf_linear(nullptr, &v, x.data(), 1, 9, 0.f, 0, nullptr, y.data()) &&
+            nf_linear(nullptr, &v, nullptr, 1, 8, 0.f, 0, nullptr, y.data()) &&
+            nf_matmul_quantize(nullptr, &v, q.data(), &scale, 1, 1, 0, 1, out.data(), &scale) &&
+            nf_quantize_rows(nullptr, x.data(), 1, 9, 1, q.data(), &scale) &&
+            nf_quantize_rows(nullptr, nullptr, 1, 9, 8, q.data(), &scale) &&
+            nf_quantize_static(nullptr, x.data(), 9, 0.f, 8, q.data()),
         "wrong arguments that are not refused");
-  check(!nf_matmul(nullptr, &v, nullptr, nullptr, 1, 0, 0, nullptr, nullptr) && !nf_quantize_rows(nullptr, nullptr, 0, 9, 8, nullptr, nullptr), "no rows");
-  check(nf_force_isa("z80") && !nf_force_isa("scalar") && !std::strcmp(nf_isa(), "scalar") && !nf_force_isa(nullptr), "force_isa");
+  check(!nf_matmul(nullptr, &v, nullptr, nullptr, 1, 0, 0, nullptr, nullptr) &&
+            !nf_quantize_rows(nullptr, nullptr, 0, 9, 8, nullptr, nullptr),
+        "no rows");
+  check(nf_force_isa("z80") && !nf_force_isa("scalar") && !std::strcmp(nf_isa(), "scalar") && !nf_force_isa(nullptr),
+        "force_isa");
 }
 
 }  // namespace

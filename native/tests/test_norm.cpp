@@ -33,8 +33,8 @@ std::vector<float> normal(int64_t n, double mean = 0, double spread = 1) {
 }
 int64_t below(int64_t n) { return std::uniform_int_distribution<int64_t>(0, n - 1)(rng); }
 
-
-std::vector<double> norm_row(int kind, const std::vector<double>& s, const float* gain, const float* shift, double eps, double c) {
+std::vector<double> norm_row(int kind, const std::vector<double>& s, const float* gain, const float* shift, double eps,
+                             double c) {
   const size_t d = s.size();
   double sum = 0, squares = 0;
   for (double v : s) sum += v, squares += v * v;
@@ -49,7 +49,8 @@ std::vector<double> norm_row(int kind, const std::vector<double>& s, const float
     factor = kind == NF_L1 ? 1 / (c * spread + eps) : 1 / std::sqrt(spread + eps);
   }
   std::vector<double> y(d);
-  for (size_t i = 0; i < d; i++) y[i] = (s[i] - mean) * factor * (gain ? (double)gain[i] : 1) + (shift ? (double)shift[i] : 0);
+  for (size_t i = 0; i < d; i++)
+    y[i] = (s[i] - mean) * factor * (gain ? (double)gain[i] : 1) + (shift ? (double)shift[i] : 0);
   return y;
 }
 
@@ -72,24 +73,29 @@ float quantize(const float* y, int64_t d, int bits, std::vector<int8_t>& q) {
 
 bool same(float a, float b) { return std::memcmp(&a, &b, 4) == 0 || (std::isnan(a) && std::isnan(b)); }
 
-void norm_case(const nf_threads* threads, int kind, int64_t rows, int64_t d, double mean, double spread, int bits, int flags) {
+void norm_case(const nf_threads* threads, int kind, int64_t rows, int64_t d, double mean, double spread, int bits,
+               int flags) {
   const bool with_residual = flags & 1, with_sum = flags & 2, with_gain = flags & 4, with_shift = flags & 8;
   const int alias = flags >> 4 & 3;  // sum is x, or the residual
   std::ostringstream name;
-  name << nf_isa() << " kind " << kind << " rows " << rows << " d " << d << " mean " << mean << " flags " << flags << " bits " << bits;
+  name << nf_isa() << " kind " << kind << " rows " << rows << " d " << d << " mean " << mean << " flags " << flags
+       << " bits " << bits;
   where = name.str();
   const float eps = 1e-5f, c = 1.2533141f;
-  std::vector<float> x = normal(rows * d, mean, spread), residual = normal(rows * d, 0, spread), gain = normal(d, 1, 0.3), shift = normal(d);
+  std::vector<float> x = normal(rows * d, mean, spread), residual = normal(rows * d, 0, spread),
+                     gain = normal(d, 1, 0.3), shift = normal(d);
   std::vector<float> sum((size_t)(rows * d), -1), y((size_t)(rows * d), kNan), x0 = x, residual0 = residual;
   const float *g = with_gain ? gain.data() : nullptr, *b = with_shift ? shift.data() : nullptr;
   float* out = !with_sum ? nullptr : alias == 1 ? x.data() : alias == 2 && with_residual ? residual.data() : sum.data();
-  const char* error = nf_norm(threads, kind, x.data(), with_residual ? residual.data() : nullptr, rows, d, g, b, eps, c, out, y.data());
+  const char* error =
+      nf_norm(threads, kind, x.data(), with_residual ? residual.data() : nullptr, rows, d, g, b, eps, c, out, y.data());
   expect(!error, error ? error : "");
   double worst = 0;
   for (int64_t m = 0; m < rows; m++) {
     std::vector<double> s((size_t)d);
     for (int64_t i = 0; i < d; i++) {
-      const float v = with_residual ? x0[(size_t)(m * d + i)] + residual0[(size_t)(m * d + i)] : x0[(size_t)(m * d + i)];
+      const float v =
+          with_residual ? x0[(size_t)(m * d + i)] + residual0[(size_t)(m * d + i)] : x0[(size_t)(m * d + i)];
       s[(size_t)i] = (double)v;
       if (out) expect(same(out[m * d + i], v), "sum", (double)out[m * d + i], (double)v);
     }
@@ -108,8 +114,8 @@ void norm_case(const nf_threads* threads, int kind, int64_t rows, int64_t d, dou
   residual = residual0;
   std::vector<int8_t> q((size_t)(rows * d), 99);
   std::vector<float> scale((size_t)rows, -1);
-  error = nf_norm_quantize(threads, kind, x.data(), with_residual ? residual.data() : nullptr, rows, d, g, b, eps, c, bits, out, q.data(),
-                           scale.data());
+  error = nf_norm_quantize(threads, kind, x.data(), with_residual ? residual.data() : nullptr, rows, d, g, b, eps, c,
+                           bits, out, q.data(), scale.data());
   expect(!error, error ? error : "");
   std::vector<int8_t> q2((size_t)(rows * d), 98), row;
   std::vector<float> scale2((size_t)rows, -2);
@@ -135,24 +141,31 @@ void norm_hazards(const nf_threads* threads) {
       x[(size_t)(d + d / 2)] = kInf;
       x[(size_t)(2 * d)] = -kInf;
       nf_norm(threads, kind, x.data(), nullptr, 5, d, nullptr, nullptr, 1e-5f, 1, nullptr, y.data());
-      nf_norm_quantize(threads, kind, x.data(), nullptr, 5, d, nullptr, nullptr, 1e-5f, 1, 8, nullptr, q.data(), scale.data());
+      nf_norm_quantize(threads, kind, x.data(), nullptr, 5, d, nullptr, nullptr, 1e-5f, 1, 8, nullptr, q.data(),
+                       scale.data());
       for (int64_t i = 0; i < d; i++) expect(std::isnan(y[(size_t)i]), "a row with NaN is NaN", (double)y[(size_t)i]);
       for (int m = 0; m < 3; m++) {
         expect(std::isnan(scale[(size_t)m]), "a row with NaN or Inf has scale NaN", (double)scale[(size_t)m]);
         for (int64_t i = 0; i < d; i++) expect(q[(size_t)(m * d + i)] == 0, "a row with NaN or Inf has codes 0");
       }
-      for (int64_t i = 0; i < d; i++) expect(y[(size_t)(3 * d + i)] == 0 && q[(size_t)(3 * d + i)] == 0, "a row of zeros is 0");
+      for (int64_t i = 0; i < d; i++)
+        expect(y[(size_t)(3 * d + i)] == 0 && q[(size_t)(3 * d + i)] == 0, "a row of zeros is 0");
       expect(scale[3] == 1, "a row of zeros has scale 1", (double)scale[3], 1);
     }
   float one = 1;
   int8_t code;
   expect(!nf_norm(threads, 0, nullptr, nullptr, 0, 8, nullptr, nullptr, 0, 1, nullptr, nullptr), "no rows is no error");
-  expect(nf_norm(threads, 4, &one, nullptr, 1, 1, nullptr, nullptr, 0, 1, nullptr, &one) != nullptr, "kind 4 is refused");
+  expect(nf_norm(threads, 4, &one, nullptr, 1, 1, nullptr, nullptr, 0, 1, nullptr, &one) != nullptr,
+         "kind 4 is refused");
   expect(nf_norm(threads, 0, &one, nullptr, 1, 0, nullptr, nullptr, 0, 1, nullptr, &one) != nullptr, "d 0 is refused");
-  expect(nf_norm(threads, 0, &one, nullptr, -1, 1, nullptr, nullptr, 0, 1, nullptr, &one) != nullptr, "-1 rows are refused");
-  expect(nf_norm(threads, 0, nullptr, nullptr, 1, 1, nullptr, nullptr, 0, 1, nullptr, &one) != nullptr, "x missing is refused");
-  expect(nf_norm(threads, 0, &one, nullptr, INT64_MAX, INT64_MAX, nullptr, nullptr, 0, 1, nullptr, &one) != nullptr, "2^126 is refused");
-  expect(nf_norm_quantize(threads, 0, &one, nullptr, 1, 1, nullptr, nullptr, 0, 1, 9, nullptr, &code, &one) != nullptr, "9 bits are refused");
+  expect(nf_norm(threads, 0, &one, nullptr, -1, 1, nullptr, nullptr, 0, 1, nullptr, &one) != nullptr,
+         "-1 rows are refused");
+  expect(nf_norm(threads, 0, nullptr, nullptr, 1, 1, nullptr, nullptr, 0, 1, nullptr, &one) != nullptr,
+         "x missing is refused");
+  expect(nf_norm(threads, 0, &one, nullptr, INT64_MAX, INT64_MAX, nullptr, nullptr, 0, 1, nullptr, &one) != nullptr,
+         "2^126 is refused");
+  expect(nf_norm_quantize(threads, 0, &one, nullptr, 1, 1, nullptr, nullptr, 0, 1, 9, nullptr, &code, &one) != nullptr,
+         "9 bits are refused");
 }
 
 void oracles() {
@@ -268,8 +281,8 @@ int main(int argc, char** argv) {
         for (int flags : {0, 15, 5, 10, 31, 47}) norm_case(nullptr, kind, 3, d, 0.3, 1, 8, flags);
       for (int i = 0; i < 150; i++) {
         const double mean = i % 3 ? 0.1 : std::pow(10, (double)below(5));
-        norm_case(i % 2 ? nullptr : nf_pool(2), kind, below(6), 1 + below(300), mean, std::pow(10, (double)below(4) - 2), 2 + (int)below(7),
-                  (int)below(64));
+        norm_case(i % 2 ? nullptr : nf_pool(2), kind, below(6), 1 + below(300), mean,
+                  std::pow(10, (double)below(4) - 2), 2 + (int)below(7), (int)below(64));
       }
       norm_case(nf_pool(2), kind, 70, 1024, 100, 1, 8, 15);
       norm_case(nullptr, kind, 1, 1 << 20, 3, 2, 8, 5);

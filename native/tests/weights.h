@@ -1,5 +1,5 @@
-// Random quantized weights in the layout of nf_weight, packed bit by bit as normfuse.h describes it: slow and plain, so that the
-// kernels are tested against the description and not against themselves.
+// Random quantized weights in the layout of nf_weight, packed bit by bit as normfuse.h describes it: slow and plain, so
+// that the kernels are tested against the description and not against themselves.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -11,13 +11,14 @@
 struct Weights {
   int64_t n, k;
   int bits, groups;
-  std::vector<int8_t> codes;     // [n][k]
-  std::vector<int> exponents;    // [k]
+  std::vector<int8_t> codes;   // [n][k]
+  std::vector<int> exponents;  // [k]
   std::vector<int32_t> sizes, order;
   std::vector<uint8_t> packed;
   std::vector<float> scale, bias;
 
-  Weights(int64_t n_, int64_t k_, int bits_, int groups_, std::mt19937& rng, bool full_scale = false) : n(n_), k(k_), bits(bits_), groups(groups_) {
+  Weights(int64_t n_, int64_t k_, int bits_, int groups_, std::mt19937& rng, bool full_scale = false)
+      : n(n_), k(k_), bits(bits_), groups(groups_) {
     const int limit = (1 << (bits - 1)) - 1;
     codes.resize(static_cast<size_t>(n * k));
     for (auto& c : codes) {
@@ -30,7 +31,9 @@ struct Weights {
     for (int e : exponents) ++sizes[static_cast<size_t>(e)];
     order.resize(static_cast<size_t>(k));
     for (int64_t i = 0; i < k; ++i) order[static_cast<size_t>(i)] = static_cast<int32_t>(i);
-    std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) { return exponents[static_cast<size_t>(a)] < exponents[static_cast<size_t>(b)]; });
+    std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) {
+      return exponents[static_cast<size_t>(a)] < exponents[static_cast<size_t>(b)];
+    });
     for (int64_t i = 0; i < n; ++i) {
       scale.push_back(0.001f * static_cast<float>(1 + rng() % 100));
       bias.push_back(0.01f * static_cast<float>(rng() % 200) - 1.f);
@@ -58,7 +61,8 @@ struct Weights {
             for (int c = 0; c < 4; ++c) {
               int byte = 0;
               for (int j = 0; j < per; ++j) {
-                const int64_t channel = channels[static_cast<size_t>((block * per + j) * 4 + c)], row = panel * 16 + column;
+                const int64_t channel = channels[static_cast<size_t>((block * per + j) * 4 + c)],
+                              row = panel * 16 + column;
                 const int code = channel < 0 || row >= n ? 0 : codes[static_cast<size_t>(row * k + channel)];
                 const int u = code + (1 << (bits - 1));
                 byte |= (u >> low & ((1 << w) - 1)) << (w * j);
@@ -71,13 +75,22 @@ struct Weights {
   }
 
   nf_weight view(bool with_bias = true) const {
-    return {n, k, bits, groups, sizes.data(), groups > 1 ? order.data() : nullptr, packed.data(), scale.data(), with_bias ? bias.data() : nullptr};
+    return {n,
+            k,
+            bits,
+            groups,
+            sizes.data(),
+            groups > 1 ? order.data() : nullptr,
+            packed.data(),
+            scale.data(),
+            with_bias ? bias.data() : nullptr};
   }
 
   int64_t sum(const int8_t* a, int64_t row) const {  // of one output, exactly
     int64_t s = 0;
     for (int64_t i = 0; i < k; ++i)
-      s += static_cast<int64_t>(a[i]) * codes[static_cast<size_t>(row * k + i)] * (int64_t{1} << (groups - 1 - exponents[static_cast<size_t>(i)]));
+      s += static_cast<int64_t>(a[i]) * codes[static_cast<size_t>(row * k + i)] *
+           (int64_t{1} << (groups - 1 - exponents[static_cast<size_t>(i)]));
     return s;
   }
 };

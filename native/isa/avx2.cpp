@@ -1,0 +1,2 @@
+#define NF_AVX2
+#include "isa/families.inc"

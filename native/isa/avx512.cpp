@@ -1,0 +1,2 @@
+#define NF_AVX512
+#include "isa/families.inc"

@@ -1,0 +1,2 @@
+#define NF_NEON
+#include "isa/families.inc"

@@ -1,0 +1,2 @@
+#define NF_SCALAR
+#include "isa/families.inc"
