@@ -21,7 +21,8 @@ from tests.places import ROOT
 
 pytestmark = pytest.mark.checkout
 
-PAGES = [p for p in (ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))) if p.exists()]
+FRONT = (ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md")
+PAGES = [p for p in (*FRONT, *sorted((ROOT / "docs").rglob("*.md"))) if p.exists()]
 RUNNABLE = ("python", "console", "sh", "bash")
 LIMIT_S = 300
 

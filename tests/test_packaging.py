@@ -67,9 +67,12 @@ def test_version_can_be_read_without_importing() -> None:
     assert [ast.literal_eval(v) for v in values] == [normfuse.__version__]
 
 
-def test_changelog_knows_the_version() -> None:
-    headings = re.findall(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
-    assert normfuse.__version__ in headings
+def test_changelog_begins_with_this_version() -> None:
+    headings = re.findall(r"^## (Unreleased|\d+\.\d+\.\d+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+    releases = [h for h in headings if h != "Unreleased"]
+    assert headings in (releases, ["Unreleased", *releases])
+    assert releases == sorted(releases, key=lambda v: [int(n) for n in v.split(".")], reverse=True)
+    assert releases[0] == normfuse.__version__
 
 
 @pytest.mark.parametrize("python", ["3.10", "3.13"])
