@@ -15,7 +15,7 @@ from normfuse.passes.quantize.evaluation import Outputs
 from normfuse.passes.quantize.probe import progress
 from normfuse.passes.quantize.ranks import several_ranks
 from normfuse.passes.quantize.sites import reread
-from normfuse.quant.finetune import finetune
+from normfuse.quant.finetune import Finetuned, finetune
 from normfuse.quant.packing import pack_groups
 from normfuse.quant.spec import ShiftQuant
 from normfuse.reports.model import Site
@@ -58,23 +58,23 @@ def finetuned(
             input_scales={c.layer.node: c.input_scale for c in chosen if c.input_scale is not None},
             progress=lambda step, loss: advance(),
         )
-    found: list[Coded] = []
-    for c in coded:
-        weights = trained.weights.get(c.layer.node)
-        if weights is None:
-            found.append(c)
-            continue
-        layer = reread(graph, c.layer)
-        bias = None if layer.bias is None else layer.bias.value.float()
-        static = trained.input_scales.get(layer.node, c.input_scale)
-        codes, exponents, scale = pack_groups(weights, layer.taps)
-        found.append(Coded(layer, c.bits, weights, codes, exponents, scale, bias, static))
+    found = [_recoded(graph, c, trained) if c.layer.node in trained.weights else c for c in coded]
     now = outputs.sqnr(found)
     said = f"{spec.finetune_steps} steps: SQNR of the outputs {reached:.1f} -> {now:.1f} dB"
     if now > reached:
         return found, Site(RULE, "outputs", said)
     _restore(graph, before)
     return None, Site(RULE, "outputs", f"{said}, not taken", remedy="more steps, or more calibration data")
+
+
+def _recoded(graph: Graph, coded: Coded, trained: Finetuned) -> Coded:
+    """The layer with its trained integers, and the bias that the graph has now."""
+    layer = reread(graph, coded.layer)
+    weights = trained.weights[coded.layer.node]
+    bias = None if layer.bias is None else layer.bias.value.float()
+    static = trained.input_scales.get(layer.node, coded.input_scale)
+    codes, exponents, scale = pack_groups(weights, layer.taps)
+    return Coded(layer, coded.bits, weights, codes, exponents, scale, bias, static)
 
 
 def _held(graph: Graph) -> Held:
