@@ -62,9 +62,8 @@ def optimize(
 
     Args:
         model: an `nn.Module`, an `fx.GraphModule` or an `ExportedProgram`; it is not changed.
-        example_inputs: a tuple of positional inputs or a dictionary of keyword inputs. Without them, inputs that the
-            model declares are used (timm, Hugging Face, torchvision), else the model is traced without shapes; rules
-            that need a shape then refuse.
+        example_inputs: a tuple of positional inputs or a dictionary of keyword inputs. Without them, inputs that the model declares
+            are used (timm, Hugging Face, torchvision), else the model is traced without shapes; rules that need one then refuse.
         dynamic_shapes: as in `torch.export.export`; without it all sizes are those of the example.
         passes: names of passes (`normfuse.passes.PASSES`) or pass objects; None for the default pipeline, whose passes the
             name "default" stands for, as in `["default", "compress"]`; `depth_scale` finds its place among them itself.
@@ -87,15 +86,15 @@ def optimize(
         CaptureError: the model could not be traced.
         UsageError: an argument is wrong, or `quantize` has quantized no layer at all; the message says why.
     """
-    options: dict[str, Any] = {"passes": passes, "quantize": quantize, "verify": verify}
-    options["allow_random_calibration"] = allow_random_calibration
-    if partial:
-        made = whole_or_parts(_optimize, model, example_inputs, dynamic_shapes, calibration, options)
-    else:
-        made = _optimize(model, example_inputs, dynamic_shapes=dynamic_shapes, calibration=calibration, **options)
+    options = {"passes": passes, "quantize": quantize, "verify": verify, "allow_random_calibration": allow_random_calibration}
+    made = (whole_or_parts if partial else _whole)(_optimize, model, example_inputs, dynamic_shapes, calibration, options)
     if quantize is not None:
         check_quantized(report_of(made))
     return made  # type: ignore[no-any-return]
+
+
+def _whole(optimize: Any, model: Any, example_inputs: Any, dynamic_shapes: Any, calibration: Any, options: dict[str, Any]) -> Any:
+    return optimize(model, example_inputs, dynamic_shapes=dynamic_shapes, calibration=calibration, **options)
 
 
 def _optimize(

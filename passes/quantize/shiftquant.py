@@ -72,54 +72,27 @@ class _Quantizing:
         self.refusals: dict[fx.Node, tuple[str, Refuse]] = {}
         self.found: dict[tuple[fx.Node, int], Statistics] = {}
         self.second: dict[Layer, Tensor] = {}
+        self.original: dict[fx.Node, list[Constant]] = {}
+        self.choices: dict[fx.Node, Choice] = {}
+        self.timed: dict[Layer, Speed] = {}
+        self.measured: dict[Layer, Measured] = {}
         self._made: dict[tuple[object, ...], Coded] = {}
 
     def run(self) -> None:
         graph, samples, work = self.graph, self.samples, self.work
         graph.clean()
         before = constant_bytes(graph)
-        layers, refused = find_layers(graph, self.spec)
-        known = (*(layer.node for layer in layers), *(n for n, _, _ in refused), *attentions(graph, self.spec))
-        check_patterns(self.spec, [graph.path(n) for n in known])
-        self.refusals = {node: (kind, refusal) for node, kind, refusal in refused}
-        layers = self._worth_their_bytes(layers)
+        layers = self._layers()
         outputs = Outputs(graph, samples[:_BATCHES]) if samples else None
-        original = {layer.node: [c for c in (layer.weight, layer.bias) if c is not None] for layer in layers}
         layers, moved = self._calibrated(layers)
-        choices = self._choices(layers, before)
-        coded = [c for layer in layers if (c := self._coded(layer, choices.get(layer.node))) is not None]
-        timed = speeds(graph, samples, coded, self.timer)
-        coded = self._fast_enough(coded, timed)
-        measured = measure(graph, samples, coded)
-        coded = self._corrected(coded, measured)
+        self.choices = self._choices(layers, before)
+        coded = [c for layer in layers if (c := self._coded(layer, self.choices.get(layer.node))) is not None]
+        self.timed = speeds(graph, samples, coded, self.timer)
+        coded = self._fast_enough(coded)
+        self.measured = measure(graph, samples, coded)
+        coded = self._corrected(coded)
         work.applied += moved
-        if self.spec.finetune_steps and any(c.layer.kind != "embedding" for c in coded):
-            if outputs is None:
-                raise UsageError("finetune_steps= needs data to train on: pass example_inputs or calibration=")
-            learnt, site = finetuned(graph, samples, coded, self.spec, outputs)
-            (work.applied if learnt else work.refused).append(site)
-            if learnt:
-                coded = learnt
-                by_node = {layer.node: speed for layer, speed in timed.items()}
-                timed |= {c.layer: by_node[c.layer.node] for c in coded if c.layer.node in by_node}
-                measured = measure(graph, samples, coded)
-        places = {n: i for i, n in enumerate(graph.fx.nodes)}
-        rows: list[tuple[int, fx.Node, Coded | None]] = [(places[c.layer.node], c.layer.node, c) for c in coded]
-        rows += [(places[n], n, None) for n in self.refusals if n in places]
-        emitted: dict[fx.Node, fx.Node] = {}
-        shared: dict[int, dict[str, Constant]] = {}
-        for _, node, c in sorted(rows, key=lambda row: row[0]):
-            choice = choices.get(node)
-            if c is not None and work.run.permit(RULE, c.layer.path):
-                entry = quantized(c, measured.get(c.layer), timed.get(c.layer), choice, original[node])
-                work.quantization.append(entry)
-                work.done(RULE, node, _said(entry))
-                emitted[c.layer.tail] = c.emit(graph, shared, emitted)
-                continue
-            kind, refusal = (c.layer.kind, Refuse("verification took it back")) if c is not None else self.refusals[node]
-            speed = next((s for layer, s in timed.items() if layer.node is node), None)
-            work.quantization.append(kept(graph, node, kind, refusal, speed, choice))
-            work.refuse(RULE, node, refusal)
+        self._emit(self._finetuned(coded, outputs))
         attentions_into_integers(work, self.spec)
         graph.clean()
         if work.applied:
@@ -127,6 +100,17 @@ class _Quantizing:
             work.quantization.append(whole(before, constant_bytes(graph), quality))
 
     # -- steps -------------------------------------------------------------------------------------------------------------
+
+    def _layers(self) -> list[Layer]:
+        """The layers that may become integers, as the specification names them."""
+        graph = self.graph
+        layers, refused = find_layers(graph, self.spec)
+        known = (*(layer.node for layer in layers), *(n for n, _, _ in refused), *attentions(graph, self.spec))
+        check_patterns(self.spec, [graph.path(n) for n in known])
+        self.refusals = {node: (kind, refusal) for node, kind, refusal in refused}
+        layers = self._worth_their_bytes(layers)
+        self.original = {layer.node: [c for c in (layer.weight, layer.bias) if c is not None] for layer in layers}
+        return layers
 
     def _worth_their_bytes(self, layers: Sequence[Layer]) -> list[Layer]:
         """Codes beside a table that stays in float for somebody else would only add bytes."""
@@ -198,10 +182,10 @@ class _Quantizing:
             return first
         return encode(layer, self.found.get((layer.x, layer.axis)), self.second.get(layer), bits=bits, like=first)
 
-    def _fast_enough(self, coded: Sequence[Coded], timed: dict[Layer, Speed]) -> list[Coded]:
+    def _fast_enough(self, coded: Sequence[Coded]) -> list[Coded]:
         fast = []
         for c in coded:
-            speed = timed.get(c.layer)
+            speed = self.timed.get(c.layer)
             if self.spec.prefer == "speed" and speed is not None and speed.measured and speed.ratio < SLOWER:
                 refusal = Refuse(
                     f"measured {speed.ratio:.2f} times as fast as in float on this machine",
@@ -212,14 +196,49 @@ class _Quantizing:
             fast.append(c)
         return fast
 
-    @staticmethod
-    def _corrected(coded: Sequence[Coded], measured: dict[Layer, Measured]) -> list[Coded]:
+    def _corrected(self, coded: Sequence[Coded]) -> list[Coded]:
         found = []
         for c in coded:
-            if c.layer in measured:
-                c, measured[c.layer] = corrected(c, measured[c.layer])
+            if c.layer in self.measured:
+                c, self.measured[c.layer] = corrected(c, self.measured[c.layer])
             found.append(c)
         return found
+
+    def _finetuned(self, coded: list[Coded], outputs: Outputs | None) -> list[Coded]:
+        """The layers after training, where it is asked for and made them better."""
+        if not self.spec.finetune_steps or all(c.layer.kind == "embedding" for c in coded):
+            return coded
+        if outputs is None:
+            raise UsageError("finetune_steps= needs data to train on: pass example_inputs or calibration=")
+        learnt, site = finetuned(self.graph, self.samples, coded, self.spec, outputs)
+        (self.work.applied if learnt else self.work.refused).append(site)
+        if not learnt:
+            return coded
+        by_node = {layer.node: speed for layer, speed in self.timed.items()}
+        self.timed |= {c.layer: by_node[c.layer.node] for c in learnt if c.layer.node in by_node}
+        self.measured = measure(self.graph, self.samples, learnt)
+        return learnt
+
+    def _emit(self, coded: Sequence[Coded]) -> None:
+        """Put the integer operators into the graph, in its order, and say of every layer what became of it."""
+        graph, work = self.graph, self.work
+        places = {n: i for i, n in enumerate(graph.fx.nodes)}
+        rows: list[tuple[int, fx.Node, Coded | None]] = [(places[c.layer.node], c.layer.node, c) for c in coded]
+        rows += [(places[n], n, None) for n in self.refusals if n in places]
+        emitted: dict[fx.Node, fx.Node] = {}
+        shared: dict[int, dict[str, Constant]] = {}
+        for _, node, c in sorted(rows, key=lambda row: row[0]):
+            choice = self.choices.get(node)
+            if c is not None and work.run.permit(RULE, c.layer.path):
+                entry = quantized(c, self.measured.get(c.layer), self.timed.get(c.layer), choice, self.original[node])
+                work.quantization.append(entry)
+                work.done(RULE, node, _said(entry))
+                emitted[c.layer.tail] = c.emit(graph, shared, emitted)
+                continue
+            kind, refusal = (c.layer.kind, Refuse("verification took it back")) if c is not None else self.refusals[node]
+            speed = next((s for layer, s in self.timed.items() if layer.node is node), None)
+            work.quantization.append(kept(graph, node, kind, refusal, speed, choice))
+            work.refuse(RULE, node, refusal)
 
 
 def _said(entry: LayerQuantization) -> str:
