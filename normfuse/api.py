@@ -7,7 +7,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from time import perf_counter
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, TypeVar
 
 from torch import Tensor, fx, nn
 
@@ -16,8 +16,9 @@ from normfuse.errors import UsageError
 from normfuse.given.extra_entries import taken
 from normfuse.given.original import Call
 from normfuse.ir.graph import Graph
+from normfuse.ir.passes import Pass, Run, Samples
 from normfuse.numerics.batches import Batches
-from normfuse.passes import PASSES
+from normfuse.passes import DEFAULT, PASSES
 from normfuse.passes.affine.folding import known_values
 from normfuse.passes.quantize.nothing import check_quantized
 from normfuse.passes.quantize.ranks import everywhere, several_ranks
@@ -38,34 +39,11 @@ __all__ = ["DEFAULT", "VERIFY", "Pass", "optimize"]
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-DEFAULT = (
-    "bake", "cleanup", "recognise", "huge_eps", "select", "expose", "affine", "bake", "mean_free", "affine", "key_bias",
-    "realise", "recognise", "cleanup",
-)  # fmt: skip
-"""The default pipeline. `affine` runs twice: LayerScale must be in the weights before they are centered, and a β can
-leave its norm only when the norm has become an RMSNorm. `bake` runs twice: branches are one convolution only once their
-BatchNorms are in their weights. `recognise` runs twice: x ⊙ γ · σ(x) is SiLU only once γ has moved on."""
+Named = str | Pass | Callable[[Graph], PassReport]  # what `passes=` takes
 
 VERIFY = ("end", "each", "off")
 """What `verify=` may say."""
 _CALIBRATION_BYTES = 1 << 31  # that batches may hold
-
-
-class Pass(Protocol):
-    """A rewrite of the whole graph.
-
-    An optional attribute `changes` says, as the rest of a sentence about the pass, how it changes the function on purpose;
-    such a pass is not held against the original, its SQNR is reported. `leaves_affines = False` says that the pass makes no
-    `Affine`, so that `realise` need not run after it. `tells = True` puts the notes
-    of its rewrites among those of the report. `precedes` names the pass of the default pipeline that it must stand
-    before where it is asked for together with "default"; `writes` the kind of norm that each of its rewrites leaves as arithmetic.
-    """
-
-    @property
-    def name(self) -> str: ...
-
-    def __call__(self, graph: Graph) -> PassReport: ...
 
 
 def optimize(
@@ -73,7 +51,7 @@ def optimize(
     example_inputs: Any = None,
     *,
     dynamic_shapes: Any = None,
-    passes: Sequence[str | Pass] | None = None,
+    passes: Sequence[Named] | None = None,
     quantize: Any = None,
     calibration: Any = None,
     verify: Literal["end", "each", "off"] = "end",
@@ -84,9 +62,8 @@ def optimize(
 
     Args:
         model: an `nn.Module`, an `fx.GraphModule` or an `ExportedProgram`; it is not changed.
-        example_inputs: a tuple of positional inputs or a dictionary of keyword inputs. Without them, inputs that the
-            model declares are used (timm, Hugging Face, torchvision), else the model is traced without shapes; rules
-            that need a shape then refuse.
+        example_inputs: a tuple of positional inputs or a dictionary of keyword inputs. Without them, inputs that the model declares
+            are used (timm, Hugging Face, torchvision), else the model is traced without shapes; rules that need one then refuse.
         dynamic_shapes: as in `torch.export.export`; without it all sizes are those of the example.
         passes: names of passes (`normfuse.passes.PASSES`) or pass objects; None for the default pipeline, whose passes the
             name "default" stands for, as in `["default", "compress"]`; `depth_scale` finds its place among them itself.
@@ -109,19 +86,19 @@ def optimize(
         CaptureError: the model could not be traced.
         UsageError: an argument is wrong, or `quantize` has quantized no layer at all; the message says why.
     """
-    options: dict[str, Any] = {"passes": passes, "quantize": quantize, "verify": verify}
-    options["allow_random_calibration"] = allow_random_calibration
-    if partial:
-        made = whole_or_parts(_optimize, model, example_inputs, dynamic_shapes, calibration, options)
-    else:
-        made = _optimize(model, example_inputs, dynamic_shapes=dynamic_shapes, calibration=calibration, **options)
+    options = {"passes": passes, "quantize": quantize, "verify": verify, "allow_random_calibration": allow_random_calibration}
+    made = (whole_or_parts if partial else _whole)(_optimize, model, example_inputs, dynamic_shapes, calibration, options)
     if quantize is not None:
         check_quantized(report_of(made))
     return made  # type: ignore[no-any-return]
 
 
+def _whole(optimize: Any, model: Any, example_inputs: Any, dynamic_shapes: Any, calibration: Any, options: dict[str, Any]) -> Any:
+    return optimize(model, example_inputs, dynamic_shapes=dynamic_shapes, calibration=calibration, **options)
+
+
 def _optimize(
-    model: Any, example_inputs: Any = None, *, dynamic_shapes: Any = None, passes: Sequence[str | Pass] | None = None,
+    model: Any, example_inputs: Any = None, *, dynamic_shapes: Any = None, passes: Sequence[Named] | None = None,
     quantize: Any = None, calibration: Any = None, verify: str = "end", allow_random_calibration: bool = False,
 ) -> fx.GraphModule:  # fmt: skip
     start = perf_counter()
@@ -154,10 +131,10 @@ def _optimized(
     original = graph.copy()
     inputs = flat_inputs(captured.gm, captured.args, captured.kwargs or {}) if captured.has_inputs else None
     proof = Proof(original, inputs, given, calls_of(captured.gm), known_values) if verify != "off" and inputs is not None else None
-    graph.samples, told = _on_all_ranks(lambda: _samples(graph, captured, calibration, inputs), quantize is not None)
+    samples, told = _on_all_ranks(lambda: _samples(graph, captured, calibration, inputs), quantize is not None)
     silent = "" if proof is None else proof.nothing_compared
     began = perf_counter()
-    proven = run(graph, pipeline, proof, each=verify == "each")
+    proven = run(graph, pipeline, proof, each=verify == "each", given=Run(samples))
     graph, reports = proven.graph, proven.reports
     verify_seconds = 0.0 if proof is None else max(0.0, perf_counter() - began - sum(r.seconds for r in reports))
     before, after = norm_counts(original), norm_counts(graph) + _spelt_out(pipeline, reports)
@@ -166,7 +143,7 @@ def _optimized(
     if given is not None and captured.has_inputs:
         call = Call(captured.args, captured.kwargs or {})
         notes += settle(gm, call, given.first(call))
-    if quantize is not None and not graph.samples:
+    if quantize is not None and not samples:
         notes += ("not calibrated: quantized from the weights alone; pass example inputs or calibration=",)
     if verify != "off" and inputs is None:
         notes += ("not verified: the model was traced without example inputs",)
@@ -174,7 +151,7 @@ def _optimized(
     report = Report(
         tuple(last_word(reports)), proven.exact, proven.drift, *paired(before, after), *sizes, notes,
         perf_counter() - start, silent, origin=origin_of(model),
-        calibration=_calibrated(graph, model, calibration, example_inputs) if quantize is not None else None,
+        calibration=_calibrated(samples, model, calibration, example_inputs) if quantize is not None else None,
         capture_seconds=capture_seconds, verify_seconds=verify_seconds,
         operators_before=operators(original), operators_after=operators(graph),
     )  # fmt: skip
@@ -185,18 +162,15 @@ def _optimized(
 # -- pipeline ----------------------------------------------------------------------------------------------------------
 
 
-def _pipeline(passes: Sequence[str | Pass] | None) -> list[Pass]:
+def _pipeline(passes: Sequence[Named] | None) -> list[Pass]:
     """Pass objects by name; affines that nobody realised would be no operators of PyTorch, so `realise` comes last."""
     if passes is None:
         return [PASSES[name] for name in DEFAULT]
     if isinstance(passes, str):
         raise UsageError(f"passes={passes!r}: expected a list of names, e.g. [{passes!r}]")
-    found = _expanded([p if p == "default" or not isinstance(p, str) else _named(p) for p in passes])
-    for p in found:
-        if not callable(p) or not isinstance(getattr(p, "name", None), str):
-            raise UsageError(f"passes: {p!r} is neither a name nor a pass (a callable with a `name`)")
+    found = _expanded([p if p == "default" else _named(p) if isinstance(p, str) else _of(p) for p in passes])
     last = max((i for i, p in enumerate(found) if p.name == "realise"), default=None)
-    settled = last is not None and not any(getattr(p, "leaves_affines", True) for p in found[last + 1 :])
+    settled = last is not None and not any(p.leaves_affines for p in found[last + 1 :])
     return found if settled else [*found, PASSES["realise"]]
 
 
@@ -204,9 +178,9 @@ def _expanded(passes: Sequence[str | Pass]) -> list[Pass]:
     """With its passes in the place of "default"; a pass that `precedes` one of these stands before it."""
     if "default" not in passes:
         return [p for p in passes if not isinstance(p, str)]
-    early: dict[str, list[Pass]] = {}
+    early: dict[str, list[Any]] = {}
     for p in passes:
-        early.setdefault(getattr(p, "precedes", ""), []).append(p)  # type: ignore[arg-type]
+        early.setdefault("" if isinstance(p, str) else p.precedes, []).append(p)
     found: list[Pass] = []
     for p in early.pop("", []):
         found += [q for name in DEFAULT for q in (*early.pop(name, []), PASSES[name])] if isinstance(p, str) else [p]
@@ -234,9 +208,7 @@ def _on_all_ranks(read: Callable[[], T], together: bool) -> T:
     return held[0]
 
 
-def _samples(
-    graph: Graph, captured: Captured, calibration: Any, inputs: list[Any] | None
-) -> tuple[list[list[Any]], tuple[str, ...]]:
+def _samples(graph: Graph, captured: Captured, calibration: Any, inputs: list[Any] | None) -> tuple[Samples, tuple[str, ...]]:
     """What passes may calibrate on: the calibration batches, else the example inputs; and what the user should know of it."""
     if calibration is None:
         return ([] if inputs is None else [inputs]), ()
@@ -260,18 +232,18 @@ def _samples(
     return batches, told
 
 
-def _calibrated(graph: Graph, model: Any, calibration: Any, example_inputs: Any) -> Calibration | None:
-    """What `graph.samples` are, for the report."""
-    if not graph.samples:
+def _calibrated(samples: Samples, model: Any, calibration: Any, example_inputs: Any) -> Calibration | None:
+    """What the samples are, for the report."""
+    if not samples:
         return None
     if calibration is not None:
         source = "calibration="
     else:
         declared = example_inputs is None and isinstance(model, nn.Module) and not isinstance(model, fx.GraphModule)
         source = "random data" if declared else "the example inputs"
-    first = [next((v for v in batch if isinstance(v, Tensor)), None) for batch in graph.samples]
-    samples = sum(int(t.shape[0]) if t is not None and t.ndim else 1 for t in first)
-    return Calibration(samples, len(graph.samples), source)
+    first = [next((v for v in batch if isinstance(v, Tensor)), None) for batch in samples]
+    count = sum(int(t.shape[0]) if t is not None and t.ndim else 1 for t in first)
+    return Calibration(count, len(samples), source)
 
 
 def _batch(captured: Captured, given: Any, i: int) -> tuple[list[Any], str]:
@@ -292,14 +264,19 @@ def _changes(pipeline: Sequence[Pass], reports: Sequence[PassReport]) -> tuple[s
 
     def said(p: Pass, r: PassReport) -> str:
         measured = "not measured" if r.sqnr is None else f"SQNR of the outputs {r.sqnr:.1f} dB"
-        return f"{p.name} {getattr(p, 'changes', '')}; {measured}"
+        return f"{p.name} {p.changes}; {measured}"
 
-    changing = [(p, r) for p, r in zip(pipeline, reports, strict=True) if getattr(p, "changes", "") and r.applied]
+    changing = [(p, r) for p, r in zip(pipeline, reports, strict=True) if p.changes and r.applied]
     found = [said(p, r) for p, r in changing if not r.quantization]  # what quantization costs leads the report
-    told = [
-        f"{p.name}: {site.note}" for p, r in zip(pipeline, reports, strict=True) if getattr(p, "tells", False) for site in r.applied
-    ]
+    told = [f"{p.name}: {site.note}" for p, r in zip(pipeline, reports, strict=True) if p.tells for site in r.applied]
     return tuple(dict.fromkeys(found + told))
+
+
+def _of(given: Any) -> Pass:
+    try:
+        return Pass.of(given)
+    except TypeError:
+        raise UsageError(f"passes: {given!r} is neither a name nor a pass (a callable with a `name`)") from None
 
 
 def _named(name: str) -> Pass:
@@ -314,6 +291,6 @@ def _spelt_out(pipeline: Sequence[Pass], reports: Sequence[PassReport]) -> Count
     """Norms for which PyTorch has no operator, so that passes write them as arithmetic: `Pass.writes` is their kind."""
     found: Counter[str] = Counter()
     for p, r in zip(pipeline, reports, strict=True):
-        found[getattr(p, "writes", "")] += len(r.applied)
+        found[p.writes] += len(r.applied)
     del found[""]
     return found

@@ -1,60 +1,37 @@
-"""The passes: one idea a file, each a callable `Graph -> PassReport`."""
+"""The passes, one idea a file, in the order in which they are of use. A pass that can be named is a line here."""
 
-from normfuse.passes.affine.affine import Affine
-from normfuse.passes.affine.expose import Expose
-from normfuse.passes.affine.weightless import Weightless
-from normfuse.passes.bake import Bake
-from normfuse.passes.cancel import Cancel
-from normfuse.passes.cleanup import Cleanup
-from normfuse.passes.depth_scale import DepthScale
-from normfuse.passes.huge_eps import HugeEps
-from normfuse.passes.key_bias import KeyBias
-from normfuse.passes.l1 import L1
-from normfuse.passes.realise import Realise
-from normfuse.passes.recognise import Recognise
-from normfuse.passes.select import Select
-from normfuse.passes.streams.compress import Compress
-from normfuse.passes.streams.mean_free import MeanFree
-from normfuse.passes.streams.pre_rms import pre_rms
+# ruff: noqa: I001 - the order is that of `PASSES`
+from normfuse.ir.passes import Pass as Pass
+from normfuse.passes.cleanup import Cleanup as Cleanup
+from normfuse.passes.bake import Bake as Bake
+from normfuse.passes.recognise import Recognise as Recognise
+from normfuse.passes.depth_scale import DepthScale as DepthScale
+from normfuse.passes.huge_eps import HugeEps as HugeEps
+from normfuse.passes.affine.expose import Expose as Expose
+from normfuse.passes.affine.affine import Affine as Affine
+from normfuse.passes.streams.mean_free import MeanFree as MeanFree
+from normfuse.passes.key_bias import KeyBias as KeyBias
+from normfuse.passes.realise import Realise as Realise
+from normfuse.passes.select import Select as Select
+from normfuse.passes.affine.weightless import Weightless as Weightless
+from normfuse.passes.cancel import Cancel as Cancel
+from normfuse.passes.streams.compress import Compress as Compress
+from normfuse.passes.l1 import L1 as L1
 
-__all__ = [
-    "L1",
-    "PASSES",
-    "Affine",
-    "Bake",
-    "Cancel",
-    "Cleanup",
-    "Compress",
-    "DepthScale",
-    "Expose",
-    "HugeEps",
-    "KeyBias",
-    "MeanFree",
-    "Realise",
-    "Recognise",
-    "Select",
-    "Weightless",
-    "pre_rms",
-]
+from normfuse.passes.streams.pre_rms import pre_rms as pre_rms
 
-#: every pass that can be named in `optimize(passes=…)`, in the order in which they are of use
-PASSES = {
-    p.name: p
+_PASSES = [p for p in list(vars().values()) if isinstance(p, type) and issubclass(p, Pass) and p is not Pass]
+
+PASSES: dict[str, Pass] = {p.name: p() for p in _PASSES}
+"""Every pass that can be named in `optimize(passes=…)`."""
+
+DEFAULT: tuple[str, ...] = tuple(
+    p.name
     for p in (
-        Cleanup(),
-        Bake(),
-        Recognise(),
-        DepthScale(),
-        HugeEps(),
-        Expose(),
-        Affine(),
-        MeanFree(),
-        KeyBias(),
-        Realise(),
-        Select(),
-        Weightless(),
-        Cancel(),
-        Compress(),
-        L1(),
+        Bake, Cleanup, Recognise, HugeEps, Select, Expose, Affine, Bake, MeanFree, Affine, KeyBias,
+        Realise, Recognise, Cleanup,
     )
-}
+)  # fmt: skip
+"""The default pipeline. `affine` runs twice: LayerScale must be in the weights before they are centered, and a β can
+leave its norm only when the norm has become an RMSNorm. `bake` runs twice: branches are one convolution only once their
+BatchNorms are in their weights. `recognise` runs twice: x ⊙ γ · σ(x) is SiLU only once γ has moved on."""

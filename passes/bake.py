@@ -6,38 +6,36 @@ of constants (`normfuse.passes.affine.folding`); parallel branches are functions
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from time import perf_counter
+from torch import fx
 
-from normfuse.ir.graph import Graph, Refuse
+from normfuse.ir.passes import Pass, Rewriting
 from normfuse.passes.affine.folding import fold
 from normfuse.passes.affine.parallel import parallel_convs
-from normfuse.reports.model import PassReport, Site
 
 __all__ = ["Bake"]
 
 
-@dataclass(frozen=True)
-class Bake:
+class Bake(Pass):
     """f(constants) is a constant; W₁ ∗ x + W₂ ∗ x + s x + t is one convolution."""
 
     name = "bake"
+    rule = "parallel_convs"
     leaves_affines = False
 
-    def __call__(self, graph: Graph) -> PassReport:
-        start = perf_counter()
-        applied = fold(graph)
-        refused: list[Site] = []
-        for node in graph:
-            while node.op == "call_function" and node.users:  # what one operator could not take may be one of its own
-                try:
-                    merged = parallel_convs(graph, node)
-                except Refuse as refusal:
-                    refused.append(graph.site("parallel_convs", node, refusal))
-                    break
-                if merged is None or not graph.permit(merged.rule, graph.path(node)):
-                    break
-                applied.append(graph.site(merged.rule, node, note=f"{merged.count} branches are one"))
-                node = graph.replace(node, merged.value)
-                graph.clean()  # so that a value lost its readers in the branches
-        return PassReport(self.name, tuple(applied), tuple(refused), seconds=perf_counter() - start)
+    def rewrite(self, work: Rewriting) -> None:
+        fold(work)
+        for node in work.graph:
+            at: fx.Node | None = node
+            while at is not None and at.op == "call_function" and at.users:  # what one could not take may be one of its own
+                at = self._merged(work, at)
+
+    def _merged(self, work: Rewriting, node: fx.Node) -> fx.Node | None:
+        """The sum with branches of it as one operator; None where nothing was merged."""
+        graph = work.graph
+        merged = work.found(self.rule, node, lambda: parallel_convs(graph, node))
+        if merged is None or not work.permits(merged.rule, node):
+            return None
+        work.done(merged.rule, node, f"{merged.count} branches are one")
+        new = graph.replace(node, merged.value)
+        graph.clean()  # so that a value lost its readers in the branches
+        return new

@@ -8,18 +8,16 @@ not be tiny. Source: Graef et al., FlashNorm, arXiv 2407.09577, section on norms
 
 from __future__ import annotations
 
-from time import perf_counter
-
 import torch
 from torch import Tensor, fx
 
 from normfuse.ir.constants import Constant
 from normfuse.ir.graph import Graph, Refuse
+from normfuse.ir.passes import Change, Pass
 from normfuse.ir.views import (
     Identity,
     LayerNorm,
     LeakyRelu,
-    Linear,
     MatMul,
     Movement,
     Mul,
@@ -29,16 +27,16 @@ from normfuse.ir.views import (
     RmsNorm,
     Value,
 )  # fmt: skip
+from normfuse.ir.weights import Weight
 from normfuse.passes.affine.broadcast import PASS_INPUTS, UNKNOWN, hint, replayed
 from normfuse.passes.streams.streams import named
-from normfuse.reports.model import PassReport, Site
 
 __all__ = ["Cancel"]
 
 RULE = "norm_before_norm_cancels"
 
 
-class Cancel:
+class Cancel(Pass):
     """RMSNorm₂(W RMSNorm₁(x)) ≈ RMSNorm₂(W x): a norm all of whose readers are normalized again is dropped.
 
     Not an identity: ε of the second norm weighs differently. The norm must have no γ of its own any more (`affine` or
@@ -47,29 +45,23 @@ class Cancel:
     """
 
     name = "cancel"
+    rule = RULE
     changes = "drops norms whose result is normalized again, so that the ε of the norm behind them weighs differently"
 
-    def __call__(self, graph: Graph) -> PassReport:
-        start = perf_counter()
-        applied: list[Site] = []
-        refused: list[Site] = []
-        for norm in graph:
-            op = graph.view(norm, 2)
-            if not isinstance(op, RmsNorm):
-                continue
-            try:
-                behind = _renormalized(graph, norm, op)
-            except Refuse as refusal:
-                refused.append(graph.site(RULE, norm, refusal))
-                continue
-            if behind and graph.permit(RULE, graph.path(norm)):
-                paths = ", ".join(dict.fromkeys(graph.path(n) for n in behind))
-                applied.append(graph.site(RULE, norm, note=f"normalized again by {paths}; relative error about ε / mean square"))
-                assert op.x.node is not None
-                norm.replace_all_uses_with(op.x.node)
-                graph.fx.erase_node(norm)
-        graph.clean()
-        return PassReport(self.name, tuple(applied), tuple(refused), seconds=perf_counter() - start)
+    def change(self, graph: Graph, node: fx.Node) -> Change | None:
+        op = graph.view(node, 2)
+        behind = _renormalized(graph, node, op) if isinstance(op, RmsNorm) else []
+        if not isinstance(op, RmsNorm) or not behind:
+            return None
+        paths = ", ".join(dict.fromkeys(graph.path(n) for n in behind))
+        note = f"normalized again by {paths}; relative error about ε / mean square"
+
+        def drop() -> None:
+            assert op.x.node is not None
+            node.replace_all_uses_with(op.x.node)
+            graph.fx.erase_node(node)  # a norm that nobody reads would count as a reader
+
+        return Change(note=note, do=drop)
 
 
 def _renormalized(graph: Graph, norm: fx.Node, op: RmsNorm) -> list[fx.Node]:
@@ -128,9 +120,9 @@ def _scale_behind(graph: Graph, reader: fx.Node, at: fx.Node, rows: Tensor) -> T
             return _same_shape(op, rows)
         case Permute(Value()) | Reshape(Value()) | Movement(Value()):
             return replayed(op, rows)
-        case Linear(b=b) if b is not None:
+        case Value(weight=Weight(linear=True, bias=Constant())):
             raise Refuse(f"{named(graph, reader)} has a bias, which is not scaled along", blocker=reader)
-        case Linear() | MatMul(Value(), Constant()) if torch.equal(rows, rows[..., :1].expand(rows.shape)):
+        case Value(weight=Weight(linear=True)) | MatMul(Value(), Constant()) if torch.equal(rows, rows[..., :1].expand(rows.shape)):
             return _same_shape(op, rows[..., :1])
         case _:
             raise Refuse(f"{named(graph, reader)} reads it, and what it gives is not normalized again", blocker=reader)

@@ -5,18 +5,16 @@ A copy stays where an output would share memory with an input, a weight or anoth
 
 from __future__ import annotations
 
-from time import perf_counter
-
 import torch
 from torch import Tensor, fx
 
 from normfuse.ir.aliases import copy_is_needed
-from normfuse.ir.graph import Graph
+from normfuse.ir.operators import CASTS
+from normfuse.ir.passes import Pass, Rewriting
 from normfuse.ir.views import Cat, Identity, Movement, Op, Pad, Reshape, Value
-from normfuse.passes.affine.folding import CASTS, CHECKS, fold
+from normfuse.passes.affine.folding import CHECKS, fold
 from normfuse.passes.affine.slices import slice_of_concatenation
 from normfuse.passes.once import norms_once
-from normfuse.reports.model import PassReport, Site
 
 __all__ = ["Cleanup"]
 
@@ -53,62 +51,53 @@ def movement_to_the_same_place(op: Op) -> Value | None:
             return None
 
 
-class Cleanup:
+class Cleanup(Pass):
     """Dropout, copies, and casts, reshapes, paddings that change nothing go; arithmetic on constants is done once."""
 
     name = "cleanup"
     leaves_affines = False
     rules = (identity, movement_to_the_same_place)
+    depth = 2
 
-    def __call__(self, graph: Graph) -> PassReport:
-        start = perf_counter()
+    def rewrite(self, work: Rewriting) -> None:
+        graph = work.graph
         for node in graph:
             if node.target in CHECKS:
                 graph.fx.erase_node(node)
-        applied = fold(graph)
+        fold(work)
         for node in graph:
-            if node.op != "call_function" or copy_is_needed(node):
-                continue
-            site = _cast_to_itself(graph, node) or self._simplified(graph, node)
-            if site is not None:
-                applied.append(site)
+            if node.op == "call_function" and not copy_is_needed(node) and not _cast_to_itself(work, node):
+                self._simplified(work, node)
         graph.clean()
-        applied += norms_once(graph)
-        graph.clean()
-        return PassReport(self.name, tuple(applied), seconds=perf_counter() - start)
+        norms_once(work)
 
-    def _simplified(self, graph: Graph, node: fx.Node) -> Site | None:
+    def _simplified(self, work: Rewriting, node: fx.Node) -> None:
         if node.target in _VIEWS:  # a view demands a layout that removed copies no longer give
             node.target = aten.reshape.default
         if node.target is aten.pad.default and not any(node.args[1]) and isinstance(node.args[0], fx.Node):  # type: ignore[arg-type]
             node.replace_all_uses_with(node.args[0])
-            return graph.site("movement_to_the_same_place", node)
-        part = slice_of_concatenation(graph, node)
+            work.done("movement_to_the_same_place", node)
+            return
+        part = slice_of_concatenation(work, node)
         if part is not None:
             node.replace_all_uses_with(part)
-            return graph.site(slice_of_concatenation.__name__, node)
-        op = graph.view(node, 2)
-        if not isinstance(op, Op):
-            return None
-        for rule in self.rules:
-            value = rule(op)
-            if value is not None and graph.permit(rule.__name__, graph.path(node)):
-                graph.replace(node, value)
-                return graph.site(rule.__name__, node)
-        return None
+            work.done(slice_of_concatenation.__name__, node)
+            return
+        work.attempt(self.rule, node, lambda: self.change(work.graph, node))
 
 
-def _cast_to_itself(graph: Graph, node: fx.Node) -> Site | None:
+def _cast_to_itself(work: Rewriting, node: fx.Node) -> bool:
     """A cast to the dtype and device that the value has: x"""
     if node.target not in CASTS or not isinstance(node.args[0], fx.Node):
-        return None
+        return False
     before, after = node.args[0].meta.get("val"), node.meta.get("val")
     if not isinstance(before, Tensor) or not isinstance(after, Tensor):
-        return None
+        return False
     if before.dtype != after.dtype or before.device != after.device or before.layout != after.layout:
-        return None
+        return False
     node.replace_all_uses_with(node.args[0])
-    return graph.site("cast_to_itself", node)
+    work.done("cast_to_itself", node)
+    return True
 
 
 def _same_sizes(op: Op, x: Value) -> bool:

@@ -12,8 +12,7 @@ import difflib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from time import perf_counter
-from typing import ClassVar
+from functools import partial
 
 import torch
 from torch import Tensor, fx
@@ -21,10 +20,12 @@ from torch import Tensor, fx
 from normfuse.errors import UsageError
 from normfuse.ir.constants import Constant
 from normfuse.ir.graph import Graph, Refuse
+from normfuse.ir.operators import is_cast
+from normfuse.ir.passes import Change, Pass, Rewriting
 from normfuse.ir.views import Add, Affine, Div, LayerNorm, Mul, RmsNorm, Value
 from normfuse.passes.affine.broadcast import axes
-from normfuse.passes.streams.pre_norms import CASTS, blocks, norms, stacks, steps
-from normfuse.reports.model import PassReport, Site
+from normfuse.passes.streams.pre_norms import blocks, norms, stacks, steps
+from normfuse.reports.model import Site
 
 __all__ = ["DepthScale"]
 
@@ -38,7 +39,7 @@ Where = Mapping[str, int] | Callable[[str], "int | None"]
 
 
 @dataclass(frozen=True)
-class DepthScale:
+class DepthScale(Pass):
     """N(x) → N(x) / √ℓ for every pre-norm of block ℓ; the final norm stays. The factor then folds like any gain.
 
     Comes before `affine`, which moves a β out of its norm. Encoder and decoder count their blocks separately.
@@ -52,9 +53,9 @@ class DepthScale:
         UsageError: `base` or an ℓ of `where` is below 1, or a path of `where` is no norm of the model.
     """
 
-    name: ClassVar[str] = "depth_scale"
-    precedes: ClassVar[str] = "huge_eps"
-    changes: ClassVar[str] = "multiplies the output of every pre-norm in block ℓ by 1/√ℓ"
+    name = "depth_scale"
+    precedes = "huge_eps"
+    changes = "multiplies the output of every pre-norm in block ℓ by 1/√ℓ"
 
     base: int = 1
     where: Where | None = None
@@ -62,20 +63,9 @@ class DepthScale:
     def __post_init__(self) -> None:
         _depth(self.base, "base")
 
-    def __call__(self, graph: Graph) -> PassReport:
-        start = perf_counter()
-        applied: list[Site] = []
-        refused: list[Site] = []
-        for norm, depth in self._depths(graph, refused).items():
-            try:
-                site = _scaled(graph, norm, depth)
-            except Refuse as refusal:
-                refused.append(graph.site(RULE, norm, refusal))
-                continue
-            if site is not None:
-                applied.append(site)
-        graph.clean()
-        return PassReport(self.name, tuple(applied), tuple(refused), seconds=perf_counter() - start)
+    def rewrite(self, work: Rewriting) -> None:
+        for norm, depth in self._depths(work.graph, work.refused).items():
+            work.attempt(RULE, norm, partial(_scaled, work.graph, norm, depth))
 
     def _depths(self, graph: Graph, refused: list[Site]) -> dict[fx.Node, int]:
         """ℓ of every norm that is to be scaled, in graph order; what cannot be told goes to `refused`."""
@@ -100,22 +90,23 @@ class DepthScale:
         return {n: depths[n] for n in graph if n in depths}
 
 
-def _scaled(graph: Graph, norm: fx.Node, depth: int) -> Site | None:
+def _scaled(graph: Graph, norm: fx.Node, depth: int) -> Change:
     """N(x) → (1/√ℓ) N(x), behind γ and β."""
     factor = 1 / math.sqrt(depth)
     last = _last(graph, norm)
     if depth > 1 and _carries_already(graph, last, factor):
         raise Refuse(f"its result is multiplied by 1/√{depth} already")
-    if not graph.permit(RULE, graph.path(norm)):
-        return None
-    if depth > 1:
-        one = torch.ones(1, dtype=torch.float64)
-        s, t = (Constant.of(v).cast(_dtype(graph, norm)) for v in (one * factor, one * 0.0))
-        readers = list(last.users)
-        new = graph.emit(Affine(Value(node=last), s, t), last.next, last)
-        for reader in readers:
-            reader.replace_input_with(last, new)
-    return graph.site(RULE, norm, note=f"ℓ = {depth}: × {factor:.6g}")
+
+    def scale() -> None:
+        if depth > 1:
+            one = torch.ones(1, dtype=torch.float64)
+            s, t = (Constant.of(v).cast(_dtype(graph, norm)) for v in (one * factor, one * 0.0))
+            readers = list(last.users)
+            new = graph.emit(Affine(Value(node=last), s, t), last.next, last)
+            for reader in readers:
+                reader.replace_input_with(last, new)
+
+    return Change(note=f"ℓ = {depth}: × {factor:.6g}", do=scale)
 
 
 def _last(graph: Graph, norm: fx.Node) -> fx.Node:
@@ -144,7 +135,7 @@ def _shifts(graph: Graph, node: fx.Node, of_norm: bool) -> bool | None:
         case Affine(_, s, t) if of_norm or axes(s, t):
             return of_norm or bool(axes(t))
         case _:
-            return False if node.target in CASTS else None
+            return False if is_cast(node) else None
 
 
 def _carries_already(graph: Graph, node: fx.Node, factor: float) -> bool:

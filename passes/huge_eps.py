@@ -10,23 +10,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from math import sqrt
-from time import perf_counter
 
 import torch
 from torch import Tensor, fx
 
 from normfuse.ir.constants import Constant
 from normfuse.ir.graph import Graph, Refuse
+from normfuse.ir.passes import Change, Pass, Rewriting, Samples
 from normfuse.ir.views import (
-    Addmm,
     Affine,
     Embedding,
     GroupNorm,
     Identity,
     LayerNorm,
-    Linear,
-    MatMul,
     Mean,
     Op,
     Reshape,
@@ -34,11 +32,11 @@ from normfuse.ir.views import (
     Sub,
     Value,
 )  # fmt: skip
+from normfuse.ir.weights import Weight
 from normfuse.numerics.observe import observe
 from normfuse.passes.affine.broadcast import PASS_INPUTS, UNKNOWN, channelwise, is_zero, same_shape
-from normfuse.passes.affine.into_producer import _bias
+from normfuse.passes.affine.into_producer import bias
 from normfuse.passes.streams.streams import centered
-from normfuse.reports.model import PassReport, Site
 
 __all__ = ["HugeEps"]
 
@@ -63,41 +61,29 @@ class Norm:
 
 
 @dataclass(frozen=True)
-class HugeEps:
+class HugeEps(Pass):
     """γ (x − μ) / √(σ² + ε) + β = γ / √ε (x − μ) + β for ε ≫ σ², into the weights that read it.
 
     Attributes:
-        ratio: how many times ε must exceed the largest variance measured on `graph.samples`; without samples, ε must be
+        ratio: how many times ε must exceed the largest variance measured on `Run.samples`; without samples, ε must be
             10⁹ at least.
     """
 
     ratio: float = 1e6
     name = "huge_eps"
+    rule = RULE
     changes = "takes a norm whose ε is far above every variance as an affine map"
 
-    def __call__(self, graph: Graph) -> PassReport:
-        start = perf_counter()
-        applied: list[Site] = []
-        refused: list[Site] = []
-        norms: list[Norm] = []
-        for node in graph:
-            try:
-                norm = _norm(graph, node)
-            except Refuse as refusal:
-                refused.append(graph.site(RULE, node, refusal))
-                continue
-            norms += [norm] if norm is not None else []
-        largest = _measured(graph, norms)
+    def rewrite(self, work: Rewriting) -> None:
+        graph = work.graph
+        norms = [n for node in graph if (n := work.found(RULE, node, partial(_norm, graph, node))) is not None]
+        largest = _measured(graph, norms, work.run.samples)
         for norm in norms:
-            try:
-                self._dwarfs(norm, largest.get(norm.node))
-            except Refuse as refusal:
-                refused.append(graph.site(RULE, norm.node, refusal))
-                continue
-            if graph.permit(RULE, graph.path(norm.node)):
-                applied.append(graph.site(RULE, norm.node, note=_rewritten(graph, norm)))
-        graph.clean()
-        return PassReport(self.name, tuple(applied), tuple(refused), seconds=perf_counter() - start)
+            work.attempt(RULE, norm.node, partial(self._affine, graph, norm, largest.get(norm.node)))
+
+    def _affine(self, graph: Graph, norm: Norm, variance: float | None) -> Change:
+        self._dwarfs(norm, variance)
+        return Change(do=partial(_rewritten, graph, norm))
 
     def _dwarfs(self, norm: Norm, variance: float | None) -> None:
         if variance:
@@ -135,12 +121,12 @@ def _gains(graph: Graph, gamma: Constant | None, beta: Constant | None, eps: flo
     return one if gamma is None else gamma * (1 / sqrt(eps)), zero if beta is None else beta
 
 
-def _measured(graph: Graph, norms: list[Norm]) -> dict[fx.Node, float]:
+def _measured(graph: Graph, norms: list[Norm], samples: Samples) -> dict[fx.Node, float]:
     """The largest variance (mean square for RMSNorm) that each norm divides by on the samples."""
     largest: dict[fx.Node, float] = {}
     for key in {(n.dims, n.centred) for n in norms}:
         alike = [n for n in norms if (n.dims, n.centred) == key and n.x.node is not None]
-        for values in graph.samples:
+        for values in samples:
             seen = observe(graph, [n.x.node for n in alike if n.x.node is not None], values, reduce=_largest(*key))
             for n in alike:
                 assert n.x.node is not None
@@ -169,7 +155,9 @@ def _rewritten(graph: Graph, norm: Norm) -> str:
         graph.replace(norm.node, Affine(x, norm.s, norm.t))
         return f"ε = {norm.eps:g}; an affine map" + (" of x − mean(x)" if norm.centred else "")
     for reader in readers:
-        graph.replace(reader, _absorbed(graph.view(reader, 1), norm))
+        layer = graph.view(reader, 1)
+        assert isinstance(layer, Op)
+        graph.replace(reader, _absorbed(layer, norm))
     norm.node.replace_all_uses_with(norm.x.node)
     into = ", ".join(dict.fromkeys(graph.path(n) for n in readers))
     return f"ε = {norm.eps:g}; into {into}"
@@ -186,7 +174,7 @@ def _linear_readers(graph: Graph, norm: Norm) -> list[fx.Node] | None:
             match op:
                 case Identity(x) | Reshape(Value() as x) if same_shape(op, x) or (isinstance(op, Reshape) and _tokens(op, x)):
                     work.append(user)
-                case Linear(W=W) | Addmm(W=W) | MatMul(Value(), Constant() as W) if W.ndim == 2 and _free(graph, W, user):
+                case Value(weight=Weight(linear=True) as w) if _free(graph, w.value, user):
                     found.append(user)
                 case _:
                     return None
@@ -205,23 +193,14 @@ def _free(graph: Graph, W: Constant, reader: fx.Node) -> bool:
     return not others or not (large or any(isinstance(graph.view(n, 1), Embedding) for n in others))
 
 
-def _absorbed(op: Value, norm: Norm) -> Op:
-    one = Constant.of(torch.ones(1, dtype=torch.float64))
-
-    def weight(W: Constant, dim: int) -> Constant:
-        scaled = W * (norm.s if dim == 1 or norm.s.numel == 1 else norm.s[:, None])
-        return centered(scaled, dim) if norm.centred else scaled
-
-    def shift(W: Constant) -> Constant:
-        return W @ (norm.t if norm.t.numel > 1 else norm.t.reshape(1).expand(W.shape[1]))
-
-    match op:
-        case Linear(x, W, b):
-            return Linear(x, weight(W, 1), b if is_zero(norm.t) else _bias(b, one, shift(W), W))
-        case Addmm(b, x, W):
-            return Addmm(b if is_zero(norm.t) else b + shift(W.T), x, weight(W, 0))
-        case MatMul(Value() as x, Constant() as W) if is_zero(norm.t):
-            return MatMul(x, weight(W, 0), target=op.target)
-        case MatMul(Value() as x, Constant() as W):
-            return Linear(x, weight(W, 0).T, _bias(None, one, shift(W.T), W))
-    raise TypeError(op)
+def _absorbed(layer: Op, norm: Norm) -> Op:
+    """The layer on what the norm reads: (W s P) x + (W t + b)"""
+    w = layer.weight
+    assert w is not None
+    assert w.into is not None
+    scaled = w.value * (norm.s if norm.s.numel == 1 else w.beside(norm.s, w.into))
+    shifted = w.bias
+    if not is_zero(norm.t):
+        one = Constant.of(torch.ones(1, dtype=torch.float64))
+        shifted = bias(w, one, w.total(norm.t if norm.t.numel > 1 else norm.t.reshape(1).expand(w.inputs)))
+    return layer.with_weight(centered(scaled, w.into) if norm.centred else scaled, shifted)

@@ -9,7 +9,6 @@ their own (Whisper leaves it out, most models do not), or where the β of a norm
 from __future__ import annotations
 
 from dataclasses import dataclass
-from time import perf_counter
 from typing import Any
 
 import torch
@@ -17,16 +16,17 @@ from torch import fx
 
 from normfuse.ir.constants import Constant
 from normfuse.ir.graph import Graph, Refuse
+from normfuse.ir.operators import is_cast
+from normfuse.ir.passes import Change, Pass
 from normfuse.ir.views import (
     Add,
-    Addmm,
     Affine,
     Div,
     Identity,
-    Linear,
     MatMul,
     Movement,
     Mul,
+    Op,
     Permute,
     Reshape,
     Sdpa,
@@ -35,7 +35,6 @@ from normfuse.ir.views import (
 )  # fmt: skip
 from normfuse.passes.affine.broadcast import PASS_INPUTS, UNKNOWN, axes, is_zero, moved
 from normfuse.passes.streams.streams import named, operands
-from normfuse.reports.model import PassReport, Site
 
 __all__ = ["KeyBias"]
 
@@ -48,7 +47,7 @@ _FAR = 24  # operators looked at above a key that is not a plain projection
 
 
 @dataclass(frozen=True)
-class KeyBias:
+class KeyBias(Pass):
     """softmax(q (k + t)ᵀ) = softmax(q kᵀ): the bias of a projection that is read as keys only is dropped.
 
     Keys that are rotated, normalized, or concatenated with others keep it: then t is not one shift for all of them.
@@ -61,27 +60,21 @@ class KeyBias:
 
     own: bool = False
     name = "key_bias"
+    rule = RULE
     leaves_affines = False
 
-    def __call__(self, graph: Graph) -> PassReport:
-        start = perf_counter()
-        applied: list[Site] = []
-        refused: list[Site] = []
-        for node in _projections(graph):
-            op = graph.view(node, 2)
-            if not isinstance(op, (Linear, Addmm)) or op.b is None or is_zero(op.b) or not (self.own or op.b.tensor is None):
-                continue
-            try:
-                seen = _keys_only(graph, node, op.b)
-            except Refuse as refusal:
-                refused.append(graph.site(RULE, node, refusal))
-                continue
-            if seen is None or not graph.permit(RULE, graph.path(node)):
-                continue
-            applied.append(graph.site(RULE, node, note=f"read as keys by {', '.join(dict.fromkeys(seen))}"))
-            graph.replace(node, Linear(op.x, op.W) if isinstance(op, Linear) else MatMul(op.x, op.W))
-        graph.clean()
-        return PassReport(self.name, tuple(applied), tuple(refused), seconds=perf_counter() - start)
+    def sites(self, graph: Graph) -> list[fx.Node]:
+        return _projections(graph)
+
+    def change(self, graph: Graph, node: fx.Node) -> Change | None:
+        op = graph.view(node, 2)
+        w = op.weight
+        if not isinstance(op, Op) or w is None or w.bias is None or is_zero(w.bias) or not (self.own or w.bias.tensor is None):
+            return None
+        seen = _keys_only(graph, node, w.bias)
+        if seen is None:
+            return None
+        return Change(op.with_weight(w.value), f"read as keys by {', '.join(dict.fromkeys(seen))}")
 
 
 def _projections(graph: Graph) -> list[fx.Node]:
@@ -95,7 +88,8 @@ def _projections(graph: Graph) -> list[fx.Node]:
         work, looked = [keys], 0
         while work and looked < _FAR:
             at, looked = work.pop(), looked + 1
-            if isinstance(graph.view(at, 1), (Linear, Addmm)):
+            w = graph.view(at, 1).weight
+            if w is not None and w.linear and w.bias_field:
                 found.add(at)
             elif at.op == "call_function":
                 work += at.all_input_nodes
@@ -180,7 +174,7 @@ def _softmax_hides(graph: Graph, scores: fx.Node) -> Refuse | None:
                     work.append(reader)
                 case Reshape() | Permute() | Movement() if operands(graph, reader, -1) == [(at, -1)]:
                     work.append(reader)
-                case _ if _filled(graph, reader, at) or reader.target in (aten.to.dtype, aten._to_copy.default):
+                case _ if _filled(graph, reader, at) or is_cast(reader):
                     work.append(reader)
                 case _:
                     return Refuse(f"{named(graph, reader)} reads the scores and is no softmax over the keys", blocker=reader)

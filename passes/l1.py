@@ -13,16 +13,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import partial
-from time import perf_counter
-from typing import ClassVar
 
 import torch
 from torch import Tensor, fx
 
 from normfuse.ir.graph import Graph, Refuse
+from normfuse.ir.passes import Change, Pass, Rewriting, Samples
 from normfuse.ir.views import Add, Div, LayerNorm, Mean, Mul, RmsNorm, Sub, Value
 from normfuse.numerics.observe import observe
-from normfuse.reports.model import PassReport, Site
 
 __all__ = ["L1"]
 
@@ -47,38 +45,34 @@ class Fit:
 
 
 @dataclass(frozen=True)
-class L1:
-    """√(mean (x − μ)²) → c · mean|x − μ| in LayerNorm, √(mean x²) → c · mean|x| in RMSNorm, c from `graph.samples`.
+class L1(Pass):
+    """√(mean (x − μ)²) → c · mean|x − μ| in LayerNorm, √(mean x²) → c · mean|x| in RMSNorm, c from `Run.samples`.
 
     Args:
         rms: also replace RMSNorms, such as those that `mean_free` makes of LayerNorms.
     """
 
-    name: ClassVar[str] = "l1"
-    changes: ClassVar[str] = "replaces the standard deviation in norms by a calibrated mean absolute value"
-    leaves_affines: ClassVar[bool] = False
-    writes: ClassVar[str] = "l1_norm"
+    name = "l1"
+    rule = RULE
+    changes = "replaces the standard deviation in norms by a calibrated mean absolute value"
+    leaves_affines = False
+    writes = "l1_norm"
 
     rms: bool = True
 
-    def __call__(self, graph: Graph) -> PassReport:
-        start = perf_counter()
-        applied: list[Site] = []
-        refused: list[Site] = []
+    def rewrite(self, work: Rewriting) -> None:
+        graph = work.graph
         kinds = (LayerNorm, RmsNorm) if self.rms else (LayerNorm,)
         norms = [n for n in graph if isinstance(graph.view(n, 1), kinds)]
-        fits = _fits(graph, norms)
+        fits = _fits(graph, norms, work.run.samples)
         for norm in norms:
-            try:
-                fit = _usable(fits.get(norm))
-            except Refuse as refusal:
-                refused.append(graph.site(RULE, norm, refusal))
-                continue
-            if graph.permit(RULE, graph.path(norm)):
-                applied.append(graph.site(RULE, norm, note=f"c = {fit.c:.4f}, SQNR {fit.sqnr:.1f} dB"))
-                _replace(graph, norm, fit.c)
-        graph.clean()
-        return PassReport(self.name, tuple(applied), tuple(refused), seconds=perf_counter() - start)
+            work.attempt(RULE, norm, partial(_by_absolute_values, graph, norm, fits.get(norm)))
+
+
+def _by_absolute_values(graph: Graph, norm: fx.Node, found: Fit | None) -> Change:
+    fit = _usable(found)
+    note = f"c = {fit.c:.4f}, SQNR {fit.sqnr:.1f} dB"
+    return Change(note=note, do=partial(_replace, graph, norm, fit.c))
 
 
 def _usable(fit: Fit | None) -> Fit:
@@ -92,7 +86,7 @@ def _usable(fit: Fit | None) -> Fit:
 # -- calibration -------------------------------------------------------------------------------------------------------
 
 
-def _fits(graph: Graph, norms: list[fx.Node]) -> dict[fx.Node, Fit]:
+def _fits(graph: Graph, norms: list[fx.Node], samples: Samples) -> dict[fx.Node, Fit]:
     """The fit of each norm; what it reads is reduced to two numbers a token as soon as it is there."""
     kinds: dict[tuple[int, bool], list[fx.Node]] = {}
     for norm in norms:
@@ -101,7 +95,7 @@ def _fits(graph: Graph, norms: list[fx.Node]) -> dict[fx.Node, Fit]:
     found: dict[fx.Node, list[Tensor]] = {n: [] for n in norms}
     for (axes, centered), group in kinds.items():
         inputs = {n: n.all_input_nodes[0] for n in group}
-        for values in graph.samples:
+        for values in samples:
             seen = observe(graph, inputs.values(), values, reduce=partial(_moments, axes=axes, centered=centered))
             for norm, source in inputs.items():
                 found[norm].append(seen[source])

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from time import perf_counter
 from typing import Any
 
 import torch
 
 from normfuse.ir.aliases import copy_is_needed
 from normfuse.ir.constants import Constant
-from normfuse.ir.graph import Graph
+from normfuse.ir.passes import Pass, Rewriting
 from normfuse.ir.views import Add, Affine, BatchNorm, GroupNorm, Identity, InstanceNorm, LayerNorm, Mul, Op, RmsNorm, Value
 from normfuse.passes.affine.broadcast import axes, collapse, is_one, is_zero, per_channel
 from normfuse.passes.patterns.known import dtype_of, infer
-from normfuse.reports.model import PassReport
 
 __all__ = ["Realise"]
 
@@ -75,23 +73,19 @@ def into_arithmetic(op: Op) -> Value | None:
             return None
 
 
-class Realise:
+class Realise(Pass):
     """What is left of y = s x + t becomes γ and β of the norm before it, one BatchNorm, or a product and a sum."""
 
     name = "realise"
     rules = (into_norm, into_batch_norm, into_arithmetic)
 
-    def __call__(self, graph: Graph) -> PassReport:
-        start = perf_counter()
+    def rewrite(self, work: Rewriting) -> None:
+        graph = work.graph
         infer(graph)
         for node in graph:
             op = graph.view(node, 2)
-            if not isinstance(op, Affine):
-                continue
-            value = next(v for v in (rule(op) for rule in (_origin, *self.rules)) if v is not None)
-            graph.replace(node, value)
-        graph.clean()
-        return PassReport(self.name, seconds=perf_counter() - start)
+            if isinstance(op, Affine):  # a change of form, which needs no permission
+                graph.replace(node, next(v for v in (rule(op) for rule in (_origin, *self.rules)) if v is not None))
 
 
 def _origin(op: Op) -> Value | None:

@@ -9,22 +9,23 @@ Mean Square Layer Normalization, arXiv 1910.07467, eq. 4.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from math import isclose, prod
-from time import perf_counter
 
 import torch
 from torch import Tensor, fx
 
 from normfuse.ir.constants import Constant
 from normfuse.ir.graph import Graph, Refuse
+from normfuse.ir.operators import is_cast
+from normfuse.ir.passes import Change, Pass, under
 from normfuse.ir.views import Add, GroupNorm, LayerNorm, Mul, Permute, RmsNorm, Value
 from normfuse.passes.affine.broadcast import PASS_INPUTS, UNKNOWN, axes, per_channel
-from normfuse.passes.patterns.activations import RULE, activation_of
+from normfuse.passes.patterns.activations import RULE, Activation, activation_of
 from normfuse.passes.patterns.cores import RMS_NORM, Core, Gain, allowed, core_of, is_mean, shape_of_core, sizes_of
-from normfuse.passes.patterns.moments import is_cast
 from normfuse.passes.patterns.regroup import regrouped
-from normfuse.reports.model import PassReport, Site
 
 __all__ = ["Recognise"]
 
@@ -32,7 +33,7 @@ aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
-class Recognise:
+class Recognise(Pass):
     """Normalizations written by hand are LayerNorm, RMSNorm or GroupNorm; activations are GELU or SiLU.
 
     Attributes:
@@ -42,36 +43,21 @@ class Recognise:
     channels: bool = True
     name = "recognise"
 
-    def __call__(self, graph: Graph) -> PassReport:
-        start = perf_counter()
-        applied: list[Site] = []
-        refused: list[Site] = []
-        for node in graph:
-            if node.op != "call_function" or not node.users:
-                continue
-            rule = RULE
-            try:
-                activation = activation_of(graph, node)
-                if activation is not None:
-                    if graph.permit(rule, graph.path(node)):
-                        applied.append(graph.site(rule, node, note=activation.name))
-                        node.replace_all_uses_with(graph.call(activation.target, (activation.x,), node, node, activation.kwargs))
-                    continue
-                rule = RMS_NORM
-                core = core_of(graph, node)
-                if core is None:
-                    continue
-                rule = core.rule
-                found = self._operator(graph, core)
-            except Refuse as refusal:
-                refused.append(graph.site(rule, node, refusal))
-                continue
-            if found is not None and graph.permit(rule, graph.path(node)):
-                last, value = found
-                applied.append(graph.site(rule, node))
-                graph.replace(last, value)
-        graph.clean()
-        return PassReport(self.name, tuple(applied), tuple(refused), seconds=perf_counter() - start)
+    def sites(self, graph: Graph) -> Iterator[fx.Node]:
+        return (n for n in graph if n.op == "call_function" and n.users)  # asked one by one: a rewrite takes readers away
+
+    def change(self, graph: Graph, node: fx.Node) -> Change | None:
+        with under(RULE):
+            activation = activation_of(graph, node)
+        if activation is not None:
+            return Change(note=activation.name, rule=RULE, do=partial(_activate, graph, node, activation))
+        with under(RMS_NORM):
+            core = core_of(graph, node)
+        if core is None:
+            return None
+        with under(core.rule):
+            found = self._operator(graph, core)
+        return None if found is None else Change(found[1], rule=core.rule, at=found[0])
 
     def _operator(self, graph: Graph, core: Core) -> tuple[fx.Node, Value] | None:
         """The last node that the operator takes in, and what to put in its place; None where it is something else."""
@@ -101,6 +87,10 @@ class Recognise:
         if not self.channels:
             raise Refuse("normalizes over channels; Recognise(channels=False) leaves that as it is")
         return _over_channels(graph, core, sizes[0], rank)
+
+
+def _activate(graph: Graph, node: fx.Node, activation: Activation) -> None:
+    node.replace_all_uses_with(graph.call(activation.target, (activation.x,), node, node, activation.kwargs))
 
 
 # -- what it becomes ---------------------------------------------------------------------------------------------------

@@ -9,16 +9,16 @@ needed for one token of 197. The selection moves up through it, exactly.
 from __future__ import annotations
 
 import dataclasses
-from time import perf_counter
 
 import torch
 from torch import fx
 
 from normfuse.ir.constants import Constant
 from normfuse.ir.graph import Graph
+from normfuse.ir.operators import ELEMENTWISE, name
+from normfuse.ir.passes import Pass, Rewriting
 from normfuse.ir.views import Add, Div, LayerNorm, Linear, Mul, Op, RmsNorm, Sub, Value
 from normfuse.passes.affine.slices import slice_of_concatenation
-from normfuse.reports.model import PassReport, Site
 
 __all__ = ["Select"]
 
@@ -26,83 +26,62 @@ RULE = "selection_before_function"
 
 aten = torch.ops.aten
 
-_ELEMENTWISE = {
-    aten.gelu.default,
-    aten.relu.default,
-    aten.silu.default,
-    aten.sigmoid.default,
-    aten.tanh.default,
-    aten.hardswish.default,
-    aten.elu.default,
-    aten.leaky_relu.default,
-    aten.neg.default,
-    aten.abs.default,
-    aten.exp.default,
-    aten.square.default,
-}
 
-
-class Select:
+class Select(Pass):
     """f(x)[i] = f(x[i]): where only one token of the result is read, as a class token is, only that token is computed."""
 
     name = "select"
     leaves_affines = False
 
-    def __call__(self, graph: Graph) -> PassReport:
-        start = perf_counter()
-        applied: list[Site] = []
-        work = [n for n in graph if n.target is aten.select.int]
-        while work:
-            selection = work.pop()
-            site = _read_from_operand(graph, selection, work) or _moved_up(graph, selection, work)
-            if site is not None:
-                applied.append(site)
-        graph.clean()
-        return PassReport(self.name, tuple(applied), seconds=perf_counter() - start)
+    def rewrite(self, work: Rewriting) -> None:
+        pending = [n for n in work.graph if n.target is aten.select.int]
+        while pending:
+            selection = pending.pop()
+            if not _read_from_operand(work, selection, pending):
+                _moved_up(work, selection, pending)
 
 
-def _read_from_operand(graph: Graph, selection: fx.Node, work: list[fx.Node]) -> Site | None:
+def _read_from_operand(work: Rewriting, selection: fx.Node, pending: list[fx.Node]) -> bool:
     """A row of a concatenation is a row of one operand, which may move on."""
     whole = selection.args[0]
-    part = slice_of_concatenation(graph, selection)
+    part = slice_of_concatenation(work, selection)
     if part is None:
-        return None
-    site = graph.site(slice_of_concatenation.__name__, selection)
+        return False
+    work.done(slice_of_concatenation.__name__, selection)
     selection.replace_all_uses_with(part)
-    graph.fx.erase_node(selection)
+    work.graph.fx.erase_node(selection)
     if isinstance(whole, fx.Node) and not whole.users:  # else it would count as a reader of its operands
-        graph.fx.erase_node(whole)
-    work.append(part)
-    return site
+        work.graph.fx.erase_node(whole)
+    pending.append(part)
+    return True
 
 
-def _moved_up(graph: Graph, selection: fx.Node, work: list[fx.Node]) -> Site | None:
-    """One step: the selection behind a function becomes selections of its operands, which are added to `work`."""
+def _moved_up(work: Rewriting, selection: fx.Node, pending: list[fx.Node]) -> None:
+    """One step: the selection behind a function becomes selections of its operands, which are added to `pending`."""
     x, dim, index = selection.args
     if not isinstance(x, fx.Node) or not isinstance(dim, int) or not isinstance(index, int) or len(x.users) > 1:
-        return None
-    value = Value(node=x)
+        return
+    value, graph = Value(node=x), work.graph
     if value.shape is None:
-        return None
+        return
     axis = dim % len(value.shape) - len(value.shape)
     op = graph.view(x, 2)
     operands = _alike(op, x, axis)
-    if operands is None or not graph.permit(RULE, graph.path(x)):
-        return None
+    if operands is None or not work.permits(RULE, x):
+        return
     new: fx.Node
     if isinstance(op, Op):
-        chosen = {name: _chosen(graph, v, axis, index, selection, work) for name, v in operands.items()}
+        chosen = {name: _chosen(graph, v, axis, index, selection, pending) for name, v in operands.items()}
         new = graph.replace(selection, dataclasses.replace(op, node=None, **chosen))
     else:
-        only = _chosen(graph, operands["x"], axis, index, selection, work)
+        only = _chosen(graph, operands["x"], axis, index, selection, pending)
         assert isinstance(only, Value)
         new = graph.call(x.target, (only.node, *x.args[1:]), selection, x, dict(x.kwargs))
         selection.replace_all_uses_with(new)
     new.meta.update({k: x.meta[k] for k in ("nn_module_stack", "stack_trace") if k in x.meta})
-    site = graph.site(RULE, x)
+    work.done(RULE, x)
     graph.fx.erase_node(selection)
     graph.fx.erase_node(x)  # else it would count as a reader of its operands
-    return site
 
 
 def _alike(op: Value, node: fx.Node, axis: int) -> dict[str, Value | Constant | float] | None:
@@ -114,14 +93,14 @@ def _alike(op: Value, node: fx.Node, axis: int) -> dict[str, Value | Constant | 
             return {"x": x}
         case Add(x, y) | Sub(x, y) | Mul(x, y) | Div(x, y):
             return {"x": x, "y": y}
-        case _ if node.target in _ELEMENTWISE and isinstance(node.args[0], fx.Node):
+        case _ if name(node.target) in ELEMENTWISE and isinstance(node.args[0], fx.Node):
             return {"x": Value(node=node.args[0])}
         case _:
             return None
 
 
 def _chosen(
-    graph: Graph, value: Value | Constant | float, axis: int, index: int, before: fx.Node, work: list[fx.Node]
+    graph: Graph, value: Value | Constant | float, axis: int, index: int, before: fx.Node, pending: list[fx.Node]
 ) -> Value | Constant | float:
     """The operand's row: broadcast ones have one row for all, or none."""
     if isinstance(value, Constant):
@@ -138,5 +117,5 @@ def _chosen(
         return value
     row = 0 if isinstance(shape[axis], int) and shape[axis] == 1 else index
     chosen = graph.call(aten.select.int, (value.node, axis, row), before, value.node)
-    work.append(chosen)
+    pending.append(chosen)
     return Value(node=chosen)

@@ -38,6 +38,9 @@ class Refuse(Exception):
         reason: why, in one clause, naming what was found.
         blocker: the node that stands in the way, if there is one.
         remedy: the cheapest change to the model or the call that would unblock the rewrite.
+
+    Attributes:
+        rule: what the report calls the rule that refused; empty for the rule that was asked.
     """
 
     def __init__(self, reason: str, *, blocker: fx.Node | None = None, remedy: str = "") -> None:
@@ -45,6 +48,7 @@ class Refuse(Exception):
         self.reason = reason
         self.blocker = blocker
         self.remedy = remedy
+        self.rule = ""
 
 
 class Modules(Protocol):
@@ -74,20 +78,12 @@ class Graph:
     Attributes:
         fx: the underlying `torch.fx` graph. Every `get_attr` node that reads a tensor has its target in `constants`.
         constants: constants by name.
-        skip: sites (rule, module path) that must not be rewritten: what verification has taken back.
-        fuel: how many more rewrites are allowed; None for any number. Bisection lowers it.
-        permitted: the sites that were allowed so far, in order.
-        samples: what passes may calibrate on: one list a batch with one value a placeholder; empty if nothing was given.
         tree: the modules that the result is to be written back into, which limits what rules may do; None for no such limit.
     """
 
     def __init__(self, graph: fx.Graph, constants: dict[str, Constant], owner: nn.Module) -> None:
         self.fx = graph
         self.constants = constants
-        self.skip: frozenset[tuple[str, str]] = frozenset()
-        self.fuel: int | None = None
-        self.permitted: list[tuple[str, str]] = []
-        self.samples: list[list[Any]] = []
         self.tree: Modules | None = None
         self._owner = owner  # holds what is neither tensor nor operator: leaf modules, subgraphs of control flow
         self._fresh = 0
@@ -132,8 +128,7 @@ class Graph:
         for old, new in zip(self.fx.nodes, graph.nodes, strict=True):
             new.meta, new.name = dict(old.meta), old.name
         made = Graph(graph, dict(self.constants), self._owner)
-        made.skip, made.fuel, made._fresh = self.skip, self.fuel, self._fresh
-        made.samples, made.tree = self.samples, self.tree
+        made._fresh, made.tree = self._fresh, self.tree
         return made
 
     @torch.inference_mode(False)
@@ -241,15 +236,6 @@ class Graph:
         return torch._guards.detect_fake_mode([n.meta["val"] for n in self.fx.nodes if isinstance(n.meta.get("val"), Tensor)][:1])
 
     # -- permission --------------------------------------------------------------------------------------------------
-
-    def permit(self, rule: str, path: str) -> bool:
-        """May this rewrite be applied now? Asked once by a pass for each site, right before it rewrites it."""
-        if (rule, path) in self.skip or self.fuel == 0:
-            return False
-        if self.fuel is not None:
-            self.fuel -= 1
-        self.permitted.append((rule, path))
-        return True
 
     def check(self, old: Value, new: Op) -> None:
         """May an operator become that one? Asked for each operator of a rewrite that is spread over many.

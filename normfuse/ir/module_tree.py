@@ -22,13 +22,10 @@ from normfuse.ir.views import (
     Add,
     Affine,
     BatchNorm,
-    Conv,
-    ConvTranspose,
     Div,
     GroupNorm,
     InstanceNorm,
     LayerNorm,
-    Linear,
     Mul,
     Op,
     RmsNorm,
@@ -44,7 +41,6 @@ CORES = (LayerNorm, RmsNorm, GroupNorm)
 
 _STATIC = (BatchNorm, InstanceNorm)
 _ARITHMETIC = (Mul, Add, Sub, Div)
-_BIASED = (Linear, Conv, ConvTranspose)
 
 
 class ModuleTree:
@@ -202,7 +198,7 @@ class ModuleTree:
         self._homes[id(new)] = new, home
 
     def _new_bias(self, op: Op, bias: Constant) -> str:
-        home = self.home(op.W) if isinstance(op, _BIASED) else None
+        home = self.home(op.weight.value) if op.weight is not None and op.weight.bias_field else None
         owner, _, leaf = (home or "").rpartition(".")
         module = self._modules.get(owner) if home else None
         if module is None or leaf != "weight" or "bias" not in module._parameters or module._parameters["bias"] is not None:

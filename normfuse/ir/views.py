@@ -7,13 +7,14 @@ that is known at compile time; everything else is a literal (or the node of a sy
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx
 
 from normfuse.ir.constants import Constant
+from normfuse.ir.weights import Weight
 
 __all__ = [
     "VIEWS",
@@ -94,6 +95,11 @@ class Value:
         shape = shape_of(self.node)
         return len(shape) if shape is not None else self.node.meta.get("rank")
 
+    @property
+    def weight(self) -> Weight | None:
+        """Of a layer: its weight, and where that lies; None for what has none."""
+        return None
+
 
 def shape_of(node: fx.Node) -> tuple[Any, ...] | None:
     """The sizes of a node's tensor; None when they are unknown or it is not a tensor."""
@@ -117,6 +123,13 @@ class Op(Value):
         """What is unlike the view's description, so that no rule may look into it; empty if nothing is."""
         return ""
 
+    def with_weight(self, W: Constant, b: Constant | None = None) -> Op:
+        """The layer with another weight, stored as its own is, and with this bias or none."""
+        w = self.weight
+        assert w is not None
+        assert w.bias_field or b is None
+        return replace(self, node=None, **{w.field: W, **({w.bias_field: b} if w.bias_field else {})})
+
 
 # -- layers with weights ---------------------------------------------------------------------------------------------
 
@@ -134,6 +147,10 @@ class Linear(Op):
     def unusual(self) -> str:
         return "its weight is a vector" if self.W.ndim != 2 else _no_vector(self.b, self.W.shape[0])
 
+    @property
+    def weight(self) -> Weight:
+        return Weight(self.W, "W", 0, 1, self.b, "b")
+
 
 @dataclass(frozen=True, eq=False)
 class Addmm(Op):
@@ -147,6 +164,13 @@ class Addmm(Op):
     @property
     def unusual(self) -> str:
         return _no_vector(self.b, self.W.shape[1])
+
+    @property
+    def weight(self) -> Weight:
+        return Weight(self.W, "W", 1, 0, self.b, "b")
+
+    def with_weight(self, W: Constant, b: Constant | None = None) -> Op:
+        return MatMul(self.x, W) if b is None else super().with_weight(W, b)
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,6 +196,11 @@ class Conv(Op):
             return any(k > 1 for k in self.W.shape[2:])
         return self.padding != "valid" and any(p != 0 for p in _sequence(self.padding))
 
+    @property
+    def weight(self) -> Weight:
+        why = ("a shift does not commute with zero padding", "pad before the normalization, or train with padding=0")
+        return Weight(self.W, "W", 0, 1, self.b, "b", 1 - self.W.ndim, self.groups, *(why if self.padded else ()))
+
 
 @dataclass(frozen=True, eq=False)
 class ConvTranspose(Op):
@@ -187,6 +216,11 @@ class ConvTranspose(Op):
     groups: int = 1
     dilation: Any = (1,)
 
+    @property
+    def weight(self) -> Weight:
+        why = "a shift through overlapping kernels of a transposed convolution is not constant"
+        return Weight(self.W, "W", 1, 0, self.b, "b", 1 - self.W.ndim, self.groups, why)
+
 
 @dataclass(frozen=True, eq=False)
 class Embedding(Op):
@@ -198,6 +232,10 @@ class Embedding(Op):
     padding_idx: int = -1
     scale_grad: bool = False
     sparse: bool = False
+
+    @property
+    def weight(self) -> Weight:
+        return Weight(self.W, "W", 1, None)
 
 
 # -- normalizations --------------------------------------------------------------------------------------------------
@@ -376,6 +414,15 @@ class MatMul(Op):
         if x is None or y is None:
             return "the shapes of its operands are unknown"
         return "it multiplies by a vector" if min(x, y) < 2 else ""
+
+    @property
+    def weight(self) -> Weight | None:
+        of_weights = isinstance(self.x, Value) and isinstance(self.y, Constant) and self.y.ndim == 2
+        return Weight(self.y, "y", 1, 0) if of_weights else None  # type: ignore[arg-type]
+
+    def with_weight(self, W: Constant, b: Constant | None = None) -> Op:
+        assert isinstance(self.x, Value)
+        return super().with_weight(W) if b is None else Linear(self.x, W.T, b)
 
 
 @dataclass(frozen=True, eq=False)

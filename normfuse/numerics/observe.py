@@ -27,7 +27,7 @@ def observe(
     Args:
         graph: the graph; it is not changed.
         nodes: whose values to return; each must make one tensor.
-        values: one value for each placeholder, as in `Graph.samples`.
+        values: one value for each placeholder, as in `normfuse.ir.passes.Samples`.
         exact: in float64, else in the model's own dtype.
         reduce: applied to each value as soon as it is there, so that only what it returns is kept; None keeps the value.
 

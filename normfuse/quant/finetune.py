@@ -66,7 +66,7 @@ def finetune(
 
     Args:
         graph: of ATen calls; float32. It is not changed if there is an error.
-        samples: batches, as `Graph.samples`; taken in a random order that depends on `spec.seed` alone.
+        samples: batches, as `normfuse.ir.passes.Samples`; taken in a random order that depends on `spec.seed` alone.
         spec: widths of activations, layer by layer, and the seed.
         weights: the layers that are quantized (linear, addmm, matmul with a constant, conv1d, conv2d) with the integers to
             start from: one matrix a group of a convolution, else one, in the layout of `as_matrices`.

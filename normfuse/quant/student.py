@@ -8,8 +8,9 @@ their scales.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, fx
@@ -18,18 +19,15 @@ from torch.utils import _pytree as pytree
 from normfuse.errors import UsageError
 from normfuse.ir.constants import Constant
 from normfuse.ir.graph import Graph
-from normfuse.ir.views import Addmm, Conv, ConvTranspose, GroupNorm, LayerNorm, Linear, MatMul, RmsNorm
+from normfuse.ir.views import Conv, GroupNorm, LayerNorm, Op, RmsNorm, Value
+from normfuse.ir.weights import Weight
 from normfuse.quant.integers import quantize_rows, quantize_static, top_code
 from normfuse.quant.spec import ShiftQuant
 from normfuse.quant.weight import QuantizedWeight
 
 __all__ = ["Student", "as_matrices", "from_matrices", "simulate"]
 
-_View = Linear | Addmm | MatMul | Conv
-_FURTHER = {  # fields that are trained beside the weights of quantized layers
-    Linear: ("b",), Addmm: ("b",), Conv: ("b",), ConvTranspose: ("b",), LayerNorm: ("gamma", "beta"), RmsNorm: ("gamma",),
-    GroupNorm: ("gamma", "beta"),
-}  # fmt: skip
+_NORMS = (LayerNorm, RmsNorm, GroupNorm)  # their gains and shifts are trained beside the weights of quantized layers
 _WITHIN = 0.49  # of a step: how far from the middle of its code a weight may start
 
 
@@ -53,23 +51,26 @@ def simulate(
         return Student(graph, spec, weights, input_scales or {})(values)
 
 
-def as_matrices(weight: Tensor, view: _View) -> Tensor:
+def as_matrices(weight: Tensor, view: Op) -> Tensor:
     """A weight as (groups, N / groups, K): K = taps × input channels of a group of a convolution, the channel fastest."""
-    if isinstance(view, (Addmm, MatMul)):
-        return weight.T.unsqueeze(0)
-    if isinstance(view, Linear):
-        return weight.unsqueeze(0)
-    return weight.movedim(1, -1).reshape(view.groups, weight.shape[0] // view.groups, -1)
+    w = _weight(view)
+    if w.linear:
+        return (weight if w.out == 0 else weight.T).unsqueeze(0)
+    return weight.movedim(1, -1).reshape(w.groups, weight.shape[0] // w.groups, -1)
 
 
-def from_matrices(matrices: Tensor, view: _View) -> Tensor:
+def from_matrices(matrices: Tensor, view: Op) -> Tensor:
     """The inverse of `as_matrices`."""
-    if isinstance(view, (Addmm, MatMul)):
-        return matrices[0].T
-    if isinstance(view, Linear):
-        return matrices[0]
-    n, c, *taps = view.W.shape
+    w = _weight(view)
+    if w.linear:
+        return matrices[0] if w.out == 0 else matrices[0].T
+    n, c, *taps = w.value.shape
     return matrices.reshape(n, *taps, c).movedim(-1, 1)
+
+
+def _weight(view: Op) -> Weight:
+    assert view.weight is not None
+    return view.weight
 
 
 # -- the graph with fake quantization ------------------------------------------------------------------------------------
@@ -79,7 +80,7 @@ class _Layer:
     """One quantized layer: W (shared by all that read the same constant), growth of S, exponents, growth of a static scale."""
 
     def __init__(
-        self, view: _View, master: Tensor, start: Sequence[QuantizedWeight], bits: int, input_scale: Tensor | float | None
+        self, view: Op, master: Tensor, start: Sequence[QuantizedWeight], bits: int, input_scale: Tensor | float | None
     ) -> None:
         self.view, self.master, self.start, self.activation_bits = view, master, start, bits
         self.top = top_code(start[0].bits)
@@ -138,7 +139,7 @@ class Student:
         masters: dict[str, Tensor] = {}
         for node, start in weights.items():
             view = graph.view(node)
-            if not isinstance(view, _View) or graph.constant(read := _attr(node, view)) is None:
+            if not _trainable(view) or graph.constant(read := _weight_of(node, view)) is None:
                 raise UsageError(f"{node.name} at {graph.path(node)} is no linear layer or convolution with a constant weight")
             key = str(read.target)
             weight = graph.constants[key].native
@@ -151,7 +152,7 @@ class Student:
         self.masters = masters
         for node in graph:
             view = graph.view(node)
-            for field in _FURTHER.get(type(view), ()):
+            for field in _further(view):
                 constant = getattr(view, field)
                 if isinstance(constant, Constant) and constant.dtype == torch.float32:
                     key = next(str(n.target) for n in node.all_input_nodes if graph.constant(n) is constant)
@@ -195,8 +196,9 @@ class Student:
         inside = dict(env)
         layer = self.layers.get(node)
         if layer is not None:
-            inside[_attr(node, layer.view)] = layer.weight()
-            inside[_input(node, layer.view)] = layer.input(env[_input(node, layer.view)])
+            x = _argument(node, layer.view, "x")
+            inside[_weight_of(node, layer.view)] = layer.weight()
+            inside[x] = layer.input(env[x])
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), inside.__getitem__)
         if node.op == "call_method":
             return getattr(args[0], str(node.target))(*args[1:], **kwargs)
@@ -213,7 +215,7 @@ class Student:
             if layer.input_scale is not None:
                 scales[node] = layer.input_scale.detach().clone()
             value = torch.stack([w.dequantized() for w in found[node]]).float()
-            read = _attr(node, layer.view)
+            read = _weight_of(node, layer.view)
             new = Constant.of(from_matrices(value, layer.view).contiguous(), graph.constants[str(read.target)].name)
             node.replace_input_with(read, graph.emit_constant(new, node))
         for key, value in self.trained.items():
@@ -225,17 +227,29 @@ class Student:
         return found, scales
 
 
-def _attr(node: fx.Node, view: _View) -> fx.Node:
-    """The node that a layer's weight comes from."""
-    found = node.args[2 if isinstance(view, Addmm) else 1]
+def _trainable(view: Value) -> TypeGuard[Op]:
+    """Is it a product with a constant weight, or a convolution? A transposed one has no integer form."""
+    return view.weight is not None and (view.weight.linear or isinstance(view, Conv))
+
+
+def _further(view: Value) -> Iterator[str]:
+    """Fields that are trained beside the weights of quantized layers."""
+    if isinstance(view, _NORMS):
+        yield from (name for name in ("gamma", "beta") if hasattr(view, name))
+    elif view.weight is not None and view.weight.bias_field:
+        yield view.weight.bias_field
+
+
+def _argument(node: fx.Node, view: Op, field: str) -> fx.Node:
+    """The node that a field of the view is read from."""
+    fields = [f.name for f in dataclasses.fields(view) if f.name not in ("node", "target")]
+    found = node.args[fields.index(field)]
     assert isinstance(found, fx.Node)
     return found
 
 
-def _input(node: fx.Node, view: _View) -> fx.Node:
-    found = node.args[1 if isinstance(view, Addmm) else 0]
-    assert isinstance(found, fx.Node)
-    return found
+def _weight_of(node: fx.Node, view: Op) -> fx.Node:
+    return _argument(node, view, _weight(view).field)
 
 
 def _units(start: Sequence[QuantizedWeight]) -> Tensor:
@@ -243,7 +257,7 @@ def _units(start: Sequence[QuantizedWeight]) -> Tensor:
     return torch.stack([(1 << (w.groups - 1 - w.exponents.int())).float() for w in start]).unsqueeze(1)
 
 
-def _near(view: _View, weight: Tensor, start: Sequence[QuantizedWeight]) -> Tensor:
+def _near(view: Op, weight: Tensor, start: Sequence[QuantizedWeight]) -> Tensor:
     """The weights, as near to the given codes as these ask for: GPTQ rounds to others than the nearest."""
     step = torch.stack([w.scale for w in start]).unsqueeze(-1) * _units(start)
     y, codes, top = (

@@ -6,7 +6,6 @@ import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from heapq import heappop, heappush
-from time import perf_counter
 from typing import Any
 
 import torch
@@ -16,16 +15,16 @@ from normfuse.ir.aliases import copy_is_needed
 from normfuse.ir.constants import Constant
 from normfuse.ir.decode import objection, pieces
 from normfuse.ir.graph import Graph, Refuse
+from normfuse.ir.passes import Pass, Rewriting
 from normfuse.ir.views import Affine as AffineOp
-from normfuse.ir.views import BatchNorm, Embedding, GroupNorm, Identity, InstanceNorm, LayerNorm, Linear, Mul, Op, RmsNorm, Value
+from normfuse.ir.views import BatchNorm, Embedding, GroupNorm, Identity, InstanceNorm, LayerNorm, Mul, Op, RmsNorm, Value
 from normfuse.ir.wording import operator_name
 from normfuse.passes.affine import into_consumer, into_producer
 from normfuse.passes.affine.broadcast import PASS_INPUTS, collapse, is_one, is_zero
 from normfuse.passes.patterns.known import infer, inherit
 from normfuse.passes.patterns.precision import in_range, is_in_range
-from normfuse.reports.model import PassReport, Site
 
-__all__ = ["Affine", "Plan", "commit", "downward"]
+__all__ = ["Affine", "Plan", "commit", "downward", "into"]
 
 _UNTIE = 1 << 16  # bytes: storing a shared weight once more is refused above this
 
@@ -36,35 +35,29 @@ UP, DOWN = "affine_into_producer", "affine_into_consumers"
 Plan = dict[fx.Node, Op]
 
 
-class Affine:
+class Affine(Pass):
     """s x + t is absorbed by the producer (linear, conv, embedding) or by all consumers, through what commutes with it."""
 
     name = "affine"
 
-    def __call__(self, graph: Graph) -> PassReport:
-        start = perf_counter()
-        applied: list[Site] = []
-        while True:  # what landed may have been in the way of another
-            infer(graph)
-            landed, refused = _sweep(graph)
-            applied += landed
-            graph.clean()
-            if not landed:
-                return PassReport(self.name, tuple(applied), tuple(refused), seconds=perf_counter() - start)
+    def rewrite(self, work: Rewriting) -> None:
+        landed = True
+        while landed:  # what landed may have been in the way of another
+            infer(work.graph)
+            before = len(work.applied)
+            work.refused.clear()
+            _sweep(work)
+            work.graph.clean()
+            landed = len(work.applied) > before
 
 
-def _sweep(graph: Graph) -> tuple[list[Site], list[Site]]:
-    """Try every affine once: the sites that landed, and those that were refused."""
-    landed: list[Site] = []
-    refused: list[Site] = []
-    for node in graph:
-        if not isinstance(graph.view(node, 1), AffineOp):
-            continue
-        composed = _composed(graph, node)
-        site = None if composed is None else _land(graph, composed, refused)
-        if site is not None:
-            landed.append(site)
-    return landed, refused
+def _sweep(work: Rewriting) -> None:
+    """Try every affine once."""
+    for node in work.graph:
+        if isinstance(work.graph.view(node, 1), AffineOp):
+            composed = _composed(work.graph, node)
+            if composed is not None:
+                _land(work, composed)
 
 
 def _composed(graph: Graph, node: fx.Node) -> fx.Node | None:
@@ -109,8 +102,9 @@ def _is_norm(node: fx.Node) -> bool:
     return isinstance(node.meta.get("origin"), (BatchNorm, InstanceNorm, LayerNorm, RmsNorm, GroupNorm))
 
 
-def _land(graph: Graph, node: fx.Node, refused: list[Site]) -> Site | None:
-    """Move the affine to where it is free; the site, or None (with an entry in `refused`) where it stays."""
+def _land(work: Rewriting, node: fx.Node) -> None:
+    """Move the affine to where it is free; with an entry among the refused where it stays."""
+    graph = work.graph
     op = graph.view(node, 3)
     assert isinstance(op, AffineOp)
     assert op.x.node is not None
@@ -125,18 +119,19 @@ def _land(graph: Graph, node: fx.Node, refused: list[Site]) -> Site | None:
         except Refuse as e:
             reasons.append((rule, e))
             continue
-        if not graph.permit(rule, graph.path(node)):
-            return None
+        if not work.permits(rule, node):
+            return
         if graph.tree is not None:
             graph.tree.released(graph, node)
         stays = op.x.node
         if rest is not None:
             stays = graph.emit(AffineOp(op.x, *rest), node)
             stays.meta["origin"], stays.meta["composed"] = node.meta.get("origin"), True
-        return commit(graph, node, stays, plan, rule)
+        work.done(rule, node, into(graph, plan))
+        commit(graph, node, stays, plan)
+        return
     if _reported(node):
-        refused.append(_refusal(graph, node, reasons))
-    return None
+        work.refuse(*_refusal(node, reasons))
 
 
 def _ways(node: fx.Node, op: AffineOp) -> list[tuple[str, Constant, Constant, tuple[Constant, Constant] | None]]:
@@ -161,14 +156,14 @@ def _ways(node: fx.Node, op: AffineOp) -> list[tuple[str, Constant, Constant, tu
     return ways
 
 
-def _refusal(graph: Graph, node: fx.Node, reasons: Sequence[tuple[str, Refuse]]) -> Site:
+def _refusal(node: fx.Node, reasons: Sequence[tuple[str, Refuse]]) -> tuple[str, fx.Node, Refuse]:
     """One entry for both directions: of each the reason for the whole affine, not for a part tried after it."""
     told = {rule: next(e for r, e in reasons if r == rule) for rule, _ in reasons}
     last_rule, last = list(told.items())[-1] if told else (DOWN, Refuse("nothing can take it"))
     words = {UP: "up", DOWN: "down"}
     apart = len({e.reason for e in told.values()}) > 1
     reason = "; ".join(f"{words[r]}: {e.reason}" for r, e in told.items()) if apart else last.reason
-    return graph.site(last_rule, node, Refuse(reason, blocker=last.blocker, remedy=last.remedy))
+    return last_rule, node, Refuse(reason, blocker=last.blocker, remedy=last.remedy)
 
 
 def _reported(node: fx.Node) -> bool:
@@ -176,10 +171,13 @@ def _reported(node: fx.Node) -> bool:
     return _is_norm(node) or (isinstance(origin, Mul) and isinstance(origin.x, Constant) | isinstance(origin.y, Constant))
 
 
-def commit(graph: Graph, node: fx.Node, stays: fx.Node, plan: Plan, rule: str) -> Site:
+def into(graph: Graph, plan: Plan) -> str:
+    """Where a plan puts an affine, for the report."""
+    return "into " + ", ".join(dict.fromkeys(graph.path(n) for n in plan))
+
+
+def commit(graph: Graph, node: fx.Node, stays: fx.Node, plan: Plan) -> None:
     """Carry out a plan: its operators are replaced, and who else reads the affine at `node` reads `stays`."""
-    into = ", ".join(dict.fromkeys(graph.path(n) for n in plan))
-    site = graph.site(rule, node, note=f"into {into}")
     done: dict[fx.Node, fx.Node] = {}
     for old, new in plan.items():
         done[old] = graph.replace(old, _renewed(new, done))
@@ -187,7 +185,6 @@ def commit(graph: Graph, node: fx.Node, stays: fx.Node, plan: Plan, rule: str) -
     for old in [*reversed(plan), node]:  # so that later rules see who reads what now
         if not old.users:
             graph.fx.erase_node(old)
-    return site
 
 
 def _renewed(op: Op, done: dict[fx.Node, fx.Node]) -> Op:
@@ -365,12 +362,12 @@ def _changed(new: Op, old: Op) -> bool:
 def _cheaper(graph: Graph, plan: Plan) -> None:
     """Refuse a new bias that is much wider than the shift which it would save (a language model's head)."""
     for node, new in plan.items():
-        old = graph.view(node, 1)
-        if not isinstance(new, Linear) or new.b is None or (isinstance(old, Linear) and old.b is not None):
+        w, before = new.weight, graph.view(node, 1).weight
+        if w is None or not w.linear or w.bias is None or (before is not None and before.bias is not None):
             continue
-        out, features = new.W.shape
-        if out > _WIDER * features:
-            raise Refuse(f"a new bias of {out} values would cost more than the shift of {features} that it replaces", blocker=node)
+        if w.outputs > _WIDER * w.inputs:
+            reason = f"a new bias of {w.outputs} values would cost more than the shift of {w.inputs} that it replaces"
+            raise Refuse(reason, blocker=node)
 
 
 def _affordable(graph: Graph, old: Value, new: Op) -> None:

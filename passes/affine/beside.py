@@ -9,43 +9,52 @@ For graphs that are written back into modules, where branches cannot become one:
 from __future__ import annotations
 
 import dataclasses
-from time import perf_counter
+from collections.abc import Iterable
+from contextlib import suppress
 
 from torch import fx
 
 from normfuse.ir.constants import Constant
 from normfuse.ir.graph import Graph, Refuse
+from normfuse.ir.passes import Change, Pass
 from normfuse.ir.views import Affine, Conv, Value
 from normfuse.passes.affine.into_producer import beside
 from normfuse.passes.affine.parallel import check_compatible, outermost, sum_of_kernels, terms_of, unit_branch, weighted_branch
-from normfuse.reports.model import PassReport, Site
 
 __all__ = ["RULE", "Beside"]
 
 RULE = "affine_beside_conv"
 
 
-class Beside:
+class Beside(Pass):
     """s x + t beside W ∗ x: the convolution takes s − 1 and t, and x stays."""
 
     name = "beside"
+    rule = RULE
 
-    def __call__(self, graph: Graph) -> PassReport:
-        start = perf_counter()
-        applied: list[Site] = []
-        for node in graph if graph.tree is not None else ():
-            site = _taken(graph, node)
-            if site is not None:
-                applied.append(site)
-        graph.clean()
-        return PassReport(self.name, tuple(applied), seconds=perf_counter() - start)
+    def sites(self, graph: Graph) -> Iterable[fx.Node]:
+        return graph if graph.tree is not None else ()
+
+    def change(self, graph: Graph, node: fx.Node) -> Change | None:
+        op = graph.view(node, 2)
+        if not isinstance(op, Affine) or op.x.node is None or len(node.users) != 1:
+            return None
+        found = _taken(graph, node, op)
+        if found is None:
+            return None
+        conv, new = found
+
+        def take() -> None:
+            assert op.x.node is not None
+            graph.replace(conv, new)
+            node.replace_all_uses_with(op.x.node)
+
+        return Change(note=f"into {graph.path(conv)}, beside it", do=take)
 
 
-def _taken(graph: Graph, node: fx.Node) -> Site | None:
-    op = graph.view(node, 2)
+def _taken(graph: Graph, node: fx.Node, op: Affine) -> tuple[fx.Node, Conv] | None:
+    """The convolution beside an affine that takes it over, and what it becomes; None where none can."""
     assert graph.tree is not None
-    if not isinstance(op, Affine) or op.x.node is None or len(node.users) != 1:
-        return None
     whole = next(iter(node.users))
     while not outermost(graph, whole) and len(whole.users) == 1:
         whole = next(iter(whole.users))
@@ -57,18 +66,11 @@ def _taken(graph: Graph, node: fx.Node) -> Site | None:
         conv = graph.view(other, 2)
         if not isinstance(conv, Conv) or conv.x.node is not op.x.node or len(other.users) != 1:
             continue
-        try:
+        with suppress(Refuse):
             new = _with_affine(graph, (other, sign), conv, mine)  # type: ignore[arg-type]
             graph.tree.check_release(graph, node, whole=True)
             graph.check(conv, new)
-        except Refuse:
-            continue
-        if not graph.permit(RULE, graph.path(node)):
-            return None
-        site = graph.site(RULE, node, note=f"into {graph.path(other)}, beside it")
-        graph.replace(other, new)
-        node.replace_all_uses_with(op.x.node)
-        return site
+            return other, new
     return None
 
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from time import perf_counter
+from functools import partial
 
 import torch
 
 from normfuse.ir.constants import Constant
-from normfuse.ir.graph import Graph, Refuse
+from normfuse.ir.graph import Refuse
+from normfuse.ir.passes import Pass, Rewriting
 from normfuse.ir.views import Add, Affine, BatchNorm, Div, GroupNorm, InstanceNorm, LayerNorm, Mul, Op, RmsNorm, Sub, Value
 from normfuse.passes.affine.broadcast import PASS_INPUTS, UNKNOWN, axes, channelwise, keeps_shape
 from normfuse.passes.affine.enclosed import enclosed
 from normfuse.passes.patterns.known import dtype_of, infer, inherit, is_floating, may_be_floating
-from normfuse.reports.model import PassReport, Site
 
 __all__ = ["Expose"]
 
@@ -120,7 +120,7 @@ def _number(value: float, dtype: torch.dtype) -> Constant:
     return Constant.of(torch.tensor([value], dtype=torch.float64)).cast(dtype)
 
 
-class Expose:
+class Expose(Pass):
     """Static normalizations become y = s x + t: BatchNorm, and the γ, β of every norm, LayerScale, constant gains.
 
     A change of form only, which `realise` takes back where nothing came of it; so nothing is reported as applied.
@@ -128,28 +128,16 @@ class Expose:
 
     name = "expose"
     rules = (batch_norm_is_affine, norm_is_core_and_affine, constant_arithmetic_is_affine)
+    depth = 2
 
-    def __call__(self, graph: Graph) -> PassReport:
-        start = perf_counter()
-        refused: list[Site] = []
+    def rewrite(self, work: Rewriting) -> None:
+        graph = work.graph
         infer(graph)
         for node in graph:
-            op = graph.view(node, 2)
-            if not isinstance(op, Op):
-                continue
-            for rule in self.rules:
-                try:
-                    value = rule(op)
-                except Refuse as refusal:
-                    refused.append(graph.site(rule.__name__, node, refusal))
-                    break
-                if value is None:
-                    continue
-                if graph.permit(rule.__name__, graph.path(node)):
-                    new = graph.replace(node, value)
-                    new.meta["origin"] = op
-                    inherit(new, node)
-                break
+            found = work.found(self.rule, node, partial(self.change, graph, node))
+            if found is not None and work.permits(found.rule, node):
+                new = graph.replace(node, found.value)
+                new.meta["origin"] = graph.view(node, 2)
+                inherit(new, node)
         graph.clean()
-        refused += enclosed(graph)
-        return PassReport(self.name, refused=tuple(refused), seconds=perf_counter() - start)
+        work.refused += enclosed(graph)

@@ -20,24 +20,16 @@ from normfuse.ir.aliases import is_returned, may_share
 from normfuse.ir.constants import Constant
 from normfuse.ir.discontinuous import jumps
 from normfuse.ir.graph import Graph
+from normfuse.ir.operators import CASTS
+from normfuse.ir.passes import Rewriting
 from normfuse.ir.views import Identity, Value
 from normfuse.reports.model import Site
 
-__all__ = ["CASTS", "CHECKS", "Known", "fold", "known_values"]
+__all__ = ["CHECKS", "Known", "fold", "known_values"]
 
 aten = torch.ops.aten
 
 RULE = "constant_folding"
-
-CASTS = {
-    aten.to.dtype,
-    aten.to.dtype_layout,
-    aten.to.device,
-    aten.to.other,
-    aten._to_copy.default,
-    aten.type_as.default,
-    aten.lift_fresh_copy.default,
-}
 
 CHECKS = {aten._assert_tensor_metadata.default, aten._assert_async.msg, aten.sym_constrain_range_for_size.default}
 
@@ -48,11 +40,12 @@ _STATISTICS = {aten.batch_norm.default, aten.instance_norm.default}  # write run
 _OBJECTIONS = (RuntimeError, TypeError, NotImplementedError, ValueError, IndexError)
 
 
-def fold(graph: Graph) -> list[Site]:
+def fold(work: Rewriting) -> None:
     """f(constants) = a constant, where that takes no more bytes than the tensors it comes from, or few.
 
     Steps in between are not stored. An output keeps memory of its own: it is a copy of the constant, or the view that it was.
     """
+    graph = work.graph
     known = Known(graph)
     known.write_numbers()
     for node in graph:
@@ -60,12 +53,12 @@ def fold(graph: Graph) -> list[Site]:
             graph.fx.erase_node(node)
     sites: dict[fx.Node, Site] = {}
     for node in known.affordable():
-        if graph.permit(RULE, graph.path(node)):
+        if work.permits(RULE, node):
             site, value = graph.site(RULE, node), graph.emit(known.stored(node), node)
             sites.setdefault(graph.replace(node, Identity(Value(node=value)) if is_returned(node) else Value(node=value)), site)
     graph.clean()
     alive = set(graph)
-    return [site for new, site in sites.items() if new in alive]
+    work.applied += [site for new, site in sites.items() if new in alive]
 
 
 def known_values(graph: Graph) -> dict[fx.Node, Any]:

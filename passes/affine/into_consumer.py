@@ -6,6 +6,7 @@ rule returns. A returned `Affine` has to land further down; all readers take it,
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -15,16 +16,12 @@ from normfuse.ir.constants import Constant
 from normfuse.ir.graph import Refuse
 from normfuse.ir.views import (
     Add,
-    Addmm,
     Affine,
     AvgPool,
     Cat,
-    Conv,
-    ConvTranspose,
     GlobalAvgPool,
     Identity,
     LeakyRelu,
-    Linear,
     MatMul,
     MaxPool,
     Mean,
@@ -42,11 +39,11 @@ from normfuse.ir.views import (
     Take,
     Value,
 )  # fmt: skip
+from normfuse.ir.weights import Weight
 from normfuse.passes.affine.broadcast import (
     PASS_INPUTS,
     UNKNOWN,
     axes,
-    channelwise,
     collapse,
     fitted,
     image_axes,
@@ -59,71 +56,23 @@ from normfuse.passes.affine.broadcast import (
     positive,
     taken_alike,
 )
-from normfuse.passes.affine.into_producer import _bias
+from normfuse.passes.affine.into_producer import bias
 
 __all__ = ["RULES"]
 
+_ONE = Constant.of(torch.ones(1, dtype=torch.float64))
 
-def into_linear(op: Op) -> Value | None:
-    """W (s x + t) + b  =  (W s) x + (W t + b)"""
+
+def into_weight(op: Op) -> Value | None:
+    """W (s x + t) + b  =  (W s) x + (W t + b) for every layer with weights, the shift only where it is one for all outputs"""
     match op:
-        case Linear(Affine(x, s, t), W, b):
-            s, t = per_channel(s, -1, W.shape[1]), per_channel(t, -1, W.shape[1])
-            return Linear(x, _scaled(W, s), _shifted(b, W, lambda: W @ t, t))
-        case _:
-            return None
-
-
-def into_addmm(op: Op) -> Value | None:
-    """(s x + t) W + b  =  x (s W) + (t W + b)"""
-    match op:
-        case Addmm(b, Affine(x, s, t), W):
-            s, t = per_channel(s, -1, W.shape[0]), per_channel(t, -1, W.shape[0])
-            return Addmm(b + t @ W, x, _scaled(W, s[:, None]))
-        case _:
-            return None
-
-
-def into_matmul(op: Op) -> Value | None:
-    """(s x + t) W  =  x (s W) + t W"""
-    match op:
-        case MatMul(Affine(x, s, t), Constant() as W) if W.ndim == 2:
-            s, t = per_channel(s, -1, W.shape[0]), per_channel(t, -1, W.shape[0])
-            scaled = _scaled(W, s[:, None])
-            return MatMul(x, scaled, target=op.target) if is_zero(t) else Linear(x, scaled.T, _shifted(None, W, lambda: t @ W, t))
-        case _:
-            return None
-
-
-def into_conv(op: Op) -> Value | None:
-    """W ∗ (s x + t) + b  =  (W s) ∗ x + (Σ W t + b),   the shift only where no zeros are padded to s x + t"""
-    match op:
-        case Conv(Affine(x, s, t), W, b, stride, padding, dilation, groups) as p:
-            k, n = W.ndim - 2, W.shape[1] * groups
-            s, t = per_channel(s, -1 - k, n), per_channel(t, -1 - k, n)
-            if p.padded and not is_zero(t):
-                raise Refuse(
-                    "a shift does not commute with zero padding",
-                    blocker=p.node,
-                    remedy="pad before the normalization, or train with padding=0",
-                )
-            taps = _grouped(s, W, groups), _grouped(t, W, groups)
-            scaled = W if is_one(s) else W * taps[0]
-            bias = _shifted(b, W, lambda: (W * taps[1]).sum(list(range(1, W.ndim))), t)
-            return Conv(x, scaled, bias, stride, padding, dilation, groups, target=p.target)
-        case _:
-            return None
-
-
-def into_conv_transpose(op: Op) -> Value | None:
-    """W ∗ᵀ (s x) + b  =  (s W) ∗ᵀ x + b;   a shift would not be constant over the output, where kernels overlap"""
-    match op:
-        case ConvTranspose(Affine(x, s, t), W, b, stride, padding, output_padding, groups, dilation) as p:
-            k = W.ndim - 2
-            if not is_zero(t):
-                raise Refuse("a shift through overlapping kernels of a transposed convolution is not constant", blocker=p.node)
-            scaled = W * channelwise(per_channel(s, -1 - k, W.shape[0]), 0, W.ndim)
-            return ConvTranspose(x, scaled, b, stride, padding, output_padding, groups, dilation, target=p.target)
+        case Op(weight=Weight(into=int(into)) as w, x=Affine(x, s, t)):  # type: ignore[misc]
+            s, t = per_channel(s, w.axis, w.inputs), per_channel(t, w.axis, w.inputs)
+            if w.unshifted and not is_zero(t):
+                raise Refuse(w.unshifted, blocker=op.node, remedy=w.remedy)
+            scaled = w.value if is_one(s) else w.value * w.beside(s, into)
+            shifted = w.bias if is_zero(t) else bias(w, _ONE, w.total(t))
+            return dataclasses.replace(op.with_weight(scaled, shifted), x=x)  # type: ignore[call-arg]
         case _:
             return None
 
@@ -268,11 +217,7 @@ def through_attention_values(op: Op) -> Value | None:
 
 
 RULES: tuple[Callable[[Op], Value | None], ...] = (
-    into_linear,
-    into_addmm,
-    into_matmul,
-    into_conv,
-    into_conv_transpose,
+    into_weight,
     through_relu,
     through_pool,
     through_movement,
@@ -293,24 +238,6 @@ def _total(x: Value, y: Value, *, minus: bool) -> Constant:
     total = a if b is None else b if a is None else a + b
     assert total is not None
     return total
-
-
-def _scaled(W: Constant, s: Constant) -> Constant:
-    return W if is_one(s) else W * s
-
-
-def _shifted(b: Constant | None, W: Constant, shift: Callable[[], Constant], t: Constant) -> Constant | None:
-    """The bias b + shift; b itself, or none, where t is zero."""
-    if is_zero(t):
-        return b
-    one = Constant.of(torch.ones(1, dtype=torch.float64))
-    return _bias(b, one, shift(), W)
-
-
-def _grouped(c: Constant, W: Constant, groups: int) -> Constant:
-    """A vector over input channels, laid beside W (out, in / groups, …)."""
-    rows = c.reshape(groups, 1, -1).expand(groups, W.shape[0] // groups, W.shape[1])
-    return rows.reshape(W.shape[0], W.shape[1], *[1] * (W.ndim - 2))
 
 
 def _drop(c: Constant, rank: int, lost: set[int], keepdim: bool) -> Constant:

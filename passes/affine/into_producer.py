@@ -13,17 +13,12 @@ from normfuse.ir.constants import Constant
 from normfuse.ir.graph import Refuse
 from normfuse.ir.views import (
     Add,
-    Addmm,
     Affine,
     AvgPool,
     Cat,
-    Conv,
-    ConvTranspose,
-    Embedding,
     GlobalAvgPool,
     Identity,
     LeakyRelu,
-    Linear,
     MatMul,
     MaxPool,
     Mean,
@@ -40,9 +35,9 @@ from normfuse.ir.views import (
     Take,
     Value,
 )  # fmt: skip
+from normfuse.ir.weights import Weight
 from normfuse.passes.affine.broadcast import (
     axes,
-    channelwise,
     collapse,
     fitted,
     image_axes,
@@ -57,69 +52,18 @@ from normfuse.passes.affine.broadcast import (
     unmoved,
 )
 
-__all__ = ["RULES", "beside", "into_conv", "into_linear"]
+__all__ = ["RULES", "beside", "bias", "into_weight"]
 
 
-def into_linear(op: Op) -> Value | None:
-    """s (W x + b) + t  =  (s W) x + (s b + t)"""
+def into_weight(op: Op) -> Value | None:
+    """s (W x + b) + t  =  (s W) x + (s b + t) for every layer with weights;   s E[i] + t  =  (s E + t)[i] for a table"""
     match op:
-        case Affine(Linear(x, W, b), s, t):
-            s, t = per_channel(s, -1, W.shape[0]), per_channel(t, -1, W.shape[0])
-            return Linear(x, W * s[:, None], _bias(b, s, t, W))
-        case _:
-            return None
-
-
-def into_addmm(op: Op) -> Value | None:
-    """s (x W + b) + t  =  x (W s) + (s b + t)"""
-    match op:
-        case Affine(Addmm(b, x, W), s, t):
-            s, t = per_channel(s, -1, W.shape[1]), per_channel(t, -1, W.shape[1])
-            return Addmm(b * s + t, x, W * s)
-        case _:
-            return None
-
-
-def into_matmul(op: Op) -> Value | None:
-    """s (x W) + t  =  x (W s) + t"""
-    match op:
-        case Affine(MatMul(Value() as x, Constant() as W) as p, s, t) if W.ndim == 2:
-            s, t = per_channel(s, -1, W.shape[1]), per_channel(t, -1, W.shape[1])
-            return MatMul(x, W * s, target=p.target) if is_zero(t) else Linear(x, (W * s).T, _bias(None, s, t, W))
-        case _:
-            return None
-
-
-def into_conv(op: Op) -> Value | None:
-    """s (W ∗ x + b) + t  =  (s W) ∗ x + (s b + t)"""
-    match op:
-        case Affine(Conv(x, W, b, stride, padding, dilation, groups) as p, s, t):
-            k = W.ndim - 2
-            s, t = per_channel(s, -1 - k, W.shape[0]), per_channel(t, -1 - k, W.shape[0])
-            return Conv(x, W * channelwise(s, 0, W.ndim), _bias(b, s, t, W), stride, padding, dilation, groups, target=p.target)
-        case _:
-            return None
-
-
-def into_conv_transpose(op: Op) -> Value | None:
-    """s (W ∗ᵀ x + b) + t  =  (W s) ∗ᵀ x + (s b + t),   W (in, out / groups, …): output channel o of group g is W[g·in/G…, o]"""
-    match op:
-        case Affine(ConvTranspose(x, W, b, stride, padding, output_padding, groups, dilation) as p, s, t):
-            k, out = W.ndim - 2, W.shape[1] * groups
-            s, t = per_channel(s, -1 - k, out), per_channel(t, -1 - k, out)
-            rows = s.reshape(groups, -1).repeat_interleave(W.shape[0] // groups, 0)
-            scaled = W * rows.reshape(W.shape[0], W.shape[1], *[1] * k)
-            return ConvTranspose(x, scaled, _bias(b, s, t, W), stride, padding, output_padding, groups, dilation, target=p.target)
-        case _:
-            return None
-
-
-def into_embedding(op: Op) -> Value | None:
-    """s E[i] + t  =  (s E + t)[i]"""
-    match op:
-        case Affine(Embedding(W, i, padding_idx), s, t):
-            s, t = per_channel(s, -1, W.shape[1]), per_channel(t, -1, W.shape[1])
-            return Embedding(W * s + t, i, padding_idx)
+        case Affine(Op(weight=Weight() as w) as layer, s, t):
+            s, t = per_channel(s, w.axis, w.outputs), per_channel(t, w.axis, w.outputs)
+            scaled = w.value * w.beside(s, w.out)
+            if w.into is None:
+                return layer.with_weight(scaled + w.beside(t, w.out))
+            return layer.with_weight(scaled, bias(w, s, t))
         case _:
             return None
 
@@ -241,12 +185,7 @@ def through_attention_values(op: Op) -> Value | None:
 
 
 RULES: tuple[Callable[[Op], Value | None], ...] = (
-    into_linear,
-    into_addmm,
-    into_matmul,
-    into_conv,
-    into_conv_transpose,
-    into_embedding,
+    into_weight,
     through_sum,
     through_relu,
     through_pool,
@@ -258,11 +197,11 @@ RULES: tuple[Callable[[Op], Value | None], ...] = (
 )
 
 
-def _bias(b: Constant | None, s: Constant, t: Constant, W: Constant) -> Constant | None:
+def bias(w: Weight, s: Constant, t: Constant) -> Constant | None:
     """s b + t, named and typed as the bias of W; none where it would be zero and there was none."""
-    if b is None:
-        return None if is_zero(t) else t.cast(W.dtype).named(beside(W))
-    return b * s + t
+    if w.bias is None:
+        return None if is_zero(t) else t.cast(w.value.dtype).named(beside(w.value))
+    return w.bias * s + t
 
 
 def beside(W: Constant) -> str:

@@ -19,7 +19,7 @@ from normfuse.ir.constants import Constant
 from normfuse.ir.graph import Graph, Refuse
 from normfuse.ir.views import Add, Affine, Conv, Linear, Sub, Value
 from normfuse.passes.affine.broadcast import is_zero, per_channel
-from normfuse.passes.affine.into_producer import into_conv, into_linear
+from normfuse.passes.affine.into_producer import into_weight
 from normfuse.passes.patterns.precision import in_range
 
 __all__ = [
@@ -159,7 +159,7 @@ def _with_its_gain(graph: Graph, node: fx.Node) -> Value:
     match graph.view(node, 2):
         case Affine(Linear() | Conv() as inner) as op if inner.sole_use and not graph.shared(inner.W):
             try:
-                return into_linear(op) or into_conv(op) or op
+                return into_weight(op) or op
             except Refuse:
                 return op
         case _:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from normfuse.ir.aliases import is_returned
-from normfuse.ir.graph import Graph
+from normfuse.ir.passes import Rewriting
 from normfuse.ir.views import Cat, Movement
 
 __all__ = ["RULE", "slice_of_concatenation"]
@@ -42,11 +42,12 @@ class _Places:
     one: bool = False
 
 
-def slice_of_concatenation(graph: Graph, node: fx.Node) -> fx.Node | None:
+def slice_of_concatenation(work: Rewriting, node: fx.Node) -> fx.Node | None:
     """[x | y][a : b] = x[a : b]: a node that reads one operand only; None where several are read, or sizes do not tell.
 
     What the model returns stays as it is: the operand may be an input, with whose memory the caller would be left.
     """
+    graph = work.graph
     op = graph.view(node, 2)
     if not isinstance(op, Movement) or not isinstance(op.x, Cat) or op.x.node is None or op.x.shape is None or is_returned(node):
         return None
@@ -54,7 +55,7 @@ def slice_of_concatenation(graph: Graph, node: fx.Node) -> fx.Node | None:
     taken = _places(op, op.x.shape, axis)
     operands: Any = op.x.node.args[0]
     found = None if taken is None else _operand([(n, _size(n, op.x, axis)) for n in operands], taken)
-    if taken is None or found is None or not graph.permit(RULE, graph.path(node)):
+    if taken is None or found is None or not work.permits(RULE, node):
         return None
     x, size, start = found
     a, b = taken.a - start, None if taken.b is None else taken.b - start

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from time import perf_counter
+from functools import partial
 
 import torch
 from torch import Tensor, fx
@@ -18,13 +18,11 @@ from torch import Tensor, fx
 from normfuse.ir.constants import Constant
 from normfuse.ir.dtypes import default_eps
 from normfuse.ir.graph import Graph, Refuse
+from normfuse.ir.passes import Change, Pass, Rewriting
 from normfuse.ir.views import (
     Add,
-    Addmm,
     Identity,
     LayerNorm,
-    Linear,
-    MatMul,
     Movement,
     Mul,
     Op,
@@ -33,11 +31,10 @@ from normfuse.ir.views import (
     RmsNorm,
     Value,
 )  # fmt: skip
-from normfuse.passes.affine.affine import Plan, commit, downward
+from normfuse.passes.affine.affine import Plan, commit, downward, into
 from normfuse.passes.affine.broadcast import PASS_INPUTS, UNKNOWN
 from normfuse.passes.streams.residual import Gain, gain, reads
 from normfuse.passes.streams.streams import named, operands
-from normfuse.reports.model import PassReport, Site
 
 __all__ = ["Weightless", "absorbed", "fold"]
 
@@ -47,7 +44,7 @@ aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
-class Weightless:
+class Weightless(Pass):
     """γ and β of every LayerNorm and RMSNorm go into its readers, also where that stores a shared weight twice.
 
     Args:
@@ -61,18 +58,16 @@ class Weightless:
     clone_tied: bool = True
     name = "weightless"
 
-    def __call__(self, graph: Graph) -> PassReport:
-        start = perf_counter()
-        applied: list[Site] = []
-        refused: list[Site] = []
-        for norm in graph:
-            if not isinstance(graph.view(norm, 1), (LayerNorm, RmsNorm)) or not norm.users:
-                continue
-            core = _without_gain(graph, norm, self.clone_tied, applied, refused)
-            if self.defer and core is not None and isinstance(graph.view(core, 1), RmsNorm):
-                _deferred(graph, core, applied, refused)
-        graph.clean()
-        return PassReport(self.name, tuple(applied), tuple(refused), seconds=perf_counter() - start)
+    def rewrite(self, work: Rewriting) -> None:
+        graph = work.graph
+        for norm in _norms(graph, LayerNorm, RmsNorm):
+            work.attempt(GAIN, norm, partial(_without_gain, graph, norm, self.clone_tied))
+        for norm in _norms(graph, RmsNorm) if self.defer else ():
+            work.attempt(DEFERRED, norm, partial(_deferred, graph, norm))
+
+
+def _norms(graph: Graph, *kinds: type) -> list[fx.Node]:
+    return [n for n in graph if isinstance(graph.view(n, 1), kinds) and n.users]
 
 
 # -- γ and β -----------------------------------------------------------------------------------------------------------
@@ -91,39 +86,35 @@ def fold(graph: Graph, g: Gain, plan: Plan) -> fx.Node:
     if isinstance(op, LayerNorm):
         bare = dataclasses.replace(op, gamma=None, beta=None, node=None)  # type: ignore[assignment]
     core: fx.Node = graph.emit(bare, g.norm, g.norm)
-    commit(graph, g.last, core, plan, GAIN)
+    commit(graph, g.last, core, plan)
     if g.norm is not g.last and not g.norm.users:
         graph.fx.erase_node(g.norm)
     return core
 
 
-def _without_gain(graph: Graph, norm: fx.Node, untie: bool, applied: list[Site], refused: list[Site]) -> fx.Node | None:
-    """The norm without γ and β, or None where they stay."""
+def _without_gain(graph: Graph, norm: fx.Node, untie: bool) -> Change | None:
+    """The norm without γ and β."""
     g = gain(graph, norm)
     if g.bare:
-        return norm
-    try:
-        plan = absorbed(graph, g, untie=untie)
-    except Refuse as refusal:
-        refused.append(graph.site(GAIN, norm, refusal))
         return None
-    if not graph.permit(GAIN, graph.path(norm)):
-        return None
-    site = graph.site(GAIN, norm, note=_note(graph, plan))
-    applied.append(site)
-    return fold(graph, g, plan)
+    plan = absorbed(graph, g, untie=untie)
+
+    def carry_out() -> None:
+        fold(graph, g, plan)
+
+    return Change(note=_note(graph, plan), do=carry_out)
 
 
 def _note(graph: Graph, plan: Plan) -> str:
-    into = "into " + ", ".join(dict.fromkeys(graph.path(n) for n in plan))
     twice = 0
     for node, new in plan.items():
         old = graph.view(node, 1)
-        for name in ("W", "y"):
-            before, after = getattr(old, name, None), getattr(new, name, None)
-            if isinstance(before, Constant) and isinstance(after, Constant) and before is not after and graph.shared(before):
-                twice += after.numel * after.dtype.itemsize
-    return into + (f"; {twice} bytes more for weights that are shared" if twice else "")
+        if old.weight is None or new.weight is None:
+            continue
+        before, after = old.weight.value, new.weight.value
+        if before is not after and graph.shared(before):
+            twice += after.numel * after.dtype.itemsize
+    return into(graph, plan) + (f"; {twice} bytes more for weights that are shared" if twice else "")
 
 
 def _dtype(g: Gain) -> torch.dtype:
@@ -135,18 +126,20 @@ def _dtype(g: Gain) -> torch.dtype:
 # -- ρ -----------------------------------------------------------------------------------------------------------------
 
 
-def _deferred(graph: Graph, norm: fx.Node, applied: list[Site], refused: list[Site]) -> None:
+def _deferred(graph: Graph, norm: fx.Node) -> Change | None:
     """W RMSNorm(x) + b = ρ (W x) + b, for all readers or for none."""
     op = graph.view(norm, 2)
     assert isinstance(op, RmsNorm)
-    try:
-        readers, between = _products(graph, norm, op)
-    except Refuse as refusal:
-        refused.append(graph.site(DEFERRED, norm, refusal))
-        return
-    if not graph.permit(DEFERRED, graph.path(norm)):
-        return
-    applied.append(graph.site(DEFERRED, norm, note="behind " + ", ".join(dict.fromkeys(graph.path(n) for n in readers))))
+    if not gain(graph, norm).bare:
+        return None
+    readers, between = _products(graph, norm, op)
+    behind = "behind " + ", ".join(dict.fromkeys(graph.path(n) for n in readers))
+    return Change(note=behind, do=partial(_defer, graph, norm, readers, between))
+
+
+def _defer(graph: Graph, norm: fx.Node, readers: list[fx.Node], between: list[fx.Node]) -> None:
+    op = graph.view(norm, 2)
+    assert isinstance(op, RmsNorm)
     source = op.x.node
     assert source is not None
     norm.replace_all_uses_with(source)
@@ -156,9 +149,8 @@ def _deferred(graph: Graph, norm: fx.Node, applied: list[Site], refused: list[Si
     scales: dict[fx.Node, fx.Node] = {}
     for reader in readers:
         view = graph.view(reader, 2)
-        assert isinstance(view, (Linear, Addmm, MatMul))
-        x = view.x.node if isinstance(view.x, Value) else None
-        assert x is not None
+        assert isinstance(view, Op)
+        x: fx.Node = view.x.node  # type: ignore[attr-defined]
         if x not in scales:
             scales[x] = _scale(graph, x, op, reader, norm)
         graph.replace(reader, _scaled(view, Value(node=scales[x])))
@@ -181,7 +173,7 @@ def _products(graph: Graph, norm: fx.Node, op: RmsNorm) -> tuple[list[fx.Node], 
         node = work.pop()
         for reader in graph.readers(node):
             view = graph.view(reader, 2)
-            if isinstance(view, (Linear, Addmm, MatMul)) and reads(view, node, -1) is not None:
+            if reads(view, node, -1) is not None:
                 readers.append(reader)
             elif _moves_rows(graph, reader, node):
                 between.append(reader)
@@ -210,13 +202,9 @@ def _scale(graph: Graph, x: fx.Node, op: RmsNorm, before: fx.Node, like: fx.Node
     return rho if wide is x else graph.call(aten.to.dtype, (rho, val.dtype), before, like)
 
 
-def _scaled(op: Linear | Addmm | MatMul, rho: Value) -> Op:
+def _scaled(layer: Op, rho: Value) -> Op:
     """ρ (W x) + b"""
-    match op:
-        case Linear(x, W, b):
-            product: Op = Mul(Linear(x, W), rho)
-        case Addmm(b, x, W):
-            product = Mul(MatMul(x, W), rho)
-        case _:
-            return Mul(dataclasses.replace(op, node=None), rho)
-    return product if b is None else Add(product, b)
+    w = layer.weight
+    assert w is not None
+    product = Mul(layer.with_weight(w.value), rho)
+    return product if w.bias is None else Add(product, w.bias)

@@ -10,20 +10,16 @@ from torch import fx
 
 from normfuse.ir.constants import Constant
 from normfuse.ir.graph import Graph
+from normfuse.ir.operators import SAME_SHAPE, is_cast, name
 from normfuse.ir.views import (
     Add,
-    Addmm,
     Affine,
     AvgPool,
     BatchNorm,
-    Conv,
-    ConvTranspose,
-    Embedding,
     GlobalAvgPool,
     GroupNorm,
     Identity,
     LayerNorm,
-    Linear,
     MatMul,
     MaxPool,
     Mul,
@@ -37,19 +33,13 @@ from normfuse.ir.views import (
     Value,
     shape_of,
 )  # fmt: skip
-from normfuse.passes.patterns.moments import is_cast
+from normfuse.ir.weights import Weight
 
 __all__ = ["feature_size", "infer_sizes", "size_along"]
 
 aten = torch.ops.aten
 
 _NAMED = {aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.unflatten.int}
-
-# the result has the shape of the first operand
-_ALIKE = {
-    *("hardswish", "log_sigmoid", "prelu", "softmax", "log_softmax", "cumsum", "cumprod", "tril", "triu", "roll", "flip"),
-    *("dropout", "feature_dropout", "alpha_dropout"),
-}
 
 _FAR = 64  # operators to look back through: the residual stream of a deep network ends at an embedding
 
@@ -79,7 +69,7 @@ def _like_operands(node: fx.Node) -> dict[int, int]:
     target, first = node.target, node.args[0] if node.args else None
     if not isinstance(target, torch._ops.OpOverload):
         return {}
-    if target._schema.name.removeprefix("aten::") in _ALIKE and isinstance(first, fx.Node):
+    if name(target) in SAME_SHAPE and isinstance(first, fx.Node):
         return dict(first.meta.get("sizes", {}))
     if torch.Tag.pointwise not in target.tags:
         return {}
@@ -89,14 +79,10 @@ def _like_operands(node: fx.Node) -> dict[int, int]:
 
 def _fixed(op: Value) -> dict[int, int]:
     match op:
-        case Linear(W=W):
-            return {-1: W.shape[0]}
-        case Addmm(W=W) | MatMul(y=Constant() as W) | Embedding(W=W):
+        case Value(weight=Weight() as w):
+            return {w.axis: w.outputs}
+        case MatMul(y=Constant() as W):
             return {-1: W.shape[-1]}
-        case Conv(W=W):
-            return {1 - W.ndim: W.shape[0]}
-        case ConvTranspose(W=W, groups=groups):
-            return {1 - W.ndim: W.shape[1] * groups}
         case LayerNorm(normalized=shape) | RmsNorm(normalized=shape):
             return {i - len(shape): n for i, n in enumerate(shape)} | _held(op.x)
         case BatchNorm(x, mean=Constant() as c) | GroupNorm(x, gamma=Constant() as c) if x.rank is not None:
@@ -166,9 +152,9 @@ def feature_size(graph: Graph, node: fx.Node, far: int = _FAR) -> int | None:
 
 def _of_operator(graph: Graph, op: Value, far: int) -> int | None:
     match op:
-        case Linear(W=W):
-            return W.shape[0]
-        case Addmm(W=W) | MatMul(y=Constant() as W) | Embedding(W=W):
+        case Value(weight=Weight(axis=-1) as w):
+            return w.outputs
+        case MatMul(y=Constant() as W):
             return W.shape[-1]
         case LayerNorm(normalized=shape) | RmsNorm(normalized=shape):
             return int(shape[-1])

@@ -12,10 +12,11 @@ import normfuse.ops  # noqa: F401 - registers the operators
 from normfuse.ir.constants import Constant
 from normfuse.ir.dtypes import FLOATS
 from normfuse.ir.graph import Graph, Refuse
+from normfuse.ir.passes import Rewriting
 from normfuse.ir.views import Sdpa, Value
 from normfuse.passes.quantize.sites import RULE
 from normfuse.quant.spec import ShiftQuant
-from normfuse.reports.model import LayerQuantization, Site
+from normfuse.reports.model import LayerQuantization
 
 __all__ = ["attentions", "attentions_into_integers"]
 
@@ -27,26 +28,23 @@ def attentions(graph: Graph, spec: ShiftQuant) -> list[fx.Node]:
     return [n for n in graph if isinstance(graph.view(n, 1), Sdpa)] if spec.attention else []
 
 
-def attentions_into_integers(graph: Graph, spec: ShiftQuant) -> tuple[list[Site], list[Site], list[LayerQuantization]]:
-    """Rewrite them: sites applied, sites refused, entries for the report."""
-    applied: list[Site] = []
-    refused: list[Site] = []
-    entries: list[LayerQuantization] = []
+def attentions_into_integers(work: Rewriting, spec: ShiftQuant) -> None:
+    """Rewrite them."""
+    graph, entries = work.graph, work.quantization
     for node in attentions(graph, spec):
         path = graph.path(node)
         try:
             arguments = _arguments(graph, node, spec)
         except Refuse as refusal:
-            refused.append(graph.site(RULE, node, refusal))
+            work.refuse(RULE, node, refusal)
             entries.append(LayerQuantization(path, "attention", kept=refusal.reason))
             continue
-        if graph.permit(RULE, path):
-            applied.append(graph.site(RULE, node, note=f"attention with {_BITS}-bit queries and keys"))
+        if work.permits(RULE, node):
+            work.done(RULE, node, f"attention with {_BITS}-bit queries and keys")
             entries.append(LayerQuantization(path, "attention", activation_bits=_BITS, activations="dynamic"))
             new = graph.call(torch.ops.normfuse.shiftquant_attention.default, arguments, node, node)
             node.replace_all_uses_with(new)
     graph.clean()
-    return applied, refused, entries
 
 
 def _arguments(graph: Graph, node: fx.Node, spec: ShiftQuant) -> tuple[Any, ...]:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from normfuse.ir.graph import Graph
+from normfuse.ir.passes import Samples
 from normfuse.numerics.evaluate import evaluate
 from normfuse.passes.quantize.coded import Coded
 from normfuse.passes.quantize.measure import sqnr
@@ -21,17 +22,17 @@ class Outputs:
 
     Args:
         graph: in float; it is not changed here. Whoever changes it in between (moved ranges, trained weights) is measured too.
-        batches: at most so many of this rank's batches.
+        samples: batches of this rank.
 
     Attributes:
         nodes: of the graph, in their order.
         signal: Σ y² over all outputs and ranks.
     """
 
-    def __init__(self, graph: Graph, batches: int) -> None:
+    def __init__(self, graph: Graph, samples: Samples) -> None:
         self._graph = graph
         self.nodes = list(graph.fx.nodes)
-        self._samples = graph.samples[:batches]
+        self._samples = samples
         self._expected = [[t for t in evaluate(graph, v, exact=False) if t.is_floating_point()] for v in self._samples]
         self.signal = self._summed([_energy(outputs) for outputs in self._expected])
 

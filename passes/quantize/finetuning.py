@@ -9,12 +9,13 @@ from torch import fx
 from normfuse.errors import UsageError
 from normfuse.ir.constants import Constant
 from normfuse.ir.graph import Graph
+from normfuse.ir.passes import Samples
 from normfuse.passes.quantize.coded import Coded
 from normfuse.passes.quantize.evaluation import Outputs
 from normfuse.passes.quantize.probe import progress
 from normfuse.passes.quantize.ranks import several_ranks
 from normfuse.passes.quantize.sites import reread
-from normfuse.quant.finetune import finetune
+from normfuse.quant.finetune import Finetuned, finetune
 from normfuse.quant.packing import pack_groups
 from normfuse.quant.spec import ShiftQuant
 from normfuse.reports.model import Site
@@ -26,7 +27,9 @@ RULE = "finetuning"
 Held = list[tuple[fx.Node, list[Constant | None]]]
 
 
-def finetuned(graph: Graph, coded: Sequence[Coded], spec: ShiftQuant, outputs: Outputs) -> tuple[list[Coded] | None, Site]:
+def finetuned(
+    graph: Graph, samples: Samples, coded: Sequence[Coded], spec: ShiftQuant, outputs: Outputs
+) -> tuple[list[Coded] | None, Site]:
     """The layers with trained integers, and what to say; None, and the graph as it was, if they are no better than before.
 
     The constants of the graph are then trained ones. Embeddings stay as they are. Layers that share a weight learn scales
@@ -34,6 +37,7 @@ def finetuned(graph: Graph, coded: Sequence[Coded], spec: ShiftQuant, outputs: O
 
     Args:
         graph: in float.
+        samples: what to train on.
         coded: the layers as calibrated.
         spec: with `finetune_steps`.
         outputs: those of the float model.
@@ -48,29 +52,29 @@ def finetuned(graph: Graph, coded: Sequence[Coded], spec: ShiftQuant, outputs: O
     with progress("fine-tune", spec.finetune_steps) as advance:
         trained = finetune(
             graph,
-            graph.samples,
+            samples,
             spec,
             weights={c.layer.node: c.weights for c in chosen},
             input_scales={c.layer.node: c.input_scale for c in chosen if c.input_scale is not None},
             progress=lambda step, loss: advance(),
         )
-    found: list[Coded] = []
-    for c in coded:
-        weights = trained.weights.get(c.layer.node)
-        if weights is None:
-            found.append(c)
-            continue
-        layer = reread(graph, c.layer)
-        bias = None if layer.bias is None else layer.bias.value.float()
-        static = trained.input_scales.get(layer.node, c.input_scale)
-        codes, exponents, scale = pack_groups(weights, layer.taps)
-        found.append(Coded(layer, c.bits, weights, codes, exponents, scale, bias, static))
+    found = [_recoded(graph, c, trained) if c.layer.node in trained.weights else c for c in coded]
     now = outputs.sqnr(found)
     said = f"{spec.finetune_steps} steps: SQNR of the outputs {reached:.1f} -> {now:.1f} dB"
     if now > reached:
         return found, Site(RULE, "outputs", said)
     _restore(graph, before)
     return None, Site(RULE, "outputs", f"{said}, not taken", remedy="more steps, or more calibration data")
+
+
+def _recoded(graph: Graph, coded: Coded, trained: Finetuned) -> Coded:
+    """The layer with its trained integers, and the bias that the graph has now."""
+    layer = reread(graph, coded.layer)
+    weights = trained.weights[coded.layer.node]
+    bias = None if layer.bias is None else layer.bias.value.float()
+    static = trained.input_scales.get(layer.node, coded.input_scale)
+    codes, exponents, scale = pack_groups(weights, layer.taps)
+    return Coded(layer, coded.bits, weights, codes, exponents, scale, bias, static)
 
 
 def _held(graph: Graph) -> Held:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from normfuse.ir.graph import Graph
+from normfuse.ir.passes import Samples
 from normfuse.passes.quantize.coded import Coded
 from normfuse.passes.quantize.probe import accumulate
 from normfuse.passes.quantize.sites import Layer
@@ -54,10 +55,10 @@ def sqnr(signal: float, noise: float) -> float:
     return 10 * math.log10(signal / noise) if signal > 0 else -math.inf
 
 
-def measure(graph: Graph, coded: Sequence[Coded]) -> dict[Layer, Measured]:
+def measure(graph: Graph, samples: Samples, coded: Sequence[Coded]) -> dict[Layer, Measured]:
     """The errors of layers with activations; empty without samples."""
     layers = [c for c in coded if c.layer.kind != "embedding"]
-    sums = accumulate(graph, [(c.layer.x, partial(_errors, coded=c)) for c in layers], batches=_BATCHES, label="measure")
+    sums = accumulate(graph, samples[:_BATCHES], [(c.layer.x, partial(_errors, coded=c)) for c in layers], label="measure")
     return {c.layer: _measured(t) for c, t in zip(layers, sums, strict=bool(sums))}
 
 

@@ -21,6 +21,7 @@ from torch import Tensor, fx
 from normfuse.ir.constants import Constant
 from normfuse.ir.dtypes import dtype_of
 from normfuse.ir.graph import Graph, Refuse
+from normfuse.ir.passes import Rewriting
 from normfuse.ir.views import LayerNorm, RmsNorm
 from normfuse.passes.quantize.coded import Coded, encode
 from normfuse.passes.quantize.measure import sqnr
@@ -55,14 +56,15 @@ class _Carrier:
     has_gain: bool
 
 
-def migrate(graph: Graph, layers: Sequence[Layer], found: Found) -> tuple[list[Layer], list[Site]]:
+def migrate(work: Rewriting, layers: Sequence[Layer], found: Found) -> tuple[list[Layer], list[Site]]:
     """The layers after migration, and where it was done; the graph computes the same function as before.
 
     Args:
-        graph: the graph; gains and weights are replaced in it.
+        work: on the graph, in which gains and weights are replaced.
         layers: all layers that will be quantized.
         found: statistics of what they read; without any, nothing moves.
     """
+    graph = work.graph
     now = {layer.node: layer for layer in layers}
     sites: list[Site] = []
     for carrier in _carriers(graph, layers):
@@ -74,11 +76,10 @@ def migrate(graph: Graph, layers: Sequence[Layer], found: Found) -> tuple[list[L
             readers=[now[r.node] for r in carrier.readers],
             producer=None if carrier.producer is None else now[carrier.producer.node],
         )
-        shift, before, after = _best(graph, current, found[key])
+        shift, before, after = _best(work, current, found[key])
         if shift is None or after - before < (_FREE_GAIN if current.has_gain else _NEW_GAIN):
             continue
-        path = graph.path(carrier.node)
-        if not graph.permit(RULE, path):
+        if not work.permits(RULE, carrier.node):
             continue
         site = graph.site(
             RULE, carrier.node, note=f"{int((shift != 0).sum())} of {len(shift)} channels moved by powers of two: "
@@ -108,7 +109,7 @@ def _carriers(graph: Graph, layers: Sequence[Layer]) -> list[_Carrier]:
     return carriers
 
 
-def _best(graph: Graph, carrier: _Carrier, found: Statistics) -> tuple[Tensor | None, float, float]:
+def _best(work: Rewriting, carrier: _Carrier, found: Statistics) -> tuple[Tensor | None, float, float]:
     """The shift with the least error of all readers together, that error without and with it, as SQNR; None for no shift."""
     shifts = _candidates(carrier, found)
     if not shifts:
@@ -122,7 +123,9 @@ def _best(graph: Graph, carrier: _Carrier, found: Statistics) -> tuple[Tensor | 
             if not len(trials):
                 return None, 0.0, 0.0
     (errors,) = accumulate(
-        graph, [(carrier.node, partial(_relative_errors, trials=trials, readers=carrier.readers))], batches=_BATCHES
+        work.graph,
+        work.run.samples[:_BATCHES],
+        [(carrier.node, partial(_relative_errors, trials=trials, readers=carrier.readers))],
     ) or (torch.empty(0),)
     if not errors.numel():
         return None, 0.0, 0.0

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from normfuse.ir.graph import Graph
+from normfuse.ir.passes import Samples
 from normfuse.numerics.evaluate import evaluate
 from normfuse.passes.quantize.ranks import everywhere
 
@@ -24,17 +25,17 @@ Merge = Callable[[Tensor, Tensor], Tensor]
 
 
 def accumulate(
-    graph: Graph, probes: Sequence[Probe], merge: Merge = torch.add, *, batches: int | None = None, label: str = ""
+    graph: Graph, samples: Samples, probes: Sequence[Probe], merge: Merge = torch.add, *, label: str = ""
 ) -> list[Tensor]:
     """merge over the calibration batches of all ranks of f(value of node), for each probe (node, f).
 
     f is called as soon as the value is there, and the value is freed after its last use, as in any forward.
 
     Args:
-        graph: the graph, with its samples; it is not changed.
+        graph: the graph; it is not changed.
+        samples: the batches of this rank.
         probes: nodes that make one tensor, and what is taken from it: a tensor of the same shape for every batch.
         merge: of two such tensors; associative and commutative.
-        batches: at most so many of this rank's batches.
         label: of the progress bar.
 
     Returns:
@@ -42,7 +43,6 @@ def accumulate(
     """
     if not probes:
         return []
-    samples = graph.samples[:batches]
 
     def local() -> list[Tensor]:
         twin = _instrumented(graph, probes)

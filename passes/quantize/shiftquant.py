@@ -9,14 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from time import perf_counter
-from typing import ClassVar
 
 from torch import Tensor, fx
 
 from normfuse.errors import UsageError
 from normfuse.ir.constants import Constant
-from normfuse.ir.graph import Graph, Refuse
+from normfuse.ir.graph import Refuse
+from normfuse.ir.passes import Pass, Rewriting
 from normfuse.passes.quantize.attention import attentions, attentions_into_integers
 from normfuse.passes.quantize.coded import Coded, encode
 from normfuse.passes.quantize.evaluation import Outputs
@@ -30,7 +29,7 @@ from normfuse.passes.quantize.statistics import Statistics, collect, second_mome
 from normfuse.passes.quantize.summary import constant_bytes, kept, quantized, whole
 from normfuse.passes.quantize.widths import Choice, choose
 from normfuse.quant.spec import ShiftQuant
-from normfuse.reports.model import LayerQuantization, PassReport, Site
+from normfuse.reports.model import LayerQuantization, Site
 
 __all__ = ["ShiftQuantize"]
 
@@ -38,8 +37,8 @@ _BATCHES = 8  # of each rank, for the SQNR of the outputs
 
 
 @dataclass(frozen=True)
-class ShiftQuantize:
-    """Linears, convolutions and embeddings become integer operators of `torch.ops.normfuse`, calibrated on `graph.samples`.
+class ShiftQuantize(Pass):
+    """Linears, convolutions and embeddings become integer operators of `torch.ops.normfuse`, calibrated on `Run.samples`.
 
     Stands last in a pipeline: the norms must be folded before. A layer that cannot or should not be quantized stays in float, and
     the report says why.
@@ -53,85 +52,65 @@ class ShiftQuantize:
         UsageError: a pattern matches no layer, a budget cannot be met (when the pass runs).
     """
 
-    name: ClassVar[str] = "shiftquant"
-    changes: ClassVar[str] = "computes layers with integers"
-    leaves_affines: ClassVar[bool] = False
+    name = "shiftquant"
+    changes = "computes layers with integers"
+    leaves_affines = False
 
     spec: ShiftQuant = field(default_factory=ShiftQuant)
     timer: Timer | None = None
 
-    def __call__(self, graph: Graph) -> PassReport:
-        start = perf_counter()
-        applied, refused, entries = _Run(graph, self.spec, self.timer).run()
-        return PassReport(self.name, tuple(applied), tuple(refused), seconds=perf_counter() - start, quantization=tuple(entries))
+    def rewrite(self, work: Rewriting) -> None:
+        _Quantizing(work, self.spec, self.timer).run()
 
 
-class _Run:
+class _Quantizing:
     """One run of the pass over one graph."""
 
-    def __init__(self, graph: Graph, spec: ShiftQuant, timer: Timer | None) -> None:
-        self.graph, self.spec, self.timer = graph, spec, timer
+    def __init__(self, work: Rewriting, spec: ShiftQuant, timer: Timer | None) -> None:
+        self.work, self.graph, self.samples = work, work.graph, work.run.samples
+        self.spec, self.timer = spec, timer
         self.refusals: dict[fx.Node, tuple[str, Refuse]] = {}
         self.found: dict[tuple[fx.Node, int], Statistics] = {}
         self.second: dict[Layer, Tensor] = {}
+        self.original: dict[fx.Node, list[Constant]] = {}
+        self.choices: dict[fx.Node, Choice] = {}
+        self.timed: dict[Layer, Speed] = {}
+        self.measured: dict[Layer, Measured] = {}
         self._made: dict[tuple[object, ...], Coded] = {}
 
-    def run(self) -> tuple[list[Site], list[Site], list[LayerQuantization]]:
-        graph = self.graph
+    def run(self) -> None:
+        graph, samples, work = self.graph, self.samples, self.work
         graph.clean()
         before = constant_bytes(graph)
+        layers = self._layers()
+        outputs = Outputs(graph, samples[:_BATCHES]) if samples else None
+        layers, moved = self._calibrated(layers)
+        self.choices = self._choices(layers, before)
+        coded = [c for layer in layers if (c := self._coded(layer, self.choices.get(layer.node))) is not None]
+        self.timed = speeds(graph, samples, coded, self.timer)
+        coded = self._fast_enough(coded)
+        self.measured = measure(graph, samples, coded)
+        coded = self._corrected(coded)
+        work.applied += moved
+        self._emit(self._finetuned(coded, outputs))
+        attentions_into_integers(work, self.spec)
+        graph.clean()
+        if work.applied:
+            quality = None if outputs is None else outputs.sqnr_of(graph)
+            work.quantization.append(whole(before, constant_bytes(graph), quality))
+
+    # -- steps -------------------------------------------------------------------------------------------------------------
+
+    def _layers(self) -> list[Layer]:
+        """The layers that may become integers, as the specification names them."""
+        graph = self.graph
         layers, refused = find_layers(graph, self.spec)
         known = (*(layer.node for layer in layers), *(n for n, _, _ in refused), *attentions(graph, self.spec))
         check_patterns(self.spec, [graph.path(n) for n in known])
         self.refusals = {node: (kind, refusal) for node, kind, refusal in refused}
         layers = self._worth_their_bytes(layers)
-        outputs = Outputs(graph, _BATCHES) if graph.samples else None
-        original = {layer.node: [c for c in (layer.weight, layer.bias) if c is not None] for layer in layers}
-        layers, moved = self._calibrated(layers)
-        choices = self._choices(layers, before)
-        coded = [c for layer in layers if (c := self._coded(layer, choices.get(layer.node))) is not None]
-        timed = speeds(graph, coded, self.timer)
-        coded = self._fast_enough(coded, timed)
-        measured = measure(graph, coded)
-        coded = self._corrected(coded, measured)
-        applied, untouched = list(moved), list[Site]()
-        if self.spec.finetune_steps and any(c.layer.kind != "embedding" for c in coded):
-            if outputs is None:
-                raise UsageError("finetune_steps= needs data to train on: pass example_inputs or calibration=")
-            learnt, site = finetuned(graph, coded, self.spec, outputs)
-            (applied if learnt else untouched).append(site)
-            if learnt:
-                coded = learnt
-                by_node = {layer.node: speed for layer, speed in timed.items()}
-                timed |= {c.layer: by_node[c.layer.node] for c in coded if c.layer.node in by_node}
-                measured = measure(graph, coded)
-        places = {n: i for i, n in enumerate(graph.fx.nodes)}
-        rows: list[tuple[int, fx.Node, Coded | None]] = [(places[c.layer.node], c.layer.node, c) for c in coded]
-        rows += [(places[n], n, None) for n in self.refusals if n in places]
-        entries: list[LayerQuantization] = []
-        emitted: dict[fx.Node, fx.Node] = {}
-        shared: dict[int, dict[str, Constant]] = {}
-        for _, node, c in sorted(rows, key=lambda row: row[0]):
-            choice = choices.get(node)
-            if c is not None and graph.permit(RULE, c.layer.path):
-                entry = quantized(c, measured.get(c.layer), timed.get(c.layer), choice, original[node])
-                entries.append(entry)
-                applied.append(graph.site(RULE, node, note=_said(entry)))
-                emitted[c.layer.tail] = c.emit(graph, shared, emitted)
-                continue
-            kind, refusal = (c.layer.kind, Refuse("verification took it back")) if c is not None else self.refusals[node]
-            speed = next((s for layer, s in timed.items() if layer.node is node), None)
-            entries.append(kept(graph, node, kind, refusal, speed, choice))
-            untouched.append(graph.site(RULE, node, refusal))
-        done, undone, attended = attentions_into_integers(graph, self.spec)
-        applied, untouched, entries = applied + done, untouched + undone, entries + attended
-        graph.clean()
-        if applied:
-            quality = None if outputs is None else outputs.sqnr_of(graph)
-            entries.append(whole(before, constant_bytes(graph), quality))
-        return applied, untouched, entries
-
-    # -- steps -------------------------------------------------------------------------------------------------------------
+        self.original = {layer.node: [c for c in (layer.weight, layer.bias) if c is not None] for layer in layers}
+        return layers
 
     def _worth_their_bytes(self, layers: Sequence[Layer]) -> list[Layer]:
         """Codes beside a table that stays in float for somebody else would only add bytes."""
@@ -154,12 +133,12 @@ class _Run:
 
     def _calibrated(self, layers: Sequence[Layer]) -> tuple[list[Layer], list[Site]]:
         histograms = any(layer.spec.activations == "static" and layer.spec.observer != "minmax" for layer in layers)
-        self.found = collect(self.graph, layers, histograms)
-        now, moved = migrate(self.graph, layers, self.found)
+        self.found = collect(self.graph, self.samples, layers, histograms)
+        now, moved = migrate(self.work, layers, self.found)
         if moved:
-            self.found = collect(self.graph, now, histograms)
+            self.found = collect(self.graph, self.samples, now, histograms)
         wanted = [layer for layer in now if wants_second_moments(layer, self.spec, self.found.get((layer.x, layer.axis)))]
-        self.second = second_moments(self.graph, wanted)
+        self.second = second_moments(self.graph, self.samples, wanted)
         return now, moved
 
     def _choices(self, layers: Sequence[Layer], total: int) -> dict[fx.Node, Choice]:
@@ -179,7 +158,7 @@ class _Run:
                 fixed += self._encode(layer, None).bytes
             elif self._coded(layer, None) is not None:
                 units.setdefault(id(layer.weight), []).append(layer)
-        chosen = choose(self.graph, list(units.values()), self._encode, self.spec, fixed, total)
+        chosen = choose(self.graph, self.samples, list(units.values()), self._encode, self.spec, fixed, total)
         return {layer.node: choice for unit, choice in zip(units.values(), chosen, strict=True) for layer in unit}
 
     def _coded(self, layer: Layer, choice: Choice | None) -> Coded | None:
@@ -203,10 +182,10 @@ class _Run:
             return first
         return encode(layer, self.found.get((layer.x, layer.axis)), self.second.get(layer), bits=bits, like=first)
 
-    def _fast_enough(self, coded: Sequence[Coded], timed: dict[Layer, Speed]) -> list[Coded]:
+    def _fast_enough(self, coded: Sequence[Coded]) -> list[Coded]:
         fast = []
         for c in coded:
-            speed = timed.get(c.layer)
+            speed = self.timed.get(c.layer)
             if self.spec.prefer == "speed" and speed is not None and speed.measured and speed.ratio < SLOWER:
                 refusal = Refuse(
                     f"measured {speed.ratio:.2f} times as fast as in float on this machine",
@@ -217,14 +196,49 @@ class _Run:
             fast.append(c)
         return fast
 
-    @staticmethod
-    def _corrected(coded: Sequence[Coded], measured: dict[Layer, Measured]) -> list[Coded]:
+    def _corrected(self, coded: Sequence[Coded]) -> list[Coded]:
         found = []
         for c in coded:
-            if c.layer in measured:
-                c, measured[c.layer] = corrected(c, measured[c.layer])
+            if c.layer in self.measured:
+                c, self.measured[c.layer] = corrected(c, self.measured[c.layer])
             found.append(c)
         return found
+
+    def _finetuned(self, coded: list[Coded], outputs: Outputs | None) -> list[Coded]:
+        """The layers after training, where it is asked for and made them better."""
+        if not self.spec.finetune_steps or all(c.layer.kind == "embedding" for c in coded):
+            return coded
+        if outputs is None:
+            raise UsageError("finetune_steps= needs data to train on: pass example_inputs or calibration=")
+        learnt, site = finetuned(self.graph, self.samples, coded, self.spec, outputs)
+        (self.work.applied if learnt else self.work.refused).append(site)
+        if not learnt:
+            return coded
+        by_node = {layer.node: speed for layer, speed in self.timed.items()}
+        self.timed |= {c.layer: by_node[c.layer.node] for c in learnt if c.layer.node in by_node}
+        self.measured = measure(self.graph, self.samples, learnt)
+        return learnt
+
+    def _emit(self, coded: Sequence[Coded]) -> None:
+        """Put the integer operators into the graph, in its order, and say of every layer what became of it."""
+        graph, work = self.graph, self.work
+        places = {n: i for i, n in enumerate(graph.fx.nodes)}
+        rows: list[tuple[int, fx.Node, Coded | None]] = [(places[c.layer.node], c.layer.node, c) for c in coded]
+        rows += [(places[n], n, None) for n in self.refusals if n in places]
+        emitted: dict[fx.Node, fx.Node] = {}
+        shared: dict[int, dict[str, Constant]] = {}
+        for _, node, c in sorted(rows, key=lambda row: row[0]):
+            choice = self.choices.get(node)
+            if c is not None and work.run.permit(RULE, c.layer.path):
+                entry = quantized(c, self.measured.get(c.layer), self.timed.get(c.layer), choice, self.original[node])
+                work.quantization.append(entry)
+                work.done(RULE, node, _said(entry))
+                emitted[c.layer.tail] = c.emit(graph, shared, emitted)
+                continue
+            kind, refusal = (c.layer.kind, Refuse("verification took it back")) if c is not None else self.refusals[node]
+            speed = next((s for layer, s in self.timed.items() if layer.node is node), None)
+            work.quantization.append(kept(graph, node, kind, refusal, speed, choice))
+            work.refuse(RULE, node, refusal)
 
 
 def _said(entry: LayerQuantization) -> str:

@@ -14,7 +14,8 @@ from torch import Tensor, fx
 from normfuse.ir.constants import Constant
 from normfuse.ir.dtypes import FLOATS
 from normfuse.ir.graph import Graph, Refuse
-from normfuse.ir.views import Addmm, Conv, Embedding, Linear, MatMul, Value
+from normfuse.ir.views import Conv, Embedding, MatMul, Value
+from normfuse.ir.weights import Weight
 from normfuse.quant.spec import ShiftQuant
 
 __all__ = ["RULE", "Layer", "by_input", "find_layers", "reread"]
@@ -135,7 +136,7 @@ def find_layers(graph: Graph, spec: ShiftQuant) -> tuple[list[Layer], list[tuple
     for node in graph:
         op = graph.view(node, 2)
         weighted = node.target in _WEIGHTED or (_may_multiply(node) and _has_weight(graph, node, op))
-        if not (node.op == "call_function" and (weighted or isinstance(op, (Linear, Addmm, Conv, Embedding)))):
+        if not (node.op == "call_function" and (weighted or op.weight is not None)):
             continue
         path = graph.path(node)
         kind = _kind(op)
@@ -179,12 +180,8 @@ def _layer(node: fx.Node, op: Value, path: str, spec: ShiftQuant) -> Layer:
         Refuse: it must stay in float.
     """
     match op:
-        case Linear(W=W, b=b) if W.ndim == 2:
-            layer = Layer(node, "linear", path, spec, W, b, _node(op.x), tail=node)
-        case Addmm(W=W, b=b):
-            layer = Layer(node, "linear", path, spec, W, b, _node(op.x), tail=node, transposed=True)
-        case MatMul(x=Value() as x, y=Constant(ndim=2) as W):
-            layer = Layer(node, "linear", path, spec, W, None, _node(x), tail=node, transposed=True)
+        case Value(weight=Weight(linear=True) as w, x=Value() as x):  # type: ignore[misc]
+            layer = Layer(node, "linear", path, spec, w.value, w.bias, _node(x), tail=node, transposed=w.out == 1)
         case MatMul(x=Constant()):
             raise Refuse("its weight is the left factor of the product", remedy="write it as x @ W, or as nn.Linear")
         case MatMul():
@@ -281,14 +278,8 @@ def _activation(node: fx.Node) -> str | None:
 
 def reread(graph: Graph, layer: Layer) -> Layer:
     """The layer with the weight and the bias that its node has now."""
-    op = graph.view(layer.node, 2)
-    match op:
-        case Linear(W=W, b=b) | Conv(W=W, b=b) | Addmm(W=W, b=b):
-            return dataclasses.replace(layer, weight=W, bias=b)
-        case MatMul(y=Constant() as W):
-            return dataclasses.replace(layer, weight=W)
-        case _:
-            return layer
+    w = graph.view(layer.node, 2).weight
+    return layer if w is None else dataclasses.replace(layer, weight=w.value, bias=w.bias)
 
 
 def by_input(layers: Sequence[Layer]) -> Iterator[tuple[tuple[fx.Node, int], list[Layer]]]:

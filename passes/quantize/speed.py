@@ -16,6 +16,7 @@ from normfuse import native
 from normfuse.benchmark.machine import cpu_model
 from normfuse.cache import measurement, remember
 from normfuse.ir.graph import Graph
+from normfuse.ir.passes import Samples
 from normfuse.passes.quantize.coded import Coded
 from normfuse.passes.quantize.probe import accumulate
 from normfuse.passes.quantize.ranks import first_rank
@@ -48,17 +49,18 @@ class Speed:
     measured: bool
 
 
-def speeds(graph: Graph, coded: Sequence[Coded], timer: Timer | None = None) -> dict[Layer, Speed]:
+def speeds(graph: Graph, samples: Samples, coded: Sequence[Coded], timer: Timer | None = None) -> dict[Layer, Speed]:
     """How much faster each layer is, where the shape of what it reads is known; layers of one shape are timed once.
 
     Args:
-        graph: the graph, with its samples; without any there is no shape.
+        graph: the graph.
+        samples: its samples; without any there is no shape.
         coded: the layers.
         timer: given (in integers, in float), returns the ratio of times; None times with `interleaved` if the native kernels
             are there, else the cost model predicts.
     """
     coded = [c for c in coded if c.layer.kind != "embedding"]
-    shapes = _shapes(graph, coded)
+    shapes = _shapes(graph, samples, coded)
     machine = _machine() if timer is None and native.available() else None
     timer = timer or (interleaved if native.available() else None)
     known: dict[Any, Speed] = {}
@@ -167,9 +169,9 @@ def _places(layer: Layer, shape: tuple[int, ...]) -> int:
     return count
 
 
-def _shapes(graph: Graph, coded: Sequence[Coded]) -> dict[Layer, tuple[int, ...]]:
+def _shapes(graph: Graph, samples: Samples, coded: Sequence[Coded]) -> dict[Layer, tuple[int, ...]]:
     """The sizes that each layer reads in the first batch of the calibration data; linears with rows flattened and capped."""
-    found = accumulate(graph, [(c.layer.x, _sizes) for c in coded], torch.maximum, batches=1)
+    found = accumulate(graph, samples[:1], [(c.layer.x, _sizes) for c in coded], torch.maximum)
     shapes: dict[Layer, tuple[int, ...]] = {}
     for c, t in zip(coded, found, strict=bool(found)):
         sizes = [int(n) for n in t.tolist() if n >= 0]

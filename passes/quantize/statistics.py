@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from normfuse.ir.graph import Graph
+from normfuse.ir.passes import Samples
 from normfuse.passes.quantize.probe import accumulate
 from normfuse.passes.quantize.sites import Layer, by_input
 from normfuse.quant.spec import ShiftQuant
@@ -55,11 +56,12 @@ class Statistics:
         return Statistics(self.count, self.bad, self.absmax * f, self.mean * f, self.power * f.square(), self.histogram[:0])
 
 
-def collect(graph: Graph, layers: Sequence[Layer], histograms: bool) -> dict[tuple[fx.Node, int], Statistics]:
+def collect(graph: Graph, samples: Samples, layers: Sequence[Layer], histograms: bool) -> dict[tuple[fx.Node, int], Statistics]:
     """Statistics of what the layers read, by value and channel axis; empty without samples."""
     keys = [key for key, _ in by_input(layers)]
     found = accumulate(
         graph,
+        samples,
         [(node, partial(_measured, axis=axis, histogram=histograms)) for node, axis in keys],
         partial(_merged, bins=_BINS if histograms else 0),
         label="calibrate",
@@ -67,14 +69,14 @@ def collect(graph: Graph, layers: Sequence[Layer], histograms: bool) -> dict[tup
     return {key: _unpacked(t, _BINS if histograms else 0) for key, t in zip(keys, found, strict=bool(found))}
 
 
-def second_moments(graph: Graph, layers: Sequence[Layer]) -> dict[Layer, Tensor]:
+def second_moments(graph: Graph, samples: Samples, layers: Sequence[Layer]) -> dict[Layer, Tensor]:
     """Σ x xᵀ / rows of what each output of a layer is a product of: float64 (conv groups, K, K).
 
     Layers are taken in turns when their matrices would not fit together into half a gigabyte.
     """
     found: dict[Layer, Tensor] = {}
     for turn in _turns(layers):
-        sums = accumulate(graph, [(layer.x, partial(_outer, layer=layer)) for layer in turn], label="second moments")
+        sums = accumulate(graph, samples, [(layer.x, partial(_outer, layer=layer)) for layer in turn], label="second moments")
         found |= {layer: t[:, :-1] / t[:, -1:, :1].clamp_min(1) for layer, t in zip(turn, sums, strict=bool(sums))}
     return found
 

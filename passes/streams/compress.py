@@ -12,7 +12,6 @@ import dataclasses
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
-from time import perf_counter
 from typing import Any
 
 import torch
@@ -22,11 +21,11 @@ from normfuse.errors import UsageError
 from normfuse.ir.constants import Constant
 from normfuse.ir.dtypes import default_eps
 from normfuse.ir.graph import Graph, Refuse
+from normfuse.ir.passes import Pass, Rewriting
 from normfuse.ir.views import Affine, LayerNorm, Op, RmsNorm
 from normfuse.passes.affine.weightless import absorbed, fold
 from normfuse.passes.streams.residual import Residual, gain, residual, resized
 from normfuse.passes.streams.streams import writes
-from normfuse.reports.model import PassReport, Site
 
 __all__ = ["Compress"]
 
@@ -39,7 +38,7 @@ _HALF = {torch.float16, torch.bfloat16}
 
 
 @dataclass(frozen=True)
-class Compress:
+class Compress(Pass):
     """Pre-RMSNorm → Pre-CRMSNorm: W x = (W E) x̂ for a mean-free stream x, exactly.
 
     Run it behind `mean_free`, `affine` and `realise`, in the same call: it accepts only weights whose mean is zero up to
@@ -61,42 +60,44 @@ class Compress:
     tells = True
     writes = "crms_norm"
 
-    def __call__(self, graph: Graph) -> PassReport:
-        start = perf_counter()
-        applied: list[Site] = []
-        refused: list[Site] = []
+    def rewrite(self, work: Rewriting) -> None:
+        graph = work.graph
         seen: set[fx.Node] = set()
         for norm in graph:
             op = graph.view(norm, 1)
             if norm in seen or not norm.users or not isinstance(op, (LayerNorm, RmsNorm)):
                 continue
             if isinstance(op, LayerNorm):
-                refused.append(graph.site(RULE, norm, _layer_norm()))
+                work.refuse(RULE, norm, _layer_norm())
                 continue
             stream = residual(graph, norm)
             norms = [g.norm for g in stream.norms]
             seen.update(norms)
-            sites = [graph.site(RULE, n) for n in norms]
             try:
-                note = self._compressed(graph, stream)
+                index = self._index(graph, stream)
+                if work.permits(RULE, norms[0]):
+                    sites = [graph.site(RULE, n) for n in norms]
+                    note = self._compressed(graph, stream, index)
+                    work.applied += [dataclasses.replace(site, note=note) for site in sites]
             except Refuse as refusal:
-                refused += [graph.site(RULE, n, refusal) for n in norms]
-                continue
-            if note:
-                applied += [dataclasses.replace(site, note=note) for site in sites]
-        graph.clean()
-        return PassReport(self.name, tuple(applied), tuple(refused), seconds=perf_counter() - start)
+                for n in norms:
+                    work.refuse(RULE, n, refusal)
 
-    def _compressed(self, graph: Graph, stream: Residual) -> str:
-        """What was done to the stream; empty where it was not permitted."""
+    def _index(self, graph: Graph, stream: Residual) -> int | None:
+        """The coordinate that was asked for, of a stream that can lose one.
+
+        Raises:
+            Refuse: it cannot.
+        """
         if stream.problem is not None:
             raise stream.problem
         for g in stream.norms:
             if not g.bare:
                 absorbed(graph, g, untie=True)
-        index = self._given(stream)
-        if not graph.permit(RULE, graph.path(stream.norms[0].norm)):
-            return ""
+        return self._given(stream)
+
+    def _compressed(self, graph: Graph, stream: Residual, index: int | None) -> str:
+        """Leave a coordinate out; what was done to the stream."""
         twice = _stored_twice(graph, stream)
         seed: fx.Node | None = None
         for norm in [g.norm for g in stream.norms]:

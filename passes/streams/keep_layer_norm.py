@@ -8,38 +8,34 @@ For graphs that are written back into modules: the class of the module may do mo
 from __future__ import annotations
 
 from collections import Counter
-from time import perf_counter
 
 from torch import fx
 
-from normfuse.ir.graph import Graph
+from normfuse.ir.graph import Graph, Refuse
+from normfuse.ir.passes import Pass, Rewriting
 from normfuse.ir.views import Affine, LayerNorm, RmsNorm
 from normfuse.passes.affine.broadcast import is_zero
-from normfuse.reports.model import PassReport, Site
 
 __all__ = ["KeepLayerNorm"]
 
 RULE = "layer_norm_stays"
 
 
-class KeepLayerNorm:
+class KeepLayerNorm(Pass):
     """What `mean_free` made an RMSNorm and its module cannot compute is a LayerNorm again, on the centered values."""
 
     name = "keep_layer_norm"
     leaves_affines = False
 
-    def __call__(self, graph: Graph) -> PassReport:
-        start = perf_counter()
-        refused: list[Site] = []
+    def rewrite(self, work: Rewriting) -> None:
+        graph = work.graph
         for node in graph:
             op = graph.view(node, 2)
             if not isinstance(op, RmsNorm) or (why := _why(graph, node)) is None:
                 continue
             new = graph.replace(node, LayerNorm(op.x, op.normalized, op.gamma, None, op.eps if op.eps is not None else 0.0))
             new.meta |= {k: v for k, v in node.meta.items() if k == "origin"}
-            refused.append(Site(RULE, graph.path(node), why))
-        graph.clean()
-        return PassReport(self.name, refused=tuple(refused), seconds=perf_counter() - start)
+            work.refuse(RULE, node, Refuse(why))
 
 
 def _why(graph: Graph, node: fx.Node) -> str | None:

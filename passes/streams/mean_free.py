@@ -9,19 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from time import perf_counter
 
 from torch import fx
 
 from normfuse.ir.constants import Constant
 from normfuse.ir.decode import pieces
 from normfuse.ir.graph import Graph, Modules, Refuse
+from normfuse.ir.passes import Pass, Rewriting
 from normfuse.ir.views import (
     Add,
     Affine,
     Cat,
-    Conv,
-    ConvTranspose,
     Identity,
     LayerNorm,
     Mean,
@@ -35,7 +33,7 @@ from normfuse.ir.views import (
 )  # fmt: skip
 from normfuse.passes.affine.broadcast import PASS_INPUTS, UNKNOWN, axes, is_zero
 from normfuse.passes.streams.streams import Place, centered, centered_writer, named, operands
-from normfuse.reports.model import PassReport, Site
+from normfuse.reports.model import Site
 
 __all__ = ["MeanFree", "Stream", "streams_of"]
 
@@ -84,31 +82,29 @@ class Stream:
         return reader in self.norms or value in self.carried.get(reader, ())
 
 
-class MeanFree:
+class MeanFree(Pass):
     """LN(x) = RMSNorm(P x): the mean is removed once, in the weights that write the stream, not in every norm."""
 
     name = "mean_free"
 
-    def __call__(self, graph: Graph) -> PassReport:
-        start = perf_counter()
-        applied: list[Site] = []
-        refused: list[Site] = []
+    def rewrite(self, work: Rewriting) -> None:
+        graph = work.graph
         norms = [n for n in graph if isinstance(graph.view(n, 1), LayerNorm)]
-        for stream in streams_of(graph, norms, refused):
+        for stream in streams_of(graph, norms, work.refused):
             try:
                 _worthwhile(graph, stream)
                 if graph.tree is not None:
                     _fits_modules(graph, graph.tree, stream)
             except Refuse as refusal:
-                refused += [graph.site(RULE, n, refusal) for n in stream.norms]
+                for norm in stream.norms:
+                    work.refuse(RULE, norm, refusal)
                 continue
-            if graph.permit(RULE, graph.path(stream.norms[0])):
-                applied += [graph.site(RULE, n, note=_note(graph, stream)) for n in stream.norms]
+            if work.permits(RULE, stream.norms[0]):
+                for norm in stream.norms:
+                    work.done(RULE, norm, _note(graph, stream))
                 _center(graph, stream)
-        graph.clean()
         order = {graph.path(n): i for i, n in enumerate(norms)}
-        refused.sort(key=lambda site: order.get(site.path, 0))
-        return PassReport(self.name, tuple(applied), tuple(refused), seconds=perf_counter() - start)
+        work.refused.sort(key=lambda site: order.get(site.path, 0))
 
 
 # -- discovery ---------------------------------------------------------------------------------------------------------
@@ -251,10 +247,9 @@ def _explicit(graph: Graph, found: Streams, node: fx.Node) -> str | None:
     if isinstance(op, (Reshape, Cat)):
         return f"{named(graph, node)} joins features that have means of their own"
     writer = centered_writer(graph, op, found.axis[node])
-    if writer is None and isinstance(op, (Conv, ConvTranspose)) and op.groups > 1:
-        return (
-            f"{named(graph, node)} has {op.groups} groups: no weight of it sees all features, so that none could remove their mean"
-        )
+    if writer is None and op.weight is not None and op.weight.groups > 1:
+        groups = op.weight.groups
+        return f"{named(graph, node)} has {groups} groups: no weight of it sees all features, so that none could remove their mean"
     if writer is None:
         return f"{named(graph, node)} has no weights that could be centered"
     shared = [c for c in vars(op).values() if isinstance(c, Constant) and graph.shared(c)]

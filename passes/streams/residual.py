@@ -17,7 +17,8 @@ from torch import Tensor, fx
 from normfuse.ir.constants import Constant
 from normfuse.ir.fakes import on_fakes
 from normfuse.ir.graph import Graph, Refuse
-from normfuse.ir.views import Add, Addmm, Affine, Conv, ConvTranspose, LayerNorm, Linear, MatMul, Mean, RmsNorm, Sub, Value, affine
+from normfuse.ir.views import Add, Affine, LayerNorm, Mean, RmsNorm, Sub, Value, affine
+from normfuse.ir.weights import Weight
 from normfuse.passes.affine.broadcast import PASS_INPUTS, UNKNOWN, axes, is_zero
 from normfuse.passes.streams.streams import Place, named, operands, width, writes
 
@@ -132,16 +133,8 @@ def gain(graph: Graph, norm: fx.Node) -> Gain:
 def reads(op: Value, node: fx.Node, axis: int) -> tuple[str, int] | None:
     """The weight that an operator multiplies the features of `node` with: its field and the dimension of those features."""
     match op:
-        case Linear(x=x) if axis == -1 and x.node is node:
-            return "W", 1
-        case Addmm(x=x) if axis == -1 and x.node is node:
-            return "W", 0
-        case MatMul(Value(node=n), Constant() as W) if axis == -1 and n is node and W.ndim == 2:
-            return "y", 0
-        case Conv(x=x, W=W, groups=1) if axis == 1 - W.ndim and x.node is node:
-            return "W", 1
-        case ConvTranspose(x=x, W=W, groups=1) if axis == 1 - W.ndim and x.node is node:
-            return "W", 0
+        case Value(weight=Weight(into=int(into), groups=1) as w, x=Value(node=n)) if axis == w.axis and n is node:  # type: ignore[misc]
+            return w.field, into
         case _:
             return None
 

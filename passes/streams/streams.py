@@ -13,20 +13,16 @@ from torch import Tensor, fx
 
 from normfuse.ir.constants import Constant
 from normfuse.ir.graph import Graph, Refuse
+from normfuse.ir.operators import is_cast
 from normfuse.ir.views import (
     Add,
-    Addmm,
     Affine,
     AvgPool,
     Cat,
-    Conv,
-    ConvTranspose,
     Div,
-    Embedding,
     GlobalAvgPool,
     Identity,
     LayerNorm,
-    Linear,
     MatMul,
     Mean,
     Movement,
@@ -48,8 +44,6 @@ from normfuse.passes.affine.broadcast import axes, channelwise, moved
 __all__ = ["centered_writer", "named", "operands", "width", "writes"]
 
 aten = torch.ops.aten
-
-_CASTS = {aten.to.dtype, aten._to_copy.default}
 
 Place = tuple[fx.Node, int]
 
@@ -79,7 +73,7 @@ def operands(graph: Graph, node: fx.Node, axis: int) -> list[Place] | None:
     d = width(node, axis)
     if d is None or node.op != "call_function":
         return None
-    if node.target in _CASTS and isinstance(node.args[0], fx.Node) and width(node.args[0], axis) == d:
+    if is_cast(node) and isinstance(node.args[0], fx.Node) and width(node.args[0], axis) == d:
         return [(node.args[0], axis)]
     found: list[tuple[Value | Constant | float, int]]
     match graph.view(node, 2):
@@ -139,21 +133,10 @@ def writes(op: Value, axis: int) -> dict[str, int] | None:
 
     None for an operator that has no weights of its own there: D (W x + b) = (D W) x + D b needs them for any linear D.
     """
-    match op:
-        case Linear(b=b) if axis == -1:
-            return {"W": 0} if b is None else {"W": 0, "b": 0}
-        case Addmm(b=b) if axis == -1:
-            return {"W": 1, "b": b.ndim - 1}
-        case MatMul(Value(), Constant() as W) if axis == -1 and W.ndim == 2:
-            return {"y": 1}
-        case Conv(W=W, b=b, groups=1) if axis == 1 - W.ndim:
-            return {"W": 0} if b is None else {"W": 0, "b": 0}
-        case ConvTranspose(W=W, b=b, groups=1) if axis == 1 - W.ndim:
-            return {"W": 1} if b is None else {"W": 1, "b": 0}
-        case Embedding() if axis == -1:
-            return {"W": 1}
-        case _:
-            return None
+    w = op.weight
+    if w is None or axis != w.axis or w.groups > 1:
+        return None
+    return {w.field: w.out} | ({w.bias_field: 0} if w.bias is not None else {})
 
 
 def centered(c: Constant, dim: int) -> Constant:

@@ -33,9 +33,12 @@ SOURCES: dict[str, tuple[str, ...]] = {
     "normfuse/capture/capture.py": ("test_capture*.py", "test_api.py"),
     **{
         f"normfuse/{name}.py": ("test_fold.py",)
-        for name in ("folding/fold", "ir/module_tree", "folding/saved_norms", "folding/written_back")
+        for name in ("folding/fold", "folding/likeness", "ir/module_tree", "folding/saved_norms", "folding/written_back")
     },
     "normfuse/ir/guards.py": ("test_guards.py",),
+    "normfuse/ir/operators.py": ("test_rank.py", "passes/test_guards_select.py", "passes/test_select.py"),
+    "normfuse/ir/passes.py": ("test_pass.py", "test_prove.py"),
+    "normfuse/ir/weights.py": _ALGEBRA,
     "normfuse/capture/writes.py": ("test_writes.py",),
     **{f"normfuse/pt2/{name}.py": _FILES for name in ("archive", "expressions", "operators", "payloads", "schema", "trees")},
 }

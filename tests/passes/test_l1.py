@@ -9,6 +9,7 @@ from torch import nn
 import normfuse
 from normfuse.capture.capture import capture, flat_inputs
 from normfuse.ir.graph import Graph
+from normfuse.ir.passes import Run
 from normfuse.passes.l1 import L1
 from tests.zoo import randomise_norms
 
@@ -151,8 +152,8 @@ def test_without_data_it_refuses():
     assert not report.applied
     assert report.refused[0].note == "needs calibration data"
     assert report.refused[0].remedy == "pass example_inputs or calibration="
-    graph.samples = [flat_inputs(captured.gm, captured.args, captured.kwargs or {})]
-    assert len(L1()(graph).applied) == 1
+    run = Run([flat_inputs(captured.gm, captured.args, captured.kwargs or {})])
+    assert len(L1()(graph, run).applied) == 1
 
 
 def test_a_model_without_inputs_refuses():
@@ -167,8 +168,7 @@ def test_a_model_without_inputs_refuses():
 def test_data_that_say_nothing_are_refused(value):
     captured = capture(nn.LayerNorm(8).eval(), (torch.randn(2, 8),))
     graph = Graph.of(captured.gm)
-    graph.samples = [[torch.full((2, 8), value)]]
-    (site,) = L1()(graph).refused
+    (site,) = L1()(graph, Run([[torch.full((2, 8), value)]])).refused
     assert "does not vary, or is not finite" in site.note
 
 

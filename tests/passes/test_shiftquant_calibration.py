@@ -82,6 +82,7 @@ def test_migration_is_exact_in_float():
     """A ReLU lets the powers of two through, so that a layer can take them into its rows; with all layers kept it would show."""
     from normfuse.capture.capture import capture
     from normfuse.ir.graph import Graph
+    from normfuse.ir.passes import Rewriting, Run
     from normfuse.numerics.evaluate import evaluate
     from normfuse.passes.quantize.migration import migrate
     from normfuse.passes.quantize.sites import find_layers
@@ -93,9 +94,9 @@ def test_migration_is_exact_in_float():
         model.up.weight[5] *= 40
         model.up.bias[5] *= 40
     graph = Graph.of(capture(model, (x,)).gm)
-    graph.samples = [[x]]
+    work = Rewriting(graph, Run([[x]]))
     layers, _ = find_layers(graph, ShiftQuant(weight_bits=8, activation_bits=4))
-    _, sites = migrate(graph, layers, collect(graph, layers, False))
+    _, sites = migrate(work, layers, collect(graph, work.run.samples, layers, False))
     assert [s.path for s in sites] == ["norm", "act"]
     (found,) = evaluate(graph, [x], exact=True)
     torch.testing.assert_close(found, model.double()(x.double()), rtol=1e-12, atol=1e-12)

@@ -46,12 +46,10 @@ class Transposed(nn.Module):
 
 
 def captured(model, *batches):
-    """The graph of a model that nothing is rewritten in, its layers with their integers, and the batches."""
+    """The graph of a model that nothing is rewritten in."""
     torch.manual_seed(1)
     gm = normfuse.optimize(model.eval(), (batches[0],), passes=[])
-    graph = Graph.of(gm)
-    graph.samples = [[b] for b in batches]
-    return graph
+    return Graph.of(gm)
 
 
 def coded(graph, spec):
@@ -70,9 +68,9 @@ def coded(graph, spec):
 def net(spec, *, batches=3):
     torch.manual_seed(0)
     model = Net()
-    data = [torch.randn(16, 4, 6, 6) for _ in range(batches)]
-    graph = captured(model, *data)
-    return graph, coded(graph, spec), data
+    samples = [[torch.randn(16, 4, 6, 6)] for _ in range(batches)]
+    graph = captured(model, *(b for (b,) in samples))
+    return graph, coded(graph, spec), samples
 
 
 def error(found, wanted):
@@ -85,12 +83,12 @@ def error(found, wanted):
 )
 def test_the_outputs_come_nearer_also_on_other_data(bits, factor):
     spec = ShiftQuant(weight_bits=4, **bits)
-    graph, weights, _ = net(spec)
+    graph, weights, samples = net(spec)
     torch.manual_seed(9)
     other = torch.randn(16, 4, 6, 6)
     expected = evaluate(graph, [other], exact=False)[0]
     before = error(simulate(graph, [other], spec, weights)[0], expected)
-    found = finetune(graph, graph.samples, spec, weights=weights, steps=60, rate=4e-3)
+    found = finetune(graph, samples, spec, weights=weights, steps=60, rate=4e-3)
     after = error(simulate(graph, [other], spec, found.weights)[0], expected)
     assert after < factor * before
     assert len(found.losses) == 60
@@ -99,8 +97,8 @@ def test_the_outputs_come_nearer_also_on_other_data(bits, factor):
 
 def test_the_returned_integers_are_the_values_in_the_graph():
     spec = ShiftQuant(weight_bits=3)
-    graph, weights, _ = net(spec)
-    found = finetune(graph, graph.samples, spec, weights=weights, steps=3)
+    graph, weights, samples = net(spec)
+    found = finetune(graph, samples, spec, weights=weights, steps=3)
     assert set(found.weights) == set(weights)
     for node, quantized in found.weights.items():
         view = graph.view(node)
@@ -136,9 +134,9 @@ def test_convolutions_are_quantized_by_image():
 
 def test_static_scales_are_trained_too():
     spec = ShiftQuant(weight_bits=8, activation_bits=4, activations="static")
-    graph, weights, _ = net(spec)
+    graph, weights, samples = net(spec)
     scales = {node: torch.tensor(0.5) for node in weights}  # too coarse for most
-    found = finetune(graph, graph.samples, spec, weights=weights, input_scales=scales, steps=60, rate=1e-2)
+    found = finetune(graph, samples, spec, weights=weights, input_scales=scales, steps=60, rate=1e-2)
     assert set(found.input_scales) == set(weights)
     assert any(abs(float(s) - 0.5) > 0.02 for s in found.input_scales.values())
     assert min(found.losses[-5:]) < 0.8 * found.losses[0]
@@ -151,7 +149,7 @@ def test_transposed_weights_and_products_with_a_constant():
     spec = ShiftQuant(weight_bits=3)
     weights = coded(graph, spec)
     assert sorted(str(n.target).split(".")[1] for n in weights) == ["addmm", "conv1d", "matmul"]
-    found = finetune(graph, graph.samples, spec, weights=weights, steps=40, rate=1e-2)
+    found = finetune(graph, [[data]], spec, weights=weights, steps=40, rate=1e-2)
     assert found.after < 0.8 * found.before
     for node, quantized in found.weights.items():
         assert all(a.codes.shape == b.codes.shape for a, b in zip(quantized, weights[node], strict=True))
@@ -172,9 +170,9 @@ def test_codes_that_are_not_the_nearest_are_kept_at_the_start():
 
 def test_steps_that_make_it_worse_are_not_kept():
     spec = ShiftQuant(weight_bits=8)
-    graph, weights, _ = net(spec, batches=1)
+    graph, weights, samples = net(spec, batches=1)
     biases = [c.native.clone() for c in graph.constants.values() if c.ndim == 1]
-    found = finetune(graph, graph.samples, spec, weights=weights, steps=2, rate=10.0)
+    found = finetune(graph, samples, spec, weights=weights, steps=2, rate=10.0)
     assert found.after == found.before < found.losses[1]
     for node, quantized in found.weights.items():
         assert all(torch.equal(a.codes, b.codes) for a, b in zip(quantized, weights[node], strict=True))
@@ -184,9 +182,9 @@ def test_steps_that_make_it_worse_are_not_kept():
 def test_it_follows_the_seed_and_leaves_the_global_generator_alone():
     def run(seed):
         spec = ShiftQuant(weight_bits=3, seed=seed)
-        graph, weights, _ = net(spec)
+        graph, weights, samples = net(spec)
         state = torch.random.get_rng_state()
-        found = finetune(graph, graph.samples, spec, weights=weights, steps=5)
+        found = finetune(graph, samples, spec, weights=weights, steps=5)
         assert torch.equal(torch.random.get_rng_state(), state)
         return found.losses
 
@@ -196,32 +194,32 @@ def test_it_follows_the_seed_and_leaves_the_global_generator_alone():
 
 def test_progress_is_told_after_each_step():
     spec = ShiftQuant(weight_bits=4)
-    graph, weights, _ = net(spec)
+    graph, weights, samples = net(spec)
     told = []
-    found = finetune(graph, graph.samples, spec, weights=weights, steps=3, progress=lambda step, loss: told.append((step, loss)))
+    found = finetune(graph, samples, spec, weights=weights, steps=3, progress=lambda step, loss: told.append((step, loss)))
     assert told == list(enumerate(found.losses, 1))
 
 
 def test_a_loss_that_is_no_number_stops_and_leaves_the_graph_alone():
     spec = ShiftQuant(weight_bits=4)
-    graph, weights, data = net(spec)
+    graph, weights, samples = net(spec)
     before = dict(graph.constants)
-    data[1][0, 0, 0, 0] = float("nan")
+    samples[1][0][0, 0, 0, 0] = float("nan")
     with pytest.raises(NormfuseError, match=r"loss is nan at step \d of 10; lower the rate"):
-        finetune(graph, [[d] for d in data], spec, weights=weights, steps=10)
+        finetune(graph, samples, spec, weights=weights, steps=10)
     assert graph.constants == before
 
 
 def test_refusals():
     spec = ShiftQuant()
-    graph, weights, _ = net(spec)
+    graph, weights, samples = net(spec)
     with pytest.raises(UsageError, match="there is no batch"):
         finetune(graph, [], spec, weights=weights, steps=1)
     relu = next(n for n in graph if "relu" in str(n.target))
     with pytest.raises(UsageError, match="no linear layer or convolution with a constant weight"):
-        finetune(graph, graph.samples, spec, weights={relu: next(iter(weights.values()))}, steps=1)
+        finetune(graph, samples, spec, weights={relu: next(iter(weights.values()))}, steps=1)
     half = captured(nn.Linear(4, 4).half(), torch.randn(2, 4).half())
     node = next(n for n in half if "linear" in str(n.target))
     weight = quantize_weight(half.view(node).W.value, spec)
     with pytest.raises(UsageError, match="float16; fine-tuning needs float32"):
-        finetune(half, half.samples, spec, weights={node: (weight,)}, steps=1)
+        finetune(half, [[torch.randn(2, 4).half()]], spec, weights={node: (weight,)}, steps=1)
