@@ -16,9 +16,9 @@ from normfuse.ir.graph import Graph, Refuse
 from normfuse.ir.passes import Samples
 from normfuse.passes.quantize.coded import Coded
 from normfuse.passes.quantize.evaluation import Outputs
+from normfuse.passes.quantize.layers.layer import Layer
 from normfuse.passes.quantize.measure import sqnr
 from normfuse.passes.quantize.probe import progress
-from normfuse.passes.quantize.sites import Layer
 from normfuse.quant.spec import ShiftQuant
 
 __all__ = ["Choice", "choose"]

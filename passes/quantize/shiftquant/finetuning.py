@@ -12,9 +12,10 @@ from normfuse.ir.graph import Graph
 from normfuse.ir.passes import Samples
 from normfuse.passes.quantize.coded import Coded
 from normfuse.passes.quantize.evaluation import Outputs
+from normfuse.passes.quantize.layers.find import reread
 from normfuse.passes.quantize.probe import progress
 from normfuse.passes.quantize.ranks import several_ranks
-from normfuse.passes.quantize.sites import reread
+from normfuse.passes.quantize.shiftquant.coded import Integers
 from normfuse.quant.finetune import Finetuned, finetune
 from normfuse.quant.packing import pack_groups
 from normfuse.quant.spec import ShiftQuant
@@ -47,7 +48,7 @@ def finetuned(
     """
     if several_ranks():
         raise UsageError("finetune_steps= trains in one process; under torch.distributed quantize on one rank and share the result")
-    chosen = [c for c in coded if c.layer.kind != "embedding"]
+    chosen = [c for c in coded if isinstance(c, Integers)]
     before, reached = _held(graph), outputs.sqnr(coded)
     with progress("fine-tune", spec.finetune_steps) as advance:
         trained = finetune(
@@ -58,7 +59,7 @@ def finetuned(
             input_scales={c.layer.node: c.input_scale for c in chosen if c.input_scale is not None},
             progress=lambda step, loss: advance(),
         )
-    found = [_recoded(graph, c, trained) if c.layer.node in trained.weights else c for c in coded]
+    found = [_recoded(graph, c, trained) if isinstance(c, Integers) and c.layer.node in trained.weights else c for c in coded]
     now = outputs.sqnr(found)
     said = f"{spec.finetune_steps} steps: SQNR of the outputs {reached:.1f} -> {now:.1f} dB"
     if now > reached:
@@ -67,14 +68,13 @@ def finetuned(
     return None, Site(RULE, "outputs", f"{said}, not taken", remedy="more steps, or more calibration data")
 
 
-def _recoded(graph: Graph, coded: Coded, trained: Finetuned) -> Coded:
+def _recoded(graph: Graph, coded: Integers, trained: Finetuned) -> Integers:
     """The layer with its trained integers, and the bias that the graph has now."""
     layer = reread(graph, coded.layer)
     weights = trained.weights[coded.layer.node]
     bias = None if layer.bias is None else layer.bias.value.float()
     static = trained.input_scales.get(layer.node, coded.input_scale)
-    codes, exponents, scale = pack_groups(weights, layer.taps)
-    return Coded(layer, coded.bits, weights, codes, exponents, scale, bias, static)
+    return Integers(layer, coded.bits, bias, static, weights, *pack_groups(weights, layer.taps))
 
 
 def _held(graph: Graph) -> Held:
