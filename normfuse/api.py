@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import importlib
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -27,7 +28,8 @@ from normfuse.pipeline.origin import origin_of
 from normfuse.pipeline.partial import whole_or_parts
 from normfuse.proof.prove import Proof, run
 from normfuse.proof.returned import settle
-from normfuse.quant.spec import ShiftQuant, static_layers
+from normfuse.quant.scheme import Scheme
+from normfuse.quant.spec import ShiftQuant
 from normfuse.reports.model import Calibration, PassReport
 from normfuse.reports.record import Record
 from normfuse.reports.record import report as report_of
@@ -62,9 +64,8 @@ def optimize(
 
     Args:
         model: an `nn.Module`, an `fx.GraphModule` or an `ExportedProgram`; it is not changed.
-        example_inputs: a tuple of positional inputs or a dictionary of keyword inputs. Without them, inputs that the
-            model declares are used (timm, Hugging Face, torchvision), else the model is traced without shapes; rules
-            that need a shape then refuse.
+        example_inputs: a tuple of positional inputs or a dictionary of keyword inputs. Without them, inputs that the model declares
+            are used (timm, Hugging Face, torchvision), else the model is traced without shapes; rules that need one then refuse.
         dynamic_shapes: as in `torch.export.export`; without it all sizes are those of the example.
         passes: names of passes (`normfuse.passes.PASSES`) or pass objects; None for the default pipeline, whose passes the
             name "default" stands for, as in `["default", "compress"]`; `depth_scale` finds its place among them itself.
@@ -87,15 +88,15 @@ def optimize(
         CaptureError: the model could not be traced.
         UsageError: an argument is wrong, or `quantize` has quantized no layer at all; the message says why.
     """
-    options: dict[str, Any] = {"passes": passes, "quantize": quantize, "verify": verify}
-    options["allow_random_calibration"] = allow_random_calibration
-    if partial:
-        made = whole_or_parts(_optimize, model, example_inputs, dynamic_shapes, calibration, options)
-    else:
-        made = _optimize(model, example_inputs, dynamic_shapes=dynamic_shapes, calibration=calibration, **options)
+    options = {"passes": passes, "quantize": quantize, "verify": verify, "allow_random_calibration": allow_random_calibration}
+    made = (whole_or_parts if partial else _whole)(_optimize, model, example_inputs, dynamic_shapes, calibration, options)
     if quantize is not None:
         check_quantized(report_of(made))
     return made  # type: ignore[no-any-return]
+
+
+def _whole(optimize: Any, model: Any, example_inputs: Any, dynamic_shapes: Any, calibration: Any, options: dict[str, Any]) -> Any:
+    return optimize(model, example_inputs, dynamic_shapes=dynamic_shapes, calibration=calibration, **options)
 
 
 def _optimize(
@@ -106,9 +107,10 @@ def _optimize(
     pipeline = [*_pipeline(passes), *_quantization(quantize)]
     if verify not in VERIFY:
         raise UsageError(f"verify={verify!r}: expected one of {', '.join(map(repr, VERIFY))}")
-    if isinstance(quantize, ShiftQuant) and static_layers(quantize) and calibration is None and not allow_random_calibration:
+    needs = quantize.needs_data if isinstance(quantize, Scheme) else ""
+    if needs and calibration is None and not allow_random_calibration:
         raise UsageError(
-            "activations='static' takes its scales from data, and there is none: pass calibration=[batch, ...] "
+            f"{needs} takes its scales from data, and there is none: pass calibration=[batch, ...] "
             "(calibration=[example_inputs] where those are real), or allow_random_calibration=True to try it out"
         )
     with undisturbed():
@@ -192,12 +194,11 @@ def _quantization(spec: Any) -> list[Pass]:
     """The pass that quantizes; it comes last, on folded norms."""
     if spec is None:
         return []
-    if not isinstance(spec, ShiftQuant):
+    if not isinstance(spec, Scheme):
         given = "ShiftQuant without ()" if spec is ShiftQuant else repr(spec)
         raise UsageError(f"quantize={given}: expected a normfuse.ShiftQuant, e.g. ShiftQuant(weight_bits=4, activation_bits=8)")
-    from normfuse.passes.quantize.shiftquant import ShiftQuantize  # its operators load the native kernels
-
-    return [ShiftQuantize(spec)]
+    module, name = spec.rewritten_by
+    return [getattr(importlib.import_module(module), name)(spec)]
 
 
 def _on_all_ranks(read: Callable[[], T], together: bool) -> T:

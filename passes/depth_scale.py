@@ -20,10 +20,11 @@ from torch import Tensor, fx
 from normfuse.errors import UsageError
 from normfuse.ir.constants import Constant
 from normfuse.ir.graph import Graph, Refuse
+from normfuse.ir.operators import is_cast
 from normfuse.ir.passes import Change, Pass, Rewriting
 from normfuse.ir.views import Add, Affine, Div, LayerNorm, Mul, RmsNorm, Value
 from normfuse.passes.affine.broadcast import axes
-from normfuse.passes.streams.pre_norms import CASTS, blocks, norms, stacks, steps
+from normfuse.passes.streams.pre_norms import blocks, norms, stacks, steps
 from normfuse.reports.model import Site
 
 __all__ = ["DepthScale"]
@@ -134,7 +135,7 @@ def _shifts(graph: Graph, node: fx.Node, of_norm: bool) -> bool | None:
         case Affine(_, s, t) if of_norm or axes(s, t):
             return of_norm or bool(axes(t))
         case _:
-            return False if node.target in CASTS else None
+            return False if is_cast(node) else None
 
 
 def _carries_already(graph: Graph, node: fx.Node, factor: float) -> bool:

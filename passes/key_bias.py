@@ -16,6 +16,7 @@ from torch import fx
 
 from normfuse.ir.constants import Constant
 from normfuse.ir.graph import Graph, Refuse
+from normfuse.ir.operators import is_cast
 from normfuse.ir.passes import Change, Pass
 from normfuse.ir.views import (
     Add,
@@ -173,7 +174,7 @@ def _softmax_hides(graph: Graph, scores: fx.Node) -> Refuse | None:
                     work.append(reader)
                 case Reshape() | Permute() | Movement() if operands(graph, reader, -1) == [(at, -1)]:
                     work.append(reader)
-                case _ if _filled(graph, reader, at) or reader.target in (aten.to.dtype, aten._to_copy.default):
+                case _ if _filled(graph, reader, at) or is_cast(reader):
                     work.append(reader)
                 case _:
                     return Refuse(f"{named(graph, reader)} reads the scores and is no softmax over the keys", blocker=reader)

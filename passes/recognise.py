@@ -19,12 +19,12 @@ from torch import Tensor, fx
 
 from normfuse.ir.constants import Constant
 from normfuse.ir.graph import Graph, Refuse
+from normfuse.ir.operators import is_cast
 from normfuse.ir.passes import Change, Pass, under
 from normfuse.ir.views import Add, GroupNorm, LayerNorm, Mul, Permute, RmsNorm, Value
 from normfuse.passes.affine.broadcast import PASS_INPUTS, UNKNOWN, axes, per_channel
 from normfuse.passes.patterns.activations import RULE, Activation, activation_of
 from normfuse.passes.patterns.cores import RMS_NORM, Core, Gain, allowed, core_of, is_mean, shape_of_core, sizes_of
-from normfuse.passes.patterns.moments import is_cast
 from normfuse.passes.patterns.regroup import regrouped
 
 __all__ = ["Recognise"]

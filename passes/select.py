@@ -15,6 +15,7 @@ from torch import fx
 
 from normfuse.ir.constants import Constant
 from normfuse.ir.graph import Graph
+from normfuse.ir.operators import ELEMENTWISE, name
 from normfuse.ir.passes import Pass, Rewriting
 from normfuse.ir.views import Add, Div, LayerNorm, Linear, Mul, Op, RmsNorm, Sub, Value
 from normfuse.passes.affine.slices import slice_of_concatenation
@@ -24,21 +25,6 @@ __all__ = ["Select"]
 RULE = "selection_before_function"
 
 aten = torch.ops.aten
-
-_ELEMENTWISE = {
-    aten.gelu.default,
-    aten.relu.default,
-    aten.silu.default,
-    aten.sigmoid.default,
-    aten.tanh.default,
-    aten.hardswish.default,
-    aten.elu.default,
-    aten.leaky_relu.default,
-    aten.neg.default,
-    aten.abs.default,
-    aten.exp.default,
-    aten.square.default,
-}
 
 
 class Select(Pass):
@@ -107,7 +93,7 @@ def _alike(op: Value, node: fx.Node, axis: int) -> dict[str, Value | Constant | 
             return {"x": x}
         case Add(x, y) | Sub(x, y) | Mul(x, y) | Div(x, y):
             return {"x": x, "y": y}
-        case _ if node.target in _ELEMENTWISE and isinstance(node.args[0], fx.Node):
+        case _ if name(node.target) in ELEMENTWISE and isinstance(node.args[0], fx.Node):
             return {"x": Value(node=node.args[0])}
         case _:
             return None

@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from normfuse.ir.fakes import on_fakes
+from normfuse.ir.operators import CASTS
 
 __all__ = ["state_casts"]
 
@@ -71,7 +72,7 @@ def _casts(node: fx.Node, device: str, dtype: torch.dtype | None) -> dict[fx.Nod
     with on_fakes(mode), _Casts() as seen, torch.autocast(device, dtype=dtype):
         expected = _run(node, values)
     casts = {n: seen.made[id(n.meta["val"])] for n in inputs if id(n.meta["val"]) in seen.made}
-    if node.target in (aten.to.dtype, aten._to_copy.default, aten.to.dtype_layout, aten.to.device, aten.type_as.default):
+    if node.target in CASTS:
         return {}  # a cast of the model's own
     with on_fakes(mode), torch.autocast(device, enabled=False):
         found = _run(node, values | {n: n.meta["val"].to(to) for n, to in casts.items()})

@@ -167,9 +167,7 @@ class Pipeline:
 
     def _check_data(self, loaded: Source) -> None:
         """Static scales stay in the file for good: example inputs of which nothing is known are no data to take them from."""
-        from normfuse.quant.spec import static_layers
-
-        if self.quantize is None or self.random_calibration or not static_layers(self.quantize):
+        if self.quantize is None or self.random_calibration or not self.quantize.needs_data:
             return
         if loaded.data in ("random data", "the example inputs"):
             raise UsageError(

@@ -4,29 +4,25 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from normfuse.api import VERIFY
 from normfuse.capture.capture import as_given, calls_of, capture, flat_inputs, usable
-from normfuse.described import dtype_name, first_line
 from normfuse.errors import NormfuseError, RewriteError, UsageError
+from normfuse.folding.likeness import Likeness, Verdict
 from normfuse.folding.shared_modules import called_often
 from normfuse.folding.written_back import WrittenBack, write_back
-from normfuse.given.flags import flagged, not_given
+from normfuse.given.flags import not_given
 from normfuse.given.model_kinds import check_kind, unwrapped
-from normfuse.given.original import Call, Original, Run, with_own_weights
-from normfuse.given.sizes import variations
+from normfuse.given.original import Call, with_own_weights
 from normfuse.ir import passes
-from normfuse.ir.graph import Graph, identity_of
+from normfuse.ir.graph import Graph
 from normfuse.ir.module_tree import ModuleTree
-from normfuse.ir.wording import operator_name
-from normfuse.numerics.evaluate import distance
 from normfuse.passes import PASSES
 from normfuse.passes.affine import affine, beside
 from normfuse.passes.affine.beside import Beside
@@ -36,7 +32,7 @@ from normfuse.passes.streams.keep_layer_norm import KeepLayerNorm
 from normfuse.pipeline.figures import last_word, norm_counts, operators, paired, tensor_sizes
 from normfuse.pipeline.origin import origin_of
 from normfuse.proof.prove import Proof, run
-from normfuse.reports.model import Error, PassReport, Site
+from normfuse.reports.model import PassReport, Site
 from normfuse.reports.record import Record, record
 from normfuse.reports.report import Report
 from normfuse.surroundings import undisturbed
@@ -52,7 +48,6 @@ _RULES = (affine.UP, affine.DOWN, beside.RULE, mean_free.RULE)  # each of their 
 _TOLD = ("expose", "affine", Beside.name, "mean_free", KeepLayerNorm.name)  # of the others nothing is written back
 _ATTEMPTS = 8  # sites taken back one by one before all are
 
-_SUMS = ("add", "sub", "mul", "div", "truediv", "pow")
 _NAMED = 6  # arguments that a note names
 
 _BETWEEN = (
@@ -120,16 +115,6 @@ class _Attempt:
     sites: list[Site_]
 
 
-@dataclass(frozen=True)
-class _Verdict:
-    """Is the copy the model? `graph`: captured from it, with exact values; `fault`: why it is not; empty when it is."""
-
-    fault: str = ""
-    exact: Error | None = None
-    drift: Error | None = None
-    graph: Graph | None = None
-
-
 class _Folding:
     """A model, captured once, and everything that is tried with it."""
 
@@ -152,6 +137,7 @@ class _Folding:
         if self.captured.has_inputs:
             inputs = flat_inputs(self.captured.gm, self.call.args, self.call.kwargs)
             self.proof = Proof(self.original, inputs, self.given, calls_of(self.captured.gm), known_values)
+        self.like = Likeness(self.model, self.given, self.original, self.call, self.asked, self.proof, proven)
         self.left: dict[Site_, Site] = {}
         self.undone: dict[Site_, Site] = {}
 
@@ -201,12 +187,12 @@ class _Folding:
 
     # -- what is kept --------------------------------------------------------------------------------------------------
 
-    def _settled(self) -> tuple[_Attempt, _Verdict]:
+    def _settled(self) -> tuple[_Attempt, Verdict]:
         """The copy with every site that stands the proof; where two of one class do not, none of that class is tried again."""
         seen: set[tuple[str, type]] = set()
         for _ in range(_ATTEMPTS):
             attempt = self._attempt()
-            verdict = self._judged(attempt)
+            verdict = self.like.judge(attempt.back, attempt.graph)
             if not verdict.fault:
                 return attempt, verdict
             site = self._guilty(attempt, verdict.fault)
@@ -218,7 +204,7 @@ class _Folding:
         for s in attempt.sites:
             self.undone.setdefault(s, Site(*s, f"all was taken back: {verdict.fault}"))
         attempt = self._attempt()
-        verdict = self._judged(attempt)
+        verdict = self.like.judge(attempt.back, attempt.graph)
         if verdict.fault:
             raise RewriteError(f"without any rewrite the copy is not the model: {verdict.fault}")
         return attempt, verdict
@@ -252,99 +238,15 @@ class _Folding:
         low, high = 0, len(sites)
         while low + 1 < high:
             middle = (low + high) // 2
-            verdict = self._judged(self._attempt(sites[middle:]))
+            less = self._attempt(sites[middle:])
+            verdict = self.like.judge(less.back, less.graph)
             low, high, fault = (low, middle, verdict.fault) if verdict.fault else (middle, high, fault)
         rule, path = sites[high - 1] if sites else ("", "")
         return Site(rule, path, f"{fault}; taken back")
 
-    # -- proof ---------------------------------------------------------------------------------------------------------
-
-    def _judged(self, attempt: _Attempt) -> _Verdict:
-        if self.proof is None:
-            return _Verdict(self._unlike_as_traced(attempt))
-        if not self.proven:
-            return _Verdict(self._once(attempt.back.model))
-        if not (attempt.back.values or attempt.back.became):
-            same = self.proof.judge(self.original)
-            return _Verdict("", same.exact, same.drift, self.original)
-        back = attempt.back
-        try:
-            captured = capture(back.model, *self.asked)
-            graph = back.exact(Graph.of(captured.gm))
-        except Exception as e:  # code of the model, its `train` among it, which reads what is gone
-            return _Verdict(f"the folded model cannot be captured: {first_line(e)}")
-        found = self.proof.judge(graph)
-        fault = found.fault or self._other_calls(back.model)
-        return _Verdict(fault, found.exact, found.drift, graph)
-
-    def _other_calls(self, model: nn.Module) -> str:
-        """Why calls of the copy are not those of the model: their structure, their memory, and other sizes that the model takes."""
-        if self.given is None or self.proof is None:
-            return ""
-        folded = Original(model)
-        calls = [self.call, *(Call(*other) for other in variations(self.call.args, self.call.kwargs))]
-        fault = next((fault for call in calls if (fault := self._unlike_at(folded, call))), "")
-        if fault:
-            return fault
-        usual = self.given.native(self.call)
-        for flag, call in flagged(self.model, self.call).items():
-            fault = self._unlike_at(folded, call, usual)
-            if fault:
-                return f"with {flag} {fault}"
-        return ""
-
-    def _unlike_as_traced(self, attempt: _Attempt) -> str:
-        """Why the copy, traced without shapes, cannot be what was written; that it is the model cannot be seen there."""
-        back = attempt.back
-        if not (back.values or back.became):
-            return ""
-        try:
-            graph = Graph.of(capture(back.model, *self.asked).gm)
-        except Exception as e:  # as in `_judged`
-            return f"the folded model cannot be captured: {first_line(e)}"
-        PASSES["cleanup"](graph)
-        if _said(graph) != _said(attempt.graph):
-            return "the code of the model computes something else where its modules are others"
-        names = {identity_of(t): n for n, t in (*back.model.named_parameters(), *back.model.named_buffers())}
-        read = {names.get(identity_of(c.tensor)) for c in graph.constants.values() if c.tensor is not None}
-        unread = next((name for name in back.values if name not in read), "")
-        return f"the code of the model does not read {unread}, which was to change" if unread else ""
-
-    def _once(self, model: nn.Module) -> str:
-        """Why the copy is not the model where it was captured. A model that gives other outputs each time is not asked."""
-        if self.given is None:
-            return ""
-        runs = [self.given.native(self.call, again=again).outputs for again in (False, True)]
-        if len(runs[0]) != len(runs[1]) or any(a.shape != b.shape or distance(a, b) for a, b in zip(*runs, strict=True)):
-            return ""
-        try:
-            copied = Original(model)
-        except Exception as e:
-            return f"the folded model cannot be copied: {first_line(e)}"
-        return self._unlike_at(copied, self.call)
-
-    def _unlike_at(self, folded: Original, call: Call, usual: Run | None = None) -> str:
-        """Why a call of the copy is not that of the model; `usual`: only if the model returns what looks like this."""
-        assert self.given is not None
-        assert self.proof is not None
-        try:
-            expected = self.given.native(call)
-        except Exception as e:  # a model need not take every size
-            log.debug("the model does not take %s: %s", [_shape(v) for v in call.leaves], e)
-            return ""
-        if usual is not None and _unlike(usual, expected):  # values that flow between modules, say
-            return ""
-        sizes = ", ".join(_shape(v) for v in call.leaves if isinstance(v, Tensor))
-        try:
-            found = folded.native(call)
-        except Exception as e:
-            return f"it does not run at {sizes}: {first_line(e)}"
-        why = self.proof.differs(self.given, call, expected.outputs, found.outputs)
-        return f"at {sizes} {why}" if why else _unlike(expected, found)
-
     # -- report --------------------------------------------------------------------------------------------------------
 
-    def _report(self, attempt: _Attempt, verdict: _Verdict, start: float) -> Report:
+    def _report(self, attempt: _Attempt, verdict: Verdict, start: float) -> Report:
         after = verdict.graph or attempt.graph
         notes = self.captured.notes
         silent = ""
@@ -386,15 +288,6 @@ class _Folding:
         return [Site(s.rule, s.path, reason) for s in found if "norm" in s.rule]
 
 
-def _said(graph: Graph) -> Counter[str]:
-    """The operators, with the numbers that the code of a model adds and multiplies by."""
-    return Counter(
-        f"{operator_name(n)} {[a for a in n.args if isinstance(a, (int, float))] if operator_name(n) in _SUMS else ''}"
-        for n in graph
-        if n.op == "call_function"
-    )
-
-
 def _usable(model: nn.Module) -> nn.Module:
     """The model; a copy of one with tensors made under inference mode, which no module outside of it can hold."""
     made = {id(t): usable(t) for t in (*model.parameters(), *model.buffers()) if t.is_inference()}
@@ -411,17 +304,3 @@ def _below(path: str, report: PassReport) -> PassReport:
         report, name=f"{report.name} in {path}", applied=placed(report.applied), refused=placed(report.refused),
         undone=placed(report.undone),
     )  # fmt: skip
-
-
-def _unlike(model: Run, copy: Run) -> str:
-    if model.structure != copy.structure:
-        return f"it returns {copy.structure}, the model {model.structure}"
-    kinds = [[f"{dtype_name(t.dtype)}{list(t.shape)}" for t in r.outputs] for r in (model, copy)]
-    if kinds[0] != kinds[1]:
-        return f"it returns {kinds[1]}, the model {kinds[0]}"
-    shared = [b for a, b in zip(model.origins, copy.origins, strict=True) if b and a != b]
-    return f"an output would be the memory of {shared[0]}" if shared else ""
-
-
-def _shape(value: Any) -> str:
-    return str(list(value.shape)) if isinstance(value, Tensor) else type(value).__name__

@@ -15,68 +15,12 @@ import torch
 from torch import fx
 
 from normfuse.ir.constants import Constant
+from normfuse.ir.operators import EXPANSIONS, MOVEMENTS, PERMUTES, RESHAPES, RESIZES, SPLITS, TAKES
 from normfuse.ir.views import VIEWS, Affine, Identity, Movement, Op, Pad, Permute, Reshape, Resize, Take, Value, affine
 
 __all__ = ["decode", "objection", "pieces"]
 
 aten = torch.ops.aten
-
-RESHAPES = {
-    aten.view.default,
-    aten.reshape.default,
-    aten._unsafe_view.default,
-    aten.flatten.using_ints,
-    aten.unflatten.int,
-    aten.unsqueeze.default,
-    aten.squeeze.default,
-    aten.squeeze.dim,
-    aten.squeeze.dims,
-    aten.view_as.default,
-    aten.reshape_as.default,
-}
-PERMUTES = {
-    aten.permute.default,
-    aten.transpose.int,
-    aten.t.default,
-    aten.movedim.intlist,
-    aten.movedim.int,
-    aten.swapaxes.default,
-    aten.swapdims.default,
-    aten.mT.default,
-    aten.numpy_T.default,
-}
-EXPANSIONS = {aten.expand.default, aten.expand_as.default}
-MOVEMENTS = EXPANSIONS | {
-    aten.slice.Tensor,
-    aten.select.int,
-    aten.narrow.default,
-    aten.roll.default,
-    aten.repeat.default,
-    aten.repeat_interleave.self_int,
-    aten.tile.default,
-    aten.flip.default,
-    aten.rot90.default,
-    aten.pixel_shuffle.default,
-    aten.pixel_unshuffle.default,
-    aten.channel_shuffle.default,
-    aten.unfold.default,
-}
-SPLITS = {
-    aten.split.Tensor,
-    aten.split_with_sizes.default,
-    aten.split.sizes,
-    aten.chunk.default,
-    aten.unbind.int,
-    aten.tensor_split.sections,
-    aten.tensor_split.indices,
-}
-RESIZES = {
-    aten.upsample_nearest1d.vec, aten.upsample_nearest2d.vec, aten.upsample_nearest3d.vec,
-    aten._upsample_nearest_exact1d.vec, aten._upsample_nearest_exact2d.vec, aten._upsample_nearest_exact3d.vec,
-    aten.upsample_linear1d.vec, aten.upsample_bilinear2d.vec, aten.upsample_trilinear3d.vec, aten.upsample_bicubic2d.vec,
-    aten._upsample_bilinear2d_aa.vec, aten._upsample_bicubic2d_aa.vec,
-}  # fmt: skip
-TAKES = {aten.index_select.default, aten.index.Tensor, aten.gather.default, aten.take_along_dim.default}
 
 
 def pieces(node: fx.Node) -> bool:
@@ -154,10 +98,7 @@ def _movement(node: fx.Node, operand: Any) -> Op | None:
     if node.target in PERMUTES:
         dims = _dims(node, x.ndim if isinstance(x, Constant) else x.rank)
         return None if dims is None else Permute(x, dims, node=node, target=node.target)
-    if len(node.all_input_nodes) > 1 and node.target not in (
-        aten.expand.default,
-        aten.expand_as.default,
-    ):
+    if len(node.all_input_nodes) > 1 and node.target not in EXPANSIONS:
         return None  # an offset that is only known at run time
     return Movement(x, node.args[1:], tuple(node.kwargs.items()), None, node=node, target=node.target)
 

@@ -16,6 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from normfuse.ir import operators
+from normfuse.ir.operators import CONVOLUTIONS, DROPOUTS, INTERPOLATIONS, PARTS, POOLS
+
 __all__ = ["ALL", "FLOATS", "default_eps", "dtype_of", "floating", "possible", "propagate_dtypes"]
 
 aten = torch.ops.aten
@@ -29,21 +32,21 @@ ALL = _INTEGERS | FLOATS | {torch.complex32, torch.complex64, torch.complex128}
 Dtypes = frozenset[torch.dtype]
 _Trial = tuple[Any, tuple[torch.dtype, ...]]  # what a call returned for these dtypes of its tensors
 
-_CONVOLUTIONS = {f"conv{t}{n}d" for t in ("", "_transpose") for n in (1, 2, 3)}
 # all tensors, and the result, have one dtype
-_EQUAL = _CONVOLUTIONS | {"linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "scaled_dot_product_attention", "bilinear"}
+_EQUAL = CONVOLUTIONS | {"linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "scaled_dot_product_attention", "bilinear"}
 # what the first tensor may be; the result is like it
 _NORMS = dict.fromkeys(("batch_norm", "layer_norm", "group_norm", "instance_norm"), FLOATS) | {"rms_norm": ALL - _INTEGERS}
 # the result is like the first tensor, whatever the sizes
 _SAME = {
-    *("dropout", "feature_dropout", "alpha_dropout", "clone", "roll", "flip", "repeat", "repeat_interleave", "tile", "pad"),
+    *DROPOUTS,
+    *POOLS,
+    *INTERPOLATIONS,
+    *("clone", "roll", "flip", "repeat", "repeat_interleave", "tile", "pad"),
     *("constant_pad_nd", "reflection_pad1d", "reflection_pad2d", "replication_pad1d", "replication_pad2d", "index_select"),
     *("gather", "masked_fill", "index", "rot90", "tril", "triu", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle"),
-    *(f"{kind}_pool{n}d" for kind in ("avg", "max", "adaptive_avg") for n in (1, 2, 3)),
-    *(f"upsample_{kind}" for kind in ("nearest1d", "nearest2d", "nearest3d", "linear1d", "bilinear2d", "bicubic2d", "trilinear3d")),
     *("relu", "neg", "im2col", "col2im", "unfold", "take_along_dim", "index_fill", "scatter"),
 }
-_PARTS = {"chunk", "split", "split_with_sizes", "tensor_split", "unbind", "hsplit", "vsplit", "dsplit", "unsafe_chunk"}
+_PARTS = PARTS | {"unbind"}
 _REINTERPRETED = {"view_as_real", "view_as_complex", "real", "imag"}
 _SIZE, _RANK = 12, 4  # of the tensors without data, where nothing else is known
 _MOST = 700  # combinations of dtypes that are tried
@@ -265,5 +268,4 @@ def _tensors(node: fx.Node) -> list[fx.Node]:
 
 
 def _name(node: fx.Node) -> str:
-    is_aten = node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload)
-    return str(node.target._schema.name).removeprefix("aten::") if is_aten else ""  # type: ignore[union-attr]
+    return operators.name(node.target) if node.op == "call_function" else ""

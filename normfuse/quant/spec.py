@@ -9,11 +9,12 @@ import functools
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 from normfuse.errors import UsageError
+from normfuse.quant.scheme import Scheme
 
-__all__ = ["ShiftQuant", "static_layers"]
+__all__ = ["ShiftQuant"]
 
 _PER_LAYER = (
     "weight_bits", "activation_bits", "groups", "group_size", "granularity", "activations", "exponents", "observer", "percentile",
@@ -22,7 +23,7 @@ _PER_LAYER = (
 
 
 @dataclass(frozen=True)
-class ShiftQuant:
+class ShiftQuant(Scheme):
     """Symmetric integers of 2 to 8 bits whose input channels are scaled by powers of two (arXiv 2411.10948).
 
         Ŵ[n, k] = S[n] · 2^(-e[k]) · C[n, k],   C integer,   |C| ≤ 2^(bits-1) - 1,   e[k] in 0 … groups-1
@@ -60,6 +61,8 @@ class ShiftQuant:
     Raises:
         UsageError: a value is out of range, or a name is not known.
     """
+
+    rewritten_by: ClassVar[tuple[str, str]] = ("normfuse.passes.quantize.shiftquant", "ShiftQuantize")
 
     weight_bits: int = 4
     activation_bits: int = 8
@@ -114,9 +117,10 @@ class ShiftQuant:
             except UsageError as e:
                 raise UsageError(f"overrides[{pattern!r}]: {e}") from e
 
-    def kept(self, path: str) -> str | None:
-        """The pattern of `keep` that keeps the layer at `path` in float."""
-        return next((p for p in self.keep if fnmatch.fnmatchcase(path, p)), None)
+    @property
+    def needs_data(self) -> str:
+        values = [self.activations, *(dict(found).get("activations") for _, found in self.overrides)]
+        return "activations='static'" if "static" in values else ""
 
     def at(self, path: str) -> ShiftQuant:
         """The specification of the layer at `path`: later overrides win."""
@@ -172,9 +176,3 @@ def _overrides(value: Any) -> tuple[tuple[str, tuple[tuple[str, Any], ...]], ...
 def _choices() -> dict[str, tuple[str, ...]]:
     """The fields that take one of a few words, which their types name."""
     return {name: get_args(hint) for name, hint in get_type_hints(ShiftQuant).items() if get_origin(hint) is Literal}
-
-
-def static_layers(spec: ShiftQuant) -> bool:
-    """Does any layer take constant scales, which have to come from data?"""
-    values = [spec.activations, *(dict(found).get("activations") for _, found in spec.overrides)]
-    return "static" in values

@@ -20,25 +20,16 @@ from normfuse.ir.aliases import is_returned, may_share
 from normfuse.ir.constants import Constant
 from normfuse.ir.discontinuous import jumps
 from normfuse.ir.graph import Graph
+from normfuse.ir.operators import CASTS
 from normfuse.ir.passes import Rewriting
 from normfuse.ir.views import Identity, Value
 from normfuse.reports.model import Site
 
-__all__ = ["CASTS", "CHECKS", "Known", "fold", "known_values"]
+__all__ = ["CHECKS", "Known", "fold", "known_values"]
 
 aten = torch.ops.aten
 
 RULE = "constant_folding"
-
-CASTS = {
-    aten.to.dtype,
-    aten.to.dtype_layout,
-    aten.to.device,
-    aten.to.other,
-    aten._to_copy.default,
-    aten.type_as.default,
-    aten.lift_fresh_copy.default,
-}
 
 CHECKS = {aten._assert_tensor_metadata.default, aten._assert_async.msg, aten.sym_constrain_range_for_size.default}
 

@@ -12,9 +12,10 @@ from torch import fx
 
 from normfuse.ir.constants import Constant
 from normfuse.ir.graph import Graph, Refuse
+from normfuse.ir.operators import is_cast
 from normfuse.ir.views import BatchNorm, Div, Mul, Value, shape_of
 from normfuse.passes.affine.broadcast import PASS_INPUTS, UNKNOWN
-from normfuse.passes.patterns.moments import Moment, Root, centred, is_cast, number, root, same
+from normfuse.passes.patterns.moments import Moment, Root, centred, number, root, same
 from normfuse.passes.patterns.sizes import feature_size
 
 __all__ = ["LAYER_NORM", "RMS_NORM", "Core", "Gain", "allowed", "core_of", "is_mean", "shape_of_core", "sizes_of"]

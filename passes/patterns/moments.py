@@ -17,6 +17,7 @@ from torch import fx
 
 from normfuse.ir.constants import Constant
 from normfuse.ir.graph import Graph
+from normfuse.ir.operators import is_cast
 from normfuse.ir.views import (
     Add,
     Div,
@@ -34,7 +35,6 @@ from normfuse.ir.views import (
     Sum,
     Value,
 )  # fmt: skip
-from normfuse.passes.affine.folding import CASTS
 
 __all__ = ["Moment", "Root", "centred", "is_cast", "mean_of", "number", "plain", "root", "same"]
 
@@ -92,14 +92,6 @@ def plain(graph: Graph, node: fx.Node, *, expanded: bool = True) -> fx.Node:
         if not (isinstance(op, Identity) or wider or is_cast(node)):
             return node
         node = source
-
-
-def is_cast(node: fx.Node) -> bool:
-    """A cast to another floating dtype, as far as the graph tells."""
-    if node.target not in CASTS:
-        return False
-    dtypes = [a for a in (*node.args[1:], *node.kwargs.values()) if isinstance(a, torch.dtype)]
-    return all(d.is_floating_point for d in dtypes)
 
 
 def same(graph: Graph, a: Any, b: Any, depth: int = _DEPTH) -> bool:

@@ -10,6 +10,7 @@ from torch import fx
 
 from normfuse.ir.constants import Constant
 from normfuse.ir.graph import Graph
+from normfuse.ir.operators import SAME_SHAPE, is_cast, name
 from normfuse.ir.views import (
     Add,
     Affine,
@@ -33,19 +34,12 @@ from normfuse.ir.views import (
     shape_of,
 )  # fmt: skip
 from normfuse.ir.weights import Weight
-from normfuse.passes.patterns.moments import is_cast
 
 __all__ = ["feature_size", "infer_sizes", "size_along"]
 
 aten = torch.ops.aten
 
 _NAMED = {aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.unflatten.int}
-
-# the result has the shape of the first operand
-_ALIKE = {
-    *("hardswish", "log_sigmoid", "prelu", "softmax", "log_softmax", "cumsum", "cumprod", "tril", "triu", "roll", "flip"),
-    *("dropout", "feature_dropout", "alpha_dropout"),
-}
 
 _FAR = 64  # operators to look back through: the residual stream of a deep network ends at an embedding
 
@@ -75,7 +69,7 @@ def _like_operands(node: fx.Node) -> dict[int, int]:
     target, first = node.target, node.args[0] if node.args else None
     if not isinstance(target, torch._ops.OpOverload):
         return {}
-    if target._schema.name.removeprefix("aten::") in _ALIKE and isinstance(first, fx.Node):
+    if name(target) in SAME_SHAPE and isinstance(first, fx.Node):
         return dict(first.meta.get("sizes", {}))
     if torch.Tag.pointwise not in target.tags:
         return {}

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from normfuse.ir.graph import Graph
 from normfuse.ir.passes import Samples
-from normfuse.passes.quantize.coded import Coded
+from normfuse.passes.quantize.coded import Coded, CodedProduct
+from normfuse.passes.quantize.layers.layer import Layer
 from normfuse.passes.quantize.probe import accumulate
-from normfuse.passes.quantize.sites import Layer
 
 __all__ = ["Measured", "corrected", "measure", "sqnr"]
 
@@ -57,12 +57,12 @@ def sqnr(signal: float, noise: float) -> float:
 
 def measure(graph: Graph, samples: Samples, coded: Sequence[Coded]) -> dict[Layer, Measured]:
     """The errors of layers with activations; empty without samples."""
-    layers = [c for c in coded if c.layer.kind != "embedding"]
+    layers = [c for c in coded if isinstance(c, CodedProduct)]
     sums = accumulate(graph, samples[:_BATCHES], [(c.layer.x, partial(_errors, coded=c)) for c in layers], label="measure")
     return {c.layer: _measured(t) for c, t in zip(layers, sums, strict=bool(sums))}
 
 
-def corrected(coded: Coded, found: Measured) -> tuple[Coded, Measured]:
+def corrected(coded: CodedProduct, found: Measured) -> tuple[CodedProduct, Measured]:
     """b + mean (y − ŷ): what quantization moved the mean of an output by goes into the bias, where it is more than chance."""
     if not coded.layer.spec.bias_correction or found.count < 2:
         return coded, found
@@ -77,7 +77,7 @@ def corrected(coded: Coded, found: Measured) -> tuple[Coded, Measured]:
     return coded.with_bias(bias.float()), better
 
 
-def _errors(x: Tensor, coded: Coded) -> Tensor:
+def _errors(x: Tensor, coded: CodedProduct) -> Tensor:
     """Rows, Σ y², values clipped, values, Σ (y − ŷ), Σ (y − ŷ)² in one vector.
 
     Rows of a linear are quantized each by itself, so that a few at a time give the same: a head writes as many values as a
@@ -85,9 +85,8 @@ def _errors(x: Tensor, coded: Coded) -> Tensor:
     """
     layer = coded.layer
     weight = layer.matrix()
-    parts = (x,) if layer.kind == "conv2d" else x.reshape(-1, x.shape[-1]).split(max(1, _CHUNK // layer.outputs))
     total = torch.zeros(4 + 2 * layer.outputs, dtype=torch.float64)
-    for part in parts:
+    for part in layer.independent(x, _CHUNK):
         y = layer.reference(part, weight)
         d = (y - coded(part, bare=True)).double().movedim(layer.axis, -1).reshape(-1, layer.outputs)
         clipped = 0.0

@@ -7,14 +7,14 @@ import fnmatch
 from collections.abc import Iterable, Sequence
 
 from normfuse.errors import UsageError
-from normfuse.quant.spec import ShiftQuant
+from normfuse.quant.scheme import Scheme
 
 __all__ = ["check_patterns"]
 
 _SHOWN = 6
 
 
-def check_patterns(spec: ShiftQuant, paths: Iterable[str]) -> None:
+def check_patterns(spec: Scheme, paths: Iterable[str]) -> None:
     """Every pattern of `keep` and `overrides` must match a layer.
 
     Raises:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from normfuse import native
@@ -17,10 +17,10 @@ from normfuse.benchmark.machine import cpu_model
 from normfuse.cache import measurement, remember
 from normfuse.ir.graph import Graph
 from normfuse.ir.passes import Samples
-from normfuse.passes.quantize.coded import Coded
+from normfuse.passes.quantize.coded import Coded, CodedProduct
+from normfuse.passes.quantize.layers.layer import Layer
 from normfuse.passes.quantize.probe import accumulate
 from normfuse.passes.quantize.ranks import first_rank
-from normfuse.passes.quantize.sites import Layer
 
 __all__ = ["SLOWER", "Speed", "Timer", "interleaved", "speeds"]
 
@@ -59,15 +59,15 @@ def speeds(graph: Graph, samples: Samples, coded: Sequence[Coded], timer: Timer 
         timer: given (in integers, in float), returns the ratio of times; None times with `interleaved` if the native kernels
             are there, else the cost model predicts.
     """
-    coded = [c for c in coded if c.layer.kind != "embedding"]
-    shapes = _shapes(graph, samples, coded)
+    products = [c for c in coded if isinstance(c, CodedProduct)]
+    shapes = _shapes(graph, samples, products)
     machine = _machine() if timer is None and native.available() else None
     timer = timer or (interleaved if native.available() else None)
     known: dict[Any, Speed] = {}
 
     def measured() -> dict[int, Speed]:
         found: dict[int, Speed] = {}
-        for i, c in enumerate(coded):
+        for i, c in enumerate(products):
             if c.layer not in shapes:
                 continue
             key = _key(c, shapes[c.layer])
@@ -86,7 +86,7 @@ def speeds(graph: Graph, samples: Samples, coded: Sequence[Coded], timer: Timer 
             found[i] = known[key]
         return found
 
-    return {coded[i].layer: speed for i, speed in first_rank(measured).items()}
+    return {products[i].layer: speed for i, speed in first_rank(measured).items()}
 
 
 def _machine() -> dict[str, Any]:
@@ -118,68 +118,29 @@ def interleaved(integers: Callable[[], Any], floats: Callable[[], Any]) -> float
     return best[1] / best[0]
 
 
-def _timed(coded: Coded, shape: tuple[int, ...], timer: Timer) -> Speed:
+def _timed(coded: CodedProduct, shape: tuple[int, ...], timer: Timer) -> Speed:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(shape, generator=generator)
-    floats = _float_form(coded)
+    floats = coded.layer.in_float()
     with torch.inference_mode():
         return Speed(timer(lambda: coded(x), lambda: floats(x)), True)
 
 
-def _float_form(coded: Coded) -> Callable[[Tensor], Tensor]:
+def _predicted(coded: CodedProduct, shape: tuple[int, ...]) -> float:
     layer = coded.layer
-    weight = layer.weight.value.float().contiguous()
-    bias = None if layer.bias is None else layer.bias.value.float()
-    act = _ACTIVATIONS[layer.epilogue]
-    if layer.kind == "linear":
-        weight = weight.T.contiguous() if layer.transposed else weight
-        return lambda x: act(F.linear(x, weight, bias))
-    if layer.unit_axis:
-        weight = weight.unsqueeze(2)
-    where = (layer.stride, layer.padding, layer.dilation, layer.groups)
-    return lambda x: act(F.conv2d(layer.laid_out(x), weight, bias, *where))
-
-
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "none": lambda y: y,
-    "relu": F.relu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda y: F.gelu(y, approximate="tanh"),
-    "silu": F.silu,
-}
-
-
-def _predicted(coded: Coded, shape: tuple[int, ...]) -> float:
-    layer = coded.layer
-    read, k = 1, layer.channels * layer.taps
-    for size in shape:
-        read *= size
-    rows = read // (layer.channels * layer.groups) if layer.kind == "linear" else _places(layer, shape)
-    work, weights = rows * layer.outputs * k, layer.outputs * k
+    read, k = math.prod(shape), layer.channels * layer.taps
+    work, weights = layer.places(shape) * layer.outputs * k, layer.outputs * k
     in_float = max(work, 4 * _BYTE * weights)
     in_integers = max(_INTEGER * work, coded.bits / 8 * _BYTE * weights) + _QUANTIZE * read
     return in_float / in_integers
 
 
-def _places(layer: Layer, shape: tuple[int, ...]) -> int:
-    sizes = ([1] if layer.unit_axis else []) + list(shape[2:])
-    count = shape[0]
-    for n, k, s, p, d, more in zip(sizes, layer.kernel, layer.stride, layer.padding, layer.dilation, layer.more, strict=True):
-        count *= (n + 2 * p + more - d * (k - 1) - 1) // s + 1
-    return count
-
-
-def _shapes(graph: Graph, samples: Samples, coded: Sequence[Coded]) -> dict[Layer, tuple[int, ...]]:
-    """The sizes that each layer reads in the first batch of the calibration data; linears with rows flattened and capped."""
+def _shapes(graph: Graph, samples: Samples, coded: Sequence[CodedProduct]) -> dict[Layer, tuple[int, ...]]:
+    """The sizes to time each layer on, of what it reads in the first batch of the calibration data."""
     found = accumulate(graph, samples[:1], [(c.layer.x, _sizes) for c in coded], torch.maximum)
     shapes: dict[Layer, tuple[int, ...]] = {}
     for c, t in zip(coded, found, strict=bool(found)):
-        sizes = [int(n) for n in t.tolist() if n >= 0]
-        if c.layer.kind == "linear":
-            rows = 1
-            for n in sizes[:-1]:
-                rows *= n
-            sizes = [min(rows, _ROWS), sizes[-1]]
+        sizes = c.layer.timed_on([int(n) for n in t.tolist() if n >= 0], _ROWS)
         if 0 not in sizes:
             shapes[c.layer] = tuple(sizes)
     return shapes
@@ -189,18 +150,7 @@ def _sizes(x: Tensor) -> Tensor:
     return torch.tensor([*x.shape, *[-1] * max(0, _RANK + 2 - x.ndim)], dtype=torch.float64)
 
 
-def _key(coded: Coded, shape: tuple[int, ...]) -> Any:
-    layer = coded.layer
-    where = (layer.kernel, layer.stride, layer.padding, layer.dilation, layer.groups, layer.more, layer.epilogue)
-    groups = len(coded.channels_by_exponent)
-    return (
-        layer.kind,
-        shape,
-        layer.outputs,
-        layer.taps,
-        coded.bits,
-        coded.activation_bits,
-        groups,
-        coded.input_scale is None,
-        where,
-    )
+def _key(coded: CodedProduct, shape: tuple[int, ...]) -> Any:
+    layer, exponents = coded.layer, len(coded.channels_by_exponent)
+    widths = (coded.bits, coded.activation_bits, exponents, coded.input_scale is None)
+    return layer.kind, shape, layer.outputs, layer.taps, *widths, layer.geometry, layer.epilogue

@@ -15,19 +15,17 @@ from torch import Tensor, fx
 
 from normfuse.ir.graph import Graph
 from normfuse.ir.passes import Samples
+from normfuse.passes.quantize.layers.find import by_input
+from normfuse.passes.quantize.layers.layer import Layer, Product
 from normfuse.passes.quantize.probe import accumulate
-from normfuse.passes.quantize.sites import Layer, by_input
-from normfuse.quant.spec import ShiftQuant
 
-__all__ = ["Statistics", "bin_tops", "collect", "second_moments", "wants_second_moments"]
+__all__ = ["Statistics", "bin_tops", "collect", "second_moments"]
 
 _BINS_AN_OCTAVE = 32
 _LOWEST = -40  # log₂ of the smallest value with a bin of its own
 _BINS = _BINS_AN_OCTAVE * 64
 _HEAD = 2  # count and number of values that are not finite
 _HESSIANS = 1 << 29  # bytes of second moments that are held at once
-_ROWS_AN_INPUT = 2  # of calibration data: fewer say too little about how inputs go together
-_WIDEST = 4608  # inputs (a 3x3 convolution of 512 channels): the time of second-order rounding grows with their cube
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,28 +67,16 @@ def collect(graph: Graph, samples: Samples, layers: Sequence[Layer], histograms:
     return {key: _unpacked(t, _BINS if histograms else 0) for key, t in zip(keys, found, strict=bool(found))}
 
 
-def second_moments(graph: Graph, samples: Samples, layers: Sequence[Layer]) -> dict[Layer, Tensor]:
+def second_moments(graph: Graph, samples: Samples, layers: Sequence[Product]) -> dict[Product, Tensor]:
     """Σ x xᵀ / rows of what each output of a layer is a product of: float64 (conv groups, K, K).
 
     Layers are taken in turns when their matrices would not fit together into half a gigabyte.
     """
-    found: dict[Layer, Tensor] = {}
+    found: dict[Product, Tensor] = {}
     for turn in _turns(layers):
         sums = accumulate(graph, samples, [(layer.x, partial(_outer, layer=layer)) for layer in turn], label="second moments")
         found |= {layer: t[:, :-1] / t[:, -1:, :1].clamp_min(1) for layer, t in zip(turn, sums, strict=bool(sums))}
     return found
-
-
-def wants_second_moments(layer: Layer, spec: ShiftQuant, found: Statistics | None) -> bool:
-    """Is the layer to be rounded by second moments? `spec` is that of the whole model, `found` of what the layer reads."""
-    if layer.kind == "embedding" or layer.spec.rounding not in ("auto", "gptq"):
-        return False
-    if layer.spec.rounding == "gptq":
-        return True
-    if found is None or spec.size_budget is not None or spec.sqnr_budget is not None:
-        return False  # widths are compared at a rounding that is quick
-    inputs = layer.taps * layer.channels
-    return inputs <= _WIDEST and found.count >= _ROWS_AN_INPUT * inputs
 
 
 def bin_tops() -> Tensor:
@@ -129,7 +115,7 @@ def _unpacked(t: Tensor, bins: int) -> Statistics:
     return Statistics(count, bad, absmax, total / max(count, 1), power / max(count, 1), histogram)
 
 
-def _outer(x: Tensor, layer: Layer) -> Tensor:
+def _outer(x: Tensor, layer: Product) -> Tensor:
     """Σ x xᵀ over the rows, and a last line whose first number is how many there were."""
     rows = layer.rows(x).double()
     count = rows.new_zeros(rows.shape[0], 1, rows.shape[2])
@@ -137,8 +123,8 @@ def _outer(x: Tensor, layer: Layer) -> Tensor:
     return torch.cat([rows.transpose(1, 2) @ rows, count], 1)
 
 
-def _turns(layers: Sequence[Layer]) -> list[list[Layer]]:
-    turns: list[list[Layer]] = []
+def _turns(layers: Sequence[Product]) -> list[list[Product]]:
+    turns: list[list[Product]] = []
     room = 0
     for layer in layers:
         need = 8 * layer.groups * (layer.taps * layer.channels) ** 2

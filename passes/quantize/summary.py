@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
-import torch
 from torch import fx
 
 from normfuse.ir.constants import Constant
 from normfuse.ir.graph import Graph, Refuse
 from normfuse.passes.quantize.coded import Coded
 from normfuse.passes.quantize.measure import Measured
-from normfuse.passes.quantize.sites import Layer
 from normfuse.passes.quantize.speed import Speed
-from normfuse.passes.quantize.widths import Choice
 from normfuse.reports.model import LayerQuantization
 
-__all__ = ["constant_bytes", "kept", "packed_surplus", "quantized", "whole"]
+__all__ = ["PACKED", "Sensitivity", "constant_bytes", "kept", "packed_surplus", "quantized", "whole"]
 
-ops = torch.ops.normfuse
+Sensitivity = tuple[tuple[int, float], ...]
+"""(bits, SQNR of the outputs with the layer alone quantized)."""
+
+PACKED: dict[Any, Callable[[fx.Node, list[Constant | None]], dict[int, int]]] = {}
+"""By operator: (node, the constants among its arguments) -> how many more values each has than the parameter that it holds."""
 
 
 def constant_bytes(graph: Graph) -> int:
@@ -29,17 +30,16 @@ def constant_bytes(graph: Graph) -> int:
 
 
 def quantized(
-    coded: Coded, measured: Measured | None, speed: Speed | None, choice: Choice | None, original: Iterable[Constant]
+    coded: Coded, measured: Measured | None, speed: Speed | None, sensitivity: Sensitivity, original: Iterable[Constant]
 ) -> LayerQuantization:
-    """The entry of a layer in integers; `original` are its weight and bias in float."""
-    layer, embedding = coded.layer, coded.layer.kind == "embedding"
+    """The entry of a layer in few bits; `original` are its weight and bias in float."""
     return LayerQuantization(
-        layer.path,
-        layer.kind,
-        _shape(layer),
+        coded.layer.path,
+        coded.layer.kind,
+        coded.layer.shape,
         coded.bits,
-        None if embedding else coded.activation_bits,
-        "" if embedding else layer.spec.activations,
+        coded.activation_bits,
+        coded.activations,
         coded.channels_by_exponent,
         None if measured is None else measured.sqnr,
         None if measured is None else measured.clipped,
@@ -47,11 +47,13 @@ def quantized(
         coded.bytes,
         None if speed is None else speed.ratio,
         speed is not None and speed.measured,
-        sensitivity=() if choice is None else choice.sensitivity,
+        sensitivity=sensitivity,
     )
 
 
-def kept(graph: Graph, node: fx.Node, kind: str, refusal: Refuse, speed: Speed | None, choice: Choice | None) -> LayerQuantization:
+def kept(
+    graph: Graph, node: fx.Node, kind: str, refusal: Refuse, speed: Speed | None, sensitivity: Sensitivity
+) -> LayerQuantization:
     """The entry of a layer that stays in float."""
     held = [c for n in node.all_input_nodes if (c := graph.constant(n)) is not None]
     weight = max(held, key=lambda c: c.numel, default=None)
@@ -64,7 +66,7 @@ def kept(graph: Graph, node: fx.Node, kind: str, refusal: Refuse, speed: Speed |
         speedup=None if speed is None else speed.ratio,
         measured=speed is not None and speed.measured,
         kept=refusal.reason,
-        sensitivity=() if choice is None else choice.sensitivity,
+        sensitivity=sensitivity,
     )
 
 
@@ -77,28 +79,9 @@ def packed_surplus(graph: Graph) -> int:
     """How many more values the graph's constants have than its parameters: a packed byte is none, an exponent is none."""
     surplus: dict[int, int] = {}
     for node in graph:
-        held = [graph.constant(a) if isinstance(a, fx.Node) else None for a in node.args]
-        match node.target:
-            case ops.shiftquant_embedding.default:
-                codes, dim = held[1], node.args[3]
-                if codes is not None and isinstance(dim, int):
-                    surplus[id(codes)] = codes.numel - codes.shape[0] * dim
-            case ops.shiftquant_linear.default | ops.shiftquant_conv2d.default:
-                codes, exponents, scale = held[1:4]
-                if codes is None or exponents is None or scale is None:
-                    continue
-                values = scale.numel * exponents.numel
-                if node.target is ops.shiftquant_conv2d.default:
-                    kernel: Any = node.args[8]
-                    groups: Any = node.args[12]
-                    values = values * math.prod(kernel) // groups
-                surplus |= {id(codes): codes.numel - values, id(exponents): exponents.numel}
+        if node.target in PACKED:
+            surplus |= PACKED[node.target](node, [graph.constant(a) if isinstance(a, fx.Node) else None for a in node.args])
     return sum(surplus.values())
-
-
-def _shape(layer: Layer) -> tuple[int, ...]:
-    """(out, in), whatever the layout."""
-    return tuple(reversed(layer.weight.shape)) if layer.transposed else tuple(layer.weight.shape)
 
 
 def _bytes(held: Iterable[Constant]) -> int:

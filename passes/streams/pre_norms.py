@@ -15,8 +15,8 @@ import torch
 from torch import fx
 
 from normfuse.ir.constants import Constant
-from normfuse.ir.decode import PERMUTES
 from normfuse.ir.graph import Graph, Refuse
+from normfuse.ir.operators import PERMUTES, is_cast
 from normfuse.ir.views import (
     Add,
     Affine,
@@ -38,11 +38,10 @@ from normfuse.ir.views import (
     Value,
 )  # fmt: skip
 
-__all__ = ["CASTS", "Step", "blocks", "norms", "stacks", "steps"]
+__all__ = ["Step", "blocks", "norms", "stacks", "steps"]
 
 aten = torch.ops.aten
 
-CASTS = {aten.to.dtype, aten._to_copy.default, aten.to.dtype_layout, aten.to.device}
 _REMEDY = "say which norm belongs to which block: where={'module.path': 1, ...} or a function of the path"
 
 
@@ -154,9 +153,7 @@ def _root(graph: Graph, norm: fx.Node) -> fx.Node | None:
 
 
 def _moves(graph: Graph, node: fx.Node) -> bool:
-    return (
-        node.target in CASTS or node.target in PERMUTES or isinstance(graph.view(node, 1), (Identity, Permute, Reshape, Movement))
-    )
+    return is_cast(node) or node.target in PERMUTES or isinstance(graph.view(node, 1), (Identity, Permute, Reshape, Movement))
 
 
 def _stream(graph: Graph, value: fx.Node) -> set[fx.Node]:

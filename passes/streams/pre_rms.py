@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
-from normfuse.capture.capture import capture, flat_inputs
+from normfuse.capture.capture import Captured, capture, flat_inputs
 from normfuse.errors import RewriteError, UsageError
 from normfuse.ir.constants import Constant
 from normfuse.ir.graph import Graph, Refuse
@@ -92,24 +92,33 @@ def pre_rms(model: nn.Module, example_inputs: Any = None) -> nn.Module:
         site = kept[0]
         hint = f"; {site.remedy}" if site.remedy else ""
         raise UsageError(f"no LayerNorm of {type(model).__name__} can become an RMSNorm: at {site.path}, {site.note}{hint}")
-    for site in kept:
-        log.warning("%s stays a LayerNorm: %s", site.path, site.note)
-    for place in dict.fromkeys(d for plan in plans for d in plan.dropouts):
-        log.warning(
-            "%s drops single elements of the stream: in training, LayerNorm would subtract the mean that this leaves", place
-        )
+    _warn(plans, kept)
     _convert(result, plans, modes)
-    inputs = flat_inputs(captured.gm, captured.args, captured.kwargs or {})
-    after = capture(result.eval(), captured.args or captured.kwargs, captured.dynamic_shapes)
-    fault = Proof(graph, inputs).judge(Graph.of(after.gm)).fault
-    if fault:
-        raise RewriteError(f"pre_rms changed the function of {type(model).__name__}: {fault}")
+    _check(graph, captured, result)
     for module, training in modes.items():
         module.training = training
     for module in result.modules():
         if parametrize.is_parametrized(module):
             module.get_submodule("parametrizations").train(module.training)
     return result
+
+
+def _warn(plans: list[_Plan], kept: list[Site]) -> None:
+    for site in kept:
+        log.warning("%s stays a LayerNorm: %s", site.path, site.note)
+    for place in dict.fromkeys(d for plan in plans for d in plan.dropouts):
+        log.warning(
+            "%s drops single elements of the stream: in training, LayerNorm would subtract the mean that this leaves", place
+        )
+
+
+def _check(graph: Graph, captured: Captured, result: nn.Module) -> None:
+    """Raise RewriteError unless the converted model computes what was captured of the original."""
+    inputs = flat_inputs(captured.gm, captured.args, captured.kwargs or {})
+    after = capture(result.eval(), captured.args or captured.kwargs, captured.dynamic_shapes)
+    fault = Proof(graph, inputs).judge(Graph.of(after.gm)).fault
+    if fault:
+        raise RewriteError(f"pre_rms changed the function of {type(result).__name__}: {fault}")
 
 
 # -- what has to change --------------------------------------------------------------------------------------------------

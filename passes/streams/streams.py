@@ -13,6 +13,7 @@ from torch import Tensor, fx
 
 from normfuse.ir.constants import Constant
 from normfuse.ir.graph import Graph, Refuse
+from normfuse.ir.operators import is_cast
 from normfuse.ir.views import (
     Add,
     Affine,
@@ -44,8 +45,6 @@ __all__ = ["centered_writer", "named", "operands", "width", "writes"]
 
 aten = torch.ops.aten
 
-_CASTS = {aten.to.dtype, aten._to_copy.default}
-
 Place = tuple[fx.Node, int]
 
 
@@ -74,7 +73,7 @@ def operands(graph: Graph, node: fx.Node, axis: int) -> list[Place] | None:
     d = width(node, axis)
     if d is None or node.op != "call_function":
         return None
-    if node.target in _CASTS and isinstance(node.args[0], fx.Node) and width(node.args[0], axis) == d:
+    if is_cast(node) and isinstance(node.args[0], fx.Node) and width(node.args[0], axis) == d:
         return [(node.args[0], axis)]
     found: list[tuple[Value | Constant | float, int]]
     match graph.view(node, 2):

@@ -9,55 +9,29 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import normfuse.ops
 from normfuse.errors import UsageError
-from normfuse.quant.packing import pack_rows
-from tests.ops.quantized import convolution, linear, random_weight
+from normfuse.ops import OPERATORS
+from tests.ops.quantized import convolution, linear
+from tests.ops.samples import samples
 
 op = torch.ops.normfuse
 
 
-def _samples() -> dict[str, tuple[Any, ...]]:
-    layer, conv, table = linear(20, 30), convolution(6, 4, (3, 3)), random_weight(9, 7, 4, 1)
-    x = torch.randn(3, 5, 30)
-    q, s = torch.randint(-127, 128, (3, 5, 30), dtype=torch.int8), torch.rand(3, 5, 1)
-    heads = [torch.randn(2, 7, 4, 6).transpose(1, 2), torch.randn(2, 2, 7, 6), torch.randn(2, 2, 7, 6)]
-    return {
-        "shiftquant_linear": (x, *layer.arguments, None, 4, 8, "gelu"),
-        "shiftquant_conv2d": (torch.randn(2, 4, 6, 7), *conv.arguments, None, 4, 8, [3, 3], [2, 1], [1, 0], [1, 1], 1),
-        "shiftquant_embedding": (torch.tensor([[1, 3, 8]]), pack_rows(table.codes, 4), table.scale, 7, 4),
-        "quantize_rows": (x, 8),
-        "norm_quantize": (x, x.flip(0), torch.ones(30), None, "rms", 1e-5, 1.0, 8),
-        "shiftquant_matmul": (q, s, *layer.arguments, torch.randn(3, 5, 20), 4, "relu"),
-        "shiftquant_matmul_quantize": (q, s, *layer.arguments, None, 4, "none", 8),
-        "rms_norm": (x, torch.ones(30), 1e-5),
-        "crms_norm": (x, None, 1e-5),
-        "add_rms_norm": (x, x.flip(0), torch.ones(30), 1e-5),
-        "add_crms_norm": (x, x.flip(0), None, 1e-5),
-        "rms_norm_linear": (x, torch.randn(20, 30), torch.ones(20), 1e-5, "gelu"),
-        "l1_norm": (x, torch.ones(30), torch.zeros(30), 1e-5, 1.25),
-        "two_pass_softmax": (x,),
-        "attention": (*heads, None, 0.3, True),
-        "shiftquant_attention": (*heads, torch.randn(7, 7), 0.3, False, 8),
-    }
-
-
-SAMPLES = _samples()
+SAMPLES_OF = samples()
 
 
 def _each() -> list[Any]:
-    return [pytest.param(name, id=name) for name in SAMPLES]
+    return [pytest.param(name, id=name) for name in SAMPLES_OF]
 
 
 def test_every_operator_has_a_sample() -> None:
-    defined = {n for n in normfuse.ops.__all__ if n != "conv_columns" and hasattr(op, n)}
-    assert defined >= set(SAMPLES)
-    assert not defined - set(SAMPLES)
+    assert set(SAMPLES_OF) == set(OPERATORS)
+    assert {"shiftquant_linear", "rms_norm", "attention"} < set(OPERATORS)
 
 
 @pytest.mark.parametrize("name", _each())
 def test_schema_shapes_and_tracing(name: str) -> None:
-    torch.library.opcheck(getattr(op, name).default, SAMPLES[name])
+    torch.library.opcheck(getattr(op, name).default, SAMPLES_OF[name])
 
 
 @pytest.mark.parametrize("name", _each())
@@ -65,8 +39,8 @@ def test_the_meta_device_has_the_shapes(name: str) -> None:
     def meta(value: Any) -> Any:
         return value.to("meta") if isinstance(value, Tensor) else value
 
-    real = torch.utils._pytree.tree_leaves(getattr(op, name)(*SAMPLES[name]))
-    found = torch.utils._pytree.tree_leaves(getattr(op, name)(*map(meta, SAMPLES[name])))
+    real = torch.utils._pytree.tree_leaves(getattr(op, name)(*SAMPLES_OF[name]))
+    found = torch.utils._pytree.tree_leaves(getattr(op, name)(*map(meta, SAMPLES_OF[name])))
     assert [(t.shape, t.dtype, t.stride()) for t in found] == [(t.shape, t.dtype, t.stride()) for t in real]
 
 
@@ -122,7 +96,7 @@ def test_export_of_a_convolution_with_a_dynamic_size() -> None:
 
 
 _FLOATS: dict[str, Callable[[Tensor], Tensor]] = {
-    "shiftquant_linear": lambda x: op.shiftquant_linear(x, *SAMPLES["shiftquant_linear"][1:]),
+    "shiftquant_linear": lambda x: op.shiftquant_linear(x, *SAMPLES_OF["shiftquant_linear"][1:]),
     "rms_norm": lambda x: op.rms_norm(x, None, 1e-5),
     "norm_quantize": lambda x: op.norm_quantize(x, x, None, None, "rms", 1e-5, 1.0, 8)[2],
 }
@@ -140,9 +114,9 @@ def test_a_gradient_is_refused_where_it_is_asked_for(name: str) -> None:
 
 def test_compile_of_parameters_that_require_a_gradient() -> None:
     """A bias that is still a parameter must not keep a model from being compiled outside `no_grad`."""
-    x, weight, *_ = SAMPLES["shiftquant_linear"]
-    arguments = SAMPLES["shiftquant_linear"][2:4]
-    bias = nn.Parameter(SAMPLES["shiftquant_linear"][4])
+    x, weight, *_ = SAMPLES_OF["shiftquant_linear"]
+    arguments = SAMPLES_OF["shiftquant_linear"][2:4]
+    bias = nn.Parameter(SAMPLES_OF["shiftquant_linear"][4])
 
     def layer(x: Tensor) -> Tensor:
         return op.shiftquant_linear(x, weight, *arguments, bias, None, 4, 8)

@@ -12,113 +12,11 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from normfuse.ir import operators
+from normfuse.ir.operators import BROADCAST, PARTS, REDUCTIONS, SAME_RANK
+
 __all__ = ["propagate_ranks"]
 
-# result and first argument have as many dimensions as each other
-_SAME = {
-    *(
-        "relu",
-        "relu6",
-        "hardtanh",
-        "gelu",
-        "silu",
-        "hardswish",
-        "hardsigmoid",
-        "leaky_relu",
-        "elu",
-        "selu",
-        "celu",
-        "sigmoid",
-    ),
-    *(
-        "tanh",
-        "mish",
-        "softplus",
-        "softmax",
-        "log_softmax",
-        "dropout",
-        "feature_dropout",
-        "alpha_dropout",
-        "neg",
-        "abs",
-        "exp",
-        "log",
-    ),
-    *("sqrt", "rsqrt", "reciprocal", "square", "clone", "contiguous", "alias", "detach", "to"),
-    *(
-        "conv1d",
-        "conv2d",
-        "conv3d",
-        "conv_transpose1d",
-        "conv_transpose2d",
-        "conv_transpose3d",
-        "linear",
-        "batch_norm",
-        "layer_norm",
-    ),
-    *(
-        "group_norm",
-        "instance_norm",
-        "rms_norm",
-        "max_pool1d",
-        "max_pool2d",
-        "max_pool3d",
-        "avg_pool1d",
-        "avg_pool2d",
-        "avg_pool3d",
-    ),
-    *("adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "pad", "transpose", "slice", "roll", "flip", "cumsum"),
-    *(
-        "pixel_shuffle",
-        "pixel_unshuffle",
-        "channel_shuffle",
-        "bitwise_not",
-        "zeros_like",
-        "ones_like",
-        "narrow",
-    ),
-    *(
-        "glu",
-        "hardshrink",
-        "threshold",
-        "prelu",
-        "log_sigmoid",
-        "reflection_pad2d",
-        "erf",
-    ),
-    *("upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "upsample_bilinear2d", "upsample_bicubic2d"),
-}
-_BROADCAST = {
-    "add",
-    "sub",
-    "mul",
-    "div",
-    "pow",
-    "eq",
-    "ne",
-    "lt",
-    "le",
-    "gt",
-    "ge",
-    "maximum",
-    "minimum",
-    "where",
-    "rsub",
-    "clamp",
-    "clamp_min",
-    "clamp_max",
-    "masked_fill",
-    "scaled_dot_product_attention",
-    "lerp",
-    "addcmul",
-    "addcdiv",
-    "floor_divide",
-    "remainder",
-    "__xor__",
-    "__and__",
-    "__or__",
-}
-_REDUCTIONS = {"mean", "sum", "amax", "amin", "var", "std", "linalg_vector_norm"}
 _LISTED = {"view", "reshape", "permute", "expand"}
 
 
@@ -157,8 +55,7 @@ def _rank(value: Any) -> int | None:
 
 
 def _name(node: fx.Node) -> str:
-    is_aten = node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload)
-    name = str(node.target._schema.name).removeprefix("aten::") if is_aten else ""  # type: ignore[union-attr]
+    name = operators.name(node.target) if node.op == "call_function" else ""
     return name if name.endswith("__") else name.removesuffix("_")
 
 
@@ -176,7 +73,7 @@ def _forward(node: fx.Node) -> int | None:
     x = _rank(first[0] if isinstance(first, list | tuple) and first else first)
     if name in _LISTED and isinstance(node.args[1], list | tuple):
         return len(node.args[1])
-    if name in _BROADCAST:
+    if name in BROADCAST:
         ranks = [_rank(a) for a in node.all_input_nodes]
         return None if None in ranks else max(r for r in ranks if r is not None)
     if name == "embedding":
@@ -186,9 +83,9 @@ def _forward(node: fx.Node) -> int | None:
         return _flattened(x, _argument(node, 1, "start_dim", 0), _argument(node, 2, "end_dim", -1))
     if x is None:
         return None
-    if name in _SAME or name == "cat":
+    if name in SAME_RANK or name == "cat":
         return x
-    if name in _REDUCTIONS and isinstance(dims := _argument(node, 2 if name == "linalg_vector_norm" else 1, "dim"), list | tuple):
+    if name in REDUCTIONS and isinstance(dims := _argument(node, 2 if name == "linalg_vector_norm" else 1, "dim"), list | tuple):
         # no dimensions named means all of them
         return x if _keeps_dims(node, name) else x - len(dims) if dims else 0
     if name in ("unsqueeze", "stack"):
@@ -216,7 +113,7 @@ def _part(source: fx.Node) -> int | None:
     if x is None:
         return None
     name = _name(source)
-    if name in ("chunk", "split", "split_with_sizes", "tensor_split", "max_pool2d_with_indices", "topk"):
+    if name in PARTS or name in ("max_pool2d_with_indices", "topk"):
         return x
     return x - 1 if name == "unbind" else None
 
@@ -233,12 +130,12 @@ def _backward(node: fx.Node) -> list[tuple[fx.Node, int]]:
         return []
     if name == "cat" and isinstance(first, list | tuple):
         return [(x, out) for x in first if isinstance(x, fx.Node)]
-    if name in _BROADCAST:
+    if name in BROADCAST:
         operands = [a for a in node.all_input_nodes if a.meta.get("kind") != "number"]
         lower = [a for a in operands if (r := _rank(a)) is not None and r < out]
         # all but one operand are smaller than the result: the last one makes its rank
         return [(a, out) for a in operands if a not in lower] if len(lower) == len(operands) - 1 else []
     if not isinstance(first, fx.Node):
         return []
-    shift = 0 if name in _SAME else {"unsqueeze": -1, "select": 1}.get(name)
+    shift = 0 if name in SAME_RANK else {"unsqueeze": -1, "select": 1}.get(name)
     return [] if shift is None else [(first, out + shift)]

@@ -84,8 +84,8 @@ def test_migration_is_exact_in_float():
     from normfuse.ir.graph import Graph
     from normfuse.ir.passes import Rewriting, Run
     from normfuse.numerics.evaluate import evaluate
-    from normfuse.passes.quantize.migration import migrate
-    from normfuse.passes.quantize.sites import find_layers
+    from normfuse.passes.quantize.layers.find import find_layers
+    from normfuse.passes.quantize.shiftquant.migration import migrate
     from normfuse.passes.quantize.statistics import collect
 
     model, x = made(Mlp, nn.ReLU), draw(256, 24)

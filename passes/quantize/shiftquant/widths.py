@@ -16,9 +16,9 @@ from normfuse.ir.graph import Graph, Refuse
 from normfuse.ir.passes import Samples
 from normfuse.passes.quantize.coded import Coded
 from normfuse.passes.quantize.evaluation import Outputs
+from normfuse.passes.quantize.layers.layer import Layer
 from normfuse.passes.quantize.measure import sqnr
 from normfuse.passes.quantize.probe import progress
-from normfuse.passes.quantize.sites import Layer
 from normfuse.quant.spec import ShiftQuant
 
 __all__ = ["Choice", "choose"]
@@ -77,20 +77,7 @@ def choose(
     found = [_unit(list(layers), encode, outputs, spec, label) for label, layers in _labelled(units)]
     steps = _steps(found)
     if spec.size_budget is not None:
-        always = [not unit.noise for unit in found]  # no width fits: in float whatever the budget
-        states = [
-            s
-            for s in steps
-            if all(b is not None or a for b, a in zip(s, always, strict=True))
-            and fixed + _bytes(found, s) <= spec.size_budget * total
-        ]
-        if not states:
-            least = (fixed + _bytes(found, steps[-1])) / total
-            raise UsageError(
-                f"size_budget={spec.size_budget:g}: with all widths at their least the model has {least:.3f} of its bytes "
-                f"in float ({fixed} bytes are not in layers that can be quantized)"
-            )
-        state = states[0]
+        state = _small_enough(found, steps, spec.size_budget, fixed, total)
         if spec.sqnr_budget is not None and (reached := _measured(outputs, found, state, encode)) < spec.sqnr_budget:
             raise UsageError(
                 f"size_budget={spec.size_budget:g} leaves {reached:.1f} dB, and sqnr_budget={spec.sqnr_budget:g} asks for more; "
@@ -103,6 +90,22 @@ def choose(
         Choice(bits, tuple((b, sqnr(outputs.signal, unit.noise[b])) for b in sorted(unit.noise, reverse=True)))
         for unit, bits in zip(found, state, strict=True)
     ]
+
+
+def _small_enough(
+    found: Sequence[_Unit], steps: Sequence[Sequence[int | None]], budget: float, fixed: int, total: int
+) -> Sequence[int | None]:
+    """The first step whose bytes are within the budget."""
+    always = [not unit.noise for unit in found]  # no width fits: in float whatever the budget
+    for step in steps:
+        fits = all(b is not None or a for b, a in zip(step, always, strict=True))
+        if fits and fixed + _bytes(found, step) <= budget * total:
+            return step
+    least = (fixed + _bytes(found, steps[-1])) / total
+    raise UsageError(
+        f"size_budget={budget:g}: with all widths at their least the model has {least:.3f} of its bytes "
+        f"in float ({fixed} bytes are not in layers that can be quantized)"
+    )
 
 
 def _labelled(units: Sequence[Sequence[Layer]]) -> list[tuple[str, Sequence[Layer]]]:

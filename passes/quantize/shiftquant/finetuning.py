@@ -12,10 +12,11 @@ from normfuse.ir.graph import Graph
 from normfuse.ir.passes import Samples
 from normfuse.passes.quantize.coded import Coded
 from normfuse.passes.quantize.evaluation import Outputs
+from normfuse.passes.quantize.layers.find import reread
 from normfuse.passes.quantize.probe import progress
 from normfuse.passes.quantize.ranks import several_ranks
-from normfuse.passes.quantize.sites import reread
-from normfuse.quant.finetune import finetune
+from normfuse.passes.quantize.shiftquant.coded import Integers
+from normfuse.quant.finetune import Finetuned, finetune
 from normfuse.quant.packing import pack_groups
 from normfuse.quant.spec import ShiftQuant
 from normfuse.reports.model import Site
@@ -47,7 +48,7 @@ def finetuned(
     """
     if several_ranks():
         raise UsageError("finetune_steps= trains in one process; under torch.distributed quantize on one rank and share the result")
-    chosen = [c for c in coded if c.layer.kind != "embedding"]
+    chosen = [c for c in coded if isinstance(c, Integers)]
     before, reached = _held(graph), outputs.sqnr(coded)
     with progress("fine-tune", spec.finetune_steps) as advance:
         trained = finetune(
@@ -58,23 +59,22 @@ def finetuned(
             input_scales={c.layer.node: c.input_scale for c in chosen if c.input_scale is not None},
             progress=lambda step, loss: advance(),
         )
-    found: list[Coded] = []
-    for c in coded:
-        weights = trained.weights.get(c.layer.node)
-        if weights is None:
-            found.append(c)
-            continue
-        layer = reread(graph, c.layer)
-        bias = None if layer.bias is None else layer.bias.value.float()
-        static = trained.input_scales.get(layer.node, c.input_scale)
-        codes, exponents, scale = pack_groups(weights, layer.taps)
-        found.append(Coded(layer, c.bits, weights, codes, exponents, scale, bias, static))
+    found = [_recoded(graph, c, trained) if isinstance(c, Integers) and c.layer.node in trained.weights else c for c in coded]
     now = outputs.sqnr(found)
     said = f"{spec.finetune_steps} steps: SQNR of the outputs {reached:.1f} -> {now:.1f} dB"
     if now > reached:
         return found, Site(RULE, "outputs", said)
     _restore(graph, before)
     return None, Site(RULE, "outputs", f"{said}, not taken", remedy="more steps, or more calibration data")
+
+
+def _recoded(graph: Graph, coded: Integers, trained: Finetuned) -> Integers:
+    """The layer with its trained integers, and the bias that the graph has now."""
+    layer = reread(graph, coded.layer)
+    weights = trained.weights[coded.layer.node]
+    bias = None if layer.bias is None else layer.bias.value.float()
+    static = trained.input_scales.get(layer.node, coded.input_scale)
+    return Integers(layer, coded.bits, bias, static, weights, *pack_groups(weights, layer.taps))
 
 
 def _held(graph: Graph) -> Held:

@@ -2,7 +2,7 @@
 
     W x ≈ s S[n] 2^-E Σ_k A[k] (C[n, k] << (E − e[k]))
 
-Source: ShiftQuant and L1 normalization, arXiv 2411.10948. The parts stand in `normfuse/passes/quantize`, one idea a file.
+Source: ShiftQuant and L1 normalization, arXiv 2411.10948.
 """
 
 from __future__ import annotations
@@ -16,24 +16,39 @@ from normfuse.errors import UsageError
 from normfuse.ir.constants import Constant
 from normfuse.ir.graph import Refuse
 from normfuse.ir.passes import Pass, Rewriting
-from normfuse.passes.quantize.attention import attentions, attentions_into_integers
-from normfuse.passes.quantize.coded import Coded, encode
+from normfuse.ir.views import Embedding, Op
+from normfuse.passes.quantize.coded import Coded, CodedProduct, Shared
 from normfuse.passes.quantize.evaluation import Outputs
-from normfuse.passes.quantize.finetuning import finetuned
+from normfuse.passes.quantize.layers.embedding import EMBEDDING
+from normfuse.passes.quantize.layers.find import HANDLERS, find_layers, products
+from normfuse.passes.quantize.layers.layer import Handler, Layer, Product
 from normfuse.passes.quantize.measure import Measured, corrected, measure
-from normfuse.passes.quantize.migration import migrate
 from normfuse.passes.quantize.patterns import check_patterns
-from normfuse.passes.quantize.sites import RULE, Layer, find_layers
+from normfuse.passes.quantize.shiftquant.attention import attentions, attentions_into_integers
+from normfuse.passes.quantize.shiftquant.coded import RULE, encode, width
+from normfuse.passes.quantize.shiftquant.finetuning import finetuned
+from normfuse.passes.quantize.shiftquant.migration import migrate
+from normfuse.passes.quantize.shiftquant.widths import Choice, choose
 from normfuse.passes.quantize.speed import SLOWER, Speed, Timer, speeds
-from normfuse.passes.quantize.statistics import Statistics, collect, second_moments, wants_second_moments
+from normfuse.passes.quantize.statistics import Statistics, collect, second_moments
 from normfuse.passes.quantize.summary import constant_bytes, kept, quantized, whole
-from normfuse.passes.quantize.widths import Choice, choose
 from normfuse.quant.spec import ShiftQuant
 from normfuse.reports.model import LayerQuantization, Site
 
 __all__ = ["ShiftQuantize"]
 
 _BATCHES = 8  # of each rank, for the SQNR of the outputs
+_ROWS_AN_INPUT = 2  # of calibration data: fewer say too little about how inputs go together
+_WIDEST = 4608  # inputs (a 3x3 convolution of 512 channels): the time of second-order rounding grows with their cube
+
+
+def _embedding(node: fx.Node, op: Op, path: str, spec: ShiftQuant) -> Layer:
+    if spec.embedding_bits is None:
+        raise Refuse("kept in float by embedding_bits=None")
+    return EMBEDDING.read(node, op, path, spec)
+
+
+_HANDLERS = {**HANDLERS, Embedding: Handler(EMBEDDING.kind, _embedding)}
 
 
 @dataclass(frozen=True)
@@ -71,55 +86,28 @@ class _Quantizing:
         self.spec, self.timer = spec, timer
         self.refusals: dict[fx.Node, tuple[str, Refuse]] = {}
         self.found: dict[tuple[fx.Node, int], Statistics] = {}
-        self.second: dict[Layer, Tensor] = {}
+        self.second: dict[Product, Tensor] = {}
+        self.original: dict[fx.Node, list[Constant]] = {}
+        self.choices: dict[fx.Node, Choice] = {}
+        self.timed: dict[Layer, Speed] = {}
+        self.measured: dict[Layer, Measured] = {}
         self._made: dict[tuple[object, ...], Coded] = {}
 
     def run(self) -> None:
         graph, samples, work = self.graph, self.samples, self.work
         graph.clean()
         before = constant_bytes(graph)
-        layers, refused = find_layers(graph, self.spec)
-        known = (*(layer.node for layer in layers), *(n for n, _, _ in refused), *attentions(graph, self.spec))
-        check_patterns(self.spec, [graph.path(n) for n in known])
-        self.refusals = {node: (kind, refusal) for node, kind, refusal in refused}
-        layers = self._worth_their_bytes(layers)
+        layers = self._layers()
         outputs = Outputs(graph, samples[:_BATCHES]) if samples else None
-        original = {layer.node: [c for c in (layer.weight, layer.bias) if c is not None] for layer in layers}
         layers, moved = self._calibrated(layers)
-        choices = self._choices(layers, before)
-        coded = [c for layer in layers if (c := self._coded(layer, choices.get(layer.node))) is not None]
-        timed = speeds(graph, samples, coded, self.timer)
-        coded = self._fast_enough(coded, timed)
-        measured = measure(graph, samples, coded)
-        coded = self._corrected(coded, measured)
+        self.choices = self._choices(layers, before)
+        coded = [c for layer in layers if (c := self._coded(layer, self.choices.get(layer.node))) is not None]
+        self.timed = speeds(graph, samples, coded, self.timer)
+        coded = self._fast_enough(coded)
+        self.measured = measure(graph, samples, coded)
+        coded = self._corrected(coded)
         work.applied += moved
-        if self.spec.finetune_steps and any(c.layer.kind != "embedding" for c in coded):
-            if outputs is None:
-                raise UsageError("finetune_steps= needs data to train on: pass example_inputs or calibration=")
-            learnt, site = finetuned(graph, samples, coded, self.spec, outputs)
-            (work.applied if learnt else work.refused).append(site)
-            if learnt:
-                coded = learnt
-                by_node = {layer.node: speed for layer, speed in timed.items()}
-                timed |= {c.layer: by_node[c.layer.node] for c in coded if c.layer.node in by_node}
-                measured = measure(graph, samples, coded)
-        places = {n: i for i, n in enumerate(graph.fx.nodes)}
-        rows: list[tuple[int, fx.Node, Coded | None]] = [(places[c.layer.node], c.layer.node, c) for c in coded]
-        rows += [(places[n], n, None) for n in self.refusals if n in places]
-        emitted: dict[fx.Node, fx.Node] = {}
-        shared: dict[int, dict[str, Constant]] = {}
-        for _, node, c in sorted(rows, key=lambda row: row[0]):
-            choice = choices.get(node)
-            if c is not None and work.run.permit(RULE, c.layer.path):
-                entry = quantized(c, measured.get(c.layer), timed.get(c.layer), choice, original[node])
-                work.quantization.append(entry)
-                work.done(RULE, node, _said(entry))
-                emitted[c.layer.tail] = c.emit(graph, shared, emitted)
-                continue
-            kind, refusal = (c.layer.kind, Refuse("verification took it back")) if c is not None else self.refusals[node]
-            speed = next((s for layer, s in timed.items() if layer.node is node), None)
-            work.quantization.append(kept(graph, node, kind, refusal, speed, choice))
-            work.refuse(RULE, node, refusal)
+        self._emit(self._finetuned(coded, outputs))
         attentions_into_integers(work, self.spec)
         graph.clean()
         if work.applied:
@@ -127,6 +115,17 @@ class _Quantizing:
             work.quantization.append(whole(before, constant_bytes(graph), quality))
 
     # -- steps -------------------------------------------------------------------------------------------------------------
+
+    def _layers(self) -> list[Layer]:
+        """The layers that may become integers, as the specification names them."""
+        graph = self.graph
+        layers, refused = find_layers(graph, self.spec, _HANDLERS)
+        known = (*(layer.node for layer in layers), *(n for n, _, _ in refused), *attentions(graph, self.spec))
+        check_patterns(self.spec, [graph.path(n) for n in known])
+        self.refusals = {node: (kind, refusal) for node, kind, refusal in refused}
+        layers = self._worth_their_bytes(layers)
+        self.original = {layer.node: [c for c in (layer.weight, layer.bias) if c is not None] for layer in layers}
+        return layers
 
     def _worth_their_bytes(self, layers: Sequence[Layer]) -> list[Layer]:
         """Codes beside a table that stays in float for somebody else would only add bytes."""
@@ -153,9 +152,19 @@ class _Quantizing:
         now, moved = migrate(self.work, layers, self.found)
         if moved:
             self.found = collect(self.graph, self.samples, now, histograms)
-        wanted = [layer for layer in now if wants_second_moments(layer, self.spec, self.found.get((layer.x, layer.axis)))]
+        wanted = [layer for layer in products(now) if self._by_second_moments(layer)]
         self.second = second_moments(self.graph, self.samples, wanted)
         return now, moved
+
+    def _by_second_moments(self, layer: Product) -> bool:
+        """Is the layer to be rounded by second moments?"""
+        if layer.spec.rounding != "auto":
+            return bool(layer.spec.rounding == "gptq")
+        found = self.found.get((layer.x, layer.axis))
+        if found is None or self.spec.size_budget is not None or self.spec.sqnr_budget is not None:
+            return False  # widths are compared at a rounding that is quick
+        inputs = layer.taps * layer.channels
+        return inputs <= _WIDEST and found.count >= _ROWS_AN_INPUT * inputs
 
     def _choices(self, layers: Sequence[Layer], total: int) -> dict[fx.Node, Choice]:
         """A width for each layer where there is a budget."""
@@ -170,7 +179,7 @@ class _Quantizing:
                 if c is not None and id(c) not in gone and nodes.issuperset(self.graph.readers_of(c)):
                     gone.add(id(c))
                     fixed -= c.numel * c.dtype.itemsize
-            if layer.kind == "embedding":
+            if not isinstance(layer, Product):
                 fixed += self._encode(layer, None).bytes
             elif self._coded(layer, None) is not None:
                 units.setdefault(id(layer.weight), []).append(layer)
@@ -189,19 +198,19 @@ class _Quantizing:
 
     def _encode(self, layer: Layer, bits: int | None) -> Coded:
         """Integers of a layer; a weight that two layers share is coded once."""
-        wanted = bits if bits is not None else layer.spec.embedding_bits if layer.kind == "embedding" else layer.spec.weight_bits
-        key = (id(layer.weight), layer.kind, layer.transposed, wanted, layer.spec)
+        key = (id(layer.weight), layer.stored, width(layer) if bits is None else bits, layer.spec)
+        found = second = None
+        if isinstance(layer, Product):
+            found, second = self.found.get((layer.x, layer.axis)), self.second.get(layer)
         if key not in self._made:
-            self._made[key] = encode(layer, self.found.get((layer.x, layer.axis)), self.second.get(layer), bits=bits)
+            self._made[key] = encode(layer, found, second, bits=bits)
         first = self._made[key]
-        if first.layer is layer:
-            return first
-        return encode(layer, self.found.get((layer.x, layer.axis)), self.second.get(layer), bits=bits, like=first)
+        return first if first.layer is layer else encode(layer, found, second, bits=bits, like=first)
 
-    def _fast_enough(self, coded: Sequence[Coded], timed: dict[Layer, Speed]) -> list[Coded]:
+    def _fast_enough(self, coded: Sequence[Coded]) -> list[Coded]:
         fast = []
         for c in coded:
-            speed = timed.get(c.layer)
+            speed = self.timed.get(c.layer)
             if self.spec.prefer == "speed" and speed is not None and speed.measured and speed.ratio < SLOWER:
                 refusal = Refuse(
                     f"measured {speed.ratio:.2f} times as fast as in float on this machine",
@@ -212,14 +221,50 @@ class _Quantizing:
             fast.append(c)
         return fast
 
-    @staticmethod
-    def _corrected(coded: Sequence[Coded], measured: dict[Layer, Measured]) -> list[Coded]:
+    def _corrected(self, coded: Sequence[Coded]) -> list[Coded]:
         found = []
         for c in coded:
-            if c.layer in measured:
-                c, measured[c.layer] = corrected(c, measured[c.layer])
+            if isinstance(c, CodedProduct) and c.layer in self.measured:
+                c, self.measured[c.layer] = corrected(c, self.measured[c.layer])
             found.append(c)
         return found
+
+    def _finetuned(self, coded: list[Coded], outputs: Outputs | None) -> list[Coded]:
+        """The layers after training, where it is asked for and made them better."""
+        if not self.spec.finetune_steps or not any(isinstance(c, CodedProduct) for c in coded):
+            return coded
+        if outputs is None:
+            raise UsageError("finetune_steps= needs data to train on: pass example_inputs or calibration=")
+        learnt, site = finetuned(self.graph, self.samples, coded, self.spec, outputs)
+        (self.work.applied if learnt else self.work.refused).append(site)
+        if not learnt:
+            return coded
+        by_node = {layer.node: speed for layer, speed in self.timed.items()}
+        self.timed |= {c.layer: by_node[c.layer.node] for c in learnt if c.layer.node in by_node}
+        self.measured = measure(self.graph, self.samples, learnt)
+        return learnt
+
+    def _emit(self, coded: Sequence[Coded]) -> None:
+        """Put the integer operators into the graph, in its order, and say of every layer what became of it."""
+        graph, work = self.graph, self.work
+        places = {n: i for i, n in enumerate(graph.fx.nodes)}
+        rows: list[tuple[int, fx.Node, Coded | None]] = [(places[c.layer.node], c.layer.node, c) for c in coded]
+        rows += [(places[n], n, None) for n in self.refusals if n in places]
+        emitted: dict[fx.Node, fx.Node] = {}
+        shared: Shared = {}
+        for _, node, c in sorted(rows, key=lambda row: row[0]):
+            choice = self.choices.get(node)
+            sensitivity = () if choice is None else choice.sensitivity
+            if c is not None and work.run.permit(RULE, c.layer.path):
+                entry = quantized(c, self.measured.get(c.layer), self.timed.get(c.layer), sensitivity, self.original[node])
+                work.quantization.append(entry)
+                work.done(RULE, node, _said(entry))
+                emitted[c.layer.tail] = c.emit(graph, shared, emitted)
+                continue
+            kind, refusal = (c.layer.kind, Refuse("verification took it back")) if c is not None else self.refusals[node]
+            speed = next((s for layer, s in self.timed.items() if layer.node is node), None)
+            work.quantization.append(kept(graph, node, kind, refusal, speed, sensitivity))
+            work.refuse(RULE, node, refusal)
 
 
 def _said(entry: LayerQuantization) -> str:

@@ -23,10 +23,11 @@ from normfuse.ir.dtypes import dtype_of
 from normfuse.ir.graph import Graph, Refuse
 from normfuse.ir.passes import Rewriting
 from normfuse.ir.views import LayerNorm, RmsNorm
-from normfuse.passes.quantize.coded import Coded, encode
+from normfuse.passes.quantize.layers.find import by_input, products
+from normfuse.passes.quantize.layers.layer import Layer, Product
 from normfuse.passes.quantize.measure import sqnr
 from normfuse.passes.quantize.probe import accumulate
-from normfuse.passes.quantize.sites import Layer, by_input
+from normfuse.passes.quantize.shiftquant.coded import Integers, encode_product
 from normfuse.passes.quantize.statistics import Statistics
 from normfuse.reports.model import Site
 
@@ -51,8 +52,8 @@ class _Carrier:
 
     node: fx.Node
     axis: int
-    readers: list[Layer]
-    producer: Layer | None  # None: the source is a norm
+    readers: list[Product]
+    producer: Product | None  # None: the source is a norm
     has_gain: bool
 
 
@@ -65,7 +66,7 @@ def migrate(work: Rewriting, layers: Sequence[Layer], found: Found) -> tuple[lis
         found: statistics of what they read; without any, nothing moves.
     """
     graph = work.graph
-    now = {layer.node: layer for layer in layers}
+    now = {layer.node: layer for layer in products(layers)}
     sites: list[Site] = []
     for carrier in _carriers(graph, layers):
         key = (carrier.node, carrier.axis)
@@ -87,11 +88,11 @@ def migrate(work: Rewriting, layers: Sequence[Layer], found: Found) -> tuple[lis
         )  # fmt: skip
         now |= _moved(graph, current, shift, now)
         sites.append(site)
-    return [now[layer.node] for layer in layers], sites
+    return [now.get(layer.node, layer) for layer in layers], sites
 
 
 def _carriers(graph: Graph, layers: Sequence[Layer]) -> list[_Carrier]:
-    producers = {layer.tail: layer for layer in layers if layer.kind != "embedding"}
+    producers = {layer.tail: layer for layer in products(layers)}
     carriers = []
     for (node, axis), readers in by_input(layers):
         if {layer.node for layer in readers} != set(node.users) or any(graph.shared(r.weight) or r.groups > 1 for r in readers):
@@ -115,7 +116,7 @@ def _best(work: Rewriting, carrier: _Carrier, found: Statistics) -> tuple[Tensor
     if not shifts:
         return None, 0.0, 0.0
     channels = len(found.absmax)
-    trials: list[tuple[Tensor, list[Coded]]] = []
+    trials: list[tuple[Tensor, list[Integers]]] = []
     for shift in (torch.zeros(channels, dtype=torch.float64), *shifts):
         try:
             trials.append((shift, [_trial(layer, shift, found) for layer in carrier.readers]))
@@ -154,14 +155,14 @@ def _candidates(carrier: _Carrier, found: Statistics) -> list[Tensor]:
     return shifts
 
 
-def _trial(layer: Layer, shift: Tensor, found: Statistics) -> Coded:
+def _trial(layer: Product, shift: Tensor, found: Statistics) -> Integers:
     """The codes of the moved weight; by rounding and without a histogram, which do not decide."""
     spec = dataclasses.replace(layer.spec, rounding="nearest", observer="minmax")
-    moved = dataclasses.replace(layer, weight=_columns(layer, torch.exp2(shift)), spec=spec)
-    return encode(moved, found.scaled(torch.exp2(-shift)))
+    moved = dataclasses.replace(layer, weight=layer.scaled(torch.exp2(shift)), spec=spec)
+    return encode_product(moved, found.scaled(torch.exp2(-shift)), bits=spec.weight_bits)
 
 
-def _relative_errors(x: Tensor, trials: Sequence[tuple[Tensor, list[Coded]]], readers: Sequence[Layer]) -> Tensor:
+def _relative_errors(x: Tensor, trials: Sequence[tuple[Tensor, list[Integers]]], readers: Sequence[Product]) -> Tensor:
     """For each reader Σ y² and, for each trial, Σ (y − ŷ)²."""
     rows = []
     for i, layer in enumerate(readers):
@@ -177,21 +178,21 @@ def _relative_errors(x: Tensor, trials: Sequence[tuple[Tensor, list[Coded]]], re
 # -- rewriting -----------------------------------------------------------------------------------------------------------
 
 
-def _moved(graph: Graph, carrier: _Carrier, shift: Tensor, now: dict[fx.Node, Layer]) -> dict[fx.Node, Layer]:
+def _moved(graph: Graph, carrier: _Carrier, shift: Tensor, now: dict[fx.Node, Product]) -> dict[fx.Node, Product]:
     """The graph with 2^-m at the source and 2^m in the readers; the layers that have changed."""
-    changed: dict[fx.Node, Layer] = {}
+    changed: dict[fx.Node, Product] = {}
     source = carrier.node
     down, up = torch.exp2(-shift), torch.exp2(shift)
     if carrier.producer is None:
         source = _scaled_norm(graph, carrier.node, down)
     else:
         producer = carrier.producer
-        weight = _rows(producer, down)
+        weight = producer.scaled(down, outputs=True)
         bias = None if producer.bias is None else producer.bias * down
         changed[producer.node] = _rewritten(graph, producer, weight, bias)
     for layer in carrier.readers:
         layer = changed.get(layer.node, layer)
-        moved = _rewritten(graph, layer, _columns(layer, up), layer.bias)
+        moved = _rewritten(graph, layer, layer.scaled(up), layer.bias)
         changed[layer.node] = dataclasses.replace(moved, x=source)
     return changed
 
@@ -209,22 +210,10 @@ def _scaled_norm(graph: Graph, node: fx.Node, down: Tensor) -> fx.Node:
     return new
 
 
-def _rewritten(graph: Graph, layer: Layer, weight: Constant, bias: Constant | None) -> Layer:
+def _rewritten(graph: Graph, layer: Product, weight: Constant, bias: Constant | None) -> Product:
     for old, new in ((layer.weight, weight), (layer.bias, bias)):
         if old is None or new is None or old is new:
             continue
         reader = next(n for n in layer.node.all_input_nodes if graph.constant(n) is old)
         layer.node.replace_input_with(reader, graph.emit_constant(new, layer.node))
     return dataclasses.replace(layer, weight=weight, bias=bias)
-
-
-def _columns(layer: Layer, factor: Tensor) -> Constant:
-    """The weight with its input channels times `factor`."""
-    shape = [-1, 1] if layer.transposed else [1, -1] + [1] * (layer.weight.ndim - 2)
-    return layer.weight * factor.reshape(shape)
-
-
-def _rows(layer: Layer, factor: Tensor) -> Constant:
-    """The weight with its outputs times `factor`."""
-    shape = [1, -1] if layer.transposed else [-1] + [1] * (layer.weight.ndim - 1)
-    return layer.weight * factor.reshape(shape)

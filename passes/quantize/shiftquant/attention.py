@@ -14,7 +14,7 @@ from normfuse.ir.dtypes import FLOATS
 from normfuse.ir.graph import Graph, Refuse
 from normfuse.ir.passes import Rewriting
 from normfuse.ir.views import Sdpa, Value
-from normfuse.passes.quantize.sites import RULE
+from normfuse.passes.quantize.shiftquant.coded import RULE
 from normfuse.quant.spec import ShiftQuant
 from normfuse.reports.model import LayerQuantization
 
