@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from normfuse.errors import ExportError, UsageError
+from normfuse.export.keywords import given, keywords_of
 from normfuse.export.onnx.attention.static_masks import simplify_masks
 from normfuse.export.onnx.choice.candidates import Chosen, choose
 from normfuse.export.onnx.facts import append_metadata, origin
@@ -29,7 +30,7 @@ from normfuse.export.onnx.quantized.forms import FORMS, is_quantized
 from normfuse.export.onnx.quantized.native import keep_nodes
 from normfuse.export.onnx.runtime import session
 from normfuse.export.onnx.writer.save import MAX_PROTO, data_files, drop_stale, save_model
-from normfuse.export.options import ExportKeywords, ExportOptions, given, keywords_of
+from normfuse.export.options import ExportKeywords, ExportOptions
 from normfuse.export.result import Exported
 from normfuse.export.runtimes import Release, parse_runtime, spelled_runtime
 from normfuse.export.targets import MIN_OPSET, Target
