@@ -20,13 +20,13 @@ from normfuse.numerics.batches import Batches
 from normfuse.passes import PASSES
 from normfuse.passes.affine.folding import known_values
 from normfuse.passes.quantize.nothing import check_quantized
-from normfuse.passes.quantize.ranks import everywhere, several_ranks
 from normfuse.pipeline.figures import last_word, norm_counts, operators, paired, tensor_sizes
 from normfuse.pipeline.origin import origin_of
 from normfuse.pipeline.partial import whole_or_parts
 from normfuse.proof.prove import Proof, run
 from normfuse.proof.returned import settle
 from normfuse.quant.spec import ShiftQuant, static_layers
+from normfuse.ranks import everywhere, several_ranks
 from normfuse.reports.model import Calibration, PassReport
 from normfuse.reports.record import Record
 from normfuse.reports.record import report as report_of

@@ -226,7 +226,8 @@ def _for_inputs(path: Path, data: Any, wanted: list[str]) -> dict[str, Any]:
     save = f"np.savez({path.name!r}, {names})"
     raise UsageError(
         f"--calibration {path}: it holds {held}; the model takes {', '.join(wanted)}, and {', '.join(missing)} "
-        f"{'is' if len(missing) == 1 else 'are'} missing{did_you_mean(missing[0], data, most=3)}; name the arrays as the inputs: {save}"
+        f"{'is' if len(missing) == 1 else 'are'} missing{did_you_mean(missing[0], data, most=3)}; "
+        f"name the arrays as the inputs: {save}"
     )
 
 

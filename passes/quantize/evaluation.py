@@ -11,7 +11,7 @@ from normfuse.ir.graph import Graph
 from normfuse.numerics.evaluate import evaluate
 from normfuse.passes.quantize.coded import Coded
 from normfuse.passes.quantize.measure import sqnr
-from normfuse.passes.quantize.ranks import everywhere
+from normfuse.ranks import everywhere
 
 __all__ = ["Outputs"]
 

@@ -12,11 +12,11 @@ from normfuse.ir.graph import Graph
 from normfuse.passes.quantize.coded import Coded
 from normfuse.passes.quantize.evaluation import Outputs
 from normfuse.passes.quantize.probe import progress
-from normfuse.passes.quantize.ranks import several_ranks
 from normfuse.passes.quantize.sites import reread
 from normfuse.quant.finetune import finetune
 from normfuse.quant.packing import pack_groups
 from normfuse.quant.spec import ShiftQuant
+from normfuse.ranks import several_ranks
 from normfuse.reports.model import Site
 
 __all__ = ["finetuned"]

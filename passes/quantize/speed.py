@@ -18,8 +18,8 @@ from normfuse.cache import measurement, remember
 from normfuse.ir.graph import Graph
 from normfuse.passes.quantize.coded import Coded
 from normfuse.passes.quantize.probe import accumulate
-from normfuse.passes.quantize.ranks import first_rank
 from normfuse.passes.quantize.sites import Layer
+from normfuse.ranks import first_rank
 
 __all__ = ["SLOWER", "Speed", "Timer", "interleaved", "speeds"]
 

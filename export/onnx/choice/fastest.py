@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ from torch import Tensor
 
 from normfuse.errors import ExportError
 from normfuse.export.onnx.runtime import run, session
+from normfuse.progress import progress_bar
 
 __all__ = ["fastest"]
 
@@ -47,11 +46,11 @@ def fastest(
     if not others:
         return plain, ratios
     first = session(files[plain], threads=threads, config=_CONFIG)
-    with _bar(len(others) * _MAX_ROUNDS, show=progress) as step:
+    with progress_bar("measuring attention", len(others) * _MAX_ROUNDS, show=progress) as bar:
         for name in others:
             try:
                 second = session(files[name], threads=threads, config=_CONFIG)
-                turns = _turns(lambda: run(first, feeds), lambda s=second: run(s, feeds), seconds / len(others), step)  # type: ignore[misc]
+                turns = _turns(lambda: run(first, feeds), lambda s=second: run(s, feeds), seconds / len(others), bar.advance)  # type: ignore[misc]
             except ExportError as e:
                 log.info("attention as %s: %s", name, e)
                 continue
@@ -88,16 +87,3 @@ def _timed(call: Callable[[], Any], n: int) -> float:
     for _ in range(n):
         call()
     return time.perf_counter() - start
-
-
-@contextlib.contextmanager
-def _bar(total: int, *, show: bool) -> Iterator[Callable[[int], None]]:
-    if not show or not sys.stderr.isatty():
-        yield lambda n: None
-        return
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("measuring attention", total=total)
-        yield lambda n: bar.advance(task, n)
