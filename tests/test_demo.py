@@ -10,7 +10,8 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from normfuse import api, demo, demo_models
+from normfuse import api
+from normfuse.app import demo, demo_models
 from normfuse.app.demo import Outcome
 from normfuse.errors import CheckFailed
 from normfuse.reports.model import Error

@@ -25,7 +25,7 @@ from normfuse.given.sizes import variations
 from normfuse.ir.graph import Graph, identity_of
 from normfuse.ir.module_tree import ModuleTree
 from normfuse.ir.wording import operator_name
-from normfuse.numerics.evaluate import distance
+from normfuse.numerics.compare import distance
 from normfuse.passes import PASSES
 from normfuse.passes.affine import affine, beside
 from normfuse.passes.affine.beside import Beside

@@ -29,7 +29,7 @@ from normfuse.given.calls import Call, Signature, calls_of, survey
 from normfuse.given.declared_inputs import declared_inputs
 from normfuse.given.original import with_own_weights
 from normfuse.given.sizes import probes, variations
-from normfuse.numerics.evaluate import measure
+from normfuse.numerics.compare import measure
 from normfuse.pipeline.origin import origin_of
 from normfuse.reports.model import Error, Part, PassReport, Site
 from normfuse.reports.record import Record, record

@@ -8,9 +8,9 @@ from typing import Any
 from torch import Tensor
 
 from normfuse.ir.graph import Graph
+from normfuse.numerics.compare import sqnr
 from normfuse.numerics.evaluate import evaluate
 from normfuse.passes.quantize.coded import Coded
-from normfuse.passes.quantize.measure import sqnr
 from normfuse.ranks import everywhere
 
 __all__ = ["Outputs"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -12,11 +11,12 @@ import torch
 from torch import Tensor
 
 from normfuse.ir.graph import Graph
+from normfuse.numerics.compare import sqnr
 from normfuse.passes.quantize.coded import Coded
 from normfuse.passes.quantize.probe import accumulate
 from normfuse.passes.quantize.sites import Layer
 
-__all__ = ["Measured", "corrected", "measure", "sqnr"]
+__all__ = ["Measured", "corrected", "measure"]
 
 _BATCHES = 8  # each rank measures on so many of its batches: errors are averages over thousands of rows
 _CHUNK = 1 << 22  # values of an output at a time
@@ -45,13 +45,6 @@ class Measured:
     def sqnr(self) -> float:
         """In dB."""
         return sqnr(self.signal, float(self.noise.sum()))
-
-
-def sqnr(signal: float, noise: float) -> float:
-    """10 log₁₀ (signal / noise); infinite for no noise."""
-    if noise <= 0:
-        return math.inf
-    return 10 * math.log10(signal / noise) if signal > 0 else -math.inf
 
 
 def measure(graph: Graph, coded: Sequence[Coded]) -> dict[Layer, Measured]:

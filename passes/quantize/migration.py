@@ -22,8 +22,8 @@ from normfuse.ir.constants import Constant
 from normfuse.ir.dtypes import dtype_of
 from normfuse.ir.graph import Graph, Refuse
 from normfuse.ir.views import LayerNorm, RmsNorm
+from normfuse.numerics.compare import sqnr
 from normfuse.passes.quantize.coded import Coded, encode
-from normfuse.passes.quantize.measure import sqnr
 from normfuse.passes.quantize.probe import accumulate
 from normfuse.passes.quantize.sites import Layer, by_input
 from normfuse.passes.quantize.statistics import Statistics

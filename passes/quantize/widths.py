@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 from normfuse.errors import UsageError
 from normfuse.ir.graph import Graph, Refuse
+from normfuse.numerics.compare import sqnr
 from normfuse.passes.quantize.coded import Coded
 from normfuse.passes.quantize.evaluation import Outputs
-from normfuse.passes.quantize.measure import sqnr
 from normfuse.passes.quantize.probe import progress
 from normfuse.passes.quantize.sites import Layer
 from normfuse.quant.spec import ShiftQuant
