@@ -18,6 +18,7 @@ __all__ = [
     "Joint",
     "Mean",
     "RunningStatistics",
+    "Step",
     "mean_over_ranks",
     "mean_square",
     "statistics_dtype",
