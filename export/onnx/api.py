@@ -76,7 +76,7 @@ def to_onnx(
         int4_initializers: keep weights of up to 4 bits as INT4 in an `integer` or `qdq` file; the runtime expands them to bytes
             when it loads, which takes it longer and more memory.
         attention: `decomposed`, `attention23`, `mha`, `qkv`, `native`, or `auto`: for ONNX Runtime by a table of measurements
-            (`normfuse.export.onnx.table`), for other targets their default.
+            (`normfuse.export.onnx.choice.table`), for other targets their default.
         verify: run the file in ONNX Runtime and compare it with `gm` on the example inputs, on random ones and, where
             axes may vary, at another size. Without it the file is only checked.
         tolerance: bound on max |difference| / max |expected|; by default 1e-9, 1e-4, 2e-2, 1e-1 for float64, float32,
