@@ -13,7 +13,6 @@ writes, is no l1_norm: the two differ where a row hardly varies.
 
 from __future__ import annotations
 
-import difflib
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -21,7 +20,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from normfuse.errors import UsageError
+from normfuse.errors import UsageError, did_you_mean
 from normfuse.export.norm_patterns import Norm, crms_norm, dtype_of, is_row, l1_norm, over_last_axis, rms_norm, settled
 from normfuse.ir.constants import Constant
 from normfuse.ir.graph import Graph
@@ -76,8 +75,7 @@ def _check(ops: Sequence[str]) -> None:
         raise UsageError(f"ops={ops!r}: expected a list of names, e.g. [{ops!r}]")
     for name in ops:
         if name not in KERNELS:
-            near = difflib.get_close_matches(str(name), KERNELS, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
+            hint = did_you_mean(name, KERNELS)
             raise UsageError(f"there is no kernel {name!r}: expected {', '.join(KERNELS)}{hint}")
 
 

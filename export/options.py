@@ -6,12 +6,11 @@ The keyword arguments of `to_onnx` and `to_tensorrt` are their fields, and the c
 from __future__ import annotations
 
 import dataclasses
-import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar, cast, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, cast, get_args
 
-from normfuse.errors import UsageError, did_you_mean
+from normfuse.errors import UsageError
 from normfuse.export.targets import (
     FUSED_NORM_OPSET,
     AttentionForm,
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ATTENTION", "FORMS", "IO_DTYPES", "MAX_PROTO", "EngineKeywords", "EngineOptions", "ExportKeywords", "ExportOptions",
-    "FileKeywords", "Shapes", "given", "keywords_of",
+    "FileKeywords", "Shapes",
 ]  # fmt: skip
 
 Attention = Literal["auto", AttentionForm]
@@ -201,42 +200,6 @@ class ExportKeywords(_ModuleKeywords, total=False):
     external_data_above: int
     force: bool
     progress: bool
-
-
-F = TypeVar("F", bound=Callable[..., Any])
-T = TypeVar("T")
-
-
-def given(cls: type[T], options: T | None, keywords: Mapping[str, Any], *, called: str) -> T:
-    """`options` with `keywords` in the place of its fields; by default of those of `cls`.
-
-    Raises:
-        TypeError: `called` has no such keyword argument.
-        UsageError: a value is wrong.
-    """
-    known = [field.name for field in dataclasses.fields(cast(Any, cls))]
-    for name in keywords:
-        if name not in known:
-            raise TypeError(f"{called}() got an unexpected keyword argument {name!r}{did_you_mean(name, known)}")
-    made = cls(**keywords) if options is None else dataclasses.replace(cast(Any, options), **keywords)
-    return cast(T, made)
-
-
-def keywords_of(cls: type[Any], only: Sequence[str] | None = None) -> Callable[[F], F]:
-    """The decorated function takes the fields of `cls`, or `only` some, as keywords: `help` and editors show them by name."""
-
-    def decorate(f: F) -> F:
-        own = inspect.signature(f)
-        fields = [field for field in dataclasses.fields(cls) if only is None or field.name in only]
-        more = [
-            inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=field.type)
-            for field in fields
-        ]
-        stay = [p for p in own.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
-        f.__signature__ = own.replace(parameters=[*stay, *more])  # type: ignore[attr-defined]
-        return f
-
-    return decorate
 
 
 def _known(what: str, value: object, names: tuple[str, ...]) -> None:

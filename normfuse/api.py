@@ -22,7 +22,6 @@ from normfuse.numerics.batches import Batches
 from normfuse.passes import DEFAULT, PASSES
 from normfuse.passes.affine.folding import known_values
 from normfuse.passes.quantize.nothing import check_quantized
-from normfuse.passes.quantize.ranks import everywhere, several_ranks
 from normfuse.pipeline.figures import last_word, norm_counts, operators, paired, tensor_sizes
 from normfuse.pipeline.origin import origin_of
 from normfuse.pipeline.partial import whole_or_parts
@@ -30,6 +29,7 @@ from normfuse.proof.prove import Proof, run
 from normfuse.proof.returned import settle
 from normfuse.quant.scheme import Scheme
 from normfuse.quant.spec import ShiftQuant
+from normfuse.ranks import everywhere, several_ranks
 from normfuse.reports.model import Calibration, PassReport
 from normfuse.reports.record import Record
 from normfuse.reports.record import report as report_of

@@ -20,6 +20,7 @@ from torch import Tensor, fx
 from normfuse.ir.graph import Graph, Refuse
 from normfuse.ir.passes import Change, Pass, Rewriting, Samples
 from normfuse.ir.views import Add, Div, LayerNorm, Mean, Mul, RmsNorm, Sub, Value
+from normfuse.numerics.compare import sqnr
 from normfuse.numerics.observe import observe
 
 __all__ = ["L1"]
@@ -116,7 +117,7 @@ def _fit(moments: Tensor, eps: float) -> Fit:
     c = float(sigma.sum() / absolute.sum())
     exact, found = (sigma.square() + eps).rsqrt(), (c * absolute).clamp_min(math.sqrt(eps)).reciprocal()
     signal, noise = (float((sigma * v).square().sum()) for v in (exact, exact - found))
-    return Fit(c, math.inf if noise == 0 else 10 * math.log10(signal / noise) if signal > 0 else -math.inf)
+    return Fit(c, sqnr(signal, noise))
 
 
 # -- rewrite -----------------------------------------------------------------------------------------------------------

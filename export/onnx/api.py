@@ -14,9 +14,9 @@ import torch
 from torch import nn
 
 from normfuse.errors import ExportError, UsageError
+from normfuse.export.keywords import given, keywords_of
 from normfuse.export.onnx.attention.static_masks import simplify_masks
 from normfuse.export.onnx.choice.candidates import Chosen, choose
-from normfuse.export.onnx.facts import append_metadata, origin
 from normfuse.export.onnx.inspect import norm_counts, op_counts
 from normfuse.export.onnx.lower import finished, translated
 from normfuse.export.onnx.oldest import needs, signature
@@ -28,8 +28,9 @@ from normfuse.export.onnx.proven import Proof, Proven, check, tensor_dtypes
 from normfuse.export.onnx.quantized.forms import FORMS, is_quantized
 from normfuse.export.onnx.quantized.native import keep_nodes
 from normfuse.export.onnx.runtime import session
+from normfuse.export.onnx.writer.metadata import append_metadata, origin
 from normfuse.export.onnx.writer.save import MAX_PROTO, data_files, drop_stale, save_model
-from normfuse.export.options import ExportKeywords, ExportOptions, given, keywords_of
+from normfuse.export.options import ExportKeywords, ExportOptions
 from normfuse.export.result import Exported
 from normfuse.export.runtimes import Release, parse_runtime, spelled_runtime
 from normfuse.export.targets import MIN_OPSET, Target
@@ -75,7 +76,7 @@ def to_onnx(
         int4_initializers: keep weights of up to 4 bits as INT4 in an `integer` or `qdq` file; the runtime expands them to bytes
             when it loads, which takes it longer and more memory.
         attention: `decomposed`, `attention23`, `mha`, `qkv`, `native`, or `auto`: for ONNX Runtime by a table of measurements
-            (`normfuse.export.onnx.table`), for other targets their default.
+            (`normfuse.export.onnx.choice.table`), for other targets their default.
         verify: run the file in ONNX Runtime and compare it with `gm` on the example inputs, on random ones and, where
             axes may vary, at another size. Without it the file is only checked.
         tolerance: bound on max |difference| / max |expected|; by default 1e-9, 1e-4, 2e-2, 1e-1 for float64, float32,
@@ -169,13 +170,13 @@ def _lowered(found: Program, options: ExportOptions, kept: Sequence[str], folder
     older = options.opset is None and options.runtime is not None
     for opset in range(options.newest, MIN_OPSET - 1, -1) if older else (options.newest,):
         model = _translated(found, options.where, opset)
-        integers = keep_nodes(model, [name for name in kept if name in _ROUNDS])
-        keep_nodes(model, kept)
+        nodes = keep_nodes(model, kept)
         chosen = choose(model, found, opset, options, folder)
         del model
         oldest, reason = max(needs(chosen.model))
         if options.runtime is None or oldest <= parse_runtime(options.runtime):
-            return _Draft(chosen, opset, integers > 0 or (chosen.layers is not None and FORMS[chosen.layers].rounds))
+            rounds = chosen.layers is not None and FORMS[chosen.layers].rounds
+            return _Draft(chosen, opset, rounds or any(nodes[name] for name in _ROUNDS))
     raise _too_new(options.runtime, oldest, reason)
 
 

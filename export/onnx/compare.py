@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normfuse.described import dtype_name
+from normfuse.described import described, dtype_name
 from normfuse.errors import ExportError
 from normfuse.export.onnx.program import Program
 from normfuse.export.onnx.runtime import run
-from normfuse.numerics.evaluate import distance, magnitude
+from normfuse.numerics.compare import TOLERANCE, distance, like, magnitude, resembling
+from normfuse.numerics.compare import sqnr as in_decibels
 from normfuse.numerics.modes import Stirred
 from normfuse.proof.proof import moves
 from normfuse.reports.model import Error
@@ -22,15 +23,6 @@ from normfuse.reports.model import Error
 __all__ = ["MIN_SQNR", "TOLERANCE", "compare", "deviation", "sqnr", "tolerance_for"]
 
 log = logging.getLogger(__name__)
-
-#: Bound on max |difference| / max |expected| per dtype; the mantissa width beside it. About a thousand roundings in float32
-#: and float64, twenty in the half formats, which both sides round after every op but not at the same places.
-TOLERANCE = {
-    torch.float64: 1e-9,  # 52 bits
-    torch.float32: 1e-4,  # 23 bits
-    torch.float16: 2e-2,  # 10 bits
-    torch.bfloat16: 1e-1,  # 7 bits
-}
 
 #: A quantized model is held to this SQNR in dB against the module, or to `MARGIN` below what roundings alone do to it.
 MIN_SQNR = 40.0
@@ -109,7 +101,7 @@ def sqnr(expected: Sequence[Tensor], got: Sequence[Tensor]) -> float:
         same = (x == y) | (x.isnan() & y.isnan())
         noise = float(torch.where(same, 0.0, x - y).square().sum())
         signal = float(torch.where(x.isfinite(), x, 0.0).square().sum())
-        found.append(math.inf if noise == 0 else 10 * math.log10(signal / noise) if math.isfinite(noise) and signal else -math.inf)
+        found.append(in_decibels(signal, noise))
     return min(found, default=math.inf)
 
 
@@ -137,7 +129,9 @@ def deviation(
     dtypes = []
     for name, want, have, floor in zip(names, expected, got, floors or [0.0] * len(names), strict=True):
         if want.shape != have.shape or want.dtype != have.dtype:
-            raise ExportError(f"output {name} on {label} inputs is {_kind(have)} in the file and {_kind(want)} in the module")
+            raise ExportError(
+                f"output {name} on {label} inputs is {described(have)} in the file and {described(want)} in the module"
+            )
         if want.numel() == 0:
             continue
         if want.is_floating_point():
@@ -165,21 +159,12 @@ def _floors(program: Program, flat: Sequence[Any], expected: Sequence[Tensor], b
 def _trials(program: Program) -> Iterator[tuple[str, list[Any]]]:
     flat = list(program.flat_inputs())
     yield "example", flat
-    yield "random", [_like(leaf, leaf.shape) if isinstance(leaf, Tensor) else leaf for leaf in flat]
+    yield "random", like(flat, seed=0)
     sizes = _other_sizes(program, flat)
     if sizes is not None:
-        yield "resized", [_like(leaf, size) if isinstance(leaf, Tensor) else leaf for leaf, size in zip(flat, sizes, strict=True)]
-
-
-def _like(example: Tensor, shape: Sequence[int]) -> Tensor:
-    """Random values with the statistics of `example`; integers are drawn from its own, so that indices stay in range."""
-    if example.numel() == 0:
-        return example.new_zeros(tuple(shape))
-    if example.is_floating_point():
-        spread = float(example.float().std()) if example.numel() > 1 else 1.0
-        return (torch.randn(tuple(shape), device="cpu") * (spread or 1.0) + float(example.float().mean())).to(example.dtype)
-    index = torch.randint(0, example.numel(), tuple(shape), device="cpu")
-    return example.detach().cpu().reshape(-1)[index]
+        generator = torch.Generator("cpu").manual_seed(1)
+        pairs = zip(flat, sizes, strict=True)
+        yield "resized", [resembling(leaf, generator, size) if isinstance(leaf, Tensor) else leaf for leaf, size in pairs]
 
 
 def _other_sizes(program: Program, flat: Sequence[Any]) -> list[tuple[int, ...]] | None:
@@ -218,7 +203,3 @@ def _next(size: Any, now: int, ranges: Any) -> dict[Any, int]:
         return {}
     value, bounds = int(values[0]), ranges.get(symbol)
     return {symbol: value + 1 if bounds is None or value + 1 <= bounds.upper else value - 1}
-
-
-def _kind(value: Tensor) -> str:
-    return f"{dtype_name(value.dtype)}{list(value.shape)}"

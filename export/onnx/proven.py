@@ -115,7 +115,7 @@ class Proof:
         return Proven(error, sqnr, notes)
 
     def _sessions(self, file: Path) -> list[Any]:
-        """With the kernels, and without. Nodes that wait for plugins come in any form and type, and our CPU kernels take float32."""
+        """With the kernels and without. Nodes that wait for plugins come in any form and type; our CPU kernels take float32."""
         threads = self.options.threads
         config = {} if self.options.where.runs_here or self.layers is None else AS_WRITTEN
         kernels = self.layers is not None and FORMS[self.layers].kernels

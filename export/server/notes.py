@@ -3,27 +3,16 @@
 from __future__ import annotations
 
 from normfuse.export.server.batching import why_not
-from normfuse.export.server.config import Options
-from normfuse.export.server.signature import Signature
+from normfuse.export.server.config import Serving
 
 __all__ = ["notes"]
 
 
-def notes(
-    signature: Signature, options: Options, *, max_batch: int, asked: int | None, ours: bool, library: str | None
-) -> list[str]:
-    """One sentence or two each.
-
-    Args:
-        signature: of the file.
-        options: how it is served.
-        max_batch: 0 where it is served without batching.
-        asked: what the caller wanted.
-        ours: the file has ops of the domain `normfuse`.
-        library: where the server finds normfuse's kernels.
-    """
+def notes(served: Serving, *, ours: bool) -> list[str]:
+    """One sentence or two each; `ours`: the file has ops of the domain `normfuse`."""
+    signature, options, max_batch, library = served.signature, served.options, served.max_batch, served.library
     found = []
-    if not max_batch and asked is None:
+    if not max_batch and options.max_batch is None:
         found.append(f"served without batching: {why_not(signature)}")
     if ours and library is None:
         found.append(

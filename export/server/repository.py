@@ -5,23 +5,28 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from normfuse import native
 from normfuse.errors import UsageError
+from normfuse.export.keywords import given, keywords_of
 from normfuse.export.onnx.domains import domains
 from normfuse.export.result import note_lines
 from normfuse.export.server.batching import check_preferred, max_batch_size
-from normfuse.export.server.config import BACKENDS, CONFIG, FILE_NAMES, Options, check_types, config_text
+from normfuse.export.server.config import CONFIG, FILE_NAMES, Serving, check_types, config_text
 from normfuse.export.server.folders import replace, staging
 from normfuse.export.server.notes import notes
+from normfuse.export.server.options import ServeKeywords, ServeOptions
 from normfuse.export.server.signature import Signature, of_engine
 from normfuse.export.server.versions import agree, check_limits, model_folder, number_of, read, same_interface, shown, stays
 from normfuse.export.server.warmup import Warmup, plan
 from normfuse.export.tensorrt.engine import manifest_path
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["Served", "check_place", "write_repository"]
 
@@ -67,27 +72,13 @@ def check_place(folder: str | Path, name: str, *, version: int | Literal["next"]
         raise UsageError(f"cannot write {model}: the folder {place} is not writable")
 
 
+@keywords_of(ServeOptions)
 def write_repository(
     folder: str | Path,
     name: str,
     artifact: str | Path,
-    *,
-    backend: Literal["onnxruntime", "tensorrt"] | None = None,
-    by_capability: Mapping[str, str | Path] | None = None,
-    max_batch: int | None = None,
-    preferred_batches: Sequence[int] = (),
-    queue_delay_us: int = 0,
-    instances: int = 1,
-    device: Literal["auto", "cpu", "gpu"] = "auto",
-    threads: int | None = None,
-    accelerator: Literal["tensorrt"] | None = None,
-    precision: Literal["fp32", "fp16"] = "fp32",
-    warmup: bool = True,
-    warmup_shapes: Mapping[str, Sequence[int]] | None = None,
-    kernels: bool = False,
-    server_folder: str = "/models",
-    version: int | Literal["next"] = 1,
-    force: bool = False,
+    options: ServeOptions | None = None,
+    **keywords: Unpack[ServeKeywords],
 ) -> Served:
     """Put an ONNX file or a TensorRT engine into a model repository of NVIDIA Triton Inference Server.
 
@@ -99,6 +90,7 @@ def write_repository(
         folder: the repository; made when its parent is there.
         name: what clients call the model.
         artifact: the ONNX file, or the engine with its manifest `<engine>.json` beside it.
+        options: all that follows as one value; what is given by name goes before it.
         backend: which part of the server runs it; default: by the name of the file, `.onnx` or another.
         by_capability: engines for other GPUs by compute capability, e.g. `{"8.9": path}`; `artifact` serves all that are not named.
         max_batch: how many items the server runs at once; default: 64, or what the engine was built for. 0 turns batching off.
@@ -119,55 +111,46 @@ def write_repository(
     Raises:
         UsageError: an argument is wrong, a file is missing or cannot be served, the version exists, or nothing can be written.
     """
+    chosen = given(ServeOptions, options, keywords, called="write_repository")
     folder, artifact = Path(folder), Path(artifact)
-    runs = _backend(artifact, backend)
-    options = Options(tuple(preferred_batches), queue_delay_us, instances, device, threads, accelerator, precision, kernels)
-    options.check(runs)
+    runs = chosen.backend or ("onnxruntime" if artifact.suffix == ".onnx" else "tensorrt")
+    chosen.check(runs)
     signature = read(artifact, runs)
     check_types(signature, runs)
-    engines = _engines(by_capability or {}, runs, signature)
-    limit = min(max_batch_size(s, max_batch) for s in (signature, *(s for _, s in engines.values())))
-    check_preferred(preferred_batches, limit)
+    engines = _engines(chosen.by_capability or {}, runs, signature)
+    limit = min(max_batch_size(s, chosen.max_batch) for s in (signature, *(s for _, s in engines.values())))
+    check_preferred(chosen.preferred_batches, limit)
     model = model_folder(folder, name)
-    number, others = number_of(model, version, force=force)
+    number, others = number_of(model, chosen.version, force=chosen.force)
     older = agree(model, others, signature, runs)
 
     ours = runs == "onnxruntime" and "normfuse" in domains(artifact)
-    library = f"{server_folder.rstrip('/')}/{name}/{_LIBRARY}" if kernels and ours else None
-    warm = plan(artifact, signature, limit, warmup_shapes or {}) if warmup else Warmup(None)
-    text = config_text(
-        name, runs, signature, options,
-        max_batch=limit, warmup=warm.shapes, capabilities={c: _engine_name(c) for c in engines}, library=library,
-    )  # fmt: skip
-    kept = stays(model, text, limit, force=force)
+    library = f"{chosen.server_folder.rstrip('/')}/{name}/{_LIBRARY}" if chosen.kernels and ours else None
+    warm = plan(artifact, signature, limit, chosen.warmup_shapes or {}) if chosen.warmup else Warmup(None)
+    served = Serving(name, runs, signature, chosen, limit, {c: _engine_name(c) for c in engines}, warm.shapes, library)
+    text = config_text(served)
+    kept = stays(model, text, limit, force=chosen.force)
     if kept is None:
         check_limits(model, others, older, limit)
-
     files = {f"{number}/{place}": source for place, source in _sources(artifact, runs, signature, engines).items()}
     if library is not None:
         files[_LIBRARY] = native.path()
+    _place(folder, name, number, files, text if kept is None else None, beside=bool(others))
+    written = (*(model / place for place in files), *([model / CONFIG] if kept is None else []))
+    return Served(model, number, runs, limit, written, (*notes(served, ours=ours), *filter(None, (warm.note, kept))))
+
+
+def _place(folder: Path, name: str, number: int, files: Mapping[str, Path], config: str | None, *, beside: bool) -> None:
+    """Copy the files, and the configuration unless the one that is there stays; the version appears whole."""
     with staging(folder) as stage:
         new = stage / name
         for place, source in files.items():
             (new / place).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, new / place)
-        if kept is None:
-            (new / CONFIG).write_text(text, encoding="utf-8")
-        if others:
-            _add(new, model, stage, number)
-        else:
-            _put(new, model, stage, number)
-    written = (*(model / place for place in files), *([model / CONFIG] if kept is None else []))
-    remarks = notes(signature, options, max_batch=limit, asked=max_batch, ours=ours, library=library)
-    return Served(model, number, runs, limit, written, (*remarks, *filter(None, (warm.note, kept))))
-
-
-def _backend(artifact: Path, backend: str | None) -> str:
-    if backend is None:
-        return "onnxruntime" if artifact.suffix == ".onnx" else "tensorrt"
-    if backend not in BACKENDS:
-        raise UsageError(f"unknown backend {backend!r}, expected {' or '.join(BACKENDS)}")
-    return backend
+        if config is not None:
+            (new / CONFIG).write_text(config, encoding="utf-8")
+        move = _add if beside else _put
+        move(new, folder / name, stage, number)
 
 
 def _engines(given: Mapping[str, str | Path], backend: str, signature: Signature) -> dict[str, tuple[Path, Signature]]:

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from normfuse.errors import ExportError, UsageError
+from normfuse.export.keywords import given, keywords_of
 from normfuse.export.onnx.inspect import provenance, read_model
 from normfuse.export.onnx.precision import to_precision
-from normfuse.export.options import EngineKeywords, EngineOptions, FileKeywords, given, keywords_of
+from normfuse.export.options import EngineKeywords, EngineOptions, FileKeywords
 from normfuse.export.tensorrt.builder import ask
 from normfuse.export.tensorrt.engine import Engine, Tensor, log_path, manifest_path, sha256
 from normfuse.export.tensorrt.flavour import find

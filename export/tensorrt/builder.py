@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
@@ -11,12 +10,13 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from normfuse.errors import ExportError, UsageError
 from normfuse.export.tensorrt.flavour import environment
+from normfuse.progress import progress_bar
 
 __all__ = ["ask", "module_path", "refusal"]
 
@@ -64,7 +64,7 @@ def ask(module: str, work: str, request: Mapping[str, Any], *, label: str = "", 
         asked.write_text(json.dumps({"work": work, "module": module, **request}), encoding="utf-8")
         variables["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
         command = [sys.executable, "-m", "normfuse.export.tensorrt.child", str(asked), str(answered)]
-        with heard.open("wb") as output, _bar(label, show=progress):
+        with heard.open("wb") as output, progress_bar(label, show=progress and bool(label), clock=True):
             process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=variables)
             try:
                 code = process.wait()
@@ -132,17 +132,3 @@ def _shortened(text: str) -> str:
 
 def _advice(text: str) -> str:
     return next((f". {advice}" for sign, advice in _ADVICE if sign in text), "")
-
-
-@contextlib.contextmanager
-def _bar(label: str, *, show: bool) -> Iterator[None]:
-    if not (show and label and sys.stderr.isatty()):
-        yield
-        return
-    from rich.console import Console
-    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        bar.add_task(label, total=None)
-        yield

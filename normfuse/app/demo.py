@@ -29,7 +29,6 @@ _MODELS = {
 }
 _SHORT = {"layer_norm": "LayerNorm", "batch_norm": "BatchNorm", "rms_norm": "RMSNorm"}
 _BATCH = 64  # images in the timed batch
-_EXACT = 1e-9  # the relative error in float64 above which two functions are not the same
 
 
 @dataclass(frozen=True)
@@ -58,12 +57,14 @@ class Outcome:
 
     def failures(self) -> list[str]:
         """What should not have happened; empty when all is well."""
+        from normfuse.numerics.compare import EXACT_BOUND
+
         left = {k: n for k, n in self.report.norms_after.items() if n and k != "rms_norm"}
         exact = self.report.exact
         found = {
             f"{self.name}: norms are left: {left}": bool(left),
-            f"{self.name}: the error in float64 is {magnitude(exact)}, above {_EXACT:.0e}": exact is None
-            or not exact.max_rel <= _EXACT,
+            f"{self.name}: the error in float64 is {magnitude(exact)}, above {EXACT_BOUND:.0e}": exact is None
+            or not exact.max_rel <= EXACT_BOUND,
             f"{self.name}: {self.of - self.same} of {self.of} predictions changed": self.same != self.of,
             f"{self.name}: {len(self.report.undone)} rewrites were taken back": bool(self.report.undone),
         }
@@ -126,15 +127,11 @@ def _one(console: Console, name: str, images: "Tensor", labels: "Tensor", folder
 
     before, after = folder / f"{name}.original.onnx", folder / f"{name}.onnx"
     export_original(Source(name, model, batch), before, dynamic_shapes=any_batch)
-    exported = to_onnx(fast, after, progress=console.is_terminal and not console.quiet)
-    logits = {
-        "original": _torch(model, images),
-        "optimized": _torch(fast, images),
-        "original onnx": _onnx(before, images),
-        "optimized onnx": _onnx(after, images),
-    }
-    predictions = {k: v.argmax(1) for k, v in logits.items()}
-    expected = logits["original onnx"]
+    progress = console.is_terminal and not console.quiet
+    exported = to_onnx(fast, after, progress=progress)
+    answers = _answers({"original": model, "optimized": fast}, {"original onnx": before, "optimized onnx": after}, images)
+    predictions = {k: v.argmax(1) for k, v in answers.items()}
+    expected = answers["original onnx"]
     outcome = Outcome(
         name=name,
         report=found,
@@ -142,26 +139,25 @@ def _one(console: Console, name: str, images: "Tensor", labels: "Tensor", folder
         right={k: int((p == labels).sum()) for k, p in predictions.items()},
         same=int((predictions["optimized onnx"] == predictions["original"]).sum()),
         of=len(labels),
-        difference=float((logits["optimized onnx"] - expected).abs().max() / expected.abs().max()),
-        latency=bench(
-            str(before),
-            str(after),
-            batch,
-            names=("original", "optimized"),
-            seconds=seconds,
-            progress=console.is_terminal and not console.quiet,
-        ),
+        difference=float((answers["optimized onnx"] - expected).abs().max() / expected.abs().max()),
+        latency=bench(str(before), str(after), batch, names=("original", "optimized"), seconds=seconds, progress=progress),
     )
     for line in _measured(outcome, before):
         _say(console, f"  {line}")
     return outcome
 
 
+def _answers(modules: "dict[str, nn.Module]", files: dict[str, Path], images: "Tensor") -> "dict[str, Tensor]":
+    return {k: _torch(m, images) for k, m in modules.items()} | {k: _onnx(file, images) for k, file in files.items()}
+
+
 def _facts(found: "Report") -> Iterable[str]:
+    from normfuse.numerics.compare import EXACT_BOUND
+
     kinds = sorted({*found.norms_before, *found.norms_after})
     yield "norms       " + ", ".join(f"{k} {found.norms_before.get(k, 0)} → {found.norms_after.get(k, 0)}" for k in kinds)
     yield f"parameters  {change(found.parameters_before, found.parameters_after)}"
-    yield f"exact       {magnitude(found.exact)} relative in float64; the bound of an identity is {_EXACT:.0e}"
+    yield f"exact       {magnitude(found.exact)} relative in float64; the bound of an identity is {EXACT_BOUND:.0e}"
     yield f"drift       {magnitude(found.drift)} relative in {found.drift.dtype if found.drift else 'its own dtype'}"
 
 

@@ -15,7 +15,6 @@ from normfuse.app.cuda import CPU, Placement, in_dtype, on_device, to_device
 from normfuse.app.source_options import Options
 from normfuse.app.sources import Source, load_source
 from normfuse.benchmark import Comparison, Engine, Schedule, measure
-from normfuse.benchmark.progress import rounds_bar
 from normfuse.errors import ExportError, NormfuseError, UsageError
 from normfuse.export.onnx.domains import domains
 from normfuse.export.onnx.tensors import check_file
@@ -23,6 +22,7 @@ from normfuse.extras import need
 from normfuse.files import spelled
 from normfuse.gpu.device import DeviceCall, as_graph, find_gpu
 from normfuse.native_library import library_file, switched_off
+from normfuse.progress import progress_bar
 
 if TYPE_CHECKING:
     import numpy as np
@@ -88,8 +88,8 @@ def bench(
     )
     before = None if isolate else _torch_threads()
     try:
-        with rounds_bar(f"{first.name} / {second.name}", show=progress) as on_round:
-            return Comparison.of(measure((first, first, second), schedule, on_plan=on_plan, on_round=on_round))
+        with progress_bar(f"{first.name} / {second.name}", show=progress) as bar:
+            return Comparison.of(measure((first, first, second), schedule, on_plan=on_plan, on_round=bar.to))
     finally:
         if before is not None:
             before()

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import importlib.util
 import os
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from normfuse.errors import CaptureError, UsageError
+from normfuse.errors import CaptureError, UsageError, did_you_mean
 
-__all__ = ["find", "here_on_path", "similar"]
+__all__ = ["find", "here_on_path"]
 
 
 def find(text: str, expected: str) -> Any:
@@ -33,7 +31,7 @@ def find(text: str, expected: str) -> Any:
     for part in attribute.split("."):
         if not hasattr(found, part):
             known = [n for n in vars(found) if not n.startswith("_")] if hasattr(found, "__dict__") else []
-            raise UsageError(f"{name} has no {attribute!r}{similar(part, known)}")
+            raise UsageError(f"{name} has no {attribute!r}{did_you_mean(part, known, most=3)}")
         found = getattr(found, part)
     return found
 
@@ -43,12 +41,6 @@ def here_on_path(folder: str | Path | None = None) -> None:
     where = os.path.abspath(folder or os.getcwd())
     if where not in sys.path and not (folder is None and "" in sys.path):
         sys.path.insert(0, where)
-
-
-def similar(name: str, known: Sequence[str]) -> str:
-    """`; did you mean 'A' or 'B'?`, or nothing."""
-    near = [repr(n) for n in difflib.get_close_matches(name, known, n=3)]
-    return f"; did you mean {' or '.join(near)}?" if near else ""
 
 
 def _from_file(path: Path, text: str) -> ModuleType:

@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 from normfuse.app.checkpoints import load_weights
 from normfuse.app.example_inputs import inputs_for
-from normfuse.app.factories import find, here_on_path, similar
+from normfuse.app.factories import find, here_on_path
 from normfuse.app.hf_folder import check_folder, model_class, offline
 from normfuse.app.random_norms import randomise_norms
 from normfuse.app.source_options import Options
-from normfuse.errors import CaptureError, NormfuseError, UsageError
+from normfuse.errors import CaptureError, NormfuseError, UsageError, did_you_mean
 from normfuse.extras import need
 
 if TYPE_CHECKING:
@@ -136,7 +136,7 @@ def _timm(name: str, options: Options) -> _Loaded:
     known = timm.list_models()
     base = name.split(".")[0]
     if base not in known:
-        raise UsageError(f"timm has no model {name!r}{similar(base, known)}")
+        raise UsageError(f"timm has no model {name!r}{did_you_mean(base, known, most=3)}")
     with _building(f"timm:{name}", options):
         model = timm.create_model(name, pretrained=options.pretrained)
     return _Loaded(_weights(model, options), weights=_where_from(options))
@@ -149,7 +149,7 @@ def _torchvision(name: str, options: Options) -> _Loaded:
     models = importlib.import_module("torchvision.models")
     known = models.list_models()
     if name not in known:
-        raise UsageError(f"torchvision has no model {name!r}{similar(name, known)}")
+        raise UsageError(f"torchvision has no model {name!r}{did_you_mean(name, known, most=3)}")
     with _building(f"torchvision:{name}", options):
         weights: dict[str, Any] = {"weights": "DEFAULT" if options.pretrained else None}
         if not options.pretrained and "weights_backbone" in inspect.signature(models.get_model_builder(name)).parameters:

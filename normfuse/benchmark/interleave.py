@@ -11,7 +11,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from normfuse.benchmark.engine import Engine, Local, Runner, Turn
 from normfuse.benchmark.machine import Machine, QuietClock, cores
@@ -112,15 +112,11 @@ def measure(
     here = cores()
     threads = schedule.threads or len(here)
     cpus = here[:threads] if schedule.isolate and threads <= len(here) else ()
-    rng = random.Random(schedule.seed)
-    medians: list[tuple[float, ...]] = []
-    calls: list[list[float]] = [[] for _ in engines]
-    disturbed = turns = 0
-    planned, starts, spent = 0, 1, 0.0
-    start = 0
+    rounds = _Rounds(schedule, random.Random(schedule.seed), tuple([] for _ in engines))
+    planned, starts, start = 0, 1, 0
     began = time.perf_counter()
     while start < starts:
-        with _opened(engines, threads, cpus, schedule, rng) as runners:
+        with _opened(engines, threads, cpus, schedule, rounds.rng) as runners:
             slowest = [runner.warm_up(schedule.warmup) for runner in runners]
             if start == 0:
                 planned = _rounds(schedule, slowest)
@@ -128,30 +124,54 @@ def measure(
                 if on_plan is not None:
                     opening = time.perf_counter() - began
                     on_plan(planned, planned * _seconds_of_a_round(schedule, slowest) + (starts - 1) * opening)
-            for _ in range(planned * (start + 1) // starts - len(medians)):
-                begin = time.perf_counter()
-                patient = spent < schedule.seconds
-                taken: dict[int, Turn] = {}
-                for i in rng.sample(range(len(runners)), len(runners)):
-                    taken[i], noisy = _quiet_turn(runners[i], schedule, retries=_RETRIES if patient else 0)
-                    disturbed, turns = disturbed + noisy, turns + 1
-                medians.append(tuple(statistics.median(taken[i].seconds) for i in range(len(runners))))
-                for i, turn in taken.items():
-                    calls[i].extend(turn.seconds)
-                spent += time.perf_counter() - begin
+            for _ in range(planned * (start + 1) // starts - len(rounds.medians)):
+                rounds.take(runners)
                 if on_round is not None:
-                    on_round(len(medians), planned)
+                    on_round(len(rounds.medians), planned)
         start += 1
     return Measurement(
         tuple(e.name for e in engines),
-        tuple(medians),
-        tuple(map(tuple, calls)),
+        tuple(rounds.medians),
+        tuple(map(tuple, rounds.calls)),
         threads,
         tuple(cpus),
-        disturbed / max(1, turns),
+        rounds.disturbed / max(1, rounds.turns),
         Machine.here(),
         schedule,
     )
+
+
+@dataclass
+class _Rounds:
+    """What was measured so far.
+
+    Attributes:
+        medians: of each round, the median of each engine's turn.
+        calls: of each engine, the seconds of each call.
+        disturbed, turns: how many turns other processes worked in, and how many there were.
+        spent: seconds of wall time.
+    """
+
+    schedule: Schedule
+    rng: random.Random
+    calls: tuple[list[float], ...]
+    medians: list[tuple[float, ...]] = field(default_factory=list)
+    disturbed: int = 0
+    turns: int = 0
+    spent: float = 0.0
+
+    def take(self, runners: Sequence[Runner]) -> None:
+        """One turn of each engine, in an order of its own."""
+        begin = time.perf_counter()
+        retries = _RETRIES if self.spent < self.schedule.seconds else 0
+        taken: dict[int, Turn] = {}
+        for i in self.rng.sample(range(len(runners)), len(runners)):
+            taken[i], noisy = _quiet_turn(runners[i], self.schedule, retries=retries)
+            self.disturbed, self.turns = self.disturbed + noisy, self.turns + 1
+        self.medians.append(tuple(statistics.median(taken[i].seconds) for i in range(len(runners))))
+        for i, turn in taken.items():
+            self.calls[i].extend(turn.seconds)
+        self.spent += time.perf_counter() - begin
 
 
 def _rounds(schedule: Schedule, call: Sequence[float]) -> int:

@@ -1,7 +1,6 @@
 """--quantize, --keep and --calibration: text into a `ShiftQuant`, and files or factories into batches."""
 
 import dataclasses
-import difflib
 import inspect
 import logging
 import re
@@ -9,9 +8,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from normfuse.app.factories import find, similar
+from normfuse.app.factories import find
 from normfuse.app.sources import Source
-from normfuse.errors import NormfuseError, UsageError
+from normfuse.errors import NormfuseError, UsageError, did_you_mean
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -114,7 +113,7 @@ def _words() -> dict[str, str]:
 def _value(text: str, name: str, value: str) -> Any:
     fields = _fields()
     if name not in fields:
-        where = f"; set it with {_ELSEWHERE[name]}" if name in _ELSEWHERE else _near(name, list(fields))
+        where = f"; set it with {_ELSEWHERE[name]}" if name in _ELSEWHERE else did_you_mean(name, list(fields))
         raise UsageError(f"--quantize {text}: ShiftQuant has no {name!r} to set here{where}")
     if value.lower() in ("none", "off") and name in ("embedding_bits", "size_budget", "sqnr_budget"):
         return None
@@ -135,12 +134,7 @@ def _meant(part: str) -> str:
     bits = re.fullmatch(r"u?int(\d)|(?:q|i)(\d)", part.lower())
     if bits is not None:
         return f"; did you mean w{bits[1] or bits[2]}a8 (weights of {bits[1] or bits[2]} bits, activations of 8)?"
-    return _near(part, [*_words(), *_fields()])
-
-
-def _near(word: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(word, known, 1)
-    return f"; did you mean {near[0]!r}?" if near else ""
+    return did_you_mean(part, [*_words(), *_fields()])
 
 
 def _called(text: str) -> Any:
@@ -232,7 +226,8 @@ def _for_inputs(path: Path, data: Any, wanted: list[str]) -> dict[str, Any]:
     save = f"np.savez({path.name!r}, {names})"
     raise UsageError(
         f"--calibration {path}: it holds {held}; the model takes {', '.join(wanted)}, and {', '.join(missing)} "
-        f"{'is' if len(missing) == 1 else 'are'} missing{similar(missing[0], list(data))}; name the arrays as the inputs: {save}"
+        f"{'is' if len(missing) == 1 else 'are'} missing{did_you_mean(missing[0], data, most=3)}; "
+        f"name the arrays as the inputs: {save}"
     )
 
 

@@ -21,8 +21,6 @@ from normfuse.reports.report import Report
 __all__ = ["verify"]
 
 _UNBROKEN: dict[str, Any] = {"subsequent_indent": "  ", "break_long_words": False, "break_on_hyphens": False}
-_DRIFT = {"float64": 1e-9, "float32": 1e-4, "bfloat16": 1e-1, "float16": 2e-2}
-"""Relative error in a dtype above which two runs of the same function differ by more than rounding."""
 
 
 @click.command(short_help="Prove an optimized or exported model.")
@@ -59,7 +57,7 @@ def verify(model: Model, other: str | None, pipeline: Pipeline, tolerance: float
 
 
 def _failures(found: "Report", tolerance: float | None) -> list[str]:
-    from normfuse.numerics.evaluate import EXACT_BOUND
+    from normfuse.numerics.compare import EXACT_BOUND
 
     failures = [f"{site.path}: {site.rule} was taken back: {site.note}" for site in found.undone]
     if found.nothing_compared:
@@ -77,12 +75,14 @@ def _failures(found: "Report", tolerance: float | None) -> list[str]:
 
 
 def _bound(error: "Error", tolerance: float | None) -> float:
-    return _DRIFT.get(error.dtype, 1e-4) if tolerance is None else tolerance
+    from normfuse.numerics.compare import tolerance_of
+
+    return tolerance_of(error.dtype) if tolerance is None else tolerance
 
 
 def _compare(model: Model, other: str, tolerance: float | None, as_json: bool, quiet: bool) -> None:
     from normfuse.export.onnx.inspect import float_dtypes
-    from normfuse.numerics.evaluate import measure, nothing_in
+    from normfuse.numerics.compare import measure, nothing_in, tolerance_of
 
     if not is_onnx(other) and Path(other).suffix not in (".pt2", *ENGINE_SUFFIXES):
         raise UsageError(f"{other}: expected an .onnx or .pt2 file, or an engine, to compare with {model.source}")
@@ -103,7 +103,7 @@ def _compare(model: Model, other: str, tolerance: float | None, as_json: bool, q
     if len(found) != len(expected):
         raise CheckFailed(f"{other} has {len(found)} outputs and {model.source} has {len(expected)}")
     dtype = next((str(t.dtype).removeprefix("torch.") for t in expected if t.is_floating_point()), "float32")
-    coarsest = max((dtype, *float_dtypes(other)), key=lambda d: _DRIFT.get(d, 0.0)) if is_onnx(other) else dtype
+    coarsest = max((dtype, *float_dtypes(other)), key=tolerance_of) if is_onnx(other) else dtype
     error = measure(expected, found, _computes_in(Path(other)) if engine else coarsest)
     bound = _bound(error, tolerance)
     failures = [] if error.max_rel <= bound else [f"the relative error is {error.max_rel:.1e}, above {bound:.0e}"]

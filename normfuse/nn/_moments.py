@@ -6,7 +6,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["batch_moments", "recomputing", "several_ranks", "should_update"]
+from normfuse.ranks import several_ranks
+
+__all__ = ["batch_moments", "recomputing", "should_update"]
 
 
 def batch_moments(x: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor, int]:
@@ -47,8 +49,3 @@ def recomputing() -> bool:
     if torch.compiler.is_compiling():
         return False
     return bool(torch._C._current_graph_task_id() != -1)
-
-
-def several_ranks() -> bool:
-    """Is there a default process group of more than one rank?"""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

@@ -11,12 +11,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from normfuse.errors import UsageError
-from normfuse.nn._moments import recomputing, several_ranks
+from normfuse.nn._moments import recomputing
+from normfuse.ranks import several_ranks
 
 __all__ = [
     "Joint",
     "Mean",
     "RunningStatistics",
+    "Step",
     "mean_over_ranks",
     "mean_square",
     "statistics_dtype",

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Mapping, Sequence
 
 from torch import nn
 
-from normfuse.errors import UsageError
+from normfuse.errors import UsageError, did_you_mean
 
 __all__ = ["block_depths"]
 
@@ -93,8 +92,7 @@ def _given(paths: Sequence[str], depths: Mapping[str, int]) -> dict[str, int | s
     for key, depth in depths.items():
         _whole(depth, f"depths[{key!r}]")
         if not any(p == key or p.startswith(f"{key}.") for p in paths):
-            near = difflib.get_close_matches(key, paths, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
+            hint = did_you_mean(key, paths)
             raise UsageError(f"depths: {key!r} is no norm of the model and contains none{hint}")
     found: dict[str, int | str] = {}
     for path in paths:

@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import copy
 import logging
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial, reduce
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from normfuse.errors import UsageError
-from normfuse.nn._moments import several_ranks
 from normfuse.nn._statistics import Joint
 from normfuse.nn.alpha import AlphaBatchNorm
 from normfuse.nn.l1 import L1BatchNorm
+from normfuse.progress import progress_bar
+from normfuse.ranks import everywhere
 
 __all__ = ["Calibrated", "calibrate"]
 
@@ -113,9 +111,11 @@ def calibrate(
     data = _Data(new, batches, forward or _forward, {name: modules[name] for name in layers})
     with torch.no_grad():
         calls = _calls(data)
-        with _bar(progress is not False, batches, len(calls)) as start:
+        total = len(batches) * len(calls) if isinstance(batches, Sized) else None
+        with progress_bar("calibrate", total, show=progress is not False) as bar:
             for name, times in calls.items():
-                layers[name].set_calibrated(_found(data, name, layers[name], times == 1, start(name)), source_weight)
+                bar.name(f"calibrate {name}")
+                layers[name].set_calibrated(_found(data, name, layers[name], times == 1, bar.advance), source_weight)
     for module, mode in modes:
         module.training = mode
     return new
@@ -123,7 +123,7 @@ def calibrate(
 
 def _calls(data: _Data) -> dict[str, int]:
     """How often one forward calls each layer that it reaches, in the order of the first calls."""
-    seen = [calls for calls in _everywhere(data.calls) if calls is not None]
+    seen = [calls for calls in everywhere(data.calls) if calls is not None]
     if not seen:
         raise UsageError("calibrate: the loader gave no batch")
     calls = {name: max(c.get(name, 0) for c in seen) for c in seen for name in c}
@@ -138,7 +138,7 @@ def _found(data: _Data, name: str, layer: Calibrated, once: bool, advance: Calla
     """The joint mean and variance of each stage of a layer, over the data of all ranks."""
     found: tuple[Joint, ...] = ()
     for _ in range(layer.calibration_stages):
-        ranks = _everywhere(partial(data.rows, name, layer, found, once, advance))
+        ranks = everywhere(partial(data.rows, name, layer, found, once, advance))
         found += (reduce(Joint.merge, ranks),)
         _check(found[-1], name)
     return found
@@ -284,48 +284,3 @@ def _check(rows: Joint, name: str) -> None:
         raise UsageError(
             f"calibrate: layer {name!r} got values that are not finite; look for NaN or overflow in the data before it"
         )
-
-
-# -- ranks -------------------------------------------------------------------------------------------------------------
-
-
-def _everywhere(compute: Callable[[], T]) -> list[T]:
-    """The results of all ranks, in their order. A failure on one rank is an error on all, so that none waits for ever."""
-    if not several_ranks():
-        return [compute()]
-    value, error = None, None
-    try:
-        value = compute()
-    except Exception as e:
-        error = e
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, (value, None if error is None else str(error)))
-    if error is not None:
-        raise error
-    for rank, (_, message) in enumerate(gathered):
-        if message is not None:
-            raise UsageError(f"rank {rank}: {message}")
-    return [value for value, _ in gathered]
-
-
-# -- progress ----------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _bar(show: bool, batches: Iterable[Any], norms: int) -> Iterator[Callable[[str], Callable[[], None]]]:
-    """Yields what to call with the name of the next norm; that yields what to call after each batch."""
-    if not (show and sys.stderr.isatty()):
-        yield lambda name: lambda: None
-        return
-    from rich.console import Console
-    from rich.progress import Progress
-
-    size = len(batches) if isinstance(batches, Sized) else None
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("calibrate", total=None if size is None else size * norms)
-
-        def start(name: str) -> Callable[[], None]:
-            bar.update(task, description=f"calibrate {name}")
-            return lambda: bar.advance(task)
-
-        yield start

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import difflib
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from normfuse.errors import UsageError
+from normfuse.errors import UsageError, did_you_mean
 from normfuse.nn.block_depth import block_depths
 from normfuse.nn.layouts import Activated
 from normfuse.nn.reading import Reading, hooks_of, read
@@ -334,8 +333,7 @@ def _chosen(found: Found, where: Where | None, kind: str = "norms") -> Found:
         said = ", ".join(map(repr, patterns))
     if not chosen:
         paths = [p for p, _, _ in found]
-        near = difflib.get_close_matches(where, paths, 1) if isinstance(where, str) else []
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = did_you_mean(where, paths) if isinstance(where, str) else ""
         listed = ", ".join(paths[:6]) + (", …" if len(paths) > 6 else "")
         raise UsageError(f"where: {said} matches no {kind[:-1]} of the model{hint} ({kind}: {listed or 'none'})")
     return chosen
@@ -348,13 +346,11 @@ def _known(to: str, options: Mapping[str, Any]) -> None:
             "use normfuse.optimize(model, inputs, passes=['default', 'compress']) on a trained model"
         )
     if to not in OPTIONS:
-        near = difflib.get_close_matches(str(to), OPTIONS, 1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = did_you_mean(to, OPTIONS)
         raise UsageError(f"to={to!r}: there is no such norm{hint} (known: {', '.join(OPTIONS)})")
     for name in options:
         if name not in OPTIONS[to]:
-            near = difflib.get_close_matches(name, OPTIONS[to], 1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
+            hint = did_you_mean(name, OPTIONS[to])
             raise UsageError(f"{name}= is no option of to={to!r}{hint} (options: {', '.join(OPTIONS[to])})")
 
 

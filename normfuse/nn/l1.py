@@ -15,7 +15,8 @@ from normfuse.errors import UsageError
 from normfuse.nn._channel_affine import channel_affine
 from normfuse.nn._dtypes import narrowed, widened
 from normfuse.nn._inputs import takes
-from normfuse.nn._moments import several_ranks, should_update
+from normfuse.nn._moments import should_update
+from normfuse.ranks import several_ranks
 
 __all__ = ["L1BatchNorm", "L1LayerNorm", "from_norm_matters"]
 

@@ -13,7 +13,8 @@ from torch.autograd.function import once_differentiable
 from normfuse.errors import UsageError
 from normfuse.nn._dtypes import narrowed
 from normfuse.nn._inputs import takes
-from normfuse.nn._statistics import Joint, RunningStatistics, mean_over_ranks, mean_square, statistics_dtype
+from normfuse.nn._quadratic_mean import QuadraticMean
+from normfuse.nn._statistics import Joint, mean_over_ranks, statistics_dtype
 
 __all__ = ["PowerNorm"]
 
@@ -26,7 +27,7 @@ class _Step:
     divisor: Tensor  # (C,) √(q + ε) in the warm-up, later √(φ + ε)
 
 
-class PowerNorm(RunningStatistics[_Step]):
+class PowerNorm(QuadraticMean[_Step]):
     """y = γ u / √(φ + ε) + β,   u = x / √(mean(x² over a group of channels) + ε_g);   φ is a running mean of mean(u²).
 
     Args:
@@ -56,13 +57,10 @@ class PowerNorm(RunningStatistics[_Step]):
         of the authors' code.
     """
 
-    calibration_stages = 1
-
     weight: nn.Parameter
     bias: nn.Parameter
     running_phi: Tensor
     ema_gz: Tensor
-    iters: Tensor
 
     def __init__(
         self,
@@ -125,10 +123,6 @@ class PowerNorm(RunningStatistics[_Step]):
         width = self.num_features // self.group_num
         return F.rms_norm(x.unflatten(-1, (self.group_num, width)), (width,), None, self.group_eps).flatten(-2)
 
-    def reset_warmup(self) -> None:
-        """Start the warm-up again: `iters` becomes 0. Call it after loading a checkpoint that is to be fine-tuned."""
-        self.iters.zero_()
-
     def extra_repr(self) -> str:
         return (
             f"{self.num_features}, eps={self.eps}, alpha_fwd={self.alpha_fwd}, alpha_bkw={self.alpha_bkw}, "
@@ -144,20 +138,10 @@ class PowerNorm(RunningStatistics[_Step]):
             raise UsageError(f"PowerNorm({C}) got {tuple(x.shape)}; expected (T, B, {C}) or (N, {C})")
         kept = None if pad_mask is None else _kept(x, pad_mask)
         u = self.grouped(x)
-        with torch.no_grad():
-            step = self._step(u, kept)
-        out: Tensor = _Train.apply(u, self.weight, self.bias, step, self.ema_gz, self.alpha_bkw, self.eps)
+        out: Tensor = _Train.apply(u, self.weight, self.bias, self.take_step(u, kept), self)
         return narrowed(out, x)
 
-    def _step(self, u: Tensor, kept: Tensor | None) -> _Step:
-        q = mean_square(u, kept)
-        step = self.recomputed_step(q.here)
-        if step is None:
-            step = self._advance(q.everywhere)
-            self.keep_step(q.here, step)
-        return step
-
-    def _advance(self, q: Tensor) -> _Step:
+    def advance(self, q: Tensor) -> _Step:
         """One step of the statistics; without a branch on values, so that nothing waits for the device."""
         phi = self.running_phi.flatten().to(q.dtype)
         t = (self.iters + 1).squeeze(0)
@@ -177,20 +161,16 @@ class PowerNorm(RunningStatistics[_Step]):
 
     def set_calibrated(self, found: tuple[Joint, ...], source_weight: float) -> None:
         """φ ← source_weight φ + (1 − source_weight) mean(u²)"""
-        phi = self.running_phi
-        q = (found[-1].var + found[-1].mean.square()).view_as(phi).to(phi)
-        phi.copy_(source_weight * phi + (1 - source_weight) * q)
+        self.calibrate(self.running_phi, found, source_weight)
 
 
 class _Train(torch.autograd.Function):
     """z = u / divisor, y = γ z + β; the backward divides by √(q + ε) of the batch even where the forward did not."""
 
     @staticmethod
-    def forward(
-        ctx: Any, u: Tensor, weight: Tensor, bias: Tensor, step: _Step, ema_gz: Tensor, alpha_bkw: float, eps: float
-    ) -> Tensor:
+    def forward(ctx: Any, u: Tensor, weight: Tensor, bias: Tensor, step: _Step, layer: PowerNorm) -> Tensor:
         ctx.save_for_backward(u, weight)
-        ctx.step, ctx.ema_gz, ctx.alpha_bkw, ctx.eps = step, ema_gz, alpha_bkw, eps
+        ctx.step, ctx.layer = step, layer
         return (u / step.divisor * weight + bias).to(u.dtype)
 
     @staticmethod
@@ -198,17 +178,18 @@ class _Train(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         u, weight = ctx.saved_tensors
         step: _Step = ctx.step
+        layer: PowerNorm = ctx.layer
         dtype = statistics_dtype(u, grad)
         z = u.to(dtype) / step.divisor
         go = grad.to(dtype)
-        psi = ctx.ema_gz.flatten().to(dtype)
-        g = go * weight - (1 - ctx.alpha_bkw) * psi * z
+        psi = layer.ema_gz.flatten().to(dtype)
+        g = go * weight - (1 - layer.alpha_bkw) * psi * z
         rows = (g * z).flatten(0, -2)
         mean = mean_over_ranks(rows.sum(0), len(rows)).everywhere
-        ctx.ema_gz.copy_((psi + torch.where(mean.isfinite().all(), mean, 0.0)).view_as(ctx.ema_gz))
-        dx = g / torch.sqrt(step.q + ctx.eps)
+        layer.ema_gz.copy_((psi + torch.where(mean.isfinite().all(), mean, 0.0)).view_as(layer.ema_gz))
+        dx = g / torch.sqrt(step.q + layer.eps)
         gamma, beta = (go * z).flatten(0, -2).sum(0), go.flatten(0, -2).sum(0)
-        return dx.to(u.dtype), gamma.to(weight.dtype), beta.to(weight.dtype), None, None, None, None
+        return dx.to(u.dtype), gamma.to(weight.dtype), beta.to(weight.dtype), None, None
 
 
 def _kept(x: Tensor, pad_mask: Tensor) -> Tensor:

@@ -13,7 +13,8 @@ from torch.autograd.function import once_differentiable
 from normfuse.errors import UsageError
 from normfuse.nn._dtypes import narrowed
 from normfuse.nn._inputs import takes
-from normfuse.nn._statistics import Joint, RunningStatistics, mean_over_ranks, mean_square, statistics_dtype
+from normfuse.nn._quadratic_mean import QuadraticMean
+from normfuse.nn._statistics import Joint, mean_over_ranks, statistics_dtype
 
 __all__ = ["UnifiedNorm"]
 
@@ -31,7 +32,7 @@ class _Step:
     slot: Tensor  # () int64: the row of the backward window
 
 
-class UnifiedNorm(RunningStatistics[_Step]):
+class UnifiedNorm(QuadraticMean[_Step]):
     """y = γ x / √(φ + ε) + β;   φ is a running mean of the geometric mean of mean(x²) over the last M steps.
 
     Args:
@@ -61,13 +62,10 @@ class UnifiedNorm(RunningStatistics[_Step]):
         operations is that of the authors' code.
     """
 
-    calibration_stages = 1
-
     weight: nn.Parameter
     bias: nn.Parameter
     running_var: Tensor
     ema_gz: Tensor
-    iters: Tensor
     buffer_x2: Tensor
     buffer_gz: Tensor
     skip_counter: Tensor
@@ -130,10 +128,6 @@ class UnifiedNorm(RunningStatistics[_Step]):
         s = self.weight / torch.sqrt(self.running_var + self.eps)
         return narrowed(x * s + self.bias, x)
 
-    def reset_warmup(self) -> None:
-        """Start the warm-up again: `iters` becomes 0. Call it after loading a checkpoint that is to be fine-tuned."""
-        self.iters.zero_()
-
     def extra_repr(self) -> str:
         return (
             f"{self.channels}, window_size={self.window_size}, warmup_iters={self.warmup_iters}, "
@@ -152,20 +146,11 @@ class UnifiedNorm(RunningStatistics[_Step]):
             raise UsageError(
                 f"pad_mask is {pad_mask.dtype} of shape {tuple(pad_mask.shape)}; expected torch.bool of shape {tuple(x.shape[:-1])}"
             )
-        with torch.no_grad():
-            step = self._step(x, pad_mask)
-        out: Tensor = _Train.apply(x, self.weight, self.bias, step, self.ema_gz, self.buffer_gz, self.momentum, self.eps)
+        step = self.take_step(x, None if pad_mask is None else ~pad_mask)
+        out: Tensor = _Train.apply(x, self.weight, self.bias, step, self)
         return out
 
-    def _step(self, x: Tensor, pad_mask: Tensor | None) -> _Step:
-        q = mean_square(x, None if pad_mask is None else ~pad_mask)
-        step = self.recomputed_step(q.here)
-        if step is None:
-            step = self._advance(q.everywhere)
-            self.keep_step(q.here, step)
-        return step
-
-    def _advance(self, q: Tensor) -> _Step:
+    def advance(self, q: Tensor) -> _Step:
         """One step of the statistics; without a branch on values, so that nothing waits for the device."""
         window, (size, backward_size) = self.buffer_x2, self.window_size
         phi = self.running_var.to(q.dtype)
@@ -199,9 +184,7 @@ class UnifiedNorm(RunningStatistics[_Step]):
 
     def set_calibrated(self, found: tuple[Joint, ...], source_weight: float) -> None:
         """φ ← source_weight φ + (1 − source_weight) mean(x²)"""
-        phi = self.running_var
-        q = (found[-1].var + found[-1].mean.square()).to(phi)
-        phi.copy_(source_weight * phi + (1 - source_weight) * q)
+        self.calibrate(self.running_var, found, source_weight)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         for window, running in (("buffer_x2", "running_var"), ("buffer_gz", "ema_gz")):
@@ -218,20 +201,10 @@ class _Train(torch.autograd.Function):
     """z = x / √(v + ε), y = γ z + β; the backward smooths mean(g z) as the forward smooths mean(x²)."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        step: _Step,
-        ema_gz: Tensor,
-        buffer_gz: Tensor,
-        momentum: float,
-        eps: float,
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, step: _Step, layer: UnifiedNorm) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.step, ctx.ema_gz, ctx.buffer_gz, ctx.momentum, ctx.eps = step, ema_gz, buffer_gz, momentum, eps
-        z = x / torch.sqrt(step.v + eps)
+        ctx.step, ctx.layer = step, layer
+        z = x / torch.sqrt(step.v + layer.eps)
         return (z * weight + bias).to(x.dtype)
 
     @staticmethod
@@ -239,20 +212,22 @@ class _Train(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         step: _Step = ctx.step
+        layer: UnifiedNorm = ctx.layer
         dtype = statistics_dtype(x, grad)
-        divisor = torch.sqrt(step.v + ctx.eps)
+        divisor = torch.sqrt(step.v + layer.eps)
         z = x.to(dtype) / divisor
         go = (grad.to(dtype) * step.r).flatten(0, -2)  # (rows, C)
         gamma = (go * z.flatten(0, -2)).sum(0)
         gz = mean_over_ranks(gamma * weight, len(go)).everywhere
-        kappa = _smoothed(gz, step, ctx.ema_gz, ctx.buffer_gz, ctx.momentum)
+        kappa = _smoothed(gz, step, layer)
         dx = (go.view_as(z) * weight - kappa * z) / divisor
         beta = grad.to(dtype).flatten(0, -2).sum(0)
-        return dx.to(x.dtype), gamma.to(weight.dtype), beta.to(weight.dtype), None, None, None, None, None
+        return dx.to(x.dtype), gamma.to(weight.dtype), beta.to(weight.dtype), None, None
 
 
-def _smoothed(gz: Tensor, step: _Step, ema_gz: Tensor, buffer_gz: Tensor, momentum: float) -> Tensor:
+def _smoothed(gz: Tensor, step: _Step, layer: UnifiedNorm) -> Tensor:
     """Put gz into the window and the running mean; what mean(g z) is replaced by. (C,)"""
+    ema_gz, buffer_gz, momentum = layer.ema_gz, layer.buffer_gz, layer.momentum
     psi = ema_gz.to(gz.dtype)
     finite = gz.isfinite().all()
     row = (torch.arange(len(buffer_gz), device=gz.device) == step.slot).unsqueeze(-1)

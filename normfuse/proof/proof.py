@@ -23,18 +23,8 @@ from normfuse.described import dtype_name, first_line
 from normfuse.errors import CaptureError, RewriteError, UsageError
 from normfuse.given.original import Call, Original, Run
 from normfuse.ir.graph import Graph
-from normfuse.numerics.evaluate import (
-    EXACT_BOUND,
-    decibels,
-    distance,
-    evaluate,
-    is_float,
-    like,
-    magnitude,
-    measure,
-    nothing_in,
-    shorten,
-)
+from normfuse.numerics.compare import EXACT_BOUND, decibels, distance, is_float, like, magnitude, measure, nothing_in
+from normfuse.numerics.evaluate import evaluate, shorten
 from normfuse.numerics.modes import Stirred, widened
 from normfuse.reports.model import Error
 

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from normfuse.ir.graph import Graph
 from normfuse.ir.passes import Samples
+from normfuse.numerics.compare import sqnr
 from normfuse.numerics.evaluate import evaluate
 from normfuse.passes.quantize.coded import Coded
-from normfuse.passes.quantize.measure import sqnr
-from normfuse.passes.quantize.ranks import everywhere
+from normfuse.ranks import everywhere
 
 __all__ = ["Outputs"]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,11 +12,12 @@ from torch import Tensor
 
 from normfuse.ir.graph import Graph
 from normfuse.ir.passes import Samples
+from normfuse.numerics.compare import sqnr
 from normfuse.passes.quantize.coded import Coded, CodedProduct
 from normfuse.passes.quantize.layers.layer import Layer
 from normfuse.passes.quantize.probe import accumulate
 
-__all__ = ["Measured", "corrected", "measure", "sqnr"]
+__all__ = ["Measured", "corrected", "measure"]
 
 _BATCHES = 8  # each rank measures on so many of its batches: errors are averages over thousands of rows
 _CHUNK = 1 << 22  # values of an output at a time
@@ -46,13 +46,6 @@ class Measured:
     def sqnr(self) -> float:
         """In dB."""
         return sqnr(self.signal, float(self.noise.sum()))
-
-
-def sqnr(signal: float, noise: float) -> float:
-    """10 log₁₀ (signal / noise); infinite for no noise."""
-    if noise <= 0:
-        return math.inf
-    return 10 * math.log10(signal / noise) if signal > 0 else -math.inf
 
 
 def measure(graph: Graph, samples: Samples, coded: Sequence[Coded]) -> dict[Layer, Measured]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -14,7 +13,8 @@ from torch import Tensor, fx
 from normfuse.ir.graph import Graph
 from normfuse.ir.passes import Samples
 from normfuse.numerics.evaluate import evaluate
-from normfuse.passes.quantize.ranks import everywhere
+from normfuse.progress import progress_bar
+from normfuse.ranks import everywhere
 
 __all__ = ["Merge", "Probe", "accumulate", "progress"]
 
@@ -80,12 +80,5 @@ def _instrumented(graph: Graph, probes: Sequence[Probe]) -> Graph:
 @contextmanager
 def progress(label: str, total: int) -> Iterator[Callable[[], None]]:
     """Yields what to call after each step; a bar is shown when standard error is a terminal."""
-    if not (label and total > 1 and sys.stderr.isatty()):
-        yield lambda: None
-        return
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(label, total=total)
-        yield lambda: bar.advance(task)
+    with progress_bar(label, total, show=bool(label) and total > 1) as bar:
+        yield bar.advance

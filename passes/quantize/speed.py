@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,13 +13,14 @@ from torch import Tensor
 
 from normfuse import native
 from normfuse.benchmark.machine import cpu_model
+from normfuse.benchmark.turns import in_turns
 from normfuse.cache import measurement, remember
 from normfuse.ir.graph import Graph
 from normfuse.ir.passes import Samples
 from normfuse.passes.quantize.coded import Coded, CodedProduct
 from normfuse.passes.quantize.layers.layer import Layer
 from normfuse.passes.quantize.probe import accumulate
-from normfuse.passes.quantize.ranks import first_rank
+from normfuse.ranks import first_rank
 
 __all__ = ["SLOWER", "Speed", "Timer", "interleaved", "speeds"]
 
@@ -103,19 +103,17 @@ def _machine() -> dict[str, Any]:
 
 def interleaved(integers: Callable[[], Any], floats: Callable[[], Any]) -> float:
     """Shortest of many runs of each, in turn, so that a busy machine disturbs both alike; a slow verdict is looked at longer."""
-    best = [float("inf"), float("inf")]
     for call in (integers, floats):
         call()  # packs, allocates
-    spent, runs = 0.0, 0
-    while runs < _FEWEST or spent < 2 * _SECONDS or (best[1] < SLOWER * best[0] and spent < 6 * _SECONDS):
-        runs += 1
-        for i, call in enumerate((integers, floats)):
-            start = time.perf_counter()
-            call()
-            took = time.perf_counter() - start
-            best[i] = min(best[i], took)
-            spent += took
-    return best[1] / best[0]
+    best_integers = best_floats = float("inf")
+    spent = 0.0
+    for runs, (a, b) in enumerate(in_turns(integers, floats), 1):
+        best_integers, best_floats = min(best_integers, a), min(best_floats, b)
+        spent += a + b
+        slow = best_floats < SLOWER * best_integers and spent < 6 * _SECONDS
+        if runs >= _FEWEST and spent >= 2 * _SECONDS and not slow:
+            break
+    return best_floats / best_integers
 
 
 def _timed(coded: CodedProduct, shape: tuple[int, ...], timer: Timer) -> Speed:

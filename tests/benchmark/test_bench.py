@@ -20,9 +20,9 @@ from normfuse.app.engines import bench, callable_engine, onnxruntime_engine
 from normfuse.app.sources import Source
 from normfuse.benchmark import Comparison, Engine, Machine, Measurement, Schedule, Verdict, engine, measure
 from normfuse.benchmark.machine import cores
-from normfuse.benchmark.progress import rounds_bar
 from normfuse.benchmark.statistics import median_interval
 from normfuse.errors import NormfuseError, UsageError
+from normfuse.progress import progress_bar
 from tests.benchmark.bench_workers import open_and_note, open_dying, open_failing, open_without_torch
 
 QUICK = {"seconds": 0.01, "turn": 0.001, "warmup": 0.0}
@@ -304,8 +304,8 @@ def test_round_callback_counts_up(clock: Clock) -> None:
 
 
 def test_no_bar_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    with rounds_bar("a / b") as on_round:
-        assert on_round is None
+    with progress_bar("a / b") as bar:
+        bar.to(1, 2)
     assert capsys.readouterr().err == ""
 
 

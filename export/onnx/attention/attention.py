@@ -19,7 +19,7 @@ from normfuse.export.onnx.own_nodes import native_node
 from normfuse.export.onnx.views import Heads, heads
 from normfuse.export.onnx.writer.translate import MARKER_DOMAIN, SDPA
 
-__all__ = ["Site", "count_sites", "in_kernel", "lower_attention", "widths"]
+__all__ = ["Site", "in_kernel", "lower_attention", "widths"]
 
 log = logging.getLogger(__name__)
 
@@ -78,11 +78,6 @@ class Site:
         sizes = [dims(v) for v in (self.query, self.key, self.value)]
         first = sizes[0]
         return first is not None and all(s is not None and same_size(s[1], first[1]) and same_size(s[0], first[0]) for s in sizes)
-
-
-def count_sites(model: Any) -> int:
-    """Number of attention markers."""
-    return sum(_is_marker(n) for n in model.graph)
 
 
 def widths(model: Any) -> list[int]:

@@ -20,7 +20,7 @@ from normfuse.export.onnx.choice.fastest import fastest
 from normfuse.export.onnx.choice.table import attention_by_table, layers_by_table
 from normfuse.export.onnx.lower import finished
 from normfuse.export.onnx.program import Program
-from normfuse.export.onnx.quantized.forms import possible_forms
+from normfuse.export.onnx.quantized.forms import FORMS, possible_forms
 from normfuse.export.onnx.runtime import default_threads
 from normfuse.export.onnx.writer.save import save_model
 from normfuse.export.options import ExportOptions
@@ -69,7 +69,7 @@ def choose(model: Any, found: Program, opset: int, options: ExportOptions, folde
     """
     target, int4 = options.where, options.int4_initializers
     quantized = possible_forms(model, target, opset, options.form, int4=int4)
-    attention = attention_forms(target, opset, options.attention, native="native" in quantized)
+    attention = attention_forms(target, opset, options.attention, native=any(FORMS[f].kernels for f in quantized))
     if options.tune:
         return _measured(model, found, opset, options, _Candidates(quantized, attention), folder)
     layers, form = layers_by_table(quantized), attention_by_table(model, attention)

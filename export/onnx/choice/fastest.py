@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from normfuse.benchmark.turns import in_turns, timed
 from normfuse.errors import ExportError
 from normfuse.export.onnx.runtime import run, session
+from normfuse.progress import progress_bar
 
 __all__ = ["fastest"]
 
@@ -47,11 +47,11 @@ def fastest(
     if not others:
         return plain, ratios
     first = session(files[plain], threads=threads, config=_CONFIG)
-    with _bar(len(others) * _MAX_ROUNDS, show=progress) as step:
+    with progress_bar("measuring attention", len(others) * _MAX_ROUNDS, show=progress) as bar:
         for name in others:
             try:
                 second = session(files[name], threads=threads, config=_CONFIG)
-                turns = _turns(lambda: run(first, feeds), lambda s=second: run(s, feeds), seconds / len(others), step)  # type: ignore[misc]
+                turns = _turns(lambda: run(first, feeds), lambda s=second: run(s, feeds), seconds / len(others), bar.advance)  # type: ignore[misc]
             except ExportError as e:
                 log.info("attention as %s: %s", name, e)
                 continue
@@ -70,34 +70,16 @@ def _turns(
 ) -> tuple[list[float], list[float]]:
     """Times of the turns of a and of b."""
     start = time.perf_counter()
-    for call in (a, b):
-        call()
-    n = max(1, round(_TURN / min(_timed(a, 1), _timed(b, 1))))
+    a()
+    b()
+    runs = max(1, round(_TURN / min(timed(a), timed(b))))
     times: tuple[list[float], list[float]] = ([], [])
-    while len(times[0]) < _MIN_ROUNDS or (len(times[0]) < _MAX_ROUNDS and time.perf_counter() - start < seconds):
-        order = (0, 1) if len(times[0]) % 2 else (1, 0)  # neither profits from always being second
-        for i in order:
-            times[i].append(_timed((a, b)[i], n))
+    for pair in in_turns(a, b, runs=runs):
+        for kept, took in zip(times, pair, strict=True):
+            kept.append(took)
         step(1)
-    step(_MAX_ROUNDS - len(times[0]))
+        rounds = len(times[0])
+        if rounds >= _MAX_ROUNDS or (rounds >= _MIN_ROUNDS and time.perf_counter() - start >= seconds):
+            break
+    step(_MAX_ROUNDS - rounds)
     return times
-
-
-def _timed(call: Callable[[], Any], n: int) -> float:
-    start = time.perf_counter()
-    for _ in range(n):
-        call()
-    return time.perf_counter() - start
-
-
-@contextlib.contextmanager
-def _bar(total: int, *, show: bool) -> Iterator[Callable[[int], None]]:
-    if not show or not sys.stderr.isatty():
-        yield lambda n: None
-        return
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("measuring attention", total=total)
-        yield lambda n: bar.advance(task, n)

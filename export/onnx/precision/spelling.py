@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
-
 import torch
 
-from normfuse.errors import UsageError
+from normfuse.errors import UsageError, did_you_mean
 
 __all__ = ["DTYPES", "TORCH", "spelled_dtype"]
 
@@ -32,7 +30,6 @@ def spelled_dtype(dtype: str | torch.dtype, *, known: tuple[str, ...] = DTYPES) 
     name = _OTHERS.get(text, text)
     if name in known:
         return name
-    near = difflib.get_close_matches(text, (*known, *(k for k, v in _OTHERS.items() if v in known)), 1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
+    hint = did_you_mean(text, (*known, *(k for k, v in _OTHERS.items() if v in known)))
     full = {v: k for k, v in reversed(_OTHERS.items())}
     raise UsageError(f"unknown dtype {str(dtype)!r}: expected one of {', '.join(f'{k} ({full[k]})' for k in known)}{hint}")

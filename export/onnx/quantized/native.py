@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -45,10 +46,10 @@ class Native(Form):
         fuse(model)
 
 
-def keep_nodes(model: Any, names: Sequence[str]) -> int:
+def keep_nodes(model: Any, names: Sequence[str]) -> Counter[str]:
     """Write the markers of `torch.ops.normfuse.<name>` for these names as nodes of `DOMAIN` in the dtype that they have, in place;
-    returns their number. What a kernel of another runtime is to take; see `normfuse.export.tensorrt.plugins`."""
-    count = 0
+    returns how many of each. What a kernel of another runtime is to take; see `normfuse.export.tensorrt.plugins`."""
+    kept: Counter[str] = Counter()
     for site in sites(model):  # one by one: a marker may read what stood in the place of the one before it
         if site.node.op_type not in names:
             continue
@@ -57,17 +58,15 @@ def keep_nodes(model: Any, names: Sequence[str]) -> int:
         for old, new in zip(site.node.outputs[: site.count], outputs, strict=True):
             take_over(old, new)
         model.graph.remove(site.node, safe=True)
-        count += 1
-    return count
+        kept[site.node.op_type] += 1
+    return kept
 
 
 def _takes(site: Site) -> bool:
     ir = need("onnx_ir", extra="onnx")
     grouped = site.op.name == "ShiftQuantConv2d" and site.facts["group"] > 1
-    one_scale = site.op.name.startswith("ShiftQuantMatMul") and dims(site.inputs[1]) in (
-        None,
-        (),
-    )  # the bodies multiply by a column
+    # the bodies multiply by a column
+    one_scale = site.op.name.startswith("ShiftQuantMatMul") and dims(site.inputs[1]) in (None, ())
     return site.inputs[0].dtype != ir.DataType.DOUBLE and not grouped and not one_scale
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Collection, Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import torch.nn.functional as F
@@ -49,35 +50,36 @@ class _Floats(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         namespace, _, name = func._schema.name.partition("::")
         product = self.products.get(name) if namespace == "normfuse" else None
-        return (func if product is None else product)(*args, **(kwargs or {}))
+        if product is None:
+            return func(*args, **(kwargs or {}))
+        arguments = func._schema.arguments
+        given = {a.name: a.default_value for a in arguments} | {a.name: v for a, v in zip(arguments, args, strict=False)}
+        return product(SimpleNamespace(**given | (kwargs or {})))
 
 
-def _linear(
-    x: Tensor, weight: Tensor, exponents: Tensor, scale: Tensor, bias: Tensor | None, input_scale: Tensor | None, bits: int,
-    activation_bits: int, epilogue: str = "none",
-) -> Tensor:  # fmt: skip
+def _linear(a: Any) -> Tensor:
     """act(Σ_k x[m, k] · scale[n] · (C[n, k] << (E − e[k])) + bias[n])"""
-    w = operand_of(weight, exponents, scale.numel(), bits).to(scale.dtype) * scale[:, None]
-    return activation(F.linear(x, w.to(x.dtype), None if bias is None else bias.to(x.dtype)), epilogue)
+    w = operand_of(a.weight, a.exponents, a.scale.numel(), a.bits).to(a.scale.dtype) * a.scale[:, None]
+    return activation(F.linear(a.x, w.to(a.x.dtype), _bias(a)), a.epilogue)
 
 
-def _conv2d(
-    x: Tensor, weight: Tensor, exponents: Tensor, scale: Tensor, bias: Tensor | None, input_scale: Tensor | None, bits: int,
-    activation_bits: int, kernel: list[int], stride: list[int], padding: list[int], dilation: list[int], groups: int,
-    epilogue: str = "none",
-) -> Tensor:  # fmt: skip
-    operands = conv_operands(
-        weight, exponents, scale.numel(), bits, groups, kernel[0] * kernel[1]
-    )  # (groups, O / groups, taps · C)
-    w = operands.reshape(scale.numel(), *kernel, -1).permute(0, 3, 1, 2).to(scale.dtype) * scale[:, None, None, None]
-    top, left, bottom, right = padding if len(padding) == 4 else (*padding, *padding)
-    padded = F.pad(x, (left, right, top, bottom))
-    y = F.conv2d(padded, w.to(x.dtype), None if bias is None else bias.to(x.dtype), stride, 0, dilation, groups)
-    return activation(y, epilogue)
+def _conv2d(a: Any) -> Tensor:
+    outputs = a.scale.numel()
+    # (groups, O / groups, taps · C)
+    operands = conv_operands(a.weight, a.exponents, outputs, a.bits, a.groups, a.kernel[0] * a.kernel[1])
+    w = operands.reshape(outputs, *a.kernel, -1).permute(0, 3, 1, 2).to(a.scale.dtype) * a.scale[:, None, None, None]
+    top, left, bottom, right = a.padding if len(a.padding) == 4 else (*a.padding, *a.padding)
+    padded = F.pad(a.x, (left, right, top, bottom))
+    y = F.conv2d(padded, w.to(a.x.dtype), _bias(a), a.stride, 0, a.dilation, a.groups)
+    return activation(y, a.epilogue)
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool, bits: int) -> Tensor:
-    return attention(q, k, v, mask, scale, causal)
+def _bias(a: Any) -> Tensor | None:
+    return None if a.bias is None else a.bias.to(a.x.dtype)
+
+
+def _attention(a: Any) -> Tensor:
+    return attention(a.q, a.k, a.v, a.mask, a.scale, a.causal)
 
 
 _PRODUCTS: dict[str, Callable[..., Tensor]] = {

@@ -14,11 +14,11 @@ from normfuse.passes.quantize.coded import Coded
 from normfuse.passes.quantize.evaluation import Outputs
 from normfuse.passes.quantize.layers.find import reread
 from normfuse.passes.quantize.probe import progress
-from normfuse.passes.quantize.ranks import several_ranks
 from normfuse.passes.quantize.shiftquant.coded import Integers
 from normfuse.quant.finetune import Finetuned, finetune
 from normfuse.quant.packing import pack_groups
 from normfuse.quant.spec import ShiftQuant
+from normfuse.ranks import several_ranks
 from normfuse.reports.model import Site
 
 __all__ = ["finetuned"]

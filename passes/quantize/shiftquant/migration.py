@@ -23,9 +23,9 @@ from normfuse.ir.dtypes import dtype_of
 from normfuse.ir.graph import Graph, Refuse
 from normfuse.ir.passes import Rewriting
 from normfuse.ir.views import LayerNorm, RmsNorm
+from normfuse.numerics.compare import sqnr
 from normfuse.passes.quantize.layers.find import by_input, products
 from normfuse.passes.quantize.layers.layer import Layer, Product
-from normfuse.passes.quantize.measure import sqnr
 from normfuse.passes.quantize.probe import accumulate
 from normfuse.passes.quantize.shiftquant.coded import Integers, encode_product
 from normfuse.passes.quantize.statistics import Statistics

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from normfuse.errors import UsageError
 from normfuse.ir.graph import Graph, Refuse
 from normfuse.ir.passes import Samples
+from normfuse.numerics.compare import sqnr
 from normfuse.passes.quantize.coded import Coded
 from normfuse.passes.quantize.evaluation import Outputs
 from normfuse.passes.quantize.layers.layer import Layer
-from normfuse.passes.quantize.measure import sqnr
 from normfuse.passes.quantize.probe import progress
 from normfuse.quant.spec import ShiftQuant
 

@@ -1,4 +1,4 @@
-"""Statistics over the data of all ranks of `torch.distributed`, so that every rank builds the same model."""
+"""All ranks of `torch.distributed`: what each finds in its own data, and failures of one that all have to know."""
 
 from __future__ import annotations
 
