@@ -38,7 +38,7 @@ SOURCES: dict[str, tuple[str, ...]] = {
     "normfuse/ir/guards.py": ("test_guards.py",),
     "normfuse/ir/operators.py": ("test_rank.py", "passes/test_guards_select.py", "passes/test_select.py"),
     "normfuse/ir/passes.py": ("test_pass.py", "test_prove.py"),
-    "normfuse/ir/weights.py": _ALGEBRA,
+    "normfuse/ir/weights.py": ("test_weights.py", *_ALGEBRA),
     "normfuse/capture/writes.py": ("test_writes.py",),
     **{f"normfuse/pt2/{name}.py": _FILES for name in ("archive", "expressions", "operators", "payloads", "schema", "trees")},
 }
