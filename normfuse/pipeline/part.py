@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from normfuse.described import first_line
 from normfuse.errors import CaptureError, UsageError
 from normfuse.given.calls import Call, Signature
-from normfuse.numerics.evaluate import measure
+from normfuse.numerics.compare import measure
 from normfuse.reports.model import Error
 from normfuse.reports.report import Report
 

@@ -41,14 +41,14 @@ class Affine(Pass):
     name = "affine"
 
     def rewrite(self, work: Rewriting) -> None:
-        landed = True
-        while landed:  # what landed may have been in the way of another
+        while True:  # what landed may have been in the way of another
             infer(work.graph)
             before = len(work.applied)
             work.refused.clear()
             _sweep(work)
+            if len(work.applied) == before:
+                return
             work.graph.clean()
-            landed = len(work.applied) > before
 
 
 def _sweep(work: Rewriting) -> None:

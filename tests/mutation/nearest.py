@@ -43,7 +43,7 @@ SOURCES: dict[str, tuple[str, ...]] = {
     "normfuse/ir/module_tree.py": _FOLD,
     "normfuse/ir/operators.py": ("capture/test_rank.py", "passes/test_guards_select.py", "passes/test_select.py"),
     "normfuse/ir/passes.py": ("ir/test_pass.py", "proof/test_prove.py"),
-    "normfuse/ir/weights.py": _ALGEBRA,
+    "normfuse/ir/weights.py": ("ir/test_weights.py", *_ALGEBRA),
     **{f"normfuse/pt2/{name}.py": _FILES for name in ("archive", "expressions", "operators", "payloads", "schema", "trees")},
 }
 
