@@ -436,7 +436,12 @@ def _proven(
         return None, (f"not run: {has_none}",)
     meant = weights_alone(found, kept) if layers == "weight_only" else found
     proofs = [compare(meant, opened, quantized=rounds, half=half, bound=bound) for opened in sessions]
-    error, (_, sqnr, wanted) = functools.reduce(operator.or_, (p[0] for p in proofs)), min(proofs, key=lambda p: p[1] - p[2])
+    error, worst = functools.reduce(operator.or_, (p.error for p in proofs)), min(proofs, key=lambda p: p.sqnr - p.wanted)
+    sqnr, wanted = worst.sqnr, worst.wanted
+    notes = (*notes, *dict.fromkeys(note for p in proofs for note in p.notes))
+    fault = next((p.fault for p in proofs if p.fault), "")
+    if fault and (not error.max_rel <= bound or bound == math.inf):
+        raise ExportError(f"{fault}: the runtime leaves the range of the dtype; nothing was written{_HALF if half else ''}")
     if not error.max_rel <= bound:
         raise ExportError(
             f"the exported model deviates from the module by {error.max_rel:.1e} relative, above the bound {bound:.0e}; "
@@ -448,7 +453,7 @@ def _proven(
             "nothing was written"
         )
     if layers == "weight_only":
-        sqnr = compare(found, sessions[0], half=half)[1]
+        sqnr = compare(found, sessions[0], half=half).sqnr
         which = "of what is in no plugin " if rounds else ""
         notes = (*notes, f"activations {which}stay floats: {sqnr:.0f} dB against the module, which rounds them")
     return (error, sqnr), notes
