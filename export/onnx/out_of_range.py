@@ -48,7 +48,10 @@ def within_range(program: Program, flat: Sequence[Any], expected: Sequence[Tenso
         label: of the inputs.
     """
     exact = _in_float64(program, flat)
-    judged, lost_in, worse_in, kinds = [], [], [], []
+    judged: list[Tensor] = []
+    lost_in: list[str] = []
+    worse_in: list[str] = []
+    kinds: list[str] = []
     for i, (name, want, have) in enumerate(zip(program.outputs, expected, found, strict=True)):
         odd = _odd(want, have)
         lost = odd & ~want.isfinite() & exact[i].isfinite() if exact is not None else torch.zeros_like(odd)

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from normfuse.export.onnx.stream import write_streamed
 from normfuse.export.onnx.variants import one_name_each
 from normfuse.extras import need
 from normfuse.onnx_tensors import mentions
@@ -28,15 +29,14 @@ def save_model(model: Any, path: Path, *, limit: int = MAX_PROTO) -> None:
     The name of the data file follows from its content: a new export never overwrites the data of the file that it replaces,
     so that old and new are complete at every moment.
     """
-    ir = need("onnx_ir", extra="onnx")
     size = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
     if size <= limit:
         with one_name_each(model):
-            ir.save(model, path)
+            write_streamed(model, path)
         return
     name = f"{path.name}.{weights_sha256(model)[:8]}.data"
     with one_name_each(model):
-        ir.save(model, path, external_data=name)
+        need("onnx_ir", extra="onnx").save(model, path, external_data=name)
     log.info("weights of %d bytes stand in %s", size, name)
 
 
