@@ -32,6 +32,7 @@ from normfuse.export.onnx.lower import finished, translated
 from normfuse.export.onnx.mixed_norms import one_dtype_norms
 from normfuse.export.onnx.oldest import needs, signature
 from normfuse.export.onnx.other_dtype import in_another_dtype
+from normfuse.export.onnx.outline import outline
 from normfuse.export.onnx.precision import to_precision
 from normfuse.export.onnx.precision.spelling import spelled_dtype
 from normfuse.export.onnx.program import Program, program
@@ -227,6 +228,7 @@ def write_onnx(
         facts["normfuse.runtime"] = spelled_runtime(oldest)
         _append_metadata(temporary, facts)
         size = sum(f.stat().st_size for f in temporary.parent.iterdir())
+        graph = outline(temporary)
         result = Exported(
             path=path,
             target=where.name,
@@ -235,8 +237,8 @@ def write_onnx(
             signature=signature(ready),
             bytes=size,
             weight_bytes=sum(v.const_value.nbytes for v in ready.graph.initializers.values() if v.const_value is not None),
-            ops=op_counts(temporary),
-            norms=norm_counts(temporary),
+            ops=op_counts(graph),
+            norms=norm_counts(graph),
             inputs=found.inputs,
             outputs=found.outputs,
             error=error,
@@ -408,12 +410,7 @@ def _proven(
     half: bool = False,
 ) -> tuple[tuple[Error, float] | None, tuple[str, ...]]:
     """Check the file, run it, compare it; error and SQNR. Without a run there is none, and a note says why."""
-    onnx = need("onnx", extra="onnx")
-    try:
-        # by path: the checker then follows external data; shape inference needs the model in one message
-        onnx.checker.check_model(spelled(file), full_check=file.stat().st_size < MAX_PROTO)
-    except Exception as e:
-        raise _invalid(e) from e
+    _check(file)
     if not verify:
         return None, ("not run: verify=False",)
     config = {} if target.contrib or layers is None else AS_WRITTEN
@@ -457,6 +454,23 @@ def _proven(
         which = "of what is in no plugin " if rounds else ""
         notes = (*notes, f"activations {which}stay floats: {sqnr:.0f} dB against the module, which rounds them")
     return (error, sqnr), notes
+
+
+def _check(file: Path) -> None:
+    """Is the file valid ONNX, with shapes and types that fit? Its weights are not read for that.
+
+    Raises:
+        ExportError: it is not.
+    """
+    onnx = need("onnx", extra="onnx")
+    beside = file.with_name(f"{file.name}.outline")  # by path: the checker then looks for external data
+    try:
+        beside.write_bytes(outline(file).SerializeToString())
+        onnx.checker.check_model(spelled(beside), full_check=True)
+    except Exception as e:
+        raise _invalid(e) from e
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def _invalid(e: Exception) -> ExportError:

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from normfuse.export.onnx.outline import outline
 from normfuse.export.onnx.stream import write_streamed
 from normfuse.export.onnx.variants import one_name_each
 from normfuse.extras import need
@@ -42,14 +43,13 @@ def save_model(model: Any, path: Path, *, limit: int = MAX_PROTO) -> None:
 
 def data_files(path: Path) -> tuple[Path, ...]:
     """The files with weights that the ONNX file `path` refers to; none when it is missing or no ONNX file."""
-    onnx = need("onnx", extra="onnx")
     try:
-        proto = onnx.load(str(path), load_external_data=False)
+        proto = outline(path)
     except Exception:  # whatever the old file was, it has no data that we know of
         return ()
     places = {e.value for t in proto.graph.initializer for e in t.external_data if e.key == "location"}
     # only what stands in the same folder: a path that leads elsewhere is not ours to touch
-    return tuple(sorted(path.parent / p for p in places if Path(p).name == p))
+    return tuple(sorted(path.parent / p for p in places if Path(p).name == p != path.name))
 
 
 def drop_stale(before: Iterable[Path], path: Path) -> None:
