@@ -25,7 +25,7 @@ from normfuse.passes.quantize.measure import Measured, corrected, measure
 from normfuse.passes.quantize.migration import migrate
 from normfuse.passes.quantize.patterns import check_patterns
 from normfuse.passes.quantize.sites import RULE, Layer, find_layers
-from normfuse.passes.quantize.speed import SLOWER, Speed, Timer, speeds
+from normfuse.passes.quantize.speed import Speed, Timer, speeds
 from normfuse.passes.quantize.statistics import Statistics, collect, second_moments, wants_second_moments
 from normfuse.passes.quantize.summary import constant_bytes, kept, quantized, whole
 from normfuse.passes.quantize.widths import Choice, choose
@@ -207,7 +207,7 @@ class _Run:
         fast = []
         for c in coded:
             speed = timed.get(c.layer)
-            if self.spec.prefer == "speed" and speed is not None and speed.measured and speed.ratio < SLOWER:
+            if self.spec.prefer == "speed" and speed is not None and speed.slower:
                 refusal = Refuse(
                     f"measured {speed.ratio:.2f} times as fast as in float on this machine",
                     remedy="prefer='size' quantizes it all the same",
