@@ -1,5 +1,8 @@
 """Files whose weights are written one after the other."""
 
+import tracemalloc
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -9,6 +12,7 @@ pytest.importorskip("onnxscript")
 
 from normfuse.errors import ExportError
 from normfuse.export import to_onnx
+from normfuse.export.onnx.outline import outline
 from normfuse.export.onnx.stream import write_streamed
 
 ir = pytest.importorskip("onnx_ir")
@@ -27,6 +31,21 @@ def test_the_bytes_are_those_of_the_library(tmp_path, dtype):
     assert (tmp_path / "ours.onnx").read_bytes() == (tmp_path / "theirs.onnx").read_bytes()
     assert max(v.nbytes for v in kept.values()) > 1024
     assert all(loaded.graph.initializers[name].const_value is v for name, v in kept.items())
+
+
+def test_no_more_than_one_weight_is_held(tmp_path):
+    size, count = 1 << 20, 8
+    weights = [ir.Value(name=f"w{i}", const_value=ir.tensor(np.full(size // 4, i, np.float32), name=f"w{i}")) for i in range(count)]
+    graph = ir.Graph([], weights, nodes=[], initializers=weights, opset_imports={"": 20}, name="g")
+    model = ir.Model(graph, ir_version=10)
+    tracemalloc.start()
+    try:
+        write_streamed(model, tmp_path / "m.onnx")
+        outline(tmp_path / "m.onnx")
+        assert tracemalloc.get_traced_memory()[1] < 3 * size
+    finally:
+        tracemalloc.stop()
+    assert (tmp_path / "m.onnx").stat().st_size > count * size
 
 
 def test_a_weight_of_another_size_is_refused(tmp_path):
