@@ -29,6 +29,7 @@ from normfuse.export.onnx.quantized.forms import FORMS, is_quantized
 from normfuse.export.onnx.quantized.native import keep_nodes
 from normfuse.export.onnx.runtime import session
 from normfuse.export.onnx.writer.metadata import append_metadata, origin
+from normfuse.export.onnx.writer.outline import outline
 from normfuse.export.onnx.writer.save import MAX_PROTO, data_files, drop_stale, save_model
 from normfuse.export.options import ExportKeywords, ExportOptions
 from normfuse.export.result import Exported
@@ -224,7 +225,7 @@ def _facts(draft: _Draft, proven: Proven, bound: float) -> dict[str, str]:
 
 def _result(file: Path, draft: _Draft, proof: Proof, proven: Proven, bound: float) -> Exported:
     chosen = draft.chosen
-    model, error = chosen.model, proven.error
+    model, error, graph = chosen.model, proven.error, outline(file)
     return Exported(
         path=file,
         target=proof.options.target,
@@ -233,8 +234,8 @@ def _result(file: Path, draft: _Draft, proof: Proof, proven: Proven, bound: floa
         signature=signature(model),
         bytes=sum(f.stat().st_size for f in file.parent.iterdir()),
         weight_bytes=sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None),
-        ops=op_counts(file),
-        norms=norm_counts(file),
+        ops=op_counts(graph),
+        norms=norm_counts(graph),
         inputs=proof.found.inputs,
         outputs=proof.found.outputs,
         error=error,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from normfuse.described import described, dtype_name
 from normfuse.errors import ExportError
+from normfuse.export.onnx.out_of_range import finite, within_range
 from normfuse.export.onnx.program import Program
 from normfuse.export.onnx.runtime import run
 from normfuse.numerics.compare import TOLERANCE, distance, like, magnitude, resembling
@@ -20,7 +22,7 @@ from normfuse.numerics.modes import Stirred
 from normfuse.proof.proof import moves
 from normfuse.reports.model import Error
 
-__all__ = ["MIN_SQNR", "TOLERANCE", "compare", "deviation", "sqnr", "tolerance_for"]
+__all__ = ["MIN_SQNR", "TOLERANCE", "Comparison", "compare", "deviation", "sqnr", "tolerance_for"]
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +31,7 @@ MIN_SQNR = 40.0
 MARGIN = 10.0
 _ROUNDING = 2.0**-22  # relative; two units in the last place of a float32
 _ROUNDING_HALF = 2.0**-9
+_ORDINARY = "standard normal"
 _AGAIN = 6  # a file below that may have met the one value on a tie that a single trial of roundings did not: more and larger ones
 
 
@@ -37,18 +40,35 @@ def tolerance_for(dtypes: Sequence[torch.dtype]) -> float:
     return max((TOLERANCE[d] for d in dtypes if d in TOLERANCE), default=TOLERANCE[torch.float32])
 
 
-def compare(
-    program: Program, session: Any, *, quantized: bool = False, half: bool = False, bound: float = math.inf
-) -> tuple[Error, float, float]:
-    """Largest deviation of the file in `session` from the module, its least SQNR and the one to ask for: on the example inputs,
-    on random ones like them, and, where axes may vary, at another size.
+@dataclass(frozen=True)
+class Comparison:
+    """How far a file is from its module.
+
+    Attributes:
+        error: the largest deviation.
+        sqnr: the least SQNR, in dB.
+        wanted: the SQNR to ask for; means nothing for a model that is not quantized.
+        notes: a sentence on values that could not be compared, if there are any.
+        fault: where the file is NaN or infinite and the module is not, as a sentence; empty where it nowhere is so.
+    """
+
+    error: Error
+    sqnr: float
+    wanted: float
+    notes: tuple[str, ...] = ()
+    fault: str = ""
+
+
+def compare(program: Program, session: Any, *, quantized: bool = False, half: bool = False, bound: float = math.inf) -> Comparison:
+    """How far the file in `session` is from the module: on the example inputs, on random ones like them, and, where axes may vary,
+    at another size; on standard normal ones too, if the module gave no finite value on the others.
 
     A deviation above `bound` is held against how far the module itself moves when its operators round another way: values that
     cancel, scores that decide between candidates. It is then relative to the scale at which those moves keep the bound.
 
     Module and file round floats in front of a quantization, not always alike, and a value on a tie then gets the neighbouring
     code. What that leads to depends on the model, its depth and its widths: it is measured, on the module with all its floats
-    changed by roundings. For a model that is not quantized the last number means nothing.
+    changed by roundings.
 
     Args:
         program: what was written.
@@ -65,7 +85,11 @@ def compare(
     rounding = _ROUNDING_HALF if half else _ROUNDING
     taken = {i.name: i.type for i in session.get_inputs()} if half else {}
     quality, wanted = math.inf, MIN_SQNR
+    left_out, fault = "", ""
+    compared: list[str] = []  # trials with a value that can be
     for label, flat in _trials(program):
+        if label == _ORDINARY and compared:
+            continue
         try:
             expected = program.reference(flat)
         except Exception as e:
@@ -77,6 +101,11 @@ def compare(
         got = run(session, feeds)
         found = [got[name].to(want.dtype) if half else got[name] for name, want in zip(program.outputs, expected, strict=True)]
         error = deviation(expected, found, program.outputs, label)
+        compared += [label] if finite(expected) else []
+        if math.isinf(error.max_abs):
+            judged = within_range(program, flat, expected, found, label)
+            found, left_out, fault = judged.found, left_out or judged.note, fault or judged.fault
+            error = deviation(expected, found, program.outputs, label)
         if error.max_rel > bound:
             error = deviation(expected, found, program.outputs, label, _floors(program, flat, expected, bound, half=half))
         quality = min(quality, sqnr(expected, found))
@@ -87,7 +116,12 @@ def compare(
         log.debug("%s inputs: %s, %.1f dB", label, error, quality)
         worst = error | worst
     assert worst is not None
-    return worst, quality, wanted
+    if not compared:
+        left_out = "nothing was compared: on the example inputs and on random ones all outputs are NaN or infinite"
+    elif compared == [_ORDINARY]:
+        why = left_out or "on example inputs all outputs of the module are NaN or infinite"
+        left_out = f"{why}; compared on {_ORDINARY} inputs instead"
+    return Comparison(worst, quality, wanted, (left_out,) if left_out else (), fault)
 
 
 def sqnr(expected: Sequence[Tensor], got: Sequence[Tensor]) -> float:
@@ -137,6 +171,7 @@ def deviation(
         if want.is_floating_point():
             dtypes.append(want.dtype)
             gap, scale = distance(want, have), magnitude(want)
+            scale = max(scale, torch.finfo(want.dtype).tiny)  # what is smaller is rounded as coarsely
         else:
             gap, scale = float((want != have).float().mean()), 1.0
         scale = max(scale, floor)
@@ -165,6 +200,12 @@ def _trials(program: Program) -> Iterator[tuple[str, list[Any]]]:
         generator = torch.Generator("cpu").manual_seed(1)
         pairs = zip(flat, sizes, strict=True)
         yield "resized", [resembling(leaf, generator, size) if isinstance(leaf, Tensor) else leaf for leaf, size in pairs]
+    yield _ORDINARY, [_ordinary(leaf) for leaf in flat]
+
+
+def _ordinary(leaf: Any) -> Any:
+    """Standard normal values in the place of floats."""
+    return torch.randn(leaf.shape).to(leaf.dtype) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
 
 
 def _other_sizes(program: Program, flat: Sequence[Any]) -> list[tuple[int, ...]] | None:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import _disable_current_modes
 
 from normfuse.capture.explained import IN_PARTS
 from normfuse.errors import ExportError, UsageError
@@ -62,7 +63,8 @@ class Program:
 
     def reference(self, flat: Sequence[Any], *, rounding: float = 0.0) -> list[Tensor]:
         """Tensor outputs of the module on copies of `flat`; with all its floats changed by up to `rounding`, relatively."""
-        own = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in flat]  # a model may write to its inputs
+        with _disable_current_modes():  # a mode would give the copies another dtype, and the module checks those of its inputs
+            own = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in flat]  # a model may write to its inputs
         args, kwargs = pytree.tree_unflatten(own, self.exported.call_spec.in_spec)
         with torch.no_grad():
             if rounding:

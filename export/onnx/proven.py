@@ -21,7 +21,7 @@ from normfuse.export.onnx.program import Program
 from normfuse.export.onnx.quantized.forms import FORMS
 from normfuse.export.onnx.quantized.weights_alone import AS_WRITTEN
 from normfuse.export.onnx.runtime import session
-from normfuse.export.onnx.writer.save import MAX_PROTO
+from normfuse.export.onnx.writer.outline import outline
 from normfuse.export.options import ExportOptions
 from normfuse.export.targets import MAX_OPSET
 from normfuse.extras import need
@@ -94,7 +94,12 @@ class Proof:
             return self._cannot_run(e)
         meant = self.found if form is None else form.meant(self.found, self.kept)
         proofs = [compare(meant, opened, quantized=self.rounds, half=half, bound=bound) for opened in sessions]
-        error, (_, sqnr, wanted) = functools.reduce(operator.or_, (p[0] for p in proofs)), min(proofs, key=lambda p: p[1] - p[2])
+        error, worst = functools.reduce(operator.or_, (p.error for p in proofs)), min(proofs, key=lambda p: p.sqnr - p.wanted)
+        sqnr, wanted = worst.sqnr, worst.wanted
+        notes = tuple(dict.fromkeys(note for p in proofs for note in p.notes))
+        fault = next((p.fault for p in proofs if p.fault), "")
+        if fault and (not error.max_rel <= bound or bound == math.inf):
+            raise ExportError(f"{fault}: the runtime leaves the range of the dtype; nothing was written{_HALF if half else ''}")
         if not error.max_rel <= bound:
             raise ExportError(
                 f"the exported model deviates from the module by {error.max_rel:.1e} relative, above the bound {bound:.0e}; "
@@ -105,11 +110,10 @@ class Proof:
                 f"the exported model has {sqnr:.0f} dB against the module, and a quantized one must have {wanted:.0f}; "
                 "nothing was written"
             )
-        notes: tuple[str, ...] = ()
         if form is not None and form.kernels and not native.available():
-            notes = (f"run without normfuse's kernels: {native.why_not()}",)
+            notes = (f"run without normfuse's kernels: {native.why_not()}", *notes)
         if form is not None and not form.rounds:
-            sqnr = compare(self.found, sessions[0], half=half)[1]
+            sqnr = compare(self.found, sessions[0], half=half).sqnr
             which = "of what is in no plugin " if self.rounds else ""
             notes = (*notes, f"activations {which}stay floats: {sqnr:.0f} dB against the module, which rounds them")
         return Proven(error, sqnr, notes)
@@ -136,17 +140,20 @@ class Proof:
 
 
 def check(file: Path) -> None:
-    """The file is valid ONNX.
+    """The file is valid ONNX, with shapes and types that fit. Its weights are not read for that.
 
     Raises:
         ExportError: it is not.
     """
     onnx = need("onnx", extra="onnx")
+    beside = file.with_name(f"{file.name}.outline")  # by path: the checker then looks for external data
     try:
-        # by path: the checker then follows external data; shape inference needs the model in one message
-        onnx.checker.check_model(spelled(file), full_check=file.stat().st_size < MAX_PROTO)
+        beside.write_bytes(outline(file).SerializeToString())
+        onnx.checker.check_model(spelled(beside), full_check=True)
     except Exception as e:
         raise _invalid(e) from e
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def _invalid(e: Exception) -> ExportError:

@@ -1,6 +1,7 @@
 """`normfuse verify`."""
 
 import json
+import math
 import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ import click
 from normfuse.cli.export import ENGINE_SUFFIXES
 from normfuse.cli.onnx_files import file_inputs, is_onnx, run_file
 from normfuse.cli.options import Model, Pipeline, json_option, model_options, pipeline_options, verbosity
+from normfuse.cli.stated_sqnr import least_sqnr
 from normfuse.errors import CheckFailed, UsageError
 
 if TYPE_CHECKING:
@@ -32,6 +34,8 @@ _UNBROKEN: dict[str, Any] = {"subsequent_indent": "  ", "break_long_words": Fals
 @verbosity
 def verify(model: Model, other: str | None, pipeline: Pipeline, tolerance: float | None, as_json: bool, quiet: bool) -> None:
     """Optimize SOURCE and prove the result; with OTHER (.onnx, .pt2, or an engine on a GPU) compare that file with SOURCE.
+
+    A quantized OTHER is held to the SQNR that it states, less 10 dB, unless --tolerance is given.
 
     Exit code 1 when the error is above its bound, a rewrite had to be taken back, or nothing could be compared.
     """
@@ -82,10 +86,11 @@ def _bound(error: "Error", tolerance: float | None) -> float:
 
 def _compare(model: Model, other: str, tolerance: float | None, as_json: bool, quiet: bool) -> None:
     from normfuse.export.onnx.inspect import float_dtypes
-    from normfuse.numerics.compare import measure, nothing_in, tolerance_of
+    from normfuse.numerics.compare import decibels, measure, nothing_in, tolerance_of
 
     if not is_onnx(other) and Path(other).suffix not in (".pt2", *ENGINE_SUFFIXES):
         raise UsageError(f"{other}: expected an .onnx or .pt2 file, or an engine, to compare with {model.source}")
+    wanted = least_sqnr(other) if tolerance is None else None
     if is_onnx(model.source):
         weights = ""
         inputs: Any = file_inputs(Path(model.source), model.options)
@@ -106,15 +111,23 @@ def _compare(model: Model, other: str, tolerance: float | None, as_json: bool, q
     coarsest = max((dtype, *float_dtypes(other)), key=tolerance_of) if is_onnx(other) else dtype
     error = measure(expected, found, _computes_in(Path(other)) if engine else coarsest)
     bound = _bound(error, tolerance)
-    failures = [] if error.max_rel <= bound else [f"the relative error is {error.max_rel:.1e}, above {bound:.0e}"]
+    if wanted is None:
+        failures = [] if error.max_rel <= bound else [f"the relative error is {error.max_rel:.1e}, above {bound:.0e}"]
+        holds: dict[str, Any] = {"bound": bound}
+        asked = f" (bound {bound:.0e})"
+    else:
+        sqnr = decibels([(expected, found)]) if math.isfinite(error.max_abs) else -math.inf
+        failures = [] if sqnr >= wanted else [f"the SQNR is {sqnr:.1f} dB, below {wanted:.1f} dB"]
+        holds = {"bound": None, "sqnr": sqnr if math.isfinite(sqnr) else None, "least_sqnr": wanted}
+        asked = f"; quantized: {sqnr:.1f} dB (at least {wanted:.1f} dB)"
     failures += [nothing] if (nothing := nothing_in([expected])) else []
     if as_json:
         data = {"schema": 1, "holds": not failures, "failures": failures}
-        data |= {"max_abs": error.max_abs, "max_rel": error.max_rel, "bound": bound}
+        data |= {"max_abs": error.max_abs, "max_rel": error.max_rel, **holds}
         click.echo(json.dumps(data, indent=2))
     elif not quiet:
         said = f" (weights: {weights})" if weights else ""
-        found_out = f"{error.max_abs:.1e} absolute, {error.max_rel:.1e} relative (bound {bound:.0e})"
+        found_out = f"{error.max_abs:.1e} absolute, {error.max_rel:.1e} relative{asked}"
         click.echo(textwrap.fill(f"{other} against {model.source}{said}: {found_out}", 80, **_UNBROKEN))
     if failures:
         raise CheckFailed("; ".join(failures))

@@ -1,6 +1,7 @@
 """`--quantize`, `--keep` and `--calibration` on the command line: what they do, and one clear line a mistake."""
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,6 +32,12 @@ def build():
 def data():
     for seed in range(3):
         yield torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
+
+def other():
+    m, x = build()
+    with torch.no_grad():
+        m[4].weight.copy_(m[4].weight.flip(0))
+    return m, x
 
 def number():
     return 3
@@ -109,6 +116,42 @@ def test_verify_and_json(run: Run) -> None:
     report = Report.from_json(json.dumps(json.loads(out)["report"]))
     kept = [e for e in report.quantization if e.kept]
     assert [(e.path, e.kept) for e in kept] == [("4", "kept in float by --keep '4'")]
+
+
+@pytest.mark.parametrize("name", ["small.onnx", "small.pt2"])
+def test_verify_holds_a_quantized_file_to_the_sqnr_that_it_states(run: Run, name: str) -> None:
+    if name.endswith(".onnx"):
+        pytest.importorskip("onnxruntime")
+    command = ("export",) if name.endswith(".onnx") else ("optimize",)
+    assert run(*command, "models:build", *SIZE, "--calibration", "models:data", "-o", name)[0] == 0
+    code, out, err = run("verify", "models:build", name)
+    assert (code, err) == (0, "")
+    assert re.search(r"; quantized: \d+\.\d dB \(at least \d+\.\d dB\)$", " ".join(out.split()))
+    code, out, err = run("verify", "models:build", name, "--json")
+    told = json.loads(out)
+    assert (code, told["holds"], told["bound"]) == (0, True, None)
+    assert told["sqnr"] > told["least_sqnr"] > 10
+    # of another model it is no file; and a bound that is stated is the one that counts
+    code, out, err = run("verify", "models:other", name)
+    assert code == 1
+    assert "the SQNR is " in err
+    code, out, err = run("verify", "models:build", name, "--tolerance", "1e-6")
+    assert code == 1
+    assert "the relative error is" in err
+
+
+def test_verify_asks_for_a_bound_where_a_quantized_file_states_no_sqnr(run: Run) -> None:
+    onnx = pytest.importorskip("onnx")
+    assert run("export", "models:build", *SIZE, "--calibration", "models:data", "-o", "small.onnx")[0] == 0
+    proto = onnx.load("small.onnx")
+    kept = [p for p in proto.metadata_props if p.key != "normfuse.sqnr"]
+    del proto.metadata_props[:]
+    proto.metadata_props.extend(kept)
+    onnx.save(proto, "silent.onnx")
+    code, _, err = run("verify", "models:build", "silent.onnx")
+    assert code == 1
+    assert "does not state its SQNR" in err
+    assert run("verify", "models:build", "silent.onnx", "--tolerance", "0.1")[0] == 0
 
 
 @pytest.mark.parametrize("kind", ["npz", "safetensors"])

@@ -32,6 +32,7 @@ _USUAL = Options()
 @click.option("--seconds", default=60.0, show_default=True, help="With --seed: how long to shrink; 0 prints the module as it is.")
 @click.option("--dtype", default="", help="float32, float64, float16 or bfloat16 for every case.")
 @click.option("--verify", default="", help="off, end or each for every case.")
+@click.option("--target", default="", help="onnxruntime, portable or tensorrt for every file.")
 @click.option(
     "--without-inputs", default=_USUAL.without_inputs, show_default=True, help="Share that is traced without example inputs."
 )

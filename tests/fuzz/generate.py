@@ -21,6 +21,7 @@ class Options:
         without_inputs: the share of cases that are traced without example inputs.
         export_share, quantize_share, passes_share, dynamic_share: of cases with files, integers, opt-in passes, free sizes.
         verify: of every case; empty draws it.
+        target: of every file; empty draws it.
     """
 
     dtype: str = ""
@@ -30,6 +31,7 @@ class Options:
     passes_share: float = 0.1
     dynamic_share: float = 0.25
     verify: str = ""
+    target: str = ""
 
 
 _OPT_IN = (
@@ -92,7 +94,8 @@ def _mode(rng: random.Random, options: Options, dtype: str) -> Mode:
     elif rng.random() < options.passes_share:
         passes = rng.choice(_OPT_IN)
     if with_inputs and rng.random() < options.export_share:
-        export = rng.choice(("onnxruntime", "portable"))
+        drawn = rng.choice(("onnxruntime", "portable"))
+        export = options.target or drawn
     return Mode(verify, with_inputs, rng.random() < 0.2, dynamic, passes, quantize, export)
 
 

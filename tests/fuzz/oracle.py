@@ -396,8 +396,8 @@ def _exported(spec: Spec, model: Model, fast: nn.Module, outcome: Outcome) -> No
         except Exception as e:
             outcome.fail(f"export raises {type(e).__name__}: {_said(e)}", traceback.format_exc()[-1500:])
             return
-        if spec.mode.quantize is not None or spec.dtype not in ("float32", "float64"):
-            return  # compared by `to_onnx`
+        if spec.mode.quantize is not None or spec.dtype not in ("float32", "float64") or CHANGES & set(spec.mode.passes or ()):
+            return  # compared by `to_onnx`, with the module
         session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
         args, kwargs = arguments(spec, 1)
         feed = {

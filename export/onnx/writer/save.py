@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from normfuse.export.onnx.tensors import mentions
+from normfuse.export.onnx.writer.outline import outline
+from normfuse.export.onnx.writer.stream import write_streamed
 from normfuse.export.onnx.writer.variants import one_name_each
 from normfuse.export.options import MAX_PROTO
 from normfuse.extras import need
@@ -26,28 +28,26 @@ def save_model(model: Any, path: Path, *, limit: int = MAX_PROTO) -> None:
     The name of the data file follows from its content: a new export never overwrites the data of the file that it replaces,
     so that old and new are complete at every moment.
     """
-    ir = need("onnx_ir", extra="onnx")
     size = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
     if size <= limit:
         with one_name_each(model):
-            ir.save(model, path)
+            write_streamed(model, path)
         return
     name = f"{path.name}.{weights_sha256(model)[:8]}.data"
     with one_name_each(model):
-        ir.save(model, path, external_data=name)
+        need("onnx_ir", extra="onnx").save(model, path, external_data=name)
     log.info("weights of %d bytes stand in %s", size, name)
 
 
 def data_files(path: Path) -> tuple[Path, ...]:
     """The files with weights that the ONNX file `path` refers to; none when it is missing or no ONNX file."""
-    onnx = need("onnx", extra="onnx")
     try:
-        proto = onnx.load(str(path), load_external_data=False)
+        proto = outline(path)
     except Exception:  # whatever the old file was, it has no data that we know of
         return ()
     places = {e.value for t in proto.graph.initializer for e in t.external_data if e.key == "location"}
     # only what stands in the same folder: a path that leads elsewhere is not ours to touch
-    return tuple(sorted(path.parent / p for p in places if Path(p).name == p))
+    return tuple(sorted(path.parent / p for p in places if Path(p).name == p != path.name))
 
 
 def drop_stale(before: Iterable[Path], path: Path) -> None:

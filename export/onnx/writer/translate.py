@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from normfuse.errors import ExportError
+from normfuse.export.onnx.writer.pooling import adaptive_average_3d
 from normfuse.extras import need
 
 __all__ = ["MARKER_DOMAIN", "SDPA", "table"]
@@ -26,6 +27,7 @@ def table(opset: int, *, contrib: bool = False) -> dict[Callable[..., Any], Call
         aten.rms_norm.default: _rms_norm_23 if opset >= 23 else _rms_norm_18,
         aten.scaled_dot_product_attention.default: _sdpa_marker(),
         aten.scalar_tensor.default: _scalar_tensor,
+        aten._adaptive_avg_pool3d.default: adaptive_average_3d,
     }
     if contrib and opset < 20:
         found[aten.gelu.default] = _contrib_gelu()

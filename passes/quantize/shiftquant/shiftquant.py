@@ -29,7 +29,7 @@ from normfuse.passes.quantize.shiftquant.coded import RULE, encode, width
 from normfuse.passes.quantize.shiftquant.finetuning import finetuned
 from normfuse.passes.quantize.shiftquant.migration import migrate
 from normfuse.passes.quantize.shiftquant.widths import Choice, choose
-from normfuse.passes.quantize.speed import SLOWER, Speed, Timer, speeds
+from normfuse.passes.quantize.speed import Speed, Timer, speeds
 from normfuse.passes.quantize.statistics import Statistics, collect, second_moments
 from normfuse.passes.quantize.summary import constant_bytes, kept, quantized, whole
 from normfuse.quant.spec import ShiftQuant
@@ -211,7 +211,7 @@ class _Quantizing:
         fast = []
         for c in coded:
             speed = self.timed.get(c.layer)
-            if self.spec.prefer == "speed" and speed is not None and speed.measured and speed.ratio < SLOWER:
+            if self.spec.prefer == "speed" and speed is not None and speed.slower:
                 refusal = Refuse(
                     f"measured {speed.ratio:.2f} times as fast as in float on this machine",
                     remedy="prefer='size' quantizes it all the same",
