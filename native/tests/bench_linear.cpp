@@ -48,10 +48,10 @@ double seconds(const std::function<void()>& f, double budget = 0.4) {
 }
 
 #if defined(__x86_64__)
-#define NF_AVX2 __attribute__((target("avx2,fma")))
+#define WITH_AVX2 __attribute__((target("avx2,fma")))
 
 // Registers only. 12 chains hide every latency.
-NF_AVX2 void fma_rounds(int rounds) {
+WITH_AVX2 void fma_rounds(int rounds) {
   __m256 c[12];
   const __m256 x = _mm256_set1_ps(0.999f);
 #pragma GCC unroll 12
@@ -68,7 +68,7 @@ double peak_fma() {
 // `Adds` results of vpmaddubsw are added in 16 bits, then vpmaddwd and vpaddd widen them: the least work for weights of
 // so many bits.
 template <int Adds>
-NF_AVX2 void maddubs_rounds(int rounds) {
+WITH_AVX2 void maddubs_rounds(int rounds) {
   __m256i p[4], c[4];
   const __m256i w = _mm256_set1_epi8(1), ones = _mm256_set1_epi16(1), a = _mm256_set1_epi8(2);
 #pragma GCC unroll 4
@@ -95,7 +95,7 @@ double peak_maddubs() {
   return 2. * 32 * 4 * Adds * rounds / seconds([=] { maddubs_rounds<Adds>(rounds); }) * 1e-9;
 }
 
-NF_AVX2 int read_all(const uint8_t* p, size_t bytes) {
+WITH_AVX2 int read_all(const uint8_t* p, size_t bytes) {
   __m256i s[4] = {};
   for (size_t i = 0; i + 256 <= bytes; i += 256) {
 #pragma GCC unroll 8
