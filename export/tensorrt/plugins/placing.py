@@ -19,7 +19,7 @@ from normfuse.extras import need
 from normfuse.gpu.compile import CAPABILITIES, Image, compiled
 from normfuse.gpu.launch import Launch
 
-__all__ = ["kernel_capabilities", "place"]
+__all__ = ["kernel_capabilities", "payload_of", "place"]
 
 
 def place(
@@ -223,7 +223,7 @@ class _Placing:
         """Attributes of a plugin node."""
         key = repr(launch)
         if key not in self.payloads:
-            self.payloads[key] = _payload(launch, self.capabilities)
+            self.payloads[key] = payload_of(launch, self.capabilities)
         fields = {**self.payloads[key].fields(), "plugin_namespace": NAMESPACE, "plugin_version": VERSION}
         types = self.ir.AttributeType
         return {k: self.ir.Attr(k, types.STRING if isinstance(v, str) else types.INTS, v) for k, v in fields.items()}
@@ -233,7 +233,13 @@ def _folder(node: Any) -> str:
     return f"{node.name.rpartition('/')[0]}/" if "/" in (node.name or "") else f"{node.name or 'plugin'}/"
 
 
-def _payload(launch: Launch, capabilities: tuple[int, ...]) -> Payload:
+def payload_of(launch: Launch, capabilities: Sequence[int]) -> Payload:
+    """What a node carries for a launch: an image for each capability, but for those that the driver makes of an older one.
+
+    Raises:
+        MissingExtra: triton is not installed.
+        NormfuseError: the kernel does not compile.
+    """
     made = [compiled(launch, c) for c in capabilities]
     codes: list[Code] = []
     for image in made:
