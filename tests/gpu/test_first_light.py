@@ -42,8 +42,9 @@ def test_every_step_runs_without_a_device(tmp_path: Path) -> None:
     environment = {**os.environ, "PATH": f"{tools}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1", "NORMFUSE_CACHE": str(tmp_path)}
     environment |= {"TRITON_CACHE_DIR": str(tmp_path / "triton")}
     environment.pop("TRITON_INTERPRET", None)
-    start = [sys.executable, "-m", "benchmarks.gpu.first_light", "--rehearse", "--out", str(tmp_path / "out")]
-    done = subprocess.run(start, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=550, check=False)
+    start = [sys.executable, "-m", "benchmarks.gpu.first_light", "--rehearse", "--minutes", "30"]
+    start += ["--out", str(tmp_path / "out")]
+    done = subprocess.run(start, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=1800, check=False)
     assert done.returncode == 1, done.stderr
     records = {record.step: record for record in read(tmp_path / "out")}
     assert list(records) == [step.name for step in STEPS]
