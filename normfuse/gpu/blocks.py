@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-__all__ = ["EPILOGUES", "FEW_ROWS", "Block", "block_for", "rounded_hint"]
+__all__ = ["EPILOGUES", "FEW_ROWS", "Block", "block_for", "rounded_hint", "together"]
 
 EPILOGUES = ("none", "relu", "gelu", "gelu_tanh", "silu")
 
@@ -33,6 +33,10 @@ _MULTIPROCESSORS = 132
 _MOST_ROWS = 4096  # from there on every block has programs enough
 # Outputs up to which one program for 32 of them would leave multiprocessors without work.
 _FEW_OUTPUTS = 4096
+
+# Blocks of rows whose programs follow each other: about as many as a wave of programs has blocks of outputs, so that a wave reads
+# the least of both.
+_TOGETHER = 8
 
 # A few rows wait for the weights alone: narrow blocks, so that every multiprocessor has some, and a deep pipeline. With many rows
 # each weight is used again and again, and the tensor cores want large blocks.
@@ -74,6 +78,11 @@ def block_for(n: int, rows: int, stage_bytes: Callable[[Block], int], *, dots: i
     block = fitting[enough]
     wanted_stages = min(_MOST_STAGES, max(_FEWEST_STAGES, _DOTS // dots))
     return replace(block, stages=min(wanted_stages, _SHARED // stage_bytes(block)))
+
+
+def together(rows: int, block: Block) -> int:
+    """Blocks of rows that take the same weights one after the other (`normfuse.gpu.kernels.order`); 1 where there are few rows."""
+    return min(_TOGETHER, -(-rows // block.rows))
 
 
 def _columns(block: Block) -> int:

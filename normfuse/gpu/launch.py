@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-__all__ = ["DTYPES", "Launch", "Operand", "Result"]
+__all__ = ["DTYPES", "Launch", "Operand", "Result", "suited"]
 
 #: Element types by Triton's names: torch's name and bytes of one element.
 DTYPES = {
@@ -85,5 +85,20 @@ class Launch:
         return hash((self.kernel, self.inputs, self.outputs, constants, self.rows_each, self.columns, self.warps, self.stages))
 
     def programs(self, rows: int) -> int:
-        """Size of the grid. Program p has rows from `p // columns * rows_each` on, and column block `p % columns`."""
+        """Size of the grid."""
         return -(-rows // self.rows_each) * self.columns
+
+
+#: Compute capabilities, times ten, whose tensor cores keep sums in a memory of their own.
+_TENSOR_MEMORY = range(100, 120)
+
+
+@functools.lru_cache(maxsize=4096)
+def suited(launch: Launch, capability: int) -> Launch:
+    """The launch as it is compiled for a compute capability, times ten: with "SEPARATE" sums where they are in tensor memory.
+
+    Grid and operands stay the same: one launch stands for a layer on every device.
+    """
+    if "SEPARATE" not in launch.constants or capability not in _TENSOR_MEMORY:
+        return launch
+    return replace(launch, constants={**launch.constants, "SEPARATE": True})

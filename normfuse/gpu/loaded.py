@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from normfuse.errors import NormfuseError
-from normfuse.gpu.launch import DTYPES, Launch
+from normfuse.gpu.launch import DTYPES, Launch, suited
 from normfuse.gpu.source import OPTIONS, arguments, function
 
 __all__ = ["CannotCompile", "launched", "prepare"]
@@ -75,6 +75,8 @@ def _loaded(launch: Launch, device: torch.device, given: Sequence[Tensor | int])
     from triton import knobs
     from triton.runtime import driver
 
+    with torch.cuda.device(device):
+        launch = suited(launch, int(driver.active.get_current_target().arch))
     kernel = function(launch)
     names = list(kernel.arg_names)
     values: list[Any] = [launch.constants.get(n) for n in names]

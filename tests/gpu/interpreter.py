@@ -32,12 +32,14 @@ class Case:
             that is called and gives tensors.
         args, kwargs: of that function; numbers, strings, None, lists, tensors.
         inputs: tensors by name.
+        capability: the compute capability that a `Launch` is suited to, times ten; 0 for none.
     """
 
     function: str
     args: tuple[Any, ...] = ()
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     inputs: Mapping[str, Tensor] | None = None
+    capability: int = 0
 
 
 def interpret(cases: Mapping[str, Case], folder: Path) -> dict[str, tuple[Tensor, ...]]:
@@ -56,6 +58,7 @@ def interpret(cases: Mapping[str, Case], folder: Path) -> dict[str, tuple[Tensor
 
 
 def _main(source: str, target: str) -> None:
+    from normfuse.gpu.launch import suited
     from normfuse.gpu.run import run
 
     results = {}
@@ -63,7 +66,7 @@ def _main(source: str, target: str) -> None:
         module, _, name = case["function"].partition(":")
         found = getattr(importlib.import_module(module), name)(*case["args"], **case["kwargs"])
         if case["inputs"] is not None:
-            found = run(found, case["inputs"])
+            found = run(suited(found, case["capability"]), case["inputs"])
         results[key] = (found,) if isinstance(found, Tensor) else tuple(found)
     torch.save(results, target)
 
