@@ -125,7 +125,8 @@ def read(image: Image) -> Machine:
     with tempfile.TemporaryDirectory() as folder:
         source, binary = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
         source.write_text(image.ptx, encoding="utf-8")
-        assembler = tools / ("ptxas-blackwell" if image.capability >= 100 else "ptxas")
+        newer = tools / "ptxas-blackwell"  # Triton 3.5 has one for all
+        assembler = newer if image.capability >= 100 and newer.exists() else tools / "ptxas"
         done = subprocess.run([assembler, "-v", f"-arch={image.arch}", source, "-o", binary], capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"ptxas refuses {image.entry} for {image.arch}: {done.stderr.strip()[:300]}")

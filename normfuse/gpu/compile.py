@@ -17,8 +17,8 @@ from typing import Any
 
 from normfuse.cache import cache_folder
 from normfuse.errors import NormfuseError, UsageError
-from normfuse.gpu.launch import Launch, suited
-from normfuse.gpu.source import OPTIONS, arguments, function, interpreted, source_hash, toolchain
+from normfuse.gpu.launch import Launch
+from normfuse.gpu.source import OPTIONS, arguments, function, interpreted, source_hash, suited, toolchain
 
 __all__ = ["CAPABILITIES", "Image", "compiled", "content_hash"]
 

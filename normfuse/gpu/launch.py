@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
-__all__ = ["DTYPES", "Launch", "Operand", "Result", "suited"]
+__all__ = ["DTYPES", "Launch", "Operand", "Result"]
 
 #: Element types by Triton's names: torch's name and bytes of one element.
 DTYPES = {
@@ -87,18 +87,3 @@ class Launch:
     def programs(self, rows: int) -> int:
         """Size of the grid."""
         return -(-rows // self.rows_each) * self.columns
-
-
-#: Compute capabilities, times ten, whose tensor cores keep sums in a memory of their own.
-_TENSOR_MEMORY = range(100, 120)
-
-
-@functools.lru_cache(maxsize=4096)
-def suited(launch: Launch, capability: int) -> Launch:
-    """The launch as it is compiled for a compute capability, times ten: with "SEPARATE" sums where they are in tensor memory.
-
-    Grid and operands stay the same: one launch stands for a layer on every device.
-    """
-    if "SEPARATE" not in launch.constants or capability not in _TENSOR_MEMORY:
-        return launch
-    return replace(launch, constants={**launch.constants, "SEPARATE": True})

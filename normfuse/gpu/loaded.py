@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from normfuse.errors import NormfuseError
-from normfuse.gpu.launch import DTYPES, Launch, suited
-from normfuse.gpu.source import OPTIONS, arguments, function
+from normfuse.gpu.launch import DTYPES, Launch
+from normfuse.gpu.source import OPTIONS, arguments, function, suited
 
 __all__ = ["CannotCompile", "launched", "prepare"]
 

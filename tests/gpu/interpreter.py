@@ -58,8 +58,8 @@ def interpret(cases: Mapping[str, Case], folder: Path) -> dict[str, tuple[Tensor
 
 
 def _main(source: str, target: str) -> None:
-    from normfuse.gpu.launch import suited
     from normfuse.gpu.run import run
+    from normfuse.gpu.source import suited
 
     results = {}
     for key, case in torch.load(source).items():
