@@ -158,7 +158,8 @@ def _product(k: int, n: int, dtype: str, bits: int, groups: int, rows: int) -> L
 
 def _sample(capabilities: Sequence[int]) -> Iterator[tuple[str, str, Launch, int]]:
     """Kernel, what it is for, the launch, a capability."""
-    for turn, capability in enumerate(capabilities):
+    for capability in capabilities:
+        turn = CAPABILITIES.index(capability)
         for i, (bits, dtype) in enumerate((b, d) for b in _WIDTHS for d in FLOATS):
             at = i + turn
             groups, rows, (k, n) = _GROUPS[at % 3], _ROWS[(at + i // 3) % 5], _SIZES[(at + bits) % 2]

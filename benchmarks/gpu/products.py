@@ -1,8 +1,8 @@
-"""Integer products with packed weights against fp16 products and, where they run, the integer products of PyTorch and torchao."""
+"""Integer products with packed weights against PyTorch's fp16 and integer products and, where it is installed, torchao's."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,18 +26,29 @@ _INT_MM_ROWS = 17  # the fewest that `torch._int_mm` takes
 _MOST_COPIES = 128
 _OURS = (("w8a8", 8, 1), ("w4a8", 4, 1), ("w4a8, 4 groups", 4, 4))
 
+# torchao's names, their options, and bytes of a weight. Its other int4 format asks for one more library.
+_TORCHAO: tuple[tuple[str, str, dict[str, str], float], ...] = (
+    ("torchao, int4 weights", "Int4WeightOnlyConfig", {"int4_packing_format": "tile_packed_to_4d"}, 0.5),
+    ("torchao, int8 weights", "Int8WeightOnlyConfig", {}, 1),
+    ("torchao, int8 weights and rows", "Int8DynamicActivationInt8WeightConfig", {}, 1),
+)
+
 _Copies = tuple[Call, float]  # a contender, and bytes of weights of one copy
 
 
-def measure(asked: Asked, sizes: Sequence[tuple[int, int, int]] | None = None) -> list[dict[str, Any]]:
-    """One row a size."""
+def measure(asked: Asked, sizes: Sequence[tuple[int, int, int]] | None = None, *, beside: str = "") -> list[dict[str, Any]]:
+    """One row a size.
+
+    Args:
+        beside: "torchao": ours and torchao's, which takes long to compile; else what PyTorch has.
+    """
     from benchmarks.gpu.tables import product_line
 
     rows = []
     for size in sizes or (SIZES[:3:2] if asked.quick else SIZES):
         if asked.late("product " + "x".join(map(str, size))):
             continue
-        rows.append(_row(*size, asked.seconds))
+        rows.append(_row(*size, asked.seconds, beside))
         asked.keep(rows[-1])
         print(product_line(rows[-1]), flush=True)
     return rows
@@ -56,22 +67,21 @@ def _fused(n: int, k: int, m: int) -> Launch:
     return plan_norm_linear("rms", k, m, "fp16", bias=False, eps=1e-5, epilogue="none", rows_hint=n)
 
 
-def _row(n: int, k: int, m: int, seconds: float) -> dict[str, Any]:
+def _row(n: int, k: int, m: int, seconds: float, beside: str) -> dict[str, Any]:
     """`cached`: contenders whose weights may be read from the cache: its copies are less than twice as large."""
     count = min(_MOST_COPIES, copies(k * m // 2))  # the narrowest weights are read from memory too
     ready: dict[str, _Copies] = {}
     missing: dict[str, str] = {}
     with torch.inference_mode():
-        for name, make in _contenders(n, k, m, count).items():
+        for name, make in _contenders(n, k, m, count, beside).items():
             try:
                 ready[name] = make()
-            except ImportError as e:
-                missing["torchao"] = said(e)
             except Exception as e:  # a library of another version, or one that does not know this GPU
                 missing[name] = said(e)
         timings, failed = compare({name: call for name, (call, _) in ready.items()}, count, seconds)
     return {
         "size": [n, k, m],
+        "beside": beside,
         "operations": 2 * n * k * m,
         "timings": {t.name: t.to_dict() for t in timings},
         "failed": missing | failed,
@@ -79,7 +89,7 @@ def _row(n: int, k: int, m: int, seconds: float) -> dict[str, Any]:
     }
 
 
-def _contenders(n: int, k: int, m: int, count: int) -> dict[str, Callable[[], _Copies]]:
+def _contenders(n: int, k: int, m: int, count: int, beside: str) -> dict[str, Callable[[], _Copies]]:
     """By name, what makes a contender; the first one is what the others are compared with."""
     x = torch.randn(n, k, device=DEVICE, dtype=torch.float16)
     q = torch.randint(-127, 128, (n, k), dtype=torch.int8, device=DEVICE)
@@ -117,13 +127,15 @@ def _contenders(n: int, k: int, m: int, count: int) -> dict[str, Callable[[], _C
     fused = _fused(n, k, m)
     found: dict[str, Callable[[], _Copies]] = {
         "fp16 linear": torchs(lambda i: F.linear(x, weights[i])),
-        "fp16 linear, compiled": compiled(F.linear, 2, weights),
         **{name: lambda b=bits, g=groups: ours(b, g) for name, bits, groups in _OURS},  # type: ignore[misc]
+    }
+    if beside:
+        theirs = {name: lambda a=given: _torchao(x, weights, *a) for name, *given in _TORCHAO}  # type: ignore[misc]
+        return found | theirs
+    found |= {
+        "fp16 linear, compiled": compiled(F.linear, 2, weights),
         "quantize + w4a8, 4 groups": lambda: ours(4, 4, rows=True),
         "int8 weights, fp16 products, compiled": compiled(lambda x, c: F.linear(x, c.half()) * scale.half(), 1, codes),
-        "torchao, int4 weights": lambda: _torchao("Int4WeightOnlyConfig", x, weights, 0.5),
-        "torchao, int8 weights": lambda: _torchao("Int8WeightOnlyConfig", x, weights, 1),
-        "torchao, int8 weights and rows": lambda: _torchao("Int8DynamicActivationInt8WeightConfig", x, weights, 1),
         "RMSNorm, fp16 linear": torchs(lambda i: normed(x, weights[i])),
         "RMSNorm, fp16 linear, compiled": compiled(normed, 2, weights),
         "RMSNorm + linear": torchs(lambda i: run(fused, {"x": x, "weight": weights[i]})),
@@ -133,7 +145,7 @@ def _contenders(n: int, k: int, m: int, count: int) -> dict[str, Callable[[], _C
     return found
 
 
-def _torchao(config: str, x: Tensor, weights: list[Tensor], size: float) -> _Copies:
+def _torchao(x: Tensor, weights: list[Tensor], config: str, options: Mapping[str, str], size: float) -> _Copies:
     """Weights as torchao keeps them, in bfloat16 as its int4 wants it; compiled, as its documentation wants it.
 
     Raises:
@@ -145,7 +157,7 @@ def _torchao(config: str, x: Tensor, weights: list[Tensor], size: float) -> _Cop
     for w in weights:
         layer = torch.nn.Linear(w.shape[1], w.shape[0], bias=False, device=w.device, dtype=torch.bfloat16).requires_grad_(False)
         layer.weight.copy_(w)
-        quantization.quantize_(layer, getattr(quantization, config)())
+        quantization.quantize_(layer, getattr(quantization, config)(**options))
         kept.append(layer.weight)
     rows, fast = x.bfloat16(), torch.compile(F.linear, dynamic=False)
     return lambda i: fast(rows, kept[i]), size * weights[0].numel()

@@ -136,7 +136,8 @@ def _products(rows: Sequence[Row], head: str) -> list[str]:
         "",
     ]
     for r in rows:
-        lines += [f"{head} {_shape(r['size'])}", "", "| product | µs | against fp16 | TFLOP/s |", "|---|---|---|---|"]
+        beside = f", beside {r['beside']}" if r["beside"] else ""
+        lines += [f"{head} {_shape(r['size'])}{beside}", "", "| product | µs | against fp16 | TFLOP/s |", "|---|---|---|---|"]
         for n, t in r["timings"].items():
             star = " *" if n in r["cached"] else ""
             lines.append(f"| {n}{star} | {_time(t, 1)} | {_ratio(t)} | {r['operations'] / t['median'] / 1e6:.1f} |")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -51,7 +52,9 @@ def test_every_step_runs_without_a_device(tmp_path: Path) -> None:
     # nothing is computed, so that only what compares results finds them wrong, and the model that cannot be made is missed
     wrong = {name for name, record in records.items() if record.status == "wrong"}
     assert wrong == {*(n for n in records if n.startswith("checks: ")), "carried", "models"}
-    assert {record.status for name, record in records.items() if name not in wrong} == {"ok"}
+    other = {name: record.status for name, record in records.items() if name not in wrong}
+    torchao = importlib.util.find_spec("torchao") is not None
+    assert other == dict.fromkeys(other, "ok") | {"products: torchao": "ok" if torchao else "left out"}
     assert all(r.device["name"] == page.REHEARSED and r.versions["torch"] and r.date.endswith("UTC") for r in records.values())
 
     (warm,) = records["warm"].rows
@@ -64,7 +67,7 @@ def test_every_step_runs_without_a_device(tmp_path: Path) -> None:
     assert {row["image"] for row in records["carried"].rows} == {"sm_80", "sm_90a"}
     assert not [row["failed"] for row in records["carried"].rows if "Error" in row["failed"]]
     for row in (*records["products: few rows"].rows, *records["products: many rows"].rows):
-        assert set(row["failed"]) <= {"torchao"}
+        assert row["failed"] == {}
         assert {"fp16 linear", "fp16 linear, compiled", "w8a8", "w4a8, 4 groups", "RMSNorm + linear"} <= set(row["timings"])
     copied, *norms = records["norms"].rows
     assert copied["copy"] > 0
@@ -83,17 +86,12 @@ def test_every_step_runs_without_a_device(tmp_path: Path) -> None:
 
 
 def test_a_process_that_hangs_is_ended_with_its_children(tmp_path: Path) -> None:
-    code = f"import subprocess, sys; subprocess.Popen(['sleep', '60']); print('begun', flush=True); {_sleep()}"
     start = time.monotonic()
-    ended = run_child([sys.executable, "-c", code], 2.0, tmp_path / "log", tmp_path)
+    ended = run_child(["sh", "-c", "sleep 61.37 & echo begun; sleep 61.37"], 4.0, tmp_path / "log", tmp_path)
     assert (ended.code, ended.said) == (None, "begun")
-    assert time.monotonic() - start < 20
-    session = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=False).stdout
-    assert "\nsleep 60\n" not in session
-
-
-def _sleep() -> str:
-    return "import time; time.sleep(60)"
+    assert time.monotonic() - start < 50
+    running = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=False).stdout
+    assert "\nsleep 61.37\n" not in running
 
 
 @pytest.mark.parametrize(("code", "found"), [("import os; os.abort()", -6), ("raise SystemExit(4)", 4), ("1 / 0", 1), ("", 0)])
@@ -125,11 +123,15 @@ def test_the_next_step_is_done_whatever_became_of_one(tmp_path: Path, monkeypatc
         "c": Ended(-11, 2.0, "Segmentation fault"),
         "d": Ended(4, 2.0, "a line\n3 cases are wrong"),
         "e": Ended(0, 2.0, ""),
+        "f": Ended(5, 2.0, "torchao is not installed"),
     }
     found = _performed(tmp_path, monkeypatch, answers)
-    assert [(r.step, r.status) for r in found] == [("a", "ok"), ("b", "hung"), ("c", "failed"), ("d", "wrong"), ("e", "ok")]
+    assert {r.step: r.status for r in found} == {
+        "a": "ok", "b": "hung", "c": "failed", "d": "wrong", "e": "ok", "f": "left out",
+    }  # fmt: skip
     assert [r.said for r in found] == [
         "", "ended after 30 s; its last words: compiling", "exit code -11: Segmentation fault", "3 cases are wrong", "",
+        "torchao is not installed",
     ]  # fmt: skip
     assert all(r.device == DEVICE for r in found)
     assert found[1].rows == [{"row": "b"}]  # what a step had found before it hung
@@ -141,7 +143,7 @@ def test_the_next_step_is_done_whatever_became_of_one(tmp_path: Path, monkeypatc
 def test_what_does_not_fit_into_the_time_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     steps = [Step("a", 30.0, lambda job: "")]
     monkeypatch.setattr(command, "run_child", lambda *given: pytest.fail("a step was begun"))
-    assert command.perform(steps, tmp_path, 5.0) == 1
+    assert command.perform(steps, tmp_path, 5.0) == 0
     assert [(r.status, r.said) for r in read(tmp_path)] == [("left out", "the time was over")]
 
 

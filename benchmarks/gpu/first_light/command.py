@@ -11,7 +11,7 @@ it: a step that is done again replaces what it found before. --page puts the pag
 --rehearse does all of this without a GPU: kernels are compiled for an H100 and started on a driver that does nothing, sizes are
 small, and no number means anything. Such a page stays where it is.
 
-Exit code 0; 1 when a step was not "ok"; 2 when there is nothing to run on, or nothing to make a page of.
+Exit code 0; 1 when a step failed, hung or found faults; 2 when there is nothing to run on, or nothing to make a page of.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from pathlib import Path
 from benchmarks.gpu.first_light import page
 from benchmarks.gpu.first_light.children import Ended, run_child
 from benchmarks.gpu.first_light.record import Record, now, read, read_rows, write
-from benchmarks.gpu.first_light.steps import STEPS, Job, Step, named
+from benchmarks.gpu.first_light.steps import STEPS, Job, Missing, Step, named
 
 __all__ = ["ROOT", "main", "perform"]
 
 ROOT = Path(__file__).resolve().parents[3]
 _REHEARSED = 20  # times the limits: kernels are compiled by whatever processors there are
 _LEAST = 10.0  # seconds: a step with less would be over before it has begun
-# Exit codes of a step: there is no GPU; it found faults. An exception has 1.
-_NO_DEVICE, _WRONG = 3, 4
+# Exit codes of a step: there is no GPU; it found faults; something that it needs is not there. An exception has 1.
+_NO_DEVICE, _WRONG, _MISSING = 3, 4, 5
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -98,7 +98,7 @@ def perform(steps: Sequence[Step], out: Path, seconds: float, options: tuple[str
             status, said = _judged(ended)
             record = Record(step.name, status, said, ended.seconds, date, device, versions, found)
         write(record, out)
-        wrong |= record.status != "ok"
+        wrong |= record.status not in ("ok", "left out")
         page.write(read(out), out / "page.md")
         print(f"{step.name}: {record.status}, {record.seconds:.0f} s, {len(record.rows)} rows", flush=True)
     print(out / "page.md")
@@ -112,6 +112,8 @@ def _judged(ended: Ended) -> tuple[str, str]:
             return "ok", ""
         case int(code) if code == _WRONG:
             return "wrong", ended.said.splitlines()[-1]
+        case int(code) if code == _MISSING:
+            return "left out", ended.said.splitlines()[-1]
         case None:
             return "hung", f"ended after {ended.seconds:.0f} s; its last words: {ended.said}"
         case code:
@@ -148,6 +150,9 @@ def _inside(asked: argparse.Namespace) -> int:
         job = Job(Asked(quick, 0.0 if asked.rehearse else 0.3, file=asked.rows), ("--rehearse",) if asked.rehearse else ())
         try:
             wrong = step.do(job)
+        except Missing as e:
+            print(e)
+            return _MISSING
         except UsageError as e:
             if step is not STEPS[0]:
                 raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shutil
@@ -14,9 +15,13 @@ from typing import Any
 
 from benchmarks.gpu.asked import Asked
 
-__all__ = ["STEPS", "Job", "Step", "named"]
+__all__ = ["STEPS", "Job", "Missing", "Step", "named"]
 
 _ROOT = Path(__file__).parents[3]
+
+
+class Missing(Exception):
+    """Something that a step needs is not on this machine."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +42,7 @@ class Step:
     """Attributes:
     name: of the step.
     limit: seconds, the start of its process included.
-    do: gives a sentence about what is wrong, empty where nothing is.
+    do: gives a sentence about what is wrong, empty where nothing is; raises `Missing`.
     """
 
     name: str
@@ -102,6 +107,15 @@ def _products(few: bool) -> Callable[[Job], str]:
     return do
 
 
+def _torchao(job: Job) -> str:
+    from benchmarks.gpu import products
+
+    if importlib.util.find_spec("torchao") is None:
+        raise Missing("torchao is not installed")
+    products.measure(job.asked, products.SIZES, beside="torchao")
+    return ""
+
+
 def _carried(job: Job) -> str:
     from benchmarks.gpu import carried
 
@@ -132,8 +146,7 @@ def _memory(job: Job) -> str:
     """The kernels of `carried` under compute-sanitizer: reads and writes beside their tensors."""
     tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
     if tool is None:
-        job.asked.keep({"summary": "compute-sanitizer is not installed", "code": None})
-        return "compute-sanitizer is not installed"
+        raise Missing("compute-sanitizer is not installed")
     checked = [tool, "--tool", "memcheck", "--report-api-errors", "no", "--error-exitcode", "9"]
     command = [*checked, sys.executable, "-m", "benchmarks.gpu.first_light", *job.again, "--step", "carried"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=_ROOT, check=False)
@@ -165,4 +178,5 @@ STEPS = (
     Step("norms", 90, _norms),
     Step("memory", 100, _memory),
     Step("models", 150, _models),
+    Step("products: torchao", 150, _torchao),
 )
