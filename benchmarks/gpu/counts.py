@@ -40,7 +40,7 @@ _LONG = LONGEST + 3
 
 @dataclass(frozen=True)
 class Machine:
-    """Attributes: machine code; registers of a thread; bytes that do not fit into them."""
+    """Attributes: machine code, where it was asked for; registers of a thread; bytes that do not fit into them."""
 
     code: str
     registers: int
@@ -74,7 +74,7 @@ def count(launch: Launch, capability: int, rows: int) -> Count:
         RuntimeError: the assembler that comes with Triton refuses it.
     """
     image = compiled(launch, capability)
-    machine = read(image)
+    machine = read(image, disassembled=True)
     loop = _loop(machine.code)
     channels, stage = _of(launch, "INNER") * _of(launch, "TURNS"), _of(launch, "PIECES", "INNER", "BLOCK", "SPLIT")
     programs = launch.programs(rows)
@@ -113,8 +113,8 @@ def wave_bytes(launch: Launch, rows: int) -> int:
     return k * (len(above) * launch.rows_each + len(across) * _of(launch, "BLOCK") * bits // 8)
 
 
-def read(image: Image) -> Machine:
-    """Assemble an image.
+def read(image: Image, *, disassembled: bool = False) -> Machine:
+    """Assemble an image; to disassemble it again takes longer than that.
 
     Raises:
         RuntimeError: the assembler that comes with Triton refuses it.
@@ -130,7 +130,9 @@ def read(image: Image) -> Machine:
         done = subprocess.run([assembler, "-v", f"-arch={image.arch}", source, "-o", binary], capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"ptxas refuses {image.entry} for {image.arch}: {done.stderr.strip()[:300]}")
-        code = subprocess.run([tools / "nvdisasm", "-c", binary], capture_output=True, text=True, check=True).stdout
+        code = ""
+        if disassembled:
+            code = subprocess.run([tools / "nvdisasm", "-c", binary], capture_output=True, text=True, check=True).stdout
     used, spilled = re.search(r"Used (\d+) registers", done.stderr), re.search(r"(\d+) bytes spill stores", done.stderr)
     return Machine(code, int(used[1]) if used else 0, int(spilled[1]) if spilled else 0)
 

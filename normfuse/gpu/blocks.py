@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-__all__ = ["EPILOGUES", "FEW_ROWS", "Block", "block_for", "rounded_hint", "together"]
+__all__ = ["EPILOGUES", "FEW_ROWS", "TENSOR_MEMORY_FROM", "Block", "block_for", "rounded_hint", "together"]
 
 EPILOGUES = ("none", "relu", "gelu", "gelu_tanh", "silu")
 
@@ -25,9 +25,10 @@ _SHARED = 96 << 10
 # Stages: enough loads on their way to hide the latency of memory, few enough to compile in seconds where a turn has many.
 _MOST_STAGES, _FEWEST_STAGES, _DOTS = 6, 3, 16
 # On 10.0, Triton keeps an accumulator in tensor memory for each product of a turn of the loop, a column for each row. There are 512
-# columns, which also hold operands, and a kernel that needs more is compiled to a trap. Blocks below 64 outputs do not use them.
+# columns, which also hold operands, and a kernel that needs more is compiled to a trap. Smaller blocks do not use them.
 _COLUMNS = 256
-_TENSOR_MEMORY_FROM = 64
+#: Outputs of one program from which on its sums are in tensor memory there.
+TENSOR_MEMORY_FROM = 64
 # Of an H100 or H200: with fewer programs than these, some of them idle.
 _MULTIPROCESSORS = 132
 _MOST_ROWS = 4096  # from there on every block has programs enough
@@ -86,4 +87,4 @@ def together(rows: int, block: Block) -> int:
 
 
 def _columns(block: Block) -> int:
-    return block.rows if block.outputs >= _TENSOR_MEMORY_FROM else 0
+    return block.rows if block.outputs >= TENSOR_MEMORY_FROM else 0

@@ -13,6 +13,7 @@ from typing import Any
 
 from normfuse.errors import UsageError
 from normfuse.extras import need
+from normfuse.gpu.blocks import TENSOR_MEMORY_FROM
 from normfuse.gpu.launch import Launch
 
 __all__ = ["OLDEST", "OPTIONS", "arguments", "function", "interpreted", "source_hash", "suited", "toolchain"]
@@ -49,8 +50,9 @@ def suited(launch: Launch, capability: int) -> Launch:
 
     Grid and operands stay the same: one launch stands for a layer on every device.
     """
-    if "SEPARATE" not in launch.constants or capability not in _TENSOR_MEMORY or _version(toolchain()) < _TENSOR_MEMORY_SINCE:
-        return launch
+    there = capability in _TENSOR_MEMORY and _version(toolchain()) >= _TENSOR_MEMORY_SINCE
+    if not there or "SEPARATE" not in launch.constants or int(launch.constants["BLOCK"] or 0) < TENSOR_MEMORY_FROM:
+        return launch  # in registers, several sums would not fit
     return replace(launch, constants={**launch.constants, "SEPARATE": True})
 
 

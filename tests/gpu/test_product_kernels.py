@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from normfuse.errors import UsageError
+from normfuse.gpu.blocks import TENSOR_MEMORY_FROM
 from normfuse.gpu.compile import CAPABILITIES, compiled
 from normfuse.gpu.launch import Launch
 from normfuse.gpu.norm_linear import plan_norm_linear
@@ -164,7 +165,9 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Tensor,
 
 def _hint(key: str) -> int:
     what, bits, groups = key.split("-")
-    return _SIZES[(int(bits) + int(groups)) % len(_SIZES)][3] if what == "sum" else 100 if what == "together" else 1
+    if what == "sum":
+        return _SIZES[(int(bits) + int(groups)) % len(_SIZES)][3]
+    return {"together": 100, "separate": 32}.get(what, 1)
 
 
 def _close(found: Tensor, expected: Tensor, dtype: str) -> None:
@@ -292,7 +295,10 @@ def test_sums_are_separate_where_they_are_in_tensor_memory(monkeypatch: pytest.M
     assert not any(suited(launch, c).constants["SEPARATE"] for c in CAPABILITIES if c != 100)
     assert suited(launch, 100).constants == {**launch.constants, "SEPARATE": True}
     norm = plan_norm_linear("rms", 768, 768, "fp16", bias=True, eps=EPS, epilogue="silu", rows_hint=1000)
-    assert suited(norm, 100) is norm
+    narrow = plan_product(768, 768, "fp16", 3, 8, bias=True, residual=False, epilogue="none", rows_hint=4096)
+    assert int(narrow.constants["BLOCK"] or 0) < TENSOR_MEMORY_FROM
+    for other in (norm, narrow):
+        assert suited(other, 100) is other
 
 
 @pytest.mark.parametrize(("rows", "expected"), [(1, 1), (16, 1), (100, 4), (1000, 8), (4096, 8)])
