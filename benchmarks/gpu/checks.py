@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu.asked import Asked
+from benchmarks.gpu.clock import DEVICE
 from normfuse.gpu.launch import Launch
 from normfuse.gpu.norm import plan_norm
 from normfuse.gpu.norm_linear import plan_norm_linear
@@ -19,17 +20,20 @@ from normfuse.gpu.product import plan_product
 from normfuse.gpu.rows import plan_rows
 from normfuse.gpu.run import run
 from normfuse.gpu.softmax import plan_softmax
+from normfuse.gpu.source import interpreted
 from normfuse.ops._epilogue import activation
 from normfuse.ops._norms import normalized
 from normfuse.quant import integers
 
-__all__ = ["Case", "check", "measure"]
+__all__ = ["FAMILIES", "Case", "cases", "check", "each", "gathered", "measure"]
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 #: What max |difference| / max |expected| may be: two roundings of the result, and of float32 sums.
 BOUNDS = {"fp32": 1e-5, "fp16": 1e-3, "bf16": 8e-3}
 SIZES = (1, 7, 100, 768, 4096, 5000, 33000)
 ROWS = (1, 200)
+#: Kernels that are checked together, those first of which least is known.
+FAMILIES = ("products", "rows", "norms", "norm + linear")
 
 
 @dataclass(frozen=True)
@@ -56,31 +60,52 @@ class Case:
 def measure(asked: Asked) -> list[dict[str, Any]]:
     from benchmarks.gpu.tables import checks_table
 
-    rows = check("cuda", quick=asked.quick)
+    rows = check(DEVICE, quick=asked.quick)
     print(checks_table(rows))
     return rows
 
 
 def check(device: str, *, quick: bool) -> list[dict[str, Any]]:
-    """One row a kernel and dtype: number of cases, the largest error, its bound, and what failed.
+    """One row a kernel and dtype: number of cases, the largest error, its bound, and what failed."""
+    return gathered(each(device, quick=quick))
 
-    On the CPU kernels run in Triton's interpreter, whose bfloat16 is wrong and which is slow: that dtype and large sizes stay out.
+
+def each(device: str, *, quick: bool, families: Sequence[str] = FAMILIES) -> Iterator[dict[str, Any]]:
+    """One row a case: kernel, dtype, error (0 where there is none to state), bound, and why it failed, empty where it did not.
+
+    Ends early where the device is lost, as after an illegal address: nothing that runs in the same process could be right.
     """
-    found: dict[tuple[str, str], dict[str, Any]] = {}
-    for case in _cases(device, quick):
-        key = (case.kernel, case.dtype)
-        row = found.setdefault(
-            key, {"kernel": case.kernel, "dtype": case.dtype, "cases": 0, "error": 0.0, "bound": BOUNDS[case.dtype], "failed": []}
-        )
-        row["cases"] += 1
+    for case in cases(device, quick, families):
+        row = {"kernel": case.kernel, "dtype": case.dtype, "error": 0.0, "bound": BOUNDS[case.dtype], "failed": ""}
         try:
-            error = _error(case)
+            row["error"] = _error(case)
         except Exception as e:  # a kernel that does not compile on this GPU is a finding, not the end
-            row["failed"].append(f"{case.label}: {type(e).__name__}: {' '.join(str(e).split())[:200]}")
-            continue
-        row["error"] = max(row["error"], error)
-        if not error <= row["bound"]:
-            row["failed"].append(f"{case.label}: {error:.1e}")
+            row["failed"] = f"{case.label}: {type(e).__name__}: {' '.join(str(e).split())[:200]}"
+        else:
+            row["failed"] = "" if row["error"] <= row["bound"] else f"{case.label}: {row['error']:.1e}"
+        if row["failed"] and device != "cpu" and (why := _lost()):
+            yield {**row, "failed": f"{row['failed']}; the device is lost, what follows was not checked: {why}"}
+            return
+        yield row
+
+
+def _lost() -> str:
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as e:
+        return " ".join(str(e).split())[:200]
+    return ""
+
+
+def gathered(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of cases as one row a kernel and dtype."""
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    for case in rows:
+        names = {name: case[name] for name in ("kernel", "dtype", "bound")}
+        row = found.setdefault((case["kernel"], case["dtype"]), {**names, "cases": 0, "error": 0.0, "failed": []})
+        row["cases"] += 1
+        row["error"] = max(row["error"], case["error"])
+        row["failed"] += [case["failed"]] if case["failed"] else []
     return list(found.values())
 
 
@@ -98,22 +123,27 @@ def _error(case: Case) -> float:
     return worst
 
 
-def _cases(device: str, quick: bool) -> Iterator[Case]:
+def cases(device: str, quick: bool, families: Sequence[str] = FAMILIES) -> Iterator[Case]:
+    """What is checked. On the CPU few and small ones: kernels are only compiled there, or interpreted, and slow."""
     small = device == "cpu"
-    dtypes = [d for d in DTYPES if not (small and d == "bf16")]
+    dtypes = [d for d in DTYPES if not (interpreted() and d == "bf16")]
     sizes = (1, 7, 100) if small and quick else (1, 100, 1000) if small or quick else SIZES
     rows = (3,) if quick else (1, 5) if small else ROWS
     torch.manual_seed(0)
     for dtype in dtypes:
         for d, n in itertools.product(sizes, rows):
-            yield from _norms(device, dtype, n, d)
-            yield _softmax(device, dtype, n, d)
-            yield from _rows(device, dtype, n, d)
+            if "norms" in families:
+                yield from _norms(device, dtype, n, d)
+                yield _softmax(device, dtype, n, d)
+            if "rows" in families:
+                yield from _rows(device, dtype, n, d)
     few = ((3, 100, 72), (200, 768, 1000))
     products = ((3, 40, 24),) if small else few if quick else ((1, 4096, 512), *few)
     for dtype, (n, k, m) in itertools.product(dtypes, products):
-        yield from _products(device, dtype, n, k, m, few=quick or dtype != "fp16")
-        yield from _norm_linears(device, dtype, n, k, m)
+        if "products" in families:
+            yield from _products(device, dtype, n, k, m, few=quick or dtype != "fp16")
+        if "norm + linear" in families:
+            yield from _norm_linears(device, dtype, n, k, m)
 
 
 def _norms(device: str, dtype: str, n: int, d: int) -> Iterator[Case]:

@@ -19,12 +19,13 @@ from torch import Tensor
 from normfuse.benchmark.statistics import median_interval
 from normfuse.gpu.device import DeviceCall, as_graph
 
-__all__ = ["DEVICE", "Timing", "bandwidth", "compare", "copies"]
+__all__ = ["DEVICE", "Call", "Timing", "bandwidth", "cached", "compare", "copies", "said"]
 
 DEVICE = "cuda"
 
 _FLUSH = 4  # times the size of the L2 cache
 _FEWEST, _MOST_COPIES, _MOST_ROUNDS = 10, 256, 400
+_COPIED = 1 << 29  # bytes, for the bandwidth
 
 Call = Callable[[int], Any]  # works on copy number i
 
@@ -49,8 +50,16 @@ class Timing:
 
 def copies(size: int) -> int:
     """How many copies of inputs of `size` bytes are more than the cache holds."""
-    cache = getattr(torch.cuda.get_device_properties(0), "L2_cache_size", 64 << 20)
-    return max(2, min(_MOST_COPIES, -(-_FLUSH * cache // max(1, size))))
+    return max(2, min(_MOST_COPIES, -(-_FLUSH * _cache() // max(1, size))))
+
+
+def cached(size: int, count: int) -> bool:
+    """May `count` copies of `size` bytes be read from the cache? Less than twice its size may in part."""
+    return size * count < 2 * _cache()
+
+
+def _cache() -> int:
+    return int(getattr(torch.cuda.get_device_properties(0), "L2_cache_size", 64 << 20))
 
 
 def compare(calls: Mapping[str, Call], count: int, seconds: float) -> tuple[list[Timing], dict[str, str]]:
@@ -76,12 +85,12 @@ def compare(calls: Mapping[str, Call], count: int, seconds: float) -> tuple[list
         try:
             launch = as_graph(name, all_copies)
         except Exception as e:  # models that wait for the device are timed with their launches
-            why = _said(e)
+            why = said(e)
         try:
             one = DeviceCall(launch)
             one()
         except Exception as e:  # one that this GPU or this torch cannot run is left out, with its reason
-            failed[name] = _said(e)
+            failed[name] = said(e)
             continue
         ready[name] = one
         if why:
@@ -96,7 +105,8 @@ def compare(calls: Mapping[str, Call], count: int, seconds: float) -> tuple[list
     return [_timing(name, own, samples.get(next(iter(calls)))) for name, own in samples.items()], failed
 
 
-def _said(e: Exception) -> str:
+def said(e: Exception) -> str:
+    """An error in one short line."""
     return f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
 
 
@@ -111,7 +121,7 @@ def _timing(name: str, own: list[float], base: list[float] | None) -> Timing:
 
 def bandwidth(seconds: float) -> float:
     """Bytes a second of a copy that the cache does not hold: what a memory-bound kernel can reach."""
-    source = torch.empty(1 << 29, dtype=torch.uint8, device="cuda")
+    source = torch.empty(_COPIED, dtype=torch.uint8, device=DEVICE)
     target: Tensor = torch.empty_like(source)
     (found,), failed = compare({"copy": lambda i: target.copy_(source)}, 1, seconds)
     assert not failed

@@ -39,6 +39,7 @@ def measure(asked: Asked) -> list[dict[str, Any]]:
                 rows.append({"name": name, "dtype": dtype, **_row(build(), DTYPES[dtype], 4 * asked.seconds)})
             except (NormfuseError, ImportError, RuntimeError) as e:  # one model that does not fit is not the end
                 rows.append({"name": name, "dtype": dtype, "timings": {}, "failed": {"all": " ".join(str(e).split())[:300]}})
+            asked.keep(rows[-1])
             print(model_line(rows[-1]), flush=True)
             torch.cuda.empty_cache()
     return rows

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.gpu.asked import Asked
-from benchmarks.gpu.clock import DEVICE, bandwidth, compare, copies
+from benchmarks.gpu.clock import DEVICE, bandwidth, cached, compare, copies
 from normfuse.gpu.norm import plan_norm
 from normfuse.gpu.rows import plan_rows
 from normfuse.gpu.run import run
@@ -76,18 +76,27 @@ SUBJECTS = (
 
 
 def measure(asked: Asked) -> dict[str, Any]:
-    """`copy`: bytes a second; `rows`: one a function, dtype and shape."""
+    """`copy`: bytes a second; `floor`: µs of a kernel that does next to nothing; `rows`: one a function, dtype and shape."""
     from benchmarks.gpu.tables import norm_line
 
-    limit = bandwidth(asked.seconds)
-    print(f"copy: {limit / 1e9:.0f} GB/s")
+    limit, floor = bandwidth(asked.seconds), _floor(asked.seconds)
+    asked.keep({"copy": limit, "floor": floor})
+    print(f"copy: {limit / 1e9:.0f} GB/s; one number: {floor:.2f} µs")
     rows = []
     for subject, dtype, shape in _subjects(asked.quick):
         if asked.late(f"{subject.name} {dtype} {shape[0]}x{shape[1]}"):
             continue
         rows.append(_row(subject, dtype, shape, asked.seconds, limit))
+        asked.keep(rows[-1])
         print(norm_line(rows[-1]), flush=True)
-    return {"copy": limit, "rows": rows}
+    return {"copy": limit, "floor": floor, "rows": rows}
+
+
+def _floor(seconds: float) -> float:
+    one = torch.zeros(1, device=DEVICE)
+    (found,), failed = compare({"one number": lambda i: one.add_(1)}, 100, seconds)
+    assert not failed
+    return found.median
 
 
 def _subjects(quick: bool) -> Iterator[tuple[Subject, str, tuple[int, int]]]:
@@ -122,6 +131,7 @@ def _row(subject: Subject, dtype: str, shape: tuple[int, int], seconds: float, l
         "dtype": dtype,
         "shape": list(shape),
         "bytes": moved,
+        "cached": cached(int(moved), count),
         "timings": found,
         "failed": failed,
         # a ratio of the others to ours below 1 means that they are slower

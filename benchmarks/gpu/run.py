@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[2]
 if str(ROOT) not in sys.path:  # `python benchmarks/gpu/run.py` puts this folder there instead
     sys.path.insert(0, str(ROOT))
 
-__all__ = ["PARTS", "main"]
+__all__ = ["PARTS", "main", "versions"]
 
 PARTS = ("checks", "probe", "norms", "products", "models")
 RESULTS = ROOT / "benchmarks" / "results"
@@ -58,7 +58,7 @@ def main(arguments: Sequence[str]) -> int:
     facts: dict[str, Any] = {
         "schema": 1,
         "device": gpu.to_dict(),
-        "versions": _versions(),
+        "versions": versions(),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "command": " ".join(["python -m benchmarks.gpu", *arguments]),
         "seconds": asked.seconds,
@@ -110,11 +110,12 @@ def _need_triton() -> None:
         raise UsageError("Triton is not installed or does not work with this driver; install the one that fits torch")
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Of what is installed and matters."""
     from importlib import metadata
 
     found = {}
-    for name in ("normfuse", "torch", "triton", "timm", "transformers", "tensorrt_rtx", "tensorrt", "onnx"):
+    for name in ("normfuse", "torch", "triton", "timm", "transformers", "torchao", "tensorrt_rtx", "tensorrt", "onnx"):
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

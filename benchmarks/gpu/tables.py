@@ -10,9 +10,10 @@ from typing import Any
 
 from normfuse.files import atomic
 
-__all__ = ["checks_table", "model_line", "norm_line", "page", "product_line", "slug", "write"]
+__all__ = ["checks_table", "model_line", "norm_line", "page", "parts", "product_line", "slug", "write"]
 
 Row = Mapping[str, Any]
+_MOST_SAID = 5  # cases of one kernel and dtype that are named
 
 
 def slug(name: str) -> str:
@@ -31,7 +32,7 @@ def write(facts: Mapping[str, Any], folder: Path, name: str) -> tuple[Path, Path
 
 
 def page(facts: Mapping[str, Any]) -> str:
-    """The page; a part that was not run is not on it."""
+    """The page of one device."""
     device = facts["device"]
     lines = [
         f"# {device['name']}",
@@ -42,19 +43,25 @@ def page(facts: Mapping[str, Any]) -> str:
         f"    {facts['command']}",
         "",
     ]
+    return "\n".join([*lines, *parts(facts)])
+
+
+def parts(facts: Mapping[str, Any], head: str = "##") -> list[str]:
+    """Lines of every part that was run, each under a heading of that level."""
+    lines = []
     if "checks" in facts:
-        lines += ["## Kernels against float64", "", checks_table(facts["checks"]), ""]
+        lines += [f"{head} Kernels against float64", "", checks_table(facts["checks"]), ""]
     if "probe" in facts:
-        lines += ["## TensorRT for RTX", "", _probe(facts["probe"]), ""]
+        lines += [f"{head} TensorRT for RTX", "", _probe(facts["probe"]), ""]
     if "norms" in facts:
-        lines += ["## Memory-bound kernels", "", *_norms(facts["norms"]), ""]
+        lines += [f"{head} Memory-bound kernels", "", *_norms(facts["norms"]), ""]
     if "products" in facts:
-        lines += ["## Products", "", *_products(facts["products"]), ""]
+        lines += [f"{head} Products", "", *_products(facts["products"], f"{head}#"), ""]
     if "models" in facts:
-        lines += ["## Models", "", *_models(facts["models"]), ""]
+        lines += [f"{head} Models", "", *_models(facts["models"], f"{head}#"), ""]
     if facts.get("left_out"):
         lines += ["Not measured, because the time was over: " + "; ".join(facts["left_out"]) + ".", ""]
-    return "\n".join(lines)
+    return lines
 
 
 def checks_table(rows: Sequence[Row]) -> str:
@@ -63,8 +70,12 @@ def checks_table(rows: Sequence[Row]) -> str:
     for r in rows:
         verdict = "FAILED" if r["failed"] else "ok"
         lines.append(f"| {r['kernel']} | {r['dtype']} | {r['cases']} | {r['error']:.1e} | {r['bound']:.0e} | {verdict} |")
-    wrong = [f"- {r['kernel']}, {r['dtype']}: {text}" for r in rows for text in r["failed"]]
+    wrong = [f"- {r['kernel']}, {r['dtype']}: {text}{_more(r)}" for r in rows for text in r["failed"][:_MOST_SAID]]
     return "\n".join([*lines, *(["", *wrong] if wrong else [])])
+
+
+def _more(row: Row) -> str:
+    return f" ({len(row['failed'])} cases in all)" if len(row["failed"]) > _MOST_SAID else ""
 
 
 def norm_line(row: Row) -> str:
@@ -101,9 +112,10 @@ def _probe(found: Row) -> str:
 
 def _norms(found: Row) -> list[str]:
     lines = [
-        "Microseconds, median and 95 % interval, from memory and not from the cache, but for 1x4096, whose copies all fit into the",
-        "cache. Above 1 normfuse is faster than the best of",
-        f"the others. The last column is the share of what a copy reaches, {found['copy'] / 1e9:.0f} GB/s.",
+        "Microseconds, median and 95 % interval, the functions taken in turn. Values come from memory; where all copies of them",
+        f"may fit into the cache, the shape has a star. To add to one number takes {found['floor']:.1f} µs: no kernel takes less.",
+        "Above 1 normfuse is faster than the best of the others. The last column is the share of what a copy reaches,",
+        f"{found['copy'] / 1e9:.0f} GB/s.",
         "",
         "| function | dtype | shape | normfuse | torch | compile | against the best | of a copy |",
         "|---|---|---|---|---|---|---|---|",
@@ -112,25 +124,31 @@ def _norms(found: Row) -> list[str]:
         times = " | ".join(_time(r["timings"].get(n), 1) for n in ("normfuse", "torch", "compile"))
         best = "—" if r["best"] is None else f"{r['best'][1]:.2f} [{r['best'][0]:.2f}, {r['best'][2]:.2f}]"
         share = "—" if r["bandwidth"] is None else f"{r['bandwidth']:.0%}"
-        lines.append(f"| {r['name']} | {r['dtype']} | {_shape(r['shape'])} | {times} | {best} | {share} |")
+        star = " *" if r["cached"] else ""
+        lines.append(f"| {r['name']} | {r['dtype']} | {_shape(r['shape'])}{star} | {times} | {best} | {share} |")
     return [*lines, *_reasons(found["rows"], lambda r: f"{r['name']} {r['dtype']} {_shape(r['shape'])}")]
 
 
-def _products(rows: Sequence[Row]) -> list[str]:
-    lines = ["Microseconds, and how many times faster than the fp16 product. Rows x inputs x outputs.", ""]
+def _products(rows: Sequence[Row], head: str) -> list[str]:
+    lines = [
+        "Rows x inputs x outputs. Microseconds, median and 95 % interval, all products taken in turn, and how many times faster",
+        "than the fp16 product. Weights come from memory, another copy each time; a star: all copies may be in the cache, in part.",
+        "",
+    ]
     for r in rows:
-        lines += [f"### {_shape(r['size'])}", "", "| product | µs | against fp16 | TFLOP/s |", "|---|---|---|---|"]
-        lines += [
-            f"| {n} | {_time(t, 1)} | {_ratio(t)} | {r['operations'] / t['median'] / 1e6:.1f} |" for n, t in r["timings"].items()
-        ]
+        beside = f", beside {r['beside']}" if r["beside"] else ""
+        lines += [f"{head} {_shape(r['size'])}{beside}", "", "| product | µs | against fp16 | TFLOP/s |", "|---|---|---|---|"]
+        for n, t in r["timings"].items():
+            star = " *" if n in r["cached"] else ""
+            lines.append(f"| {n}{star} | {_time(t, 1)} | {_ratio(t)} | {r['operations'] / t['median'] / 1e6:.1f} |")
         lines.append("")
     return [*lines, *_reasons(rows, lambda r: _shape(r["size"]))]
 
 
-def _models(rows: Sequence[Row]) -> list[str]:
+def _models(rows: Sequence[Row], head: str) -> list[str]:
     lines = ["Milliseconds of one call as a CUDA graph. The error is that of the largest output, against float32.", ""]
     for r in rows:
-        lines += [f"### {r['name']}, {r['dtype']}", "", "| engine | ms | against eager | error |", "|---|---|---|---|"]
+        lines += [f"{head} {r['name']}, {r['dtype']}", "", "| engine | ms | against eager | error |", "|---|---|---|---|"]
         for n, t in r["timings"].items():
             error = r["errors"].get(n)
             lines.append(f"| {n} | {_time(t, 1e3)} | {_ratio(t)} | {'' if error is None else f'{error:.1e}'} |")

@@ -120,18 +120,24 @@ Handle function(Handle context, const std::string& entry, const Code& code) {
 
 Kernel::Kernel(const Payload& given) : payload(given) {
   const Handle current = context();
-  code = &payload.code(capability());
-  function = nf::trt::function(current, payload.entry, *code);
+  const int32_t device = capability();
+  const auto load = [&](const Way& way) {
+    const Code& code = payload.code(way, device);
+    return Loaded{&way, &code, function(current, payload.entry, code)};
+  };
+  many = load(payload.many);
+  few = payload.few_rows ? load(payload.few) : many;
 }
 
 void Kernel::launch(const void* const* inputs, void* const* outputs, int64_t rows, void* stream) const {
   if (rows == 0) return;
-  const int64_t grid = payload.grid(rows), most = int64_t(1) << 31;
+  const Loaded& it = rows <= payload.few_rows ? few : many;
+  const int64_t grid = it.way->grid(rows), most = int64_t(1) << 31;
   if (rows >= most || grid >= most)
     throw Problem("the plugin " + payload.entry + ": " + std::to_string(rows) + " rows in " + std::to_string(grid) +
                   " programs; a launch has less than 2^31");
   // 8 bytes a parameter: an int32 is the lower half of one, and scratch pointers stay zero
-  std::vector<uint64_t> values(size_t(code->parameters), 0);
+  std::vector<uint64_t> values(size_t(it.code->parameters), 0);
   std::vector<void*> places;
   for (uint64_t& value : values) places.push_back(&value);
   size_t i = 0;
@@ -143,7 +149,8 @@ void Kernel::launch(const void* const* inputs, void* const* outputs, int64_t row
                     std::to_string(ALIGNED) + " bytes");
   values[i] = uint64_t(rows);
   const Driver& cu = driver();
-  cu.done(cu.launch(function, unsigned(grid), 1, 1, unsigned(code->threads), 1, 1, unsigned(code->shared), stream, places.data(), nullptr),
+  const Code& code = *it.code;
+  cu.done(cu.launch(it.function, unsigned(grid), 1, 1, unsigned(code.threads), 1, 1, unsigned(code.shared), stream, places.data(), nullptr),
           "cuLaunchKernel(" + payload.entry + ")");
 }
 

@@ -15,9 +15,14 @@ class Kernel {
   void launch(const void* const* inputs, void* const* outputs, int64_t rows, void* stream) const;
 
  private:
+  struct Loaded {
+    const Way* way;
+    const Code* code;
+    void* function;
+  };
+
   const Payload& payload;
-  const Code* code;
-  void* function;
+  Loaded many, few;
 };
 
 }  // namespace nf::trt

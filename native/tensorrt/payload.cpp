@@ -55,17 +55,21 @@ Payload Payload::read(std::vector<Field> fields) {
   p.features = field(fields, "features").numbers;
   const std::vector<std::string> parts = split(field(fields, "ptx").bytes, '\0');
   const std::vector<int32_t>&images = field(fields, "images").numbers, &grid = field(fields, "grid").numbers;
-  if (parts.empty() || images.size() != 5 * parts.size() || grid.size() != 2 || grid[0] < 1 || grid[1] < 1)
+  const bool two = grid.size() == 6;
+  const bool counted = (two || grid.size() == 2) && *std::min_element(grid.begin(), grid.end()) > 0;
+  if (!counted || images.size() != 5 * parts.size() || parts.size() <= (two ? size_t(grid[5]) : 0))
     throw Problem("the plugin " + p.entry + ": " + std::to_string(parts.size()) + " images and " + std::to_string(images.size()) +
                   " numbers for them; expected 5 each");
   if (p.inputs.empty() || p.outputs.empty() || p.features.size() != p.outputs.size())
     throw Problem("the plugin " + p.entry + ": " + std::to_string(p.inputs.size()) + " inputs, " + std::to_string(p.outputs.size()) +
                   " outputs and the features of " + std::to_string(p.features.size()));
-  p.rows_each = grid[0];
-  p.columns = grid[1];
+  p.many.rows_each = grid[0];
+  p.many.columns = grid[1];
+  if (two) p.few_rows = grid[2], p.few.rows_each = grid[3], p.few.columns = grid[4];
+  const size_t own = parts.size() - (two ? size_t(grid[5]) : 0);
   for (size_t i = 0; i < parts.size(); ++i) {
     const int32_t* n = images.data() + 5 * i;
-    p.codes.push_back({n[0], n[1] != 0, n[2], n[3], n[4], parts[i]});
+    (i < own ? p.many : p.few).codes.push_back({n[0], n[1] != 0, n[2], n[3], n[4], parts[i]});
     if (n[4] <= int32_t(p.inputs.size() + p.outputs.size()))  // a launch would read behind its arguments
       throw Problem("the plugin " + p.entry + " has " + std::to_string(n[4]) + " parameters for " +
                     std::to_string(p.inputs.size() + p.outputs.size()) + " tensors and the rows");
@@ -74,10 +78,10 @@ Payload Payload::read(std::vector<Field> fields) {
   return p;
 }
 
-const Code& Payload::code(int32_t capability) const {
+const Code& Payload::code(const Way& way, int32_t capability) const {
   const Code* best = nullptr;
   std::string found;
-  for (const Code& c : codes) {
+  for (const Code& c : way.codes) {
     if (c.capability == capability) return c;
     if (c.capability < capability && !c.exact && (!best || best->capability < c.capability)) best = &c;
     found += (found.empty() ? "" : ", ") + c.name();

@@ -33,10 +33,17 @@ struct Code {
 
 enum class Type { fp32, fp16, bf16, i8, i32 };
 
-struct Payload {
-  std::string entry;
+// A launch: images, one an architecture, rows of one program, and programs that share rows.
+struct Way {
   std::vector<Code> codes;
   int64_t rows_each, columns;
+  int64_t grid(int64_t rows) const { return (rows + rows_each - 1) / rows_each * columns; }
+};
+
+struct Payload {
+  std::string entry;
+  Way many, few;         // with blocks of different sizes, and the same results
+  int64_t few_rows = 0;  // up to how many rows `few` is taken; 0: never
   std::vector<Type> inputs, outputs;
   std::vector<int32_t> features;  // of each output
   std::vector<Field> fields;      // what all of this was read from
@@ -47,8 +54,7 @@ struct Payload {
   static std::vector<Field> empty();
 
   // The image for a device: that of its own architecture, else the newest one that it can run. Throws Problem.
-  const Code& code(int32_t capability) const;
-  int64_t grid(int64_t rows) const { return (rows + rows_each - 1) / rows_each * columns; }
+  const Code& code(const Way& way, int32_t capability) const;
 };
 
 }  // namespace nf::trt

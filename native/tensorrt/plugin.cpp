@@ -132,13 +132,21 @@ class Plugin final : public IPluginV3, public IPluginV3OneCore, public IPluginV3
     return 0;
   }
 
-  int32_t onShapeChange(const PluginTensorDesc*, int32_t, const PluginTensorDesc*, int32_t) noexcept override { return 0; }
+  // The last call before enqueue, and no graph is being captured: a builder that times clones, which no context has attached, loads the
+  // kernel here. One without a GPU comes here too, and never further: what is wrong is said by who runs the plugin.
+  int32_t onShapeChange(const PluginTensorDesc*, int32_t, const PluginTensorDesc*, int32_t) noexcept override {
+    try {
+      loaded();
+    } catch (const std::exception&) {
+    }
+    return 0;
+  }
 
   IPluginV3* attachToContext(IPluginResourceContext*) noexcept override {
     std::unique_ptr<Plugin> made;
     const bool there = attempt([&] {
       made = std::make_unique<Plugin>(name, payload);
-      made->kernel = std::make_unique<Kernel>(*payload);
+      made->loaded();
     });
     return there ? made.release() : nullptr;
   }
@@ -153,18 +161,23 @@ class Plugin final : public IPluginV3, public IPluginV3OneCore, public IPluginV3
   int32_t enqueue(const PluginTensorDesc* descs, const PluginTensorDesc*, const void* const* inputs, void* const* outputs, void*,
                   cudaStream_t stream) noexcept override {
     const bool launched = attempt([&] {
-      if (!kernel) throw Problem("the plugin " + payload->entry + " runs without a context");
       int64_t rows = 1;
       for (int32_t i = 0; i + 1 < descs[0].dims.nbDims; ++i) rows *= descs[0].dims.d[i];
-      kernel->launch(inputs, outputs, rows, stream);
+      loaded().launch(inputs, outputs, rows, stream);
     });
     return launched ? 0 : 1;
   }
 
  private:
+  // The kernel on the current device, from the first time that this clone is prepared there. Throws Problem.
+  const Kernel& loaded() {
+    if (!kernel) kernel = std::make_unique<Kernel>(*payload);
+    return *kernel;
+  }
+
   std::string name;
   std::shared_ptr<const Payload> payload;
-  std::unique_ptr<Kernel> kernel;  // of a clone that is attached to a context
+  std::unique_ptr<Kernel> kernel;
   std::vector<PluginField> fields;
   PluginFieldCollection collection{};
 };

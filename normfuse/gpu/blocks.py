@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-__all__ = ["FEW_ROWS", "Block", "block_for", "rounded_hint"]
+__all__ = ["FEW_ROWS", "TENSOR_MEMORY_FROM", "Block", "block_for", "rounded_hint", "together"]
 
 
 @dataclass(frozen=True)
@@ -23,14 +23,19 @@ _SHARED = 96 << 10
 # Stages: enough loads on their way to hide the latency of memory, few enough to compile in seconds where a turn has many.
 _MOST_STAGES, _FEWEST_STAGES, _DOTS = 6, 3, 16
 # On 10.0, Triton keeps an accumulator in tensor memory for each product of a turn of the loop, a column for each row. There are 512
-# columns, which also hold operands, and a kernel that needs more is compiled to a trap. Blocks below 64 outputs do not use them.
+# columns, which also hold operands, and a kernel that needs more is compiled to a trap. Smaller blocks do not use them.
 _COLUMNS = 256
-_TENSOR_MEMORY_FROM = 64
+#: Outputs of one program from which on its sums are in tensor memory there.
+TENSOR_MEMORY_FROM = 64
 # Of an H100 or H200: with fewer programs than these, some of them idle.
 _MULTIPROCESSORS = 132
 _MOST_ROWS = 4096  # from there on every block has programs enough
 # Outputs up to which one program for 32 of them would leave multiprocessors without work.
 _FEW_OUTPUTS = 4096
+
+# Blocks of rows whose programs follow each other: about as many as a wave of programs has blocks of outputs, so that a wave reads
+# the least of both.
+_TOGETHER = 8
 
 # A few rows wait for the weights alone: narrow blocks, so that every multiprocessor has some, and a deep pipeline. With many rows
 # each weight is used again and again, and the tensor cores want large blocks.
@@ -74,5 +79,10 @@ def block_for(n: int, rows: int, stage_bytes: Callable[[Block], int], *, dots: i
     return replace(block, stages=min(wanted_stages, _SHARED // stage_bytes(block)))
 
 
+def together(rows: int, block: Block) -> int:
+    """Blocks of rows that take the same weights one after the other (`normfuse.gpu.kernels.order`); 1 where there are few rows."""
+    return min(_TOGETHER, -(-rows // block.rows))
+
+
 def _columns(block: Block) -> int:
-    return block.rows if block.outputs >= _TENSOR_MEMORY_FROM else 0
+    return block.rows if block.outputs >= TENSOR_MEMORY_FROM else 0

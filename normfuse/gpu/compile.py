@@ -18,7 +18,7 @@ from typing import Any
 from normfuse.cache import cache_folder
 from normfuse.errors import NormfuseError, UsageError
 from normfuse.gpu.launch import Launch
-from normfuse.gpu.source import OPTIONS, arguments, function, interpreted, source_hash, toolchain
+from normfuse.gpu.source import OPTIONS, arguments, function, interpreted, source_hash, suited, toolchain
 
 __all__ = ["CAPABILITIES", "Image", "compiled", "content_hash"]
 
@@ -80,6 +80,7 @@ def compiled(launch: Launch, capability: int) -> Image:
 
 def content_hash(launch: Launch, capability: int) -> str:
     """SHA-256 of all that the image depends on: kernels, the launch, the compiler, the capability."""
+    launch = suited(launch, capability)
     facts = asdict(launch) | {"constants": sorted(launch.constants.items()), "capability": capability, "form": _FORM}
     facts |= {"kernels": source_hash(), "triton": toolchain().__version__, "ptx": _PTX[capability]}
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
@@ -90,6 +91,7 @@ def _compile(launch: Launch, capability: int) -> Image:
         raise UsageError(
             "TRITON_INTERPRET is set: kernels run in Triton's interpreter and cannot be compiled; unset it and start again"
         )
+    launch = suited(launch, capability)
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 

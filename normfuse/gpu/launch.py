@@ -85,5 +85,5 @@ class Launch:
         return hash((self.kernel, self.inputs, self.outputs, constants, self.rows_each, self.columns, self.warps, self.stages))
 
     def programs(self, rows: int) -> int:
-        """Size of the grid. Program p has rows from `p // columns * rows_each` on, and column block `p % columns`."""
+        """Size of the grid."""
         return -(-rows // self.rows_each) * self.columns

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from normfuse.errors import NormfuseError
-from normfuse.gpu.launch import Launch
-from normfuse.gpu.source import OPTIONS, arguments, function
+from normfuse.gpu.launch import DTYPES, Launch
+from normfuse.gpu.source import OPTIONS, arguments, function, suited
 
-__all__ = ["CannotCompile", "launched"]
+__all__ = ["CannotCompile", "launched", "prepare"]
 
 _ALIGNED = 16
 
@@ -59,11 +59,24 @@ def launched(launch: Launch, device: torch.device, given: Sequence[Tensor | int]
     start(programs, given)
 
 
+def prepare(launch: Launch, device: torch.device) -> None:
+    """Compile a kernel for a device, as `launched` would for addresses that are multiples of 16, and start nothing: Triton finds it
+    on the disk from then on.
+
+    Raises:
+        CannotCompile: the kernel cannot be compiled for this device.
+    """
+    dtypes = [o.dtype for o in launch.inputs] + [o.dtype for o in launch.outputs]
+    _loaded(launch, device, (*(torch.empty(0, dtype=getattr(torch, DTYPES[d][0]), device=device) for d in dtypes), 1))
+
+
 def _loaded(launch: Launch, device: torch.device, given: Sequence[Tensor | int]) -> _Start:
     """Compile and load a kernel; what comes back starts it."""
     from triton import knobs
     from triton.runtime import driver
 
+    with torch.cuda.device(device):
+        launch = suited(launch, int(driver.active.get_current_target().arch))
     kernel = function(launch)
     names = list(kernel.arg_names)
     values: list[Any] = [launch.constants.get(n) for n in names]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 
 from normfuse.errors import UsageError
-from normfuse.gpu.blocks import block_for, rounded_hint
+from normfuse.gpu.blocks import block_for, rounded_hint, together
 from normfuse.gpu.launch import DTYPES, Launch, Operand, Result
 from normfuse.gpu.tile import FLOATS
 from normfuse.words import EPILOGUES
@@ -62,7 +62,7 @@ def _plan(kind: str, k: int, n: int, dtype: str, bias: bool, eps: float, epilogu
         outputs=(Result("y", dtype, n),),
         constants=({} if bias else {"bias": None})
         | {"K": k, "N": n, "TILE": tile, "BLOCK_ROWS": block.rows, "BLOCK": block.outputs, "COLUMNS": columns}
-        | {"KIND": kind, "EPS": eps, "EPILOGUE": epilogue},
+        | {"TOGETHER": together(hint, block), "KIND": kind, "EPS": eps, "EPILOGUE": epilogue},
         rows_each=block.rows,
         columns=columns,
         warps=block.warps,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 
 from normfuse.errors import UsageError
-from normfuse.gpu.blocks import FEW_ROWS, Block, block_for, rounded_hint
+from normfuse.gpu.blocks import FEW_ROWS, Block, block_for, rounded_hint, together
 from normfuse.gpu.launch import Launch, Operand, Result
 from normfuse.gpu.planes import GROUPS, LARGEST_K, layout
 from normfuse.gpu.tile import FLOATS
@@ -79,7 +79,12 @@ def _plan(k: int, n: int, dtype: str, bits: int, groups: int, bias: bool, residu
         | {"K": k, "N": n, "BITS": bits, "GROUPS": groups, "INNER": shape.inner, "TURNS": shape.turns, "PIECES": shape.pieces}
         | {"BLOCK_ROWS": block.rows, "BLOCK": block.outputs, "COLUMNS": -(-n // block.outputs)}
         # a warp or two have less than four bytes of shifts for each thread; more of them share bytes and load as many as they need
-        | {"SPLIT": split, "AHEAD": groups > 1 and shape.inner >= 32 * block.warps}
+        | {
+            "TOGETHER": together(hint, block),
+            "SPLIT": split,
+            "SEPARATE": False,
+            "AHEAD": groups > 1 and shape.inner >= 32 * block.warps,
+        }
         | {"EPILOGUE": epilogue},
         rows_each=block.rows,
         columns=-(-n // block.outputs),

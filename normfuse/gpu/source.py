@@ -1,4 +1,4 @@
-"""From the name of a kernel to its function."""
+"""From a launch to the function and the constants that Triton is given."""
 
 from __future__ import annotations
 
@@ -6,20 +6,24 @@ import functools
 import hashlib
 import importlib
 import os
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from normfuse.errors import UsageError
 from normfuse.extras import need
+from normfuse.gpu.blocks import TENSOR_MEMORY_FROM
 from normfuse.gpu.launch import Launch
 
-__all__ = ["OLDEST", "OPTIONS", "arguments", "function", "interpreted", "source_hash", "toolchain"]
+__all__ = ["OLDEST", "OPTIONS", "arguments", "function", "interpreted", "source_hash", "suited", "toolchain"]
 
 #: The first triton whose knobs, cache and PTX options are those used here; it came with torch 2.9.
 OLDEST = (3, 5)
 #: Of every compilation. Triton's default for the fusion of products and sums changes in 3.10.
 OPTIONS = {"enable_fp_fusion": True}
+# Compute capabilities, times ten, whose tensor cores keep sums in a memory of their own, and the first triton that has int8 there.
+_TENSOR_MEMORY, _TENSOR_MEMORY_SINCE = range(100, 120), (3, 8)
 _FOLDER = Path(__file__).parent / "kernels"
 
 
@@ -31,11 +35,25 @@ def toolchain() -> ModuleType:
         UsageError: it is older than `OLDEST`.
     """
     triton = need("triton", extra="gpu")
-    found = tuple(int(p) for p in triton.__version__.split(".")[:2])
-    if found < OLDEST:
+    if _version(triton) < OLDEST:
         wanted = ".".join(map(str, OLDEST))
         raise UsageError(f"triton {triton.__version__} is too old; expected {wanted} or later: pip install 'triton>={wanted}'")
     return triton
+
+
+def _version(triton: ModuleType) -> tuple[int, ...]:
+    return tuple(int(p) for p in triton.__version__.split(".")[:2])
+
+
+def suited(launch: Launch, capability: int) -> Launch:
+    """The launch as it is compiled for a compute capability, times ten: with "SEPARATE" sums where they are in tensor memory.
+
+    Grid and operands stay the same: one launch stands for a layer on every device.
+    """
+    there = capability in _TENSOR_MEMORY and _version(toolchain()) >= _TENSOR_MEMORY_SINCE
+    if not there or "SEPARATE" not in launch.constants or int(launch.constants["BLOCK"] or 0) < TENSOR_MEMORY_FROM:
+        return launch  # in registers, several sums would not fit
+    return replace(launch, constants={**launch.constants, "SEPARATE": True})
 
 
 def interpreted() -> bool:

@@ -75,6 +75,7 @@ def compare(calls, count, seconds):
 for part in (norms, products, models):
     part.DEVICE, part.compare = "cpu", compare
 norms.bandwidth, norms.copies, products.copies = lambda seconds: 1e9, lambda size: 2, lambda size: 2
+norms.cached = products.cached = lambda size, count: size < 1000
 norms.SHAPES, products.SIZES = ((3, 16),) * 4, ((3, 32, 24), (17, 32, 24), (17, 64, 16))
 torch.compile = lambda f, dynamic=None: f
 models._models = lambda quick: [("tiny", tiny, ("bf16",)), ("broken", broken, ("fp16",))]
@@ -117,6 +118,7 @@ def test_every_part_runs() -> None:
     # ours took 2, the others 3 and 4: the best other is 1.5 times as slow
     assert facts["norms"]["rows"][0]["best"][1] == pytest.approx(1.5)
     assert [r["failed"] for r in facts["products"]] == [{}, {}]
+    assert facts["products"][0]["cached"] == ["int8 weights, fp16 products, compiled"]
     assert "torch._int_mm" in facts["products"][1]["timings"]
     assert "torch._int_mm" not in facts["products"][0]["timings"]
     tiny, broken = facts["models"]
@@ -189,20 +191,22 @@ FACTS: dict[str, Any] = {
     "probe": {"works": False, "version": "1.7.1", "error": "it was not built for this GPU"},
     "norms": {
         "copy": 2.9e12,
+        "floor": 2.1,
         "rows": [
             {
-                "name": "RMSNorm", "dtype": "fp16", "shape": [4096, 4096], "bytes": 6.7e7, "bandwidth": 0.93,
+                "name": "RMSNorm", "dtype": "fp16", "shape": [4096, 4096], "cached": False, "bytes": 6.7e7, "bandwidth": 0.93,
                 "best": [1.1, 1.2, 1.3],
                 "timings": {"normfuse": _timing(25.0, 1), "torch": _timing(40.0, 0.6)}, "failed": {"compile": "no compiler"},
             },
             {
-                "name": "softmax", "dtype": "fp16", "shape": [1, 4096], "bytes": 1.6e4, "bandwidth": None, "best": None,
+                "name": "softmax", "dtype": "fp16", "shape": [1, 4096], "cached": True, "bytes": 1.6e4,
+                "bandwidth": None, "best": None,
                 "timings": {}, "failed": {"normfuse": "does not compile"},
             },
         ],
     },
     "products": [
-        {"size": [1, 4096, 4096], "operations": 2 * 4096**2, "failed": {},
+        {"size": [1, 4096, 4096], "operations": 2 * 4096**2, "failed": {}, "cached": ["w4a8"], "beside": "torchao",
          "timings": {"fp16 linear": _timing(20.0, 1), "w4a8": _timing(8.0, 2.5)}},
     ],
     "models": [
@@ -230,9 +234,12 @@ def test_page_holds_every_part(tmp_path: Path) -> None:
     assert (
         "| RMSNorm | fp16 | 4096x4096 | 25.000 [22.500, 27.500] | 40.000 [36.000, 44.000] | — | 1.20 [1.10, 1.30] | 93% |" in text
     )
-    assert "| softmax | fp16 | 1x4096 | — | — | — | — | — |" in text
+    assert "| softmax | fp16 | 1x4096 * | — | — | — | — | — |" in text
     assert "- softmax fp16 1x4096, normfuse: does not compile" in text
-    assert "| w4a8 | 8.000 [7.200, 8.800] | 2.50 | 4.2 |" in text
+    assert "To add to one number takes 2.1 µs" in text
+    assert "| fp16 linear | 20.000" in text
+    assert "### 1x4096x4096, beside torchao\n" in text
+    assert "| w4a8 * | 8.000 [7.200, 8.800] | 2.50 | 4.2 |" in text
     assert "| kernels | 1.000 [0.900, 1.100] | — |  |" in text
     assert "| optimized | 2.000 [1.800, 2.200] | 1.50 |  |" in text
     write(FACTS, tmp_path / "results", "gpu-test")

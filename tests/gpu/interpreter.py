@@ -33,12 +33,14 @@ class Case:
             that is called and gives tensors ("module:OPERATOR.on_gpu").
         args, kwargs: of that function; numbers, strings, None, lists, tensors.
         inputs: tensors by name.
+        capability: the compute capability that a `Launch` is suited to, times ten; 0 for none.
     """
 
     function: str
     args: tuple[Any, ...] = ()
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     inputs: Mapping[str, Tensor] | None = None
+    capability: int = 0
 
 
 def interpret(cases: Mapping[str, Case], folder: Path) -> dict[str, tuple[Tensor, ...]]:
@@ -58,6 +60,7 @@ def interpret(cases: Mapping[str, Case], folder: Path) -> dict[str, tuple[Tensor
 
 def _main(source: str, target: str) -> None:
     from normfuse.gpu.run import run
+    from normfuse.gpu.source import suited
     from normfuse.ops import operator
 
     operator.available = lambda device: True  # the interpreter is the GPU here
@@ -66,7 +69,7 @@ def _main(source: str, target: str) -> None:
         module, _, name = case["function"].partition(":")
         found = attrgetter(name)(importlib.import_module(module))(*case["args"], **case["kwargs"])
         if case["inputs"] is not None:
-            found = run(found, case["inputs"])
+            found = run(suited(found, case["capability"]), case["inputs"])
         results[key] = (found,) if isinstance(found, Tensor) else tuple(found)
     torch.save(results, target)
 

@@ -12,11 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from normfuse.errors import UsageError
+from normfuse.gpu.blocks import TENSOR_MEMORY_FROM
 from normfuse.gpu.compile import CAPABILITIES, compiled
 from normfuse.gpu.launch import Launch
 from normfuse.gpu.norm_linear import plan_norm_linear
 from normfuse.gpu.planes import GROUPS, LARGEST_K, from_packed
 from normfuse.gpu.product import plan_product
+from normfuse.gpu.source import suited
 from normfuse.ops._epilogue import activation, finish
 from normfuse.ops._prepared import _on_gpu, gpu_weight
 from normfuse.ops.rms_norm_linear import rms_norm_linear
@@ -54,7 +56,8 @@ def _product(
     kwargs = {name: name in inputs for name in ("bias", "residual")} | {
         "epilogue": how.get("epilogue", "none"), "rows_hint": hint
     }  # fmt: skip
-    return Case("normfuse.gpu.product:plan_product", (k, n, dtype, w.bits, w.groups), kwargs, inputs)
+    capability = 100 if how.get("separate") else 0
+    return Case("normfuse.gpu.product:plan_product", (k, n, dtype, w.bits, w.groups), kwargs, inputs, capability)
 
 
 #: Rows, inputs and outputs that fill no block, just one, and a bit more; the hint makes blocks of other sizes.
@@ -70,6 +73,9 @@ def _exact() -> dict[str, tuple[QuantizedWeight, Tensor]]:
         k = 1000 if bits % 2 else 512  # tiles of K that several warps share, the last one not full
         groups = 4 if bits % 3 else 1
         found[f"split-{bits}-{groups}"] = random_weight(17, k, bits, groups, bits), _rows(3, k, bits)
+        # each product of a turn with a sum of its own, as on 10.0; blocks of rows that are taken together, and some left over
+        found[f"separate-{bits}-{groups}"] = random_weight(21, 300, bits, groups, bits), _rows(5, 300, bits)
+        found[f"together-{bits}-{groups}"] = random_weight(70, 70, bits, groups, bits), _rows(300, 70, bits)
     return found
 
 
@@ -102,6 +108,8 @@ def _norm_linears() -> Iterator[tuple[str, tuple[Any, ...]]]:
                 yield f"norm-{kind}-{dtype}-{m}", (kind, dtype, EPILOGUES[(i + j) % 5], hint, x, w, bias)
     large = 1e4 * torch.randn(3, 80, generator=generator).clamp(-4, 4)  # its squares are no float16
     yield "norm-large", ("rms", "fp16", "none", 1, large.half(), torch.randn(9, 80, generator=generator).half(), None)
+    x, w = torch.randn(300, 64, generator=generator), torch.randn(70, 64, generator=generator)
+    yield "norm-together", ("rms", "fp32", "none", 100, x, w, None)
     yield "norm-zeros", ("rms", "fp32", "none", 1, torch.zeros(2, 80), torch.randn(9, 80, generator=generator), torch.ones(9))
 
 
@@ -156,7 +164,12 @@ OPERATORS = dict(_operators())
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Tensor, ...]]:
-    cases = {key: _product(w, q, torch.ones(len(q), 1), torch.ones(len(w.codes)), hint=_hint(key)) for key, (w, q) in EXACT.items()}
+    cases = {
+        key: _product(
+            w, q, torch.ones(len(q), 1), torch.ones(len(w.codes)), hint=_hint(key), separate=key.startswith("separate")
+        )
+        for key, (w, q) in EXACT.items()
+    }  # fmt: skip
     cases |= {key: _product(LINEAR, LINEAR_ROWS, LINEAR_SCALE, LINEAR.scale, **how) for key, how in BEHIND.items()}
     cases |= {
         "nan": _product(LINEAR, LINEAR_ROWS, LINEAR_SCALE * torch.tensor([[1], [torch.nan], [1], [1], [1], [1]]), LINEAR.scale)
@@ -167,7 +180,9 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Tensor,
 
 def _hint(key: str) -> int:
     what, bits, groups = key.split("-")
-    return _SIZES[(int(bits) + int(groups)) % len(_SIZES)][3] if what == "sum" else 1
+    if what == "sum":
+        return _SIZES[(int(bits) + int(groups)) % len(_SIZES)][3]
+    return {"together": 100, "separate": 32}.get(what, 1)
 
 
 def _close(found: Tensor, expected: Tensor, dtype: str) -> None:
@@ -284,6 +299,27 @@ def test_plans_fit_every_device(hint: int) -> None:
                 assert launch.stages >= 2
                 assert launch.stages * stage <= 99 << 10
                 assert block < 64 or rows * int(c["TURNS"] or 0) * sums <= 256  # see `normfuse.gpu.blocks`
+
+
+def test_sums_are_separate_where_they_are_in_tensor_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    launch = plan_product(768, 768, "fp16", 4, 4, bias=True, residual=False, epilogue="none", rows_hint=4096)
+    triton = pytest.importorskip("triton")
+    monkeypatch.setattr(triton, "__version__", "3.7.1")  # the last one whose products of int8 keep sums in registers there
+    assert not any(suited(launch, c).constants["SEPARATE"] for c in CAPABILITIES)
+    monkeypatch.setattr(triton, "__version__", "3.8.0")
+    assert not any(suited(launch, c).constants["SEPARATE"] for c in CAPABILITIES if c != 100)
+    assert suited(launch, 100).constants == {**launch.constants, "SEPARATE": True}
+    norm = plan_norm_linear("rms", 768, 768, "fp16", bias=True, eps=EPS, epilogue="silu", rows_hint=1000)
+    narrow = plan_product(768, 768, "fp16", 3, 8, bias=True, residual=False, epilogue="none", rows_hint=4096)
+    assert int(narrow.constants["BLOCK"] or 0) < TENSOR_MEMORY_FROM
+    for other in (norm, narrow):
+        assert suited(other, 100) is other
+
+
+@pytest.mark.parametrize(("rows", "expected"), [(1, 1), (16, 1), (100, 4), (1000, 8), (4096, 8)])
+def test_many_rows_share_the_weights_of_a_wave(rows: int, expected: int) -> None:
+    launch = plan_product(4096, 4096, "fp16", 4, 1, bias=False, residual=False, epilogue="none", rows_hint=rows)
+    assert launch.constants["TOGETHER"] == expected
 
 
 def test_rows_hint_is_only_a_hint() -> None:

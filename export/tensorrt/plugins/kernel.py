@@ -30,17 +30,20 @@ class Kernel:
     def __init__(self, payload: Payload, driver: Any) -> None:
         self.payload, self.driver = payload, driver
         context, capability = _device(driver)
-        self.code = payload.code(capability)
-        self.function = _function(driver, context, payload.entry, self.code)
+        codes = [payload.code(capability)] + ([] if payload.few is None else [payload.code(capability, payload.few.rows)])
         pointers = len(payload.inputs) + len(payload.outputs)
-        if self.code.parameters <= pointers:
-            raise ExportError(
-                f"the plugin {payload.entry} has {self.code.parameters} parameters for {pointers} tensors and the rows"
-            )
+        for code in codes:
+            if code.parameters <= pointers:
+                raise ExportError(
+                    f"the plugin {payload.entry} has {code.parameters} parameters for {pointers} tensors and the rows"
+                )
+        # the launch for many rows, and that for few rows, which may be the same one
+        self.many, self.few = ((code, _function(driver, context, payload.entry, code)) for code in (codes[0], codes[-1]))
         # 8 bytes a parameter: an int32 is the lower half of one, and scratch pointers stay zero
-        self.values = (ctypes.c_uint64 * self.code.parameters)()
+        count = max(code.parameters for code in codes)
+        self.values = (ctypes.c_uint64 * count)()
         start = ctypes.addressof(self.values)
-        self.places = (ctypes.c_uint64 * self.code.parameters)(*(start + 8 * i for i in range(self.code.parameters)))
+        self.places = (ctypes.c_uint64 * count)(*(start + 8 * i for i in range(count)))
 
     def launch(self, addresses: Sequence[int], rows: int, stream: int) -> None:
         """Put one launch on `stream`; nothing for no rows. Nothing else is asked of the driver: a graph may be being captured.
@@ -61,9 +64,9 @@ class Kernel:
                 raise ExportError(
                     f"the plugin {self.payload.entry}: its tensor {i} is at {value:#x}, which is no multiple of {_ALIGNED} bytes"
                 )
-        code = self.code
+        code, function = self.few if self.payload.few is not None and rows <= self.payload.few.rows else self.many
         done = self.driver.cuLaunchKernel(
-            self.function, grid, 1, 1, code.threads, 1, 1, code.shared, stream, ctypes.addressof(self.places), 0
+            function, grid, 1, 1, code.threads, 1, 1, code.shared, stream, ctypes.addressof(self.places), 0
         )
         _result(self.driver, "cuLaunchKernel", done)
 

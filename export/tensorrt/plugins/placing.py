@@ -12,14 +12,15 @@ import numpy as np
 from normfuse.errors import UsageError
 from normfuse.export.onnx.build import const_of
 from normfuse.export.ops import DOMAIN
-from normfuse.export.tensorrt.plugins.payload import Code, Payload
+from normfuse.export.tensorrt.plugins.payload import Code, Few, Payload
 from normfuse.export.tensorrt.plugins.plans import PLANS, PLUGINS, Planned, Site
 from normfuse.export.tensorrt.plugins.plugin import NAMESPACE, VERSION
 from normfuse.extras import need
+from normfuse.gpu.blocks import FEW_ROWS
 from normfuse.gpu.compile import CAPABILITIES, Image, compiled
 from normfuse.gpu.launch import Launch
 
-__all__ = ["kernel_capabilities", "place"]
+__all__ = ["kernel_capabilities", "payload_of", "place"]
 
 
 def place(
@@ -39,7 +40,8 @@ def place(
         names: of `PLUGINS`: "rms_norm", "crms_norm", "l1_norm", "rms_norm_linear", "shiftquant_linear", "two_pass_softmax".
         dtype: "fp32", "fp16" or "bf16", for values whose type the model does not say.
         capabilities: compute capabilities, 80 for 8.0; see `normfuse.gpu.compile.CAPABILITIES`. Every one is some
-            tens of kilobytes in each node. Without 80, 86 or 89 the engine runs on just those GPUs.
+            tens of kilobytes in each node, twice that where the number of rows varies. Without 80, 86 or 89 the engine runs on
+            just those GPUs.
         sizes: typical sizes of named axes, from which the tiles of products are chosen; results do not depend on them.
 
     Returns:
@@ -116,7 +118,7 @@ class _Placing:
         self._outputs(node, launch)
         node.op_type, node.domain, node.overload, node.version = planned.op_type, DOMAIN, "", None
         node.attributes.clear()
-        for name, value in self._payload(launch).items():
+        for name, value in self._payload(launch, planned.few).items():
             node.attributes[name] = value
         self.count[planned.op_type] += 1
         for value in dict.fromkeys(read):
@@ -219,11 +221,11 @@ class _Placing:
         elif (producer := value.producer()) is not None and producer.op_type == "Constant":
             self.graph.remove(producer, safe=True)
 
-    def _payload(self, launch: Launch) -> dict[str, Any]:
+    def _payload(self, launch: Launch, few: Launch | None = None) -> dict[str, Any]:
         """Attributes of a plugin node."""
-        key = repr(launch)
+        key = repr((launch, few))
         if key not in self.payloads:
-            self.payloads[key] = _payload(launch, self.capabilities)
+            self.payloads[key] = payload_of(launch, self.capabilities, few)
         fields = {**self.payloads[key].fields(), "plugin_namespace": NAMESPACE, "plugin_version": VERSION}
         types = self.ir.AttributeType
         return {k: self.ir.Attr(k, types.STRING if isinstance(v, str) else types.INTS, v) for k, v in fields.items()}
@@ -233,7 +235,38 @@ def _folder(node: Any) -> str:
     return f"{node.name.rpartition('/')[0]}/" if "/" in (node.name or "") else f"{node.name or 'plugin'}/"
 
 
-def _payload(launch: Launch, capabilities: tuple[int, ...]) -> Payload:
+def payload_of(launch: Launch, capabilities: Sequence[int], few: Launch | None = None) -> Payload:
+    """What a node carries for a launch: an image for each capability, but for those that the driver makes of an older one.
+
+    Args:
+        few: the same kernel for up to `FEW_ROWS` rows.
+
+    Raises:
+        MissingExtra: triton is not installed.
+        NormfuseError: the kernel does not compile.
+    """
+    entry, codes = _codes(launch, capabilities)
+    other = None
+    if few is not None:
+        also, few_codes = _codes(few, capabilities)
+        if also != entry or (few.inputs, few.outputs) != (launch.inputs, launch.outputs):
+            raise UsageError(f"{launch.kernel} and {few.kernel} are not the same kernel")
+        other = Few(FEW_ROWS, few_codes, few.rows_each, few.columns)
+    carried = {"u8": "i8"}
+    return Payload(
+        entry=entry,
+        codes=codes,
+        rows_each=launch.rows_each,
+        columns=launch.columns,
+        inputs=tuple(carried.get(o.dtype, o.dtype) for o in launch.inputs),
+        outputs=tuple(o.dtype for o in launch.outputs),
+        features=tuple(o.features for o in launch.outputs),
+        few=other,
+    )
+
+
+def _codes(launch: Launch, capabilities: Sequence[int]) -> tuple[str, tuple[Code, ...]]:
+    """The function's name and its images."""
     made = [compiled(launch, c) for c in capabilities]
     codes: list[Code] = []
     for image in made:
@@ -245,16 +278,7 @@ def _payload(launch: Launch, capabilities: tuple[int, ...]) -> Payload:
     entries = {image.entry for image in made}
     if len(entries) != 1:
         raise UsageError(f"{launch.kernel} has entries {sorted(entries)}; expected one name for all architectures")
-    carried = {"u8": "i8"}
-    return Payload(
-        entry=entries.pop(),
-        codes=tuple(codes),
-        rows_each=launch.rows_each,
-        columns=launch.columns,
-        inputs=tuple(carried.get(o.dtype, o.dtype) for o in launch.inputs),
-        outputs=tuple(o.dtype for o in launch.outputs),
-        features=tuple(o.features for o in launch.outputs),
-    )
+    return entries.pop(), tuple(codes)
 
 
 def _code(image: Image) -> Code:

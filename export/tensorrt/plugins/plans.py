@@ -14,6 +14,7 @@ from normfuse.export.onnx.build import const_of, dims
 from normfuse.export.ops import DOMAIN
 from normfuse.export.tensorrt.builder import module_path
 from normfuse.extras import need
+from normfuse.gpu.blocks import FEW_ROWS
 from normfuse.gpu.launch import Launch
 from normfuse.gpu.norm import plan_norm
 from normfuse.gpu.norm_linear import plan_norm_linear
@@ -34,6 +35,7 @@ class Planned:
     Attributes:
         op_type: of the node.
         launch: of the kernel.
+        few: the same kernel for up to `FEW_ROWS` rows, where their number varies; the same results.
         operands: by the names of the kernel's inputs: values of the graph, arrays, or the number of an output of `before`.
         before: a node in front of it.
     """
@@ -42,6 +44,7 @@ class Planned:
     launch: Launch
     operands: Mapping[str, Any]
     before: Planned | None = None
+    few: Launch | None = None
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,18 @@ class Site:
         sizes = [d if isinstance(d, int) else self.sizes.get(str(d)) for d in (dims(value) or ())[:-1]]
         known = math.prod(size for size in sizes if size is not None)
         return max(_UNKNOWN_ROWS if None in sizes else 1, known)
+
+    def launches(self, value: Any, plan: Callable[[int], Launch]) -> tuple[Launch, Launch | None]:
+        """Launches for many rows and, where their number varies, for few: a layer may see a prompt first and then token by token.
+
+        Args:
+            plan: makes a launch for about as many rows.
+        """
+        rows, static = self.rows(value), all(isinstance(d, int) for d in (dims(value) or ("?", 0))[:-1])
+        if static:
+            return plan(rows), None
+        many, few = plan(max(rows, _UNKNOWN_ROWS)), plan(FEW_ROWS)
+        return many, None if few == many else few
 
     def array(self, value: Any, what: str) -> np.ndarray[Any, Any]:
         """The numbers of a weight."""
@@ -160,17 +175,20 @@ def _standard_rms(site: Site) -> Planned:
 def _norm_linear(site: Site) -> Planned:
     """y = act((W x) / ρ + b)"""
     x, weight, bias = site.inputs(3)
-    launch = plan_norm_linear(
-        "rms",
-        site.features(x),
-        _outputs(site, weight),
-        site.float_of(x),
-        bias=bias is not None,
-        eps=float(site.fact("eps")),
-        epilogue=site.fact("epilogue", "none"),
-        rows_hint=site.rows(x),
+    launch, few = site.launches(
+        x,
+        lambda rows: plan_norm_linear(
+            "rms",
+            site.features(x),
+            _outputs(site, weight),
+            site.float_of(x),
+            bias=bias is not None,
+            eps=float(site.fact("eps")),
+            epilogue=site.fact("epilogue", "none"),
+            rows_hint=rows,
+        ),
     )
-    return Planned("RmsNormLinear", launch, {"x": x, "weight": weight, "bias": bias})
+    return Planned("RmsNormLinear", launch, {"x": x, "weight": weight, "bias": bias}, few=few)
 
 
 def _outputs(site: Site, weight: Any) -> int:
@@ -212,16 +230,19 @@ def _product(site: Site, x: Any, codes: Mapping[str, Any], rest: list[Any], befo
     weight, exponents, scale, bias, residual = rest
     bits, n = int(site.fact("bits")), site.array(scale, "scale").size
     e = site.array(exponents, "exponents")
-    launch = plan_product(
-        e.size,
-        n,
-        site.float_of(site.node.outputs[0]),
-        bits,
-        int(e.max(initial=0)) + 1,
-        bias=bias is not None,
-        residual=residual is not None,
-        epilogue=site.fact("epilogue", "none"),
-        rows_hint=site.rows(x),
+    launch, few = site.launches(
+        x,
+        lambda rows: plan_product(
+            e.size,
+            n,
+            site.float_of(site.node.outputs[0]),
+            bits,
+            int(e.max(initial=0)) + 1,
+            bias=bias is not None,
+            residual=residual is not None,
+            epilogue=site.fact("epilogue", "none"),
+            rows_hint=rows,
+        ),
     )
     key = (weight, exponents)
     if key not in site.arrays:
@@ -229,7 +250,7 @@ def _product(site: Site, x: Any, codes: Mapping[str, Any], rest: list[Any], befo
         # as int8: TensorRT makes int32 of uint8 weights, and kernels read bytes
         site.arrays[key] = {name: a.view(np.int8) for name, a in zip(("planes", "shifts"), found, strict=True)}
     operands = {**codes, **site.arrays[key], "scale": scale, "bias": bias, "residual": residual}
-    return Planned("ShiftQuantMatMul", launch, operands, before)
+    return Planned("ShiftQuantMatMul", launch, operands, before, few)
 
 
 #: By what a user names: the op types that it stands for, those of `DOMAIN` first.

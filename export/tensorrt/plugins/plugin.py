@@ -7,12 +7,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
-from normfuse.errors import ExportError
+from normfuse.errors import ExportError, NormfuseError
 from normfuse.export.tensorrt.plugins.kernel import Kernel
 from normfuse.export.tensorrt.plugins.payload import NUMBERS, TEXTS, TYPES, Payload
 from normfuse.extras import need
@@ -86,7 +87,11 @@ def _creators(trt: Any, names: Iterable[str]) -> list[Any]:
             pass
 
         def on_shape_change(self, inputs: Any, outputs: Any) -> None:
-            pass
+            """The last call before `enqueue`, and no graph is being captured: a builder that times copies, which no context has
+            attached, loads the kernel here. One without a GPU comes here too, and never further.
+            """
+            with contextlib.suppress(NormfuseError):
+                self.loaded()
 
         def set_tactic(self, tactic: int) -> None:
             pass
@@ -96,8 +101,19 @@ def _creators(trt: Any, names: Iterable[str]) -> list[Any]:
 
         def attach_to_context(self, context: Any) -> Any:
             attached = self.clone()
-            attached.kernel = Kernel(self.payload, need("cuda.bindings.driver", extra="tensorrt"))
+            attached.loaded()
             return attached
+
+        def loaded(self) -> Kernel:
+            """The kernel on the current device, from the first time that this copy is prepared there.
+
+            Raises:
+                ExportError: the device has no image of it, or the driver refuses it.
+                MissingExtra: there are no bindings of the driver.
+            """
+            if self.kernel is None:
+                self.kernel = Kernel(self.payload, need("cuda.bindings.driver", extra="tensorrt"))
+            return self.kernel
 
         def get_fields_to_serialize(self) -> Any:
             fields = self.payload.fields()
@@ -107,12 +123,10 @@ def _creators(trt: Any, names: Iterable[str]) -> list[Any]:
             return trt.PluginFieldCollection([trt.PluginField(*field) for field in (*texts, *numbers)])
 
         def enqueue(self, in_descs: Any, out_descs: Any, inputs: Any, outputs: Any, workspace: int, stream: int) -> None:
-            if self.kernel is None:
-                raise ExportError(f"the plugin {self.payload.entry} runs without a context")
             rows = 1
             for size in tuple(in_descs[0].dims)[:-1]:
                 rows *= size
-            self.kernel.launch((*inputs, *outputs), rows, stream)
+            self.loaded().launch((*inputs, *outputs), rows, stream)
 
     class Creator(trt.IPluginCreatorV3One):  # type: ignore[misc]
         def __init__(self, name: str) -> None:

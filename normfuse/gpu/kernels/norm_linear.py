@@ -7,6 +7,7 @@ import triton.language as tl
 
 from normfuse.gpu.kernels.decode import PLAIN
 from normfuse.gpu.kernels.epilogue import activated
+from normfuse.gpu.kernels.order import place
 
 __all__ = ["norm_linear"]
 
@@ -24,6 +25,7 @@ def norm_linear(
     BLOCK_ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     COLUMNS: tl.constexpr,
+    TOGETHER: tl.constexpr,
     KIND: tl.constexpr,
     EPS: tl.constexpr,
     EPILOGUE: tl.constexpr,
@@ -32,9 +34,9 @@ def norm_linear(
 
     W is the left operand, as in `product`: few rows then fill the narrow side of the tensor cores.
     """
-    program = tl.program_id(0)
-    row = (program // COLUMNS).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    out = program % COLUMNS * BLOCK + tl.arange(0, BLOCK)
+    above, across = place(tl.program_id(0), rows, BLOCK_ROWS, COLUMNS, TOGETHER)
+    row = above.to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    out = across * BLOCK + tl.arange(0, BLOCK)
     lane = tl.arange(0, TILE)
     here, there = (row < rows)[None, :], (out < N)[:, None]
     at_row = row[None, :] * K + lane[:, None]

@@ -7,6 +7,7 @@ import triton.language as tl
 
 from normfuse.gpu.kernels.decode import decoded, fits, width
 from normfuse.gpu.kernels.epilogue import activated
+from normfuse.gpu.kernels.order import place
 
 __all__ = ["product"]
 
@@ -41,6 +42,26 @@ def _along_rows(v):
     return tl.expand_dims(v, -1)
 
 
+@triton.jit
+def _zeros(SUMS: tl.constexpr, SPLIT: tl.constexpr, BLOCK: tl.constexpr, BLOCK_ROWS: tl.constexpr):
+    """As many sums that nothing has been added to."""
+    found = ()
+    for _ in tl.static_range(SUMS):
+        if SPLIT == 1:
+            found = found + (tl.zeros([BLOCK, BLOCK_ROWS], tl.int32),)  # noqa: RUF005
+        else:
+            found = found + (tl.zeros([SPLIT, BLOCK, BLOCK_ROWS], tl.int32),)  # noqa: RUF005
+    return found
+
+
+@triton.jit
+def _total(sums, SUMS: tl.constexpr):
+    found = sums[0]
+    for i in tl.static_range(1, SUMS):
+        found += sums[i]
+    return found
+
+
 @triton.jit(do_not_specialize=["rows"])
 def product(
     q,
@@ -62,7 +83,9 @@ def product(
     BLOCK_ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     COLUMNS: tl.constexpr,
+    TOGETHER: tl.constexpr,
     SPLIT: tl.constexpr,
+    SEPARATE: tl.constexpr,
     AHEAD: tl.constexpr,
     EPILOGUE: tl.constexpr,
 ):
@@ -74,30 +97,32 @@ def product(
 
     With SPLIT parts, a turn takes as many tiles of K at once, one for each warp: few rows make few programs, and with one warp each
     they would keep neither memory nor arithmetic busy. The parts are sums of integers, so their order changes nothing.
+
+    With SEPARATE each product of a turn has a sum of its own. Sums in tensor memory are then written by one product a turn and stay
+    there; a sum that the next product of the same turn reads goes through registers in between.
     """
     TILE: tl.constexpr = INNER * TURNS
     PLANE: tl.constexpr = N * INNER
     WHOLE: tl.constexpr = N % BLOCK == 0
     FIRST_1: tl.constexpr = TURNS * width(BITS, 0) // 8
     FIRST_2: tl.constexpr = FIRST_1 + TURNS * width(BITS, 1) // 8
-    program = tl.program_id(0)
-    row = (program // COLUMNS).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    out = program % COLUMNS * BLOCK + tl.arange(0, BLOCK)
+    SUMS: tl.constexpr = TURNS if SEPARATE else 1
+    above, across = place(tl.program_id(0), rows, BLOCK_ROWS, COLUMNS, TOGETHER)
+    row = above.to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    out = across * BLOCK + tl.arange(0, BLOCK)
     lane = tl.arange(0, INNER)
     here, there = (row < rows)[None, :], (out < N)[:, None]
     if SPLIT == 1:
         channel = lane
         at_row = row[None, :] * K + lane[:, None]
         at = out[:, None] * INNER + lane[None, :]
-        low = tl.zeros([BLOCK, BLOCK_ROWS], tl.int32)
-        high = tl.zeros([BLOCK, BLOCK_ROWS], tl.int32)
     else:
         part = tl.arange(0, SPLIT)[:, None]
         channel = part * TILE + lane[None, :]
         at_row = row[None, None, :] * K + channel[:, :, None]
         at = (part * (PIECES * PLANE))[:, :, None] + out[None, :, None] * INNER + lane[None, None, :]
-        low = tl.zeros([SPLIT, BLOCK, BLOCK_ROWS], tl.int32)
-        high = tl.zeros([SPLIT, BLOCK, BLOCK_ROWS], tl.int32)
+    lows = _zeros(SUMS, SPLIT, BLOCK, BLOCK_ROWS)
+    highs = _zeros(SUMS, SPLIT, BLOCK, BLOCK_ROWS)
     base = planes
     if AHEAD:
         ahead = _shifts(shifts, channel, 0, K, INNER, TURNS)
@@ -105,6 +130,10 @@ def product(
         p1 = None
         p2 = None
         s = None
+        low = lows[0]
+        high = highs[0]
+        next_lows = ()
+        next_highs = ()
         if AHEAD:
             now = ahead
             ahead = _shifts(shifts, channel, (step + 1) * TILE * SPLIT, K, INNER, TURNS)
@@ -128,12 +157,18 @@ def product(
                 else:
                     s = _along_last(tl.load(shifts + (k + channel), mask=k + channel < K, other=0))
             v, w = decoded(p0, p1, p2, s, BITS, GROUPS, turn)
-            low = tl.dot(v, code, low, out_dtype=tl.int32)
+            low = tl.dot(v, code, lows[turn] if SEPARATE else low, out_dtype=tl.int32)
             if not fits(BITS, GROUPS):
-                high = tl.dot(w, code, high, out_dtype=tl.int32)
+                high = tl.dot(w, code, highs[turn] if SEPARATE else high, out_dtype=tl.int32)
+            if SEPARATE or turn == TURNS - 1:
+                next_lows = next_lows + (low,)  # noqa: RUF005
+                next_highs = next_highs + (high,)  # noqa: RUF005
+        lows = next_lows
+        highs = next_highs
         base += SPLIT * PIECES * PLANE
+    low = _total(lows, SUMS)
     if not fits(BITS, GROUPS):
-        low += high << 7
+        low += _total(highs, SUMS) << 7
     if SPLIT > 1:
         low = tl.sum(low, axis=0)
     factor = tl.load(row_scale + row, mask=row < rows, other=0.0)[None, :] * tl.load(scale + out, mask=out < N, other=0.0)[:, None]
