@@ -29,6 +29,7 @@ class FileOptions:
 
 
 def is_onnx(source: str) -> bool:
+    """Is the source named as an ONNX file is?"""
     return Path(source).suffix == ".onnx"
 
 
