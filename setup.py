@@ -50,6 +50,7 @@ def compiler() -> list[str]:
 
 
 def run(*command: str) -> None:
+    """Run a command; what it says to standard error is shown."""
     try:
         done = subprocess.run(command, capture_output=True, text=True)
     except OSError as e:
@@ -60,6 +61,8 @@ def run(*command: str) -> None:
 
 
 class Build(build_ext):
+    """Builds the shared object; without a compiler the package is installed without it."""
+
     def get_ext_filename(self, fullname: str) -> str:
         return os.path.join(*fullname.split(".")) + ".so"
 
@@ -92,6 +95,8 @@ class Build(build_ext):
 
 
 class Wheel(bdist_wheel):
+    """A wheel for any Python 3 on this platform: the shared object does not know Python."""
+
     def get_tag(self) -> tuple[str, str, str]:
         return "py3", "none", super().get_tag()[2]
 

@@ -54,7 +54,7 @@ def measured(features: int, hidden: int, tokens: int, seconds: float) -> str:
             fast = normfuse.optimize(model, (x,), passes=[*DEFAULT, Weightless(defer=defer)])
             files.append(Path(folder) / f"{name}.onnx")
             to_onnx(fast, files[-1], progress=False)
-        found = normfuse.bench(*files, (x,), names=("norm", "deferred"), seconds=seconds, threads=1, progress=False)
+        found = normfuse.bench(files[0], files[1], (x,), names=("norm", "deferred"), seconds=seconds, threads=1, progress=False)
     print(found)
     ratio = found.speedup
     times = f"{found.a.median:.3f} | {found.b.median:.3f}"

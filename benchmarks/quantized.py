@@ -101,7 +101,7 @@ def command(names: tuple[str, ...], only: tuple[str, ...], threads: int, seconds
 
 def _measure(entry: Entry, only: Sequence[str], schedule: Schedule) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="normfuse-benchmark-") as folder:
-        ready = _prepare(entry, only, Path(folder), schedule.threads)
+        ready = _prepare(entry, only, Path(folder), schedule.threads or 1)
         base = ready.engines.pop("ort_fp32")[1]
         # the first process of a comparison is slower than the others: one that is not counted is started before them
         engines = (base, base, base, *(engine for _, engine in ready.engines.values()))
@@ -146,7 +146,7 @@ def _prepare(entry: Entry, only: Sequence[str], folder: Path, threads: int) -> P
                 source.model, source.example_inputs, quantize=ours.spec, calibration=calibration
             )
         fast = optimized[ours.spec]
-        options = {} if ours.spec is None else {"form": ours.form}
+        options: dict[str, Any] = {} if ours.spec is None else {"form": ours.form}
         exported = to_onnx(fast, path, threads=threads, progress=False, **options)
         if ours.openvino:
             engine = openvino_engine(ours.title, path, arrays[0], ours.openvino)
@@ -172,7 +172,7 @@ def _like(source: Source, seed: int) -> Any:
             return x
         return torch.randn(x.shape, generator=generator) if x.is_floating_point() else x.roll(seed, -1)
 
-    given = source.example_inputs
+    given = source.example_inputs or ()
     return {k: other(v) for k, v in given.items()} if isinstance(given, dict) else tuple(other(x) for x in given)
 
 

@@ -23,7 +23,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 __all__ = ["Case", "main"]
 
@@ -146,7 +146,7 @@ def write(folder: Path) -> None:
                 if layers not in ready:
                     spec = None
                     if layers != "float":
-                        activations = "static" if "static" in layers else "dynamic"
+                        activations: Literal["dynamic", "static"] = "static" if "static" in layers else "dynamic"
                         # shifted codes of 8 bits do not fit into what portable qdq files hold
                         groups = 1 if layers == "w8a8 static" else 4
                         spec = normfuse.ShiftQuant(

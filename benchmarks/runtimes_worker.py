@@ -21,7 +21,7 @@ for stem, library in json.load(sys.stdin):
         found = session.run(None, {session.get_inputs()[0].name: kept["x"]})[0]
         expected = kept["y"].astype(np.float64)
         deviation = float(np.linalg.norm(found.astype(np.float64) - expected) / np.linalg.norm(expected))
-        said = {"deviation": deviation if deviation == deviation else 1e300}
+        said: dict[str, float | str] = {"deviation": deviation if deviation == deviation else 1e300}
     except Exception as e:
         said = {"error": f"{type(e).__name__}: {e}"[-300:]}
     print(json.dumps(said), flush=True)

@@ -205,14 +205,14 @@ def in_float64(
     truth = None
     try:
         twin = copy.deepcopy(model).double()
-        wide = pytree.tree_map_only(Tensor, _wide, (args, kwargs))
-        with _Widened():
-            truth = outputs_of(twin, *wide)
+        wide, named = pytree.tree_map_only(Tensor, _wide, (args, kwargs))
+        with _Widened():  # type: ignore[no-untyped-call]
+            truth = outputs_of(twin, wide, named)
         if not _wanted(truth):
             return truth, None, "the model computes in a dtype of its own"
-        made = make(twin, wide[0] or wide[1])
-        with _Widened():
-            return truth, error_between(twin, made, *wide, truth), ""
+        made = make(twin, wide or named)
+        with _Widened():  # type: ignore[no-untyped-call]
+            return truth, error_between(twin, made, wide, named, truth), ""
     except Exception as e:
         return truth, None, first_line(e)
     finally:
@@ -315,7 +315,7 @@ def _deviation(a: Tensor, b: Tensor) -> float:
 def _exported(fast: nn.Module) -> str:
     with tempfile.TemporaryDirectory() as folder:
         try:
-            normfuse.export.to_onnx(fast, Path(folder) / "model.onnx")  # type: ignore[arg-type]
+            normfuse.export.to_onnx(fast, Path(folder) / "model.onnx")
         except Exception as e:
             return first_line(e)
     return ""

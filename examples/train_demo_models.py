@@ -53,7 +53,7 @@ def train(model: nn.Module, images: Tensor, labels: Tensor, *, epochs: int, rate
 
 @torch.no_grad()
 def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
-    return (model(images).argmax(1) == labels).double().mean().item()
+    return float((model(images).argmax(1) == labels).double().mean())
 
 
 def main() -> None:

@@ -184,6 +184,7 @@ def _affine(graph: Graph, norm: Norm, user: fx.Node) -> Norm | None:
 
 
 def dtype_of(node: fx.Node) -> torch.dtype | None:
+    """The dtype of the value; None if the node has no value or no tensor."""
     val = node.meta.get("val")
     return val.dtype if isinstance(val, Tensor) else None
 
@@ -197,6 +198,7 @@ def is_row(node: fx.Node) -> bool:
 
 
 def over_last_axis(dim: Any, x: fx.Node) -> bool:
+    """Does the argument `dim` of a reduction of x name its last axis and no other?"""
     dims = (dim,) if isinstance(dim, int) else tuple(dim)
     return dims in ((-1,), (x.meta["val"].ndim - 1,))
 

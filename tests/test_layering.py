@@ -4,43 +4,12 @@ import ast
 import importlib.util
 import subprocess
 import sys
-from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 
-import normfuse
+import pytest
 
-ROOT = Path(normfuse.__file__).parent
-FLOORS = (
-    "ground",  # errors, files, caches: modules that stand in normfuse/ itself
-    "reports",
-    "ir",
-    "numerics",
-    "benchmark",
-    "quant",
-    "gpu",
-    "ops",
-    "nn",
-    "importers",
-    "given",
-    "capture",
-    "proof",
-    "pt2",
-    "passes",
-    "export",
-    "pipeline",
-    "folding",
-    "app",
-    "cli",
-)
-# Public names whose place in the package is older than the floors, and the floor that they belong to.
-ELSEWHERE = {
-    "normfuse": "app",
-    "normfuse.__main__": "cli",
-    "normfuse.api": "pipeline",
-    "normfuse.nn": "pipeline",
-    "normfuse.nn.convert": "pipeline",  # its lossless conversion is an analysis of passes
-}
+from tests.floors import FLOORS, MODULES, PACKAGE, PAGE, drawn, floor, imports
+
 # Folders of tests about what stands beside the package, or about all of it.
 BESIDE = {"benchmarks", "fuzz", "hostile", "latency", "mutation", "native"}
 OPTIONAL = [
@@ -57,67 +26,30 @@ OPTIONAL = [
 ]
 
 
-def _modules() -> dict[str, Path]:
-    found = {}
-    for room in ("", "passes", "export"):
-        # Path.rglob does not follow links before Python 3.13, and these two folders are links in a checkout
-        folder = (ROOT / room).resolve()
-        for path in sorted(folder.rglob("*.py")):
-            parts = path.relative_to(folder).with_suffix("").parts
-            found[".".join(("normfuse", *filter(None, (room,)), *(p for p in parts if p != "__init__")))] = path
-    return found
-
-
-MODULES = _modules()
-
-
-def _floor(module: str) -> int:
-    parts = module.split(".")
-    room = ELSEWHERE.get(module) or (parts[1] if len(parts) > 1 and (len(parts) > 2 or parts[1] in FLOORS) else "ground")
-    return FLOORS.index(room)
-
-
-@cache
-def _imports(module: str) -> tuple[tuple[int, str], ...]:
-    """Lines and modules of normfuse that the module imports anywhere, inside functions too."""
-    return tuple(_imported(MODULES[module]))
-
-
-def _imported(path: Path) -> Iterator[tuple[int, str]]:
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        match node:
-            case ast.Import(names=names):
-                yield from ((node.lineno, a.name) for a in names if a.name.startswith("normfuse."))
-            case ast.Attribute(value=ast.Name("normfuse"), attr=name) if name != "__version__":  # known before any import
-                yield node.lineno, "normfuse"
-            case ast.ImportFrom(module=str(module), names=names, level=0) if module.split(".")[0] == "normfuse":
-                for alias in names:
-                    if f"{module}.{alias.name}" in MODULES:
-                        yield node.lineno, f"{module}.{alias.name}"
-                    elif (module, alias.name) != ("normfuse", "__version__"):
-                        yield node.lineno, module
-            case ast.ImportFrom(level=level) if level:
-                raise AssertionError(f"{path}:{node.lineno}: relative import")
-
-
 def test_every_module_has_a_floor() -> None:
-    assert {FLOORS[_floor(m)] for m in MODULES if m != "normfuse.assets"} == set(FLOORS)
+    assert {floor(m) for m in MODULES} == set(FLOORS)
 
 
 def test_imports_point_down() -> None:
     wrong = [
-        f"{MODULES[module]}:{line}: {module} is on floor {FLOORS[_floor(module)]} and imports {imported}"
+        f"{MODULES[module]}:{line}: {module} is on floor {floor(module)} and imports {imported}"
         for module in MODULES
-        if module != "normfuse.assets"
-        for line, imported in _imports(module)
-        if _floor(imported) > _floor(module)
+        for line, imported in imports(module)
+        if FLOORS.index(floor(imported)) > FLOORS.index(floor(module))
     ]
     assert not wrong, "\n".join(wrong)
 
 
+@pytest.mark.checkout
+def test_the_picture_shows_the_floors_as_they_are() -> None:
+    page = PAGE.read_text(encoding="utf-8")
+    assert "flowchart TD" in page
+    assert drawn(page) == page, "python -m tests.floors draws it again"
+
+
 def test_no_two_modules_know_each_other() -> None:
     """No circle of imports, those inside functions included."""
-    known: dict[str, list[str]] = {m: [i for _, i in _imports(m) if i != m] for m in MODULES}
+    known: dict[str, list[str]] = {m: [i for _, i in imports(m) if i != m] for m in MODULES}
     done: set[str] = set()
 
     def walk(module: str, way: list[str]) -> None:
@@ -148,7 +80,7 @@ def test_tests_stand_where_their_subject_stands() -> None:
 
 
 def test_command_line_is_imported_by_nobody() -> None:
-    importers = {m for m in MODULES if not m.startswith("normfuse.cli") for _, i in _imports(m) if i.startswith("normfuse.cli")}
+    importers = {m for m in MODULES if not m.startswith("normfuse.cli") for _, i in imports(m) if i.startswith("normfuse.cli")}
     assert importers <= {"normfuse.__main__"}
 
 
@@ -156,7 +88,7 @@ def test_import_loads_no_optional_library() -> None:
     """`import normfuse` works, and is quick, without any extra installed."""
     modules = "normfuse.api, normfuse.cli, normfuse.app.demo, normfuse.app.engines, normfuse.export"
     code = f"import sys, {modules}; print([m for m in {OPTIONAL!r} if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT.parent, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PACKAGE.parent, check=True)
     assert done.stdout.strip() == "[]"
 
 

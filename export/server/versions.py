@@ -70,6 +70,7 @@ def same_interface(a: Signature, b: Signature) -> bool:
 
 
 def shown(signature: Signature) -> str:
+    """The signature in one line, for messages."""
     return f"{', '.join(map(str, signature.inputs))} -> {', '.join(map(str, signature.outputs))}"
 
 

@@ -23,6 +23,7 @@ __all__ = ["main"]
 
 
 def main(arguments: list[str]) -> int:
+    """Do the work that the request in the file `arguments[0]` asks for, and write down the answer; gives the exit code."""
     _same_addresses(arguments)
     request = json.loads(Path(arguments[0]).read_text(encoding="utf-8"))
     try:

@@ -126,10 +126,12 @@ def _sizes(profile: Mapping[str, Sequence[int]]) -> str:
 
 
 def manifest_path(engine: Path) -> Path:
+    """Where the manifest of an engine lies."""
     return engine.with_name(f"{engine.name}.json")
 
 
 def log_path(engine: Path) -> Path:
+    """Where the log of an engine's builder lies."""
     return engine.with_name(f"{engine.name}.log")
 
 

@@ -53,8 +53,10 @@ class Support:
         refused = Counter(n.op for n in self.nodes if not n.taken)
         lines = [f"{self.module} {self.version}: takes {sum(taken.values())} of {len(self.nodes)} nodes"]
         width = max((len(op) for op in {*taken, *refused}), default=0)
-        for op in sorted({*taken, *refused}, key=lambda op: (op not in refused, -taken[op], op)):
-            lines.append(f"  {op:<{width}} {taken[op]:>5}{f'  refused: {refused[op]}' if op in refused else ''}")
+        lines += (
+            f"  {op:<{width}} {taken[op]:>5}{f'  refused: {refused[op]}' if op in refused else ''}"
+            for op in sorted({*taken, *refused}, key=lambda op: (op not in refused, -taken[op], op))
+        )
         for node in self.refused:
             lines += textwrap.wrap(node.text, 80, initial_indent="  ", subsequent_indent="    ", break_on_hyphens=False)
         return "\n".join(lines)

@@ -89,10 +89,8 @@ def run(console: Console, *, seconds: float = 5.0) -> tuple[Outcome, ...]:
     start = perf_counter()
     images, labels = digits()
     _say(console, f"Two small models trained on scikit-learn's digits; {len(labels)} held-out images.")
-    outcomes = []
     with tempfile.TemporaryDirectory(prefix="normfuse-demo-") as folder:
-        for name in _MODELS:
-            outcomes.append(_one(console, name, images, labels, Path(folder), seconds))
+        outcomes = [_one(console, name, images, labels, Path(folder), seconds) for name in _MODELS]
     _say(console)
     console.print(_summary(outcomes), markup=False)
     failures = [f for o in outcomes for f in o.failures()]

@@ -75,6 +75,7 @@ def _busy_seconds() -> float:
 
 
 def cpu_model() -> str:
+    """The processor's name as the operating system tells it."""
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
             if line.startswith("model name"):

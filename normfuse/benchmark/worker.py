@@ -16,6 +16,7 @@ __all__ = ["main"]
 
 
 def main() -> int:
+    """Answer the requests of standard input until it ends; gives the exit code."""
     no_telemetry()
     requests = sys.stdin.buffer
     # libraries print; what they print must not end up between the answers

@@ -35,6 +35,7 @@ def is_write(node: fx.Node) -> bool:
 
 
 def writes(gm: fx.GraphModule) -> bool:
+    """Does any call of the graph write to one of its arguments?"""
     return any(is_write(n) for n in gm.graph.nodes)
 
 

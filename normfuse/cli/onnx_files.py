@@ -19,6 +19,7 @@ _TYPES = {
 
 
 def is_onnx(source: str) -> bool:
+    """Is the source named as an ONNX file is?"""
     return Path(source).suffix == ".onnx"
 
 

@@ -315,6 +315,7 @@ force_option = click.option("--force", is_flag=True, help="Replace files that ex
 
 
 def output_option(what: str) -> Callable[[F], F]:
+    """The option `--output`, for a command that writes `what`."""
     return click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help=f"Where to write {what}.")
 
 

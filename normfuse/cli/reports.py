@@ -28,6 +28,7 @@ def check_report(path: Path | None, *, force: bool) -> None:
 
 
 def write_report(report: "Report", path: Path | None, *, force: bool) -> None:
+    """Write the report as HTML or JSON, by the path's suffix; without a path nothing."""
     if path is None:
         return
     with atomic(path, force=force) as partial:

@@ -1,0 +1,1 @@
+"""The model as it was given: its inputs, its flags, what it computes."""

@@ -333,6 +333,8 @@ class Affine(Op):
 
 @dataclass(frozen=True, eq=False)
 class Add(Op):
+    """x + y, broadcast."""
+
     targets = (aten.add.Tensor,)
     x: Value | Constant | float
     y: Value | Constant | float
@@ -340,6 +342,8 @@ class Add(Op):
 
 @dataclass(frozen=True, eq=False)
 class Sub(Op):
+    """x - y, broadcast."""
+
     targets = (aten.sub.Tensor,)
     x: Value | Constant | float
     y: Value | Constant | float
@@ -347,6 +351,8 @@ class Sub(Op):
 
 @dataclass(frozen=True, eq=False)
 class Mul(Op):
+    """x y, element by element, broadcast."""
+
     targets = (aten.mul.Tensor,)
     x: Value | Constant | float
     y: Value | Constant | float
@@ -354,6 +360,8 @@ class Mul(Op):
 
 @dataclass(frozen=True, eq=False)
 class Div(Op):
+    """x / y, broadcast."""
+
     targets = (aten.div.Tensor,)
     x: Value | Constant | float
     y: Value | Constant | float
@@ -361,6 +369,8 @@ class Div(Op):
 
 @dataclass(frozen=True, eq=False)
 class Neg(Op):
+    """-x."""
+
     targets = (aten.neg.default,)
     x: Value
 
@@ -376,24 +386,32 @@ class Pow(Op):
 
 @dataclass(frozen=True, eq=False)
 class Square(Op):
+    """x²."""
+
     targets = (aten.square.default,)
     x: Value
 
 
 @dataclass(frozen=True, eq=False)
 class Sqrt(Op):
+    """√x."""
+
     targets = (aten.sqrt.default,)
     x: Value
 
 
 @dataclass(frozen=True, eq=False)
 class Rsqrt(Op):
+    """1 / √x."""
+
     targets = (aten.rsqrt.default,)
     x: Value
 
 
 @dataclass(frozen=True, eq=False)
 class Reciprocal(Op):
+    """1 / x."""
+
     targets = (aten.reciprocal.default,)
     x: Value
 
@@ -427,6 +445,8 @@ class MatMul(Op):
 
 @dataclass(frozen=True, eq=False)
 class Softmax(Op):
+    """exp(x) over its sum along `dim`."""
+
     targets = (aten.softmax.int, aten._softmax.default)
     x: Value
     dim: int
@@ -453,12 +473,16 @@ class Sdpa(Op):
 
 @dataclass(frozen=True, eq=False)
 class Relu(Op):
+    """max(x, 0)."""
+
     targets = (aten.relu.default,)
     x: Value
 
 
 @dataclass(frozen=True, eq=False)
 class LeakyRelu(Op):
+    """x where it is positive, elsewhere `slope` x."""
+
     targets = (aten.leaky_relu.default,)
     x: Value
     slope: float = 0.01
@@ -466,6 +490,8 @@ class LeakyRelu(Op):
 
 @dataclass(frozen=True, eq=False)
 class MaxPool(Op):
+    """The largest of each window; sizes as PyTorch takes them."""
+
     targets = (aten.max_pool2d.default, aten.max_pool1d.default, aten.max_pool3d.default)
     x: Value
     kernel: Any
@@ -477,6 +503,8 @@ class MaxPool(Op):
 
 @dataclass(frozen=True, eq=False)
 class AvgPool(Op):
+    """The sum of each window over a divisor: the window's size, unless `divisor` says another."""
+
     targets = (aten.avg_pool2d.default, aten.avg_pool1d.default, aten.avg_pool3d.default)
     x: Value
     kernel: Any
@@ -495,6 +523,8 @@ class AvgPool(Op):
 
 @dataclass(frozen=True, eq=False)
 class GlobalAvgPool(Op):
+    """Means over windows that the output's `size` fixes."""
+
     targets = (aten.adaptive_avg_pool2d.default, aten.adaptive_avg_pool1d.default, aten.adaptive_avg_pool3d.default)
     x: Value
     size: Any
@@ -510,6 +540,8 @@ class Resize(Op):
 
 @dataclass(frozen=True, eq=False)
 class Mean(Op):
+    """The mean over the axes `dim`."""
+
     targets = (aten.mean.dim,)
     x: Value
     dim: Any
@@ -519,6 +551,8 @@ class Mean(Op):
 
 @dataclass(frozen=True, eq=False)
 class Sum(Op):
+    """The sum over the axes `dim`."""
+
     targets = (aten.sum.dim_IntList,)
     x: Value
     dim: Any
@@ -581,6 +615,8 @@ class Take(Op):
 
 @dataclass(frozen=True, eq=False)
 class Cat(Op):
+    """The operands behind each other along `dim`."""
+
     targets = (aten.cat.default,)
     xs: Sequence[Value | Constant]
     dim: int = 0

@@ -1,0 +1,1 @@
+"""Running a graph: in its own dtypes, in float64, stirred, or watched."""

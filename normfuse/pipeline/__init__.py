@@ -1,0 +1,1 @@
+"""What stands around the passes: partial runs, saved results, figures for the report."""

@@ -167,6 +167,7 @@ def opened(path: Path) -> Iterator[Archive]:
 
 
 def not_there(path: Path) -> UsageError:
+    """The error that says why there is no file at `path`."""
     return UsageError(f"{path} is no file, but a folder" if path.is_dir() else f"{path} does not exist")
 
 

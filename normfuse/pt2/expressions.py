@@ -10,13 +10,13 @@ __all__ = ["SYMBOL", "guard", "size"]
 
 #: Name of a size that may vary.
 SYMBOL = r"[a-z]{1,3}\d{1,6}"
-_FUNCTIONS = frozenset((
-    "Symbol", "Integer", "Float", "Rational", "Add", "Mul", "Pow", "Min", "Max", "Mod", "PythonMod", "FloorDiv", "CleanDiv",
-    "CeilDiv", "CeilToInt", "FloorToInt", "RoundToInt", "TruncToInt", "TruncToFloat", "IntTrueDiv", "FloatTrueDiv", "ToFloat",
-    "Where", "ModularIndexing", "PowByNatural", "FloatPow", "Identity", "Abs", "Eq", "Ne", "Lt", "Le", "Gt", "Ge", "Equality",
-    "Unequality", "LessThan", "StrictLessThan", "GreaterThan", "StrictGreaterThan", "And", "Or", "Not", "Piecewise",
-    "ExprCondPair", "Tuple",
-))  # fmt: skip
+_FUNCTIONS = frozenset(
+    """
+    Symbol Integer Float Rational Add Mul Pow Min Max Mod PythonMod FloorDiv CleanDiv CeilDiv CeilToInt FloorToInt RoundToInt
+    TruncToInt TruncToFloat IntTrueDiv FloatTrueDiv ToFloat Where ModularIndexing PowByNatural FloatPow Identity Abs Eq Ne Lt Le
+    Gt Ge Equality Unequality LessThan StrictLessThan GreaterThan StrictGreaterThan And Or Not Piecewise ExprCondPair Tuple
+    """.split()
+)
 _CONSTANTS = frozenset(("true", "false", "oo", "int_oo"))
 _IN_GUARDS = frozenset(("min", "max", "abs", "int", "float", "round", "inf"))
 _METHODS = frozenset(("size", "stride", "storage_offset", "dim"))

@@ -14,44 +14,53 @@ __all__ = ["check_call"]
 
 _NAMESPACES = frozenset(("aten", "prims", "quantized_decomposed", "normfuse", "torchvision"))
 #: Arguments in words, by name: they choose among variants of a computation.
-_WORDS = frozenset((
-    "UPLO", "activation", "api_name", "approximate", "assert_msg", "driver", "epilogue", "equation", "indexing", "interpolation",
-    "kind", "mode", "norm", "ord", "p", "pad_mode", "padding", "padding_mode", "padding_side", "reduce", "reduction",
-    "rounding_mode", "side",
-))  # fmt: skip
-_VALUES = frozenset((
-    "Tensor", "int", "SymInt", "bool", "SymBool", "float", "SymFloat", "number", "complex", "Device", "ScalarType", "Layout",
-    "MemoryFormat",
-))  # fmt: skip
+_WORDS = frozenset(
+    """
+    UPLO activation api_name approximate assert_msg driver epilogue equation indexing interpolation kind mode norm ord p
+    pad_mode padding padding_mode padding_side reduce reduction rounding_mode side
+    """.split()
+)
+_VALUES = frozenset(
+    """
+    Tensor int SymInt bool SymBool float SymFloat number complex Device ScalarType Layout MemoryFormat
+    """.split()
+)
 _WRAPPED = re.compile(r"(?:Optional|List)\[(.*)\]")
 #: These make tensors from numbers.
-_FACTORIES = frozenset((
-    "arange", "bartlett_window", "blackman_window", "empty", "empty_permuted", "empty_strided", "eye", "fft_fftfreq",
-    "fft_rfftfreq", "full", "hamming_window", "hann_window", "kaiser_window", "linspace", "logspace", "ones", "rand", "randint",
-    "randn", "randperm", "range", "scalar_tensor", "tril_indices", "triu_indices", "zeros", "iota",
-))  # fmt: skip
+_FACTORIES = frozenset(
+    """
+    arange bartlett_window blackman_window empty empty_permuted empty_strided eye fft_fftfreq fft_rfftfreq full hamming_window
+    hann_window kaiser_window linspace logspace ones rand randint randn randperm range scalar_tensor tril_indices triu_indices
+    zeros iota
+    """.split()
+)
 #: These return nothing, or numbers, and only check.
-_ASSERTIONS = frozenset((
-    "_assert_async", "_assert_scalar", "_assert_tensor_metadata", "_functional_assert_async", "_functional_assert_scalar",
-    "sym_constrain_range", "sym_constrain_range_for_size", "_check_is_size",
-))  # fmt: skip
+_ASSERTIONS = frozenset(
+    """
+    _assert_async _assert_scalar _assert_tensor_metadata _functional_assert_async _functional_assert_scalar sym_constrain_range
+    sym_constrain_range_for_size _check_is_size
+    """.split()
+)
 #: Of the operators of ATen that are called private, those that exporting a model leads to.
-_PRIVATE = frozenset((
-    "__and__", "__iand__", "__ilshift__", "__ior__", "__irshift__", "__ixor__", "__lshift__", "__or__", "__rshift__", "__xor__",
-    "_adaptive_avg_pool2d", "_adaptive_avg_pool3d", "_batch_norm_no_update", "_batch_norm_with_update", "_cdist_forward", "_conj",
-    "_convolution", "_convolution_mode", "_embedding_bag", "_euclidean_dist", "_fft_c2c", "_fft_c2r", "_fft_r2c",
-    "_functional_assert_async", "_functional_assert_scalar", "_grouped_mm", "_int_mm", "_linalg_det", "_linalg_eigh",
-    "_linalg_slogdet", "_linalg_svd", "_local_scalar_dense", "_log_softmax", "_native_batch_norm_legit",
-    "_native_batch_norm_legit_functional", "_native_batch_norm_legit_no_training", "_native_multi_head_attention", "_neg_view",
-    "_pdist_forward", "_prelu_kernel", "_reshape_alias", "_scaled_dot_product_attention_math",
-    "_scaled_dot_product_efficient_attention", "_scaled_dot_product_flash_attention",
-    "_scaled_dot_product_flash_attention_for_cpu", "_scaled_mm", "_shape_as_tensor", "_softmax", "_stack", "_to_copy",
-    "_transform_bias_rescale_qkv", "_transformer_encoder_layer_fwd", "_trilinear", "_unique2", "_unsafe_index",
-    "_unsafe_index_put", "_unsafe_view", "_upsample_bicubic2d_aa", "_upsample_bilinear2d_aa", "_upsample_nearest_exact1d",
-    "_upsample_nearest_exact2d", "_upsample_nearest_exact3d", "_weight_norm", "_weight_norm_interface", "_weight_int8pack_mm",
-    "_weight_int4pack_mm", "_thnn_fused_gru_cell", "_thnn_fused_lstm_cell", "_add_relu", "_addmm_activation",
-    "_masked_softmax", "_safe_softmax", "_dim_arange", "_cast_Float", "_cast_Long", "_pad_circular", "_pad_enum",
-)) | _ASSERTIONS  # fmt: skip
+_PRIVATE = (
+    frozenset(
+        """
+    __and__ __iand__ __ilshift__ __ior__ __irshift__ __ixor__ __lshift__ __or__ __rshift__ __xor__ _adaptive_avg_pool2d
+    _adaptive_avg_pool3d _batch_norm_no_update _batch_norm_with_update _cdist_forward _conj _convolution _convolution_mode
+    _embedding_bag _euclidean_dist _fft_c2c _fft_c2r _fft_r2c _functional_assert_async _functional_assert_scalar _grouped_mm
+    _int_mm _linalg_det _linalg_eigh _linalg_slogdet _linalg_svd _local_scalar_dense _log_softmax _native_batch_norm_legit
+    _native_batch_norm_legit_functional _native_batch_norm_legit_no_training _native_multi_head_attention _neg_view
+    _pdist_forward _prelu_kernel _reshape_alias _scaled_dot_product_attention_math _scaled_dot_product_efficient_attention
+    _scaled_dot_product_flash_attention _scaled_dot_product_flash_attention_for_cpu _scaled_mm _shape_as_tensor _softmax _stack
+    _to_copy _transform_bias_rescale_qkv _transformer_encoder_layer_fwd _trilinear _unique2 _unsafe_index _unsafe_index_put
+    _unsafe_view _upsample_bicubic2d_aa _upsample_bilinear2d_aa _upsample_nearest_exact1d _upsample_nearest_exact2d
+    _upsample_nearest_exact3d _weight_norm _weight_norm_interface _weight_int8pack_mm _weight_int4pack_mm _thnn_fused_gru_cell
+    _thnn_fused_lstm_cell _add_relu _addmm_activation _masked_softmax _safe_softmax _dim_arange _cast_Float _cast_Long
+    _pad_circular _pad_enum
+    """.split()
+    )
+    | _ASSERTIONS
+)
 #: Storage, history and devices of a tensor are no values; libraries of vendors read packed objects out of tensors.
 _LEFT_OUT = re.compile(
     r"(set|set_data|resize|resize_as|pin_memory|is_pinned|record_stream|requires_grad|requires_grad_|retain_grad|data|rename"
@@ -59,10 +68,11 @@ _LEFT_OUT = re.compile(
     r"|inductor_\w+|is_leaf|output_nr|retains_grad|backward|set_|resize_|resize_as_)"
 )
 #: Functions over whole graphs.
-_OVER_GRAPHS = frozenset((
-    "associative_scan", "cond", "invoke_subgraph", "map_impl", "scan", "while_loop", "wrap_with_autocast",
-    "wrap_with_set_grad_enabled",
-))  # fmt: skip
+_OVER_GRAPHS = frozenset(
+    """
+    associative_scan cond invoke_subgraph map_impl scan while_loop wrap_with_autocast wrap_with_set_grad_enabled
+    """.split()
+)
 #: Arithmetic on sizes.
 _ON_SIZES = frozenset((
     *(f"_operator.{n}" for n in (

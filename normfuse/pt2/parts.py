@@ -90,14 +90,18 @@ def matching(pattern: str, what: str) -> Check:
 
 
 def boolean(value: Any, where: str) -> bool:
+    """Check for true or false."""
     return bool(_kind(value, bool, where))
 
 
 def integer(value: Any, where: str) -> int:
+    """Check for an integer of 64 bits."""
     return integer_in(-(2**63), 2**63 - 1)(value, where)  # type: ignore[no-any-return]
 
 
 def integer_in(low: int, high: int) -> Check:
+    """Check for an integer from `low` to `high`."""
+
     def check(value: Any, where: str) -> int:
         if type(value) is not int or not low <= value <= high:
             raise Broken(f"{where} is {_shown(value)}: expected an integer from {low} to {high}")

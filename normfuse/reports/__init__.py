@@ -1,0 +1,1 @@
+"""What a run says of itself: as objects, text, JSON and HTML."""

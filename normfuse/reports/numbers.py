@@ -24,6 +24,7 @@ def exactness(p: PassReport) -> str:
 
 
 def scientific(value: float) -> str:
+    """Two digits and an exponent: `3.1e-07`; zero, infinities and NaN as words."""
     return "0" if value == 0 else f"{value:.1e}" if math.isfinite(value) else f"{value}"
 
 

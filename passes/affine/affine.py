@@ -323,9 +323,11 @@ def _operands(op: Op) -> list[tuple[str, Any]]:
 def _nested(op: Op) -> list[tuple[Value, Constant, Constant]]:
     found = []
     for _, value in _operands(op):
-        for v in value if isinstance(value, (list, tuple)) else (value,):
-            if isinstance(v, AffineOp) and v.node is None and not (is_one(v.s) and is_zero(v.t)):
-                found.append((v.x, v.s, v.t))
+        found += [
+            (v.x, v.s, v.t)
+            for v in (value if isinstance(value, (list, tuple)) else (value,))
+            if isinstance(v, AffineOp) and v.node is None and not (is_one(v.s) and is_zero(v.t))
+        ]
     return found
 
 

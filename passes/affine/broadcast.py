@@ -84,14 +84,17 @@ def keeps_shape(c: Constant, x: Value) -> bool:
 
 
 def is_zero(c: Constant) -> bool:
+    """Is every element 0?"""
     return not bool(c.value.any())
 
 
 def is_one(c: Constant) -> bool:
+    """Is every element 1?"""
     return bool((c.value == 1).all())
 
 
 def positive(c: Constant) -> bool:
+    """Is every element above 0?"""
     return bool((c.value > 0).all())
 
 

@@ -110,6 +110,7 @@ def parallel_convs(graph: Graph, node: fx.Node) -> Merged | None:
 
 
 def outermost(graph: Graph, node: fx.Node) -> bool:
+    """Is the node a sum that is no term of another sum alone?"""
     if not _sum(graph, node):
         return False
     return not (len(node.users) == 1 and _sum(graph, next(iter(node.users))))
@@ -141,6 +142,7 @@ def terms_of(graph: Graph, node: fx.Node) -> list[Term]:
 
 
 def weighted_branch(graph: Graph, term: Term) -> Branch | None:
+    """The term as a branch that ends in a convolution or a linear; None if it does not, or reads no graph node."""
     node, sign = term
     match _with_its_gain(graph, node):
         case Linear(Value(node=fx.Node() as x), W, b):
@@ -237,6 +239,7 @@ def _fitting(graph: Graph, lead: Branch, terms: list[Term]) -> list[Branch] | No
 
 
 def check_sole(graph: Graph, branch: Branch, lead: Branch) -> None:
+    """Refuse a branch that somebody beside the sum reads: it would be computed twice."""
     consumers = graph.consumers(branch.node)
     if branch.node is not lead.x and len(consumers) > 1:
         raise Refuse(f"{graph.path(branch.node)} feeds {len(consumers)} consumers", blocker=branch.node)

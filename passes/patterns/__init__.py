@@ -1,0 +1,1 @@
+"""Arithmetic that spells a norm, an activation or a size."""

@@ -138,6 +138,7 @@ def is_mean(graph: Graph, core: Core) -> bool:
 
 
 def allowed(core: Core) -> None:
+    """Refuse a core whose statistics are those of no operator: its root, its epsilon or its clamp."""
     found, moment = core.root, core.root.moment
     deviation = "unbiased standard deviation" if moment.correction else "standard deviation"
     if moment.variance and not core.centred:
@@ -150,6 +151,7 @@ def allowed(core: Core) -> None:
 
 
 def shape_of_core(core: Core) -> tuple[Any, ...]:
+    """The shape of what the core normalizes; refused where it is unknown."""
     shape = shape_of(core.x)
     if shape is None:
         raise Refuse(UNKNOWN, remedy=PASS_INPUTS)

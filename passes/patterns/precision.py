@@ -27,6 +27,7 @@ def in_range(old: Value, new: Value) -> None:
 
 
 def is_in_range(old: Value, new: Value) -> bool:
+    """Does `in_range` let the new value pass?"""
     try:
         in_range(old, new)
     except Refuse:

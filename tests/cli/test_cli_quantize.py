@@ -102,7 +102,7 @@ def test_optimize_writes_a_program_that_loads_and_runs_alike(run: Run) -> None:
     assert [(e.path, e.weight_bits) for e in report.quantization] == [("0", 8), ("4", 8), ("outputs", None)]
     module = load_program("small.pt2").module()
     assert any("shiftquant_conv2d" in str(n.target) for n in module.graph.nodes)
-    import models
+    import models  # type: ignore[import-not-found]
 
     model, (x,) = models.build()
     with torch.no_grad():

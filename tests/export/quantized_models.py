@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import normfuse
 import normfuse.ops
 from normfuse.export import Exported, to_onnx
+from normfuse.export.onnx.attention.static_masks import simplify_masks
 from normfuse.export.onnx.lower import finished, translated
 from normfuse.export.onnx.program import program
 from normfuse.export.onnx.runtime import run, session
@@ -211,17 +212,24 @@ def quantized(name: str, **spec: Any) -> tuple[nn.Module, Tensor]:
 
 
 class Translated:
-    """A model that is translated once, and written in several forms."""
+    """A model that is translated once, and written in several forms of its quantized layers or of its attention."""
 
-    def __init__(self, model: nn.Module, inputs: tuple[Tensor, ...], opset: int = 23) -> None:
+    def __init__(self, model: nn.Module, inputs: tuple[Tensor, ...], opset: int = 23, dynamic_shapes: Any = None) -> None:
         self.model, self.opset = model.eval(), opset
-        self.program = program(model, inputs, None)
+        self.program = program(model, inputs, dynamic_shapes)
+        simplify_masks(self.program.exported)
         self.onnx = translated(self.program, opset, contrib=True)
 
     def written(self, file: Path, form: str, *, target: str = "onnxruntime", int4: bool = False) -> Path:
         ready, _ = finished(self.onnx, self.program, TARGETS[target], self.opset, "decomposed", form, int4=int4)
         save_model(ready, file)
         return file
+
+    def attending(self, file: Path, form: str) -> dict[str, int]:
+        """Write it for ONNX Runtime with its attention in `form`; how many sites got which form."""
+        ready, sites = finished(self.onnx, self.program, TARGETS["onnxruntime"], self.opset, form)
+        save_model(ready, file)
+        return sites
 
     def run(self, opened: Any, *inputs: Tensor) -> list[Tensor]:
         return list(run(opened, dict(zip(self.program.inputs, inputs, strict=True))).values())

@@ -159,9 +159,7 @@ class _Draft:
             if not found:
                 return None
             chosen = self.rng.choices(found, [b.weight for b in found])[0]
-            rest: list[Value | None] = [x]
-            for kind in chosen.reads[1:]:
-                rest.append(self._partner(kind, x))
+            rest: list[Value | None] = [x, *(self._partner(kind, x) for kind in chosen.reads[1:])]
             value = self.step(chosen.name, rest)
             if value is not None:
                 return value

@@ -117,8 +117,7 @@ def test_instructions_decode_what_the_planes_hold(bits: int, groups: int) -> Non
             given.append(data[first + turn * width // 8].view(np.uint32))
             first += shape.turns * width // 8
         exponent = np.ascontiguousarray(s[turn]).view(np.uint32)
-        for j in range((groups - 1).bit_length()):
-            given.append(_executed(decode.mask_instructions(j), [exponent]))
+        given += [_executed(decode.mask_instructions(j), [exponent]) for j in range((groups - 1).bit_length())]
         assert decode.constraints(bits, groups).split(",") == ["=r"] + ["r"] * len(given)
         low, high = (
             np.ascontiguousarray(np.broadcast_to(v, (40, shape.inner // 4))).view(np.int8).astype(np.int32)

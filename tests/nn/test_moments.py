@@ -44,7 +44,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[torch.Tensor, list[
     folder: Path = tmp_path_factory.mktemp("gloo")
     x = torch.randn(sum(SPLIT), 4, 3, 3, dtype=torch.float64) * 2 + torch.arange(5.0).view(-1, 1, 1, 1)
     torch.save(x, folder / "x.pt")
-    torch.multiprocessing.spawn(_rank, (str(folder),), nprocs=2)
+    torch.multiprocessing.spawn(_rank, (str(folder),), nprocs=2)  # type: ignore[attr-defined]
     return x, [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 

@@ -104,9 +104,9 @@ def test_norm_quantize(kind: str, with_residual: bool, rows: int, d: int, bits: 
     total = x + r if with_residual else x
     g, b = (gain, shift) if affine else (torch.ones(d), torch.zeros(d))
     expected = ORACLE[kind](total.double(), g.double(), b.double())
-    arguments = (gain, shift) if affine else (None, None)
+    w, c = (gain, shift) if affine else (None, None)
     for function in (op.norm_quantize, ops.norm_quantize):
-        q, scale, summed = function(x, residual, *arguments, kind, EPS, GAUSSIAN, bits)
+        q, scale, summed = function(x, residual, w, c, kind, EPS, GAUSSIAN, bits)
         assert (q.dtype, q.shape, scale.shape) == (torch.int8, x.shape, (rows, 2, 1))
         assert summed.shape == (x.shape if with_residual else (0,))
         if with_residual:

@@ -125,6 +125,6 @@ def test_arguments_that_do_not_belong_together(changes: dict[str, object], messa
         with pytest.raises(UsageError, match=message):
             function(*arguments.values())
     with pytest.raises(UsageError, match=message):
-        shiftquant_matmul_quantize(*arguments.values(), 8)  # type: ignore[arg-type]
+        shiftquant_matmul_quantize(*(*arguments.values(), 8))
     with pytest.raises(UsageError, match="9 bits"):
         op.shiftquant_matmul_quantize(q, s, *layer.arguments, None, 4, "none", 9)

@@ -111,8 +111,8 @@ CONVS = {
     "var_mean": lambda: WeightStandardized(4, 6, 3, how="var_mean"),
     "cast": lambda: WeightStandardized(4, 6, 3, how="cast"),
     "groups": lambda: WeightStandardized(4, 6, 3, how="groups"),
-    "timm": lambda: timm.layers.StdConv2d(4, 6, 3),
-    "timm scaled": lambda: timm.layers.ScaledStdConv2d(4, 6, 3),
+    "timm": lambda: timm.layers.StdConv2d(4, 6, 3),  # type: ignore[attr-defined]
+    "timm scaled": lambda: timm.layers.ScaledStdConv2d(4, 6, 3),  # type: ignore[attr-defined]
     "large": lambda: WeightStandardized(4, 2000, 3, how="std"),
 }
 

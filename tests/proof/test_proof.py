@@ -174,7 +174,7 @@ def test_without_a_float64_form_a_wrong_rewrite_is_taken_back_all_the_same():
 def test_a_capture_that_is_another_function_is_an_error(monkeypatch):
     import normfuse.api as api
 
-    true = api.capture
+    true = api.capture  # type: ignore[attr-defined]
 
     def wrong(model, *rest):
         captured = true(model, *rest)

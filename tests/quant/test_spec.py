@@ -66,4 +66,4 @@ def test_keep_is_matched_by_pattern() -> None:
 )
 def test_wrong_values_say_so(values: dict[str, object], says: str) -> None:
     with pytest.raises(UsageError, match=says):
-        ShiftQuant(**values)  # type: ignore[arg-type]
+        ShiftQuant(**values)

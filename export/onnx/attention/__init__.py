@@ -1,0 +1,1 @@
+"""Attention in the forms that runtimes have kernels for."""

@@ -1,0 +1,1 @@
+"""What a file holds beside its operators: names, sizes, function bodies, weights on disk."""

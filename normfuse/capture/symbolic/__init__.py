@@ -1,0 +1,1 @@
+"""Capture without example inputs: fx tracing, and one table to ATen."""

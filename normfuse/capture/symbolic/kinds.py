@@ -56,6 +56,7 @@ def placeholder_kind(node: fx.Node) -> Kind:
 
 
 def attribute_kind(name: str) -> Kind:
+    """What an attribute of a tensor gives; None if nobody has said so."""
     return _ATTRIBUTES.get(name)
 
 

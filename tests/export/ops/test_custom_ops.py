@@ -268,13 +268,13 @@ def test_attention_with_heads_first(mask: tuple[int, ...] | None, causal: int) -
     q, k, v = torch.randn(2, 4, 5, 16), torch.randn(2, 2, 7, 16), torch.randn(2, 2, 7, 16)
     bias = None if mask is None else torch.randn(mask)
     (found,) = _run("Attention", [q, k, v, bias], [F], causal=causal, scale=0.25)
-    expected = _attend(q, *(t.repeat_interleave(2, 1) for t in (k, v)), bias, bool(causal))
+    expected = _attend(q, k.repeat_interleave(2, 1), v.repeat_interleave(2, 1), bias, bool(causal))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_attention_with_tokens_first_and_packed() -> None:
     q, k, v = torch.randn(2, 4, 6, 8), torch.randn(2, 2, 6, 8), torch.randn(2, 2, 6, 8)
-    expected = _attend(q, *(t.repeat_interleave(2, 1) for t in (k, v)), None, True).transpose(1, 2).flatten(2)
+    expected = _attend(q, k.repeat_interleave(2, 1), v.repeat_interleave(2, 1), None, True).transpose(1, 2).flatten(2)
     rows = [t.transpose(1, 2).flatten(2) for t in (q, k, v)]
     (apart,) = _run("Attention", rows, [F], causal=1, heads=4, kv_heads=2, layout="bthd")
     (packed,) = _run("Attention", [torch.cat(rows, -1)], [F], causal=1, heads=4, kv_heads=2, layout="packed")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import importlib.util
 import json
 import os
 import resource
@@ -19,7 +20,7 @@ from torch import nn
 
 import normfuse
 from normfuse.errors import ExportError, MissingExtra, UsageError
-from normfuse.export.tensorrt import build_onnx, builder, flavour
+from normfuse.export.tensorrt import build_onnx, builder
 from normfuse.export.tensorrt.engine import log_path, manifest_path, read_manifest
 from normfuse.export.tensorrt.inspect import header, inspect_engine
 from normfuse.export.tensorrt.support import supported
@@ -177,7 +178,7 @@ def test_wrong_arguments(tmp_path: Path, arguments: dict[str, Any], error: type[
 
 
 def test_missing_tensorrt_names_the_pip_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(flavour.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(MissingExtra, match=r"pip install 'normfuse\[tensorrt\]'"):
         build_onnx(_linear(tmp_path), tmp_path / "a.engine", shapes=SHAPES)
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 import normfuse
 from normfuse.passes.bake import Bake
@@ -160,7 +160,7 @@ class Weight(nn.Module):
 def test_no_constant_takes_more_bytes_than_what_it_comes_from(how, folds):
     model, x = Weight(how).eval(), torch.randn(2, 300)
     fast = normfuse.optimize(model, (x,), verify="off")
-    used = {"int8": [model.q, model.scale], "half in float32": [model.w], "standardized in float32": [model.w]}[how]
+    used: list[Tensor] = {"int8": [model.q, model.scale], "half in float32": [model.w], "standardized in float32": [model.w]}[how]
     assert sum(t.nbytes for t in fast.state_dict().values()) <= sum(t.nbytes for t in used)
     left = {n.target for n in fast.graph.nodes if n.op == "call_function"} - {aten.linear.default, aten.to.dtype}
     assert (left == set() and len(fast.state_dict()) == 1) if folds else fast.state_dict().keys() <= set(model.state_dict())

@@ -87,7 +87,7 @@ def _built(model):
     """The plan of TensorRT-RTX and the names of its fused layers."""
     trt = pytest.importorskip("tensorrt_rtx")
 
-    class Log(trt.ILogger):
+    class Log(trt.ILogger):  # type: ignore[name-defined]
         def __init__(self):
             trt.ILogger.__init__(self)
             self.lines = []

@@ -70,7 +70,7 @@ class Everything(nn.Module):
 
     def forward(self, x: Tensor, wide: Tensor, image: Tensor, ids: Tensor, heads: Tensor) -> dict[str, tuple[Any, ...]]:
         given = {"x": x, "wide": wide, "image": image, "ids": ids, "heads": heads}
-        return {name: tuple(f(given[of]) for f in self.layers[name]) for name, of in self.reads.items()}
+        return {name: tuple(f(given[of]) for f in self.layers[name]) for name, of in self.reads.items()}  # type: ignore[attr-defined]
 
 
 Answer = Callable[..., tuple[dict[str, list[Tensor]], dict[str, list[Tensor]]]]
