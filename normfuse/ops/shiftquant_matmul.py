@@ -23,16 +23,9 @@ _TO_FLOAT, _TO_INTEGER = "shiftquant_matmul", "shiftquant_matmul_quantize"
 
 
 def shiftquant_matmul(
-    q: Tensor,
-    row_scale: Tensor,
-    weight: Tensor,
-    exponents: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    bits: int,
-    epilogue: str,
-) -> Tensor:
+    q: Tensor, row_scale: Tensor, weight: Tensor, exponents: Tensor, scale: Tensor, bias: Tensor | None,
+    residual: Tensor | None, bits: int, epilogue: str,
+) -> Tensor:  # fmt: skip
     """y[m, n] = act( row_scale[m] · scale[n] · Σ_k q[m, k] · (C[n, k] << (E − e[k])) + bias[n] ) + residual[m, n].
 
     Args:
@@ -53,17 +46,9 @@ def shiftquant_matmul(
 
 
 def shiftquant_matmul_quantize(
-    q: Tensor,
-    row_scale: Tensor,
-    weight: Tensor,
-    exponents: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    bits: int,
-    epilogue: str,
-    out_bits: int,
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, row_scale: Tensor, weight: Tensor, exponents: Tensor, scale: Tensor, bias: Tensor | None,
+    residual: Tensor | None, bits: int, epilogue: str, out_bits: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """quantize_rows(shiftquant_matmul(...), out_bits), without the floats ever being in memory.
 
     Args:
