@@ -28,6 +28,7 @@ SOURCES: dict[str, tuple[str, ...]] = {
     "passes/once.py": ("passes/test_slices.py",),
     "passes/affine/parallel.py": ("passes/test_guards_parallel.py", "passes/test_parallel_signs.py", "passes/test_bake.py"),
     "passes/select.py": ("passes/test_guards_select.py", "passes/test_select.py"),
+    "passes/affine/shared.py": (*_ALGEBRA, "passes/test_guards_parallel.py", "passes/test_huge_eps.py"),
     "passes/affine/slices.py": ("passes/test_slices.py",),
     "passes/streams/streams.py": _STREAMS,
     "normfuse/capture/capture.py": ("test_capture*.py", "test_api.py"),
