@@ -20,9 +20,9 @@ from normfuse.folding.written_back import WrittenBack, write_back
 from normfuse.given.flags import not_given
 from normfuse.given.model_kinds import check_kind, unwrapped
 from normfuse.given.original import Call, with_own_weights
-from normfuse.ir import passes
 from normfuse.ir.graph import Graph
 from normfuse.ir.module_tree import ModuleTree
+from normfuse.ir.passes import Run
 from normfuse.passes import PASSES
 from normfuse.passes.affine import affine, beside
 from normfuse.passes.affine.beside import Beside
@@ -216,7 +216,7 @@ class _Folding:
         """Everything but these sites and those that were left before; a site that cannot be written is left from then on."""
         while True:
             self.tree.gains.clear()
-            proven = run(self.start, _PIPELINE, None, given=passes.Run(skip=(*without, *self.left, *self.undone)))
+            proven = run(self.start, _PIPELINE, None, given=Run(skip=(*without, *self.left, *self.undone)))
             sites = [s for s in dict.fromkeys(proven.permitted) if s[0] in _RULES]
             paths = [s.path for r in proven.reports for s in r.applied if s.rule in _RULES]
             back = write_back(self.base, self.tree, proven.graph, paths)

@@ -13,7 +13,7 @@ from normfuse.capture.capture import capture
 from normfuse.described import dtype_name, first_line
 from normfuse.folding.written_back import WrittenBack
 from normfuse.given.flags import flagged
-from normfuse.given.original import Call, Original, Run
+from normfuse.given.original import Call, Original, Returned
 from normfuse.given.sizes import variations
 from normfuse.ir.graph import Graph, identity_of
 from normfuse.ir.wording import operator_name
@@ -124,7 +124,7 @@ class Likeness:
             return f"the folded model cannot be copied: {first_line(e)}"
         return self._unlike_at(copied, self.call)
 
-    def _unlike_at(self, folded: Original, call: Call, usual: Run | None = None) -> str:
+    def _unlike_at(self, folded: Original, call: Call, usual: Returned | None = None) -> str:
         """Why a call of the copy is not that of the model; `usual`: only if the model returns what looks like this."""
         assert self.given is not None
         assert self.proof is not None
@@ -153,7 +153,7 @@ def _said(graph: Graph) -> Counter[str]:
     )
 
 
-def _unlike(model: Run, copy: Run) -> str:
+def _unlike(model: Returned, copy: Returned) -> str:
     if model.structure != copy.structure:
         return f"it returns {copy.structure}, the model {model.structure}"
     kinds = [[f"{dtype_name(t.dtype)}{list(t.shape)}" for t in r.outputs] for r in (model, copy)]

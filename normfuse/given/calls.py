@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from normfuse.given.sizes import Run, resized
+from normfuse.given.sizes import Arguments, resized
 
 __all__ = ["Call", "Signature", "calls_of", "survey"]
 
@@ -58,7 +58,7 @@ class Signature:
             return None
         return [v for v in leaves if isinstance(v, Tensor)]
 
-    def call(self, tensors: Sequence[Any]) -> Run:
+    def call(self, tensors: Sequence[Any]) -> Arguments:
         """Arguments with these tensors."""
         feed = iter(tensors)
         leaves = [next(feed) if isinstance(v, _Sizes) else v for v in self.leaves]
@@ -132,7 +132,7 @@ class Call:
         return repr(self.signature.spec), self.signature.leaves, self.within, self.why
 
 
-def survey(model: nn.Module, runs: Sequence[Run]) -> tuple[dict[nn.Module, list[Call]], list[int]]:
+def survey(model: nn.Module, runs: Sequence[Arguments]) -> tuple[dict[nn.Module, list[Call]], list[int]]:
     """All calls of all submodules while the model runs, and the indices of the runs that went through."""
     calls: dict[nn.Module, dict[Any, Call]] = {}
     active: list[tuple[nn.Module, Signature, list[tuple[Tensor, int]]]] = []
@@ -176,7 +176,7 @@ def _why_not(signature: Signature, tensors: list[tuple[Tensor, int]]) -> str | N
 
 
 def calls_of(
-    model: nn.Module, runs: Sequence[Run], modules: Sequence[nn.Module], most: int, *, alike: bool = False
+    model: nn.Module, runs: Sequence[Arguments], modules: Sequence[nn.Module], most: int, *, alike: bool = False
 ) -> dict[nn.Module, list[tuple[Tensor, ...]]]:
     """The tensors that submodules receive, copied: at most that many calls of each, of one size only one unless `alike`."""
     found: dict[nn.Module, dict[Any, tuple[Tensor, ...]]] = {m: {} for m in modules}
@@ -207,7 +207,7 @@ def _hooked(modules: Sequence[nn.Module], before: Any, after: Any) -> Iterator[N
         yield
 
 
-def _ran(model: nn.Module, run: Run) -> bool:
+def _ran(model: nn.Module, run: Arguments) -> bool:
     args, kwargs = pytree.tree_map_only(Tensor, torch.clone, run)
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):

@@ -24,7 +24,7 @@ from normfuse.importers import eval_mode
 from normfuse.ir.attribute_names import readable
 from normfuse.numerics.modes import NARROW, Float64, Stirred, Untouched, widened
 
-__all__ = ["Call", "Original", "Run", "loses_cache", "run", "with_own_weights", "without_cache"]
+__all__ = ["Call", "Original", "Returned", "loses_cache", "run", "with_own_weights", "without_cache"]
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ class Call:
 
 
 @dataclass(frozen=True)
-class Run:
+class Returned:
     """What a call left behind.
 
     Attributes:
@@ -79,7 +79,7 @@ class Run:
     origins: tuple[str, ...]
 
 
-def run(module: Callable[..., Any], call: Call, weights: Sequence[Tensor]) -> Run:
+def run(module: Callable[..., Any], call: Call, weights: Sequence[Tensor]) -> Returned:
     """Call a module and note what came out, where it lies and what was written."""
     with _disable_current_modes():  # looking on is no part of the run
         before = [v.clone() if isinstance(v, Tensor) else None for v in call.leaves]
@@ -89,7 +89,7 @@ def run(module: Callable[..., Any], call: Call, weights: Sequence[Tensor]) -> Ru
     with _disable_current_modes():
         written = [v for v, old in zip(call.leaves, before, strict=True) if old is not None and not _equal(v, old)]
     others = [v for v in leaves if not isinstance(v, Tensor)]
-    return Run([*outputs, *written], f"{spec} {[_said(v) for v in others]}", _origins(outputs, call.leaves, weights))
+    return Returned([*outputs, *written], f"{spec} {[_said(v) for v in others]}", _origins(outputs, call.leaves, weights))
 
 
 def _same(a: Sequence[Any], b: Sequence[Any]) -> bool:
@@ -146,9 +146,9 @@ class Original:
         self._module = _copied(self._still)
         self._wide: nn.Module | None = None
         self._insists = False  # does it compare the dtype of its weights with that of its input?
-        self._last: tuple[list[Any], Run] | None = None  # of `native`: the example inputs are asked for more than once
+        self._last: tuple[list[Any], Returned] | None = None  # of `native`: the example inputs are asked for more than once
 
-    def native(self, call: Call, *, again: bool = False) -> Run:
+    def native(self, call: Call, *, again: bool = False) -> Returned:
         """The model in its own dtypes.
 
         Args:
@@ -163,7 +163,7 @@ class Original:
             self._last = leaves, self._native(call)
         return self._last[1]
 
-    def _native(self, call: Call) -> Run:
+    def _native(self, call: Call) -> Returned:
         try:
             with Untouched([*self._module.parameters(), *_attributes(self._module)]):
                 return self._run(self._module, call.copied())
@@ -173,14 +173,14 @@ class Original:
             self._module = with_own_weights(self._still)
             return self._run(self._module, call.copied())
 
-    def stirred(self, call: Call, seed: int, *, exact: bool) -> Run:
+    def stirred(self, call: Call, seed: int, *, exact: bool) -> Returned:
         """With every result of arithmetic moved by up to one rounding."""
         if exact:
             return self._exact(call, Stirred(seed))
         with Stirred(seed):
             return self._run(with_own_weights(self._still), call.copied())
 
-    def exact(self, call: Call) -> Run:
+    def exact(self, call: Call) -> Returned:
         """The model in float64.
 
         Raises:
@@ -188,7 +188,7 @@ class Original:
         """
         return self._exact(call)
 
-    def _exact(self, call: Call, *around: Any) -> Run:
+    def _exact(self, call: Call, *around: Any) -> Returned:
         if self._wide is None or around:
             self._wide = _copied(self._still)
             if self._insists:
@@ -202,19 +202,19 @@ class Original:
         self._insists, self._wide = True, None
         return self._exact(call, *around)
 
-    def _in_float64(self, module: nn.Module, call: Call, around: Sequence[Any]) -> Run:
+    def _in_float64(self, module: nn.Module, call: Call, around: Sequence[Any]) -> Returned:
         with ExitStack() as stack:
             for mode in (*around, Float64(), _Epsilon(self._module)):
                 stack.enter_context(mode)
             return self._run(module, call)
 
-    def _run(self, module: nn.Module, call: Call) -> Run:
+    def _run(self, module: nn.Module, call: Call) -> Returned:
         weights = [*module.parameters(), *module.buffers()]
         with torch.no_grad(), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return run(module, call, weights)
 
-    def first(self, call: Call) -> Run:
+    def first(self, call: Call) -> Returned:
         """The model's outputs on the example inputs.
 
         Raises:

@@ -11,17 +11,17 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-__all__ = ["Run", "probes", "resized", "variations"]
+__all__ = ["Arguments", "probes", "resized", "variations"]
 
 log = logging.getLogger(__name__)
 
-Run = tuple[tuple[Any, ...], dict[str, Any]]
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword arguments of a call."""
 
 _TRIED = (1, 2, 3, 5, 7, 8, 12, 15, 16, 17, 24, 31, 32, 33, 48, 63, 64, 65, 100, 128, 129, 224, 256, 257, 512, 513, 1024)
 
 
-def variations(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Run]:
+def variations(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Arguments]:
     """Inputs that differ in what may differ in use: number of images, batch, height and width, length of sequences.
 
     A model need not take all of them.
@@ -34,7 +34,7 @@ def variations(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Run]:
             return tuple(map(lists, v))
         return (v[:-1] if len(v) > 1 else v * 2) if isinstance(v, list) else v
 
-    def every(change: Any) -> Run:
+    def every(change: Any) -> Arguments:
         return pytree.tree_map_only(Tensor, change, (args, kwargs))  # type: ignore[no-any-return]
 
     def batch(x: Tensor) -> Tensor:
@@ -57,7 +57,7 @@ def variations(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Run]:
     return [run for run in found if _shapes(run) != _shapes((args, kwargs))]
 
 
-def _shapes(run: Run) -> list[Any]:
+def _shapes(run: Arguments) -> list[Any]:
     return [tuple(v.shape) if isinstance(v, Tensor) else None for v in pytree.tree_leaves(run)]
 
 

@@ -235,7 +235,7 @@ class Graph:
     def fake_mode(self) -> Any:
         return torch._guards.detect_fake_mode([n.meta["val"] for n in self.fx.nodes if isinstance(n.meta.get("val"), Tensor)][:1])
 
-    # -- permission --------------------------------------------------------------------------------------------------
+    # -- modules --------------------------------------------------------------------------------------------------------
 
     def check(self, old: Value, new: Op) -> None:
         """May an operator become that one? Asked for each operator of a rewrite that is spread over many.

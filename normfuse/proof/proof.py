@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from normfuse.described import dtype_name, first_line
 from normfuse.errors import CaptureError, RewriteError, UsageError
-from normfuse.given.original import Call, Original, Run
+from normfuse.given.original import Call, Original, Returned
 from normfuse.ir.graph import Graph
 from normfuse.numerics.evaluate import (
     EXACT_BOUND,
@@ -309,7 +309,7 @@ class Proof:
             return self._evaluated(self._graph, values, exact)
         return self._called(model.exact if exact else model.native, values)
 
-    def _called(self, method: Callable[[Call], Run], values: Sequence[Any]) -> list[Tensor]:
+    def _called(self, method: Callable[[Call], Returned], values: Sequence[Any]) -> list[Tensor]:
         assert self._as_call is not None
         return method(self._as_call(values)).outputs
 

@@ -9,14 +9,14 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from normfuse.errors import RewriteError
-from normfuse.given.original import Call, Run, run
+from normfuse.given.original import Call, Returned, run
 
 __all__ = ["settle"]
 
 aten = torch.ops.aten
 
 
-def settle(gm: fx.GraphModule, call: Call, model: Run) -> tuple[str, ...]:
+def settle(gm: fx.GraphModule, call: Call, model: Returned) -> tuple[str, ...]:
     """Hold a call of `gm` against the same call of the model; outputs that newly share memory are cloned.
 
     Args:
@@ -47,7 +47,7 @@ def settle(gm: fx.GraphModule, call: Call, model: Run) -> tuple[str, ...]:
     return tuple(lost)
 
 
-def _called(gm: fx.GraphModule, call: Call) -> Run:
+def _called(gm: fx.GraphModule, call: Call) -> Returned:
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             return run(gm, call.copied(), [*gm.parameters(), *gm.buffers()])

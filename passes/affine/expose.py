@@ -139,5 +139,4 @@ class Expose(Pass):
                 new = graph.replace(node, found.value)
                 new.meta["origin"] = graph.view(node, 2)
                 inherit(new, node)
-        graph.clean()
         work.refused += enclosed(graph)

@@ -28,6 +28,7 @@ SOURCES: dict[str, tuple[str, ...]] = {
     "passes/once.py": ("passes/test_slices.py",),
     "passes/affine/parallel.py": ("passes/test_guards_parallel.py", "passes/test_parallel_signs.py", "passes/test_bake.py"),
     "passes/select.py": ("passes/test_guards_select.py", "passes/test_select.py"),
+    "passes/affine/shared.py": (*_ALGEBRA, "passes/test_guards_parallel.py", "passes/test_huge_eps.py"),
     "passes/affine/slices.py": ("passes/test_slices.py",),
     "passes/streams/streams.py": _STREAMS,
     "normfuse/capture/capture.py": ("test_capture*.py", "test_api.py"),
@@ -38,7 +39,7 @@ SOURCES: dict[str, tuple[str, ...]] = {
     "normfuse/ir/guards.py": ("test_guards.py",),
     "normfuse/ir/operators.py": ("test_rank.py", "passes/test_guards_select.py", "passes/test_select.py"),
     "normfuse/ir/passes.py": ("test_pass.py", "test_prove.py"),
-    "normfuse/ir/weights.py": _ALGEBRA,
+    "normfuse/ir/weights.py": ("test_weights.py", *_ALGEBRA),
     "normfuse/capture/writes.py": ("test_writes.py",),
     **{f"normfuse/pt2/{name}.py": _FILES for name in ("archive", "expressions", "operators", "payloads", "schema", "trees")},
 }
