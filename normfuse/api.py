@@ -278,7 +278,8 @@ def _of(given: Any) -> Pass:
     try:
         return Pass.of(given)
     except TypeError:
-        raise UsageError(f"passes: {given!r} is neither a name nor a pass (a callable with a `name`)") from None
+        hint = f"; pass an object of it, {given.__name__}()" if isinstance(given, type) else ""
+        raise UsageError(f"passes: {given!r} is neither a name nor a pass (a callable with a `name`){hint}") from None
 
 
 def _named(name: str) -> Pass:

@@ -21,7 +21,6 @@ from normfuse.ir.graph import Graph, Refuse
 from normfuse.ir.passes import Change, Pass, Rewriting, Samples
 from normfuse.ir.views import (
     Affine,
-    Embedding,
     GroupNorm,
     Identity,
     LayerNorm,
@@ -36,6 +35,7 @@ from normfuse.ir.weights import Weight
 from normfuse.numerics.observe import observe
 from normfuse.passes.affine.broadcast import PASS_INPUTS, UNKNOWN, channelwise, is_zero, same_shape
 from normfuse.passes.affine.into_producer import bias
+from normfuse.passes.affine.shared import holds_back
 from normfuse.passes.streams.streams import centered
 
 __all__ = ["HugeEps"]
@@ -44,7 +44,6 @@ RULE = "huge_eps_is_affine"
 
 _LOOKED_AT = 1.0  # a smaller ε belongs to a norm that normalizes
 _UNSEEN = 1e9  # ε that no variance comes near, where there is no data to measure one
-_UNTIE = 1 << 16  # bytes: a weight that others read too is not stored once more above this
 
 
 @dataclass(frozen=True, eq=False)
@@ -174,7 +173,7 @@ def _linear_readers(graph: Graph, norm: Norm) -> list[fx.Node] | None:
             match op:
                 case Identity(x) | Reshape(Value() as x) if same_shape(op, x) or (isinstance(op, Reshape) and _tokens(op, x)):
                     work.append(user)
-                case Value(weight=Weight(linear=True) as w) if _free(graph, w.value, user):
+                case Value(weight=Weight(linear=True) as w) if holds_back(graph, w.value, user) is None:
                     found.append(user)
                 case _:
                     return None
@@ -184,13 +183,6 @@ def _linear_readers(graph: Graph, norm: Norm) -> list[fx.Node] | None:
 def _tokens(op: Reshape, x: Value) -> bool:
     """Does the reshape leave the feature axis alone?"""
     return bool(op.shape and x.shape) and isinstance(op.shape[-1], int) and op.shape[-1] == x.shape[-1]  # type: ignore[index]
-
-
-def _free(graph: Graph, W: Constant, reader: fx.Node) -> bool:
-    """May the weight be stored anew? Not where a large one, or a table, is read by others too."""
-    others = [n for n in graph.readers_of(W) if n is not reader]
-    large = W.numel * W.dtype.itemsize > _UNTIE
-    return not others or not (large or any(isinstance(graph.view(n, 1), Embedding) for n in others))
 
 
 def _absorbed(layer: Op, norm: Norm) -> Op:

@@ -5,24 +5,13 @@ A file of this folder that states an `Op` is all that it takes to have one (docs
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
-
 from normfuse.export.ops.emitter import DOMAIN, FunctionBody, Op
+from normfuse.stated import stated
 
 __all__ = ["DOMAIN", "OPS", "OP_OF", "FunctionBody", "Op"]
 
 
-def _stated() -> dict[str, Op]:
-    found = {}
-    for module in pkgutil.iter_modules(__path__):
-        for value in vars(importlib.import_module(f"{__name__}.{module.name}")).values():
-            if isinstance(value, Op):
-                found[value.name] = value
-    return dict(sorted(found.items()))
-
-
 #: By op type.
-OPS = _stated()
+OPS = {op.name: op for op in stated(__name__, __path__, Op)}
 #: By operator of `torch.ops.normfuse`.
 OP_OF = {operator: op for op in OPS.values() for operator in op.stands_for}

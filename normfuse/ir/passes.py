@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from time import perf_counter
 from typing import Any, TypeVar
 
@@ -62,7 +63,7 @@ class Change:
     Attributes:
         value: what takes its place: an operator, a value or a constant. None where `do` does it all.
         note: what the report says beside the site.
-        rule: its name; the pass's `rule` where it is empty.
+        rule: its name; that of the pass where it is empty.
         at: the node that `value` takes the place of, if that is not the site itself.
         do: what else is to be done, or all of it; a text that it returns is the note.
     """
@@ -131,7 +132,7 @@ class Pass:
 
     Attributes:
         name: what the pass is called.
-        rule: what the report calls what it does to a site; where it is empty the change or the refusal says so.
+        rule: what the report calls what it does to a site, unless the change or the refusal says so; empty for the pass's name.
         rules: tried in order on each operator.
         depth: how many operators deep a rule sees.
         changes: how the pass changes the function on purpose, as the rest of a sentence about it. Such a pass is not held
@@ -174,7 +175,7 @@ class Pass:
     def rewrite(self, work: Rewriting) -> None:
         """Everything that the pass does to a graph: `change`, for each site in turn."""
         for node in self.sites(work.graph):
-            work.attempt(self.rule, node, lambda node=node: self.change(work.graph, node))  # type: ignore[misc]
+            work.attempt(self.rule or self.name, node, partial(self.change, work.graph, node))
 
     def sites(self, graph: Graph) -> Iterable[fx.Node]:
         """The nodes that the pass looks at, in order."""
@@ -199,13 +200,11 @@ class Pass:
         """A pass; any other callable with a `name` that takes a graph and returns a `PassReport` becomes one.
 
         Raises:
-            TypeError: it is neither.
+            TypeError: it is neither; or it is the class of one.
         """
-        if isinstance(given, Pass):
-            return given
-        if not callable(given) or not isinstance(getattr(given, "name", None), str):
+        if isinstance(given, type) or not callable(given) or not isinstance(getattr(given, "name", None), str):
             raise TypeError(f"{given!r} is no pass (a callable with a `name`)")
-        return _Callable(given)
+        return given if isinstance(given, Pass) else _Callable(given)
 
 
 class _Callable(Pass):

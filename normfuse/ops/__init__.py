@@ -25,9 +25,6 @@ to have one (docs/writing-an-operator.md).
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
-
 from normfuse.ops.add_norm import add_crms_norm, add_rms_norm
 from normfuse.ops.attention import attention, shiftquant_attention
 from normfuse.ops.norm_quantize import norm_quantize
@@ -40,6 +37,7 @@ from normfuse.ops.shiftquant_embedding import shiftquant_embedding
 from normfuse.ops.shiftquant_linear import shiftquant_linear
 from normfuse.ops.shiftquant_matmul import shiftquant_matmul, shiftquant_matmul_quantize
 from normfuse.ops.two_pass_softmax import two_pass_softmax
+from normfuse.stated import stated
 
 __all__ = [
     "OPERATORS", "Operator", "add_crms_norm", "add_rms_norm", "attention", "conv_columns", "crms_norm", "l1_norm", "norm_quantize",
@@ -48,16 +46,7 @@ __all__ = [
 ]  # fmt: skip
 
 
-def _stated() -> dict[str, Operator]:
-    found = {}
-    for module in pkgutil.iter_modules(__path__):
-        for value in vars(importlib.import_module(f"{__name__}.{module.name}")).values():
-            if isinstance(value, Operator):
-                found[value.name] = value
-    return dict(sorted(found.items()))
-
-
 #: By name.
-OPERATORS = _stated()
+OPERATORS = {operator.name: operator for operator in stated(__name__, __path__, Operator)}
 for _operator in OPERATORS.values():
     _operator.register()

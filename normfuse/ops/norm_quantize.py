@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -74,15 +76,9 @@ def _shapes(x: Tensor, residual: Tensor | None, *rest: object) -> tuple[Tensor, 
 
 
 def _cpu(
-    x: Tensor,
-    residual: Tensor | None,
-    gain: Tensor | None,
-    shift: Tensor | None,
-    kind: str,
-    eps: float,
-    scale_const: float,
-    bits: int,
+    x: Tensor, residual: Tensor | None, gain: Tensor | None, shift: Tensor | None, kind: str, *numbers: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
+    eps, scale_const, bits = numbers
     s, more = x.float().contiguous(), dense(residual)
     d = x.shape[-1]
     q, scale = s.new_empty(x.shape, dtype=torch.int8), s.new_empty((*x.shape[:-1], 1))

@@ -35,18 +35,7 @@ def rms_norm(x: Tensor, gain: Tensor | None, eps: float) -> Tensor:
 def crms_norm(x: Tensor, gain: Tensor | None, eps: float) -> Tensor:
     """y = x / √((Σ x² + (Σ x)²) / (d + 1) + ε) · gain over the last axis, d features long.
 
-    x is a vector of d + 1 coordinates whose sum is zero, without its last one.
-
-    Args:
-        x: [..., d]; float16 and bfloat16 are computed in float32.
-        gain: [d] or None.
-        eps: ε, in units of x².
-
-    Returns:
-        As x.
-
-    Raises:
-        UsageError: shapes do not fit.
+    x is a vector of d + 1 coordinates whose sum is zero, without its last one. Arguments, result and errors as of `rms_norm`.
 
     Source: Jiang et al., Pre-RMSNorm and Pre-CRMSNorm Transformers, NeurIPS 2023.
     """

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
@@ -22,6 +23,18 @@ _log = logging.getLogger(__name__)
 
 # Kernels are set directly: `torch.library.custom_op` wraps each call once more, which costs as much as a small product.
 _LIBRARY = torch.library.Library("normfuse", "FRAGMENT")
+
+
+#: Annotations of an operator's arguments, and how a schema writes them.
+TYPES: dict[Any, str] = {
+    Tensor: "Tensor",
+    Tensor | None: "Tensor?",
+    Sequence[int]: "int[]",
+    int: "int",
+    float: "float",
+    bool: "bool",
+    str: "str",
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,9 +70,30 @@ class Operator:
 
     @functools.cached_property
     def schema(self) -> str:
-        """As PyTorch writes it, inferred from the annotations of the definition."""
-        found = torch.library.infer_schema(self.definition, mutates_args=(), op_name=self.name)
-        return found.replace("SymInt", "int")  # widths, kernels and strides are numbers when a model is captured
+        """As PyTorch writes it, read from the annotations of the definition.
+
+        Not by `torch.library.infer_schema`, to which an int is one that may be symbolic: widths, kernels and strides are numbers
+        when a model is captured.
+
+        Raises:
+            TypeError: an annotation is none of `TYPES`, nor a tuple of tensors behind the arrow.
+        """
+        hints = get_type_hints(self.definition)
+        returned = hints.pop("return", None)
+        results = get_args(returned) if get_origin(returned) is tuple else (returned,)
+        found = {**hints, **{f"result {i}": r for i, r in enumerate(results)}}
+        wrong = [f"{name}: {hint}" for name, hint in found.items() if hint not in TYPES]
+        if wrong:
+            known = ", ".join(map(str, TYPES))
+            raise TypeError(
+                f"operator {self.name}: found {', '.join(wrong)}; expected arguments of {known}, and tensors as results"
+            )
+        arguments = ", ".join(
+            f"{TYPES[hints[p.name]]} {p.name}" + ("" if p.default is p.empty else f"={_literal(p.default)}")
+            for p in inspect.signature(self.definition).parameters.values()
+        )
+        back = ", ".join(TYPES[r] for r in results)
+        return f"{self.name}({arguments}) -> {back if len(results) == 1 else f'({back})'}"
 
     @functools.cached_property
     def tensors(self) -> tuple[str, ...]:
@@ -123,6 +157,10 @@ class Operator:
                 return NotImplemented
 
         return compiled
+
+
+def _literal(value: Any) -> str:
+    return f'"{value}"' if isinstance(value, str) else repr(value)
 
 
 def _none(*args: Any) -> Any:

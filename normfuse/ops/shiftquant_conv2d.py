@@ -13,7 +13,8 @@ from normfuse import native
 from normfuse.errors import UsageError
 from normfuse.ops._epilogue import finish
 from normfuse.ops._prepared import conv_operands, conv_weights
-from normfuse.ops._shapes import check_product, float_dtype, input_scale_value
+from normfuse.ops._product import Product, check
+from normfuse.ops._shapes import float_dtype, input_scale_value
 from normfuse.ops.operator import Operator
 from normfuse.quant.integers import integer_matmul, quantize_rows, quantize_static
 
@@ -23,21 +24,10 @@ _OP = "shiftquant_conv2d"
 
 
 def shiftquant_conv2d(
-    x: Tensor,
-    weight: Tensor,
-    exponents: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    input_scale: Tensor | None,
-    bits: int,
-    activation_bits: int,
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    epilogue: str = "none",
-) -> Tensor:
+    x: Tensor, weight: Tensor, exponents: Tensor, scale: Tensor, bias: Tensor | None, input_scale: Tensor | None,
+    bits: int, activation_bits: int, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int],
+    groups: int, epilogue: str = "none",
+) -> Tensor:  # fmt: skip
     """y[b, o, p] = act( s[b] · scale[o] · Σ_(t, c) A[b, c, p ∘ t] · (C[o, (t, c)] << (E − e[c])) + bias[o] ).
 
     t runs over the taps of the kernel, c over the input channels of the group, the fastest; p ∘ t is the position that tap t of
@@ -64,28 +54,33 @@ def shiftquant_conv2d(
     Raises:
         UsageError: arguments do not belong together.
     """
-    spatial = (kernel, stride, padding, dilation)
-    dtype, out = _check(
-        _Given(x, weight, exponents, scale, bias, input_scale, bits, activation_bits, *spatial, groups, epilogue)
-    )  # fmt: skip
-    operands = conv_operands(weight, exponents, scale.numel(), bits, groups, kernel[0] * kernel[1])
+    product = (x, weight, exponents, scale, bias, input_scale, bits, activation_bits)
+    g = _given(*product, kernel, stride, padding, dilation, groups, epilogue)
+    dtype, out = _check(g)
     if input_scale is None:
         q, s = quantize_rows(x.reshape(x.shape[0], -1), activation_bits) if x.numel() else (x, x.new_ones((0, 1)))
         s = s[..., None]  # (B, 1, 1)
     else:
         q, s = quantize_static(x, input_scale_value(_OP, input_scale), activation_bits), input_scale.reshape(())
-    q = q.reshape(x.shape).float()  # unfold has no integer form; codes are exact in any float
-    top, left, bottom, right = _sides(padding)
-    acc = torch.empty((x.shape[0], out[0] * out[1], scale.numel()), dtype=torch.int32, device=x.device)
-    for i in range(x.shape[0]):  # an image at a time: the columns are many times its size
-        columns = F.unfold(
-            F.pad(q[i : i + 1], (left, right, top, bottom)), tuple(kernel), tuple(dilation), (0, 0), tuple(stride)
-        )  # (1, channels · taps, positions), the tap running fastest
-        columns = columns.reshape(groups, -1, kernel[0] * kernel[1], columns.shape[-1]).permute(0, 3, 2, 1)
-        rows = columns.reshape(groups, columns.shape[1], -1).to(torch.int8)  # (group, position, tap · channel)
-        acc[i] = torch.cat([integer_matmul(r, w) for r, w in zip(rows, operands, strict=True)], -1)
-    y = finish(acc, s, scale, bias, epilogue, None, dtype).to(x.dtype)
+    y = finish(_sums(g, q.reshape(x.shape), out[0] * out[1]), s, scale, bias, epilogue, None, dtype).to(x.dtype)
     return y.transpose(1, 2).reshape(x.shape[0], scale.numel(), *out).contiguous()
+
+
+def _sums(g: _Given, q: Tensor, places: int) -> Tensor:
+    """Σ A · (C << (E − e)), int32 [B, places, O]."""
+    taps, outputs = g.kernel[0] * g.kernel[1], g.p.scale.numel()
+    operands = conv_operands(g.p.weight, g.p.exponents, outputs, g.p.bits, g.groups, taps)
+    q = q.float()  # unfold has no integer form; codes are exact in any float
+    top, left, bottom, right = _sides(g.padding)
+    acc = torch.empty((len(q), places, outputs), dtype=torch.int32, device=q.device)
+    for i in range(len(q)):  # an image at a time: the columns are many times its size
+        columns = F.unfold(
+            F.pad(q[i : i + 1], (left, right, top, bottom)), tuple(g.kernel), tuple(g.dilation), (0, 0), tuple(g.stride)
+        )  # (1, channels · taps, positions), the tap running fastest
+        columns = columns.reshape(g.groups, -1, taps, columns.shape[-1]).permute(0, 3, 2, 1)
+        rows = columns.reshape(g.groups, columns.shape[1], -1).to(torch.int8)  # (group, position, tap · channel)
+        acc[i] = torch.cat([integer_matmul(r, w) for r, w in zip(rows, operands, strict=True)], -1)
+    return acc
 
 
 def conv_columns(weight: Tensor, groups: int = 1) -> tuple[tuple[Tensor, ...], Tensor]:
@@ -105,37 +100,34 @@ def _sides(padding: Sequence[int]) -> tuple[int, int, int, int]:
 
 
 class _Given(NamedTuple):
-    """The arguments of `shiftquant_conv2d`, in its order."""
+    """The arguments of `shiftquant_conv2d`."""
 
-    x: Tensor
-    weight: Tensor
-    exponents: Tensor
-    scale: Tensor
-    bias: Tensor | None
-    input_scale: Tensor | None
-    bits: int
-    activation_bits: int
+    p: Product
     kernel: Sequence[int]
     stride: Sequence[int]
     padding: Sequence[int]
     dilation: Sequence[int]
     groups: int
-    epilogue: str = "none"
+
+
+def _given(*args: Any) -> _Given:
+    """In the order of the operator, whose epilogue is the last."""
+    return _Given(Product(*args[:8], *args[13:]), *args[8:13])
 
 
 def _check(g: _Given) -> tuple[torch.dtype, tuple[int, int]]:
     """The dtype to compute in, and the height and width of the result."""
-    x, kernel, stride, dilation, padding, groups = g.x, g.kernel, g.stride, g.dilation, g.padding, g.groups
+    (p, kernel, stride, padding, dilation, groups), x = g, g.p.x
     if x.ndim != 4:
         raise UsageError(f"{_OP}: x {tuple(x.shape)}; expected [batch, channels, height, width]")
-    check_product(_OP, x, x.shape[1], g.exponents, g.scale, g.bias, (g.bits, g.activation_bits), g.epilogue)
+    check(_OP, p, x.shape[1])
     sizes = (("kernel", kernel, 1), ("stride", stride, 1), ("dilation", dilation, 1), ("padding", padding, 0))
     for name, value, least in sizes:
         wanted = (2, 4) if name == "padding" else (2,)
         if len(value) not in wanted or min(value) < least:
             raise UsageError(f"{_OP}: {name}={list(value)}; expected {' or '.join(map(str, wanted))} integers of at least {least}")
-    if groups < 1 or x.shape[1] % groups or g.scale.shape[0] % groups:
-        raise UsageError(f"{_OP}: groups={groups}; {x.shape[1]} channels in and {g.scale.shape[0]} out are no multiple of it")
+    if groups < 1 or x.shape[1] % groups or p.scale.shape[0] % groups:
+        raise UsageError(f"{_OP}: groups={groups}; {x.shape[1]} channels in and {p.scale.shape[0]} out are no multiple of it")
     before = _sides(padding)
     out = []
     for axis in range(2):
@@ -151,30 +143,30 @@ def _check(g: _Given) -> tuple[torch.dtype, tuple[int, int]]:
 
 def _shapes(g: _Given) -> Tensor:
     _, out = _check(g)
-    return g.x.new_empty((g.x.shape[0], g.scale.shape[0], *out))
+    return g.p.x.new_empty((g.p.x.shape[0], g.p.scale.shape[0], *out))
 
 
 def _cpu(g: _Given) -> Any:
-    if not g.x.numel():
+    if not g.p.x.numel():
         return NotImplemented
     _, out = _check(g)
-    prepared = conv_weights(g.weight, g.exponents, g.scale, g.bias, g.bits, g.groups, g.kernel[0] * g.kernel[1])
-    static = input_scale_value(_OP, g.input_scale)
-    image = g.x.float().contiguous()
-    y = image.new_empty((g.x.shape[0], g.scale.numel(), *out))
+    prepared = conv_weights(g.p.weight, g.p.exponents, g.p.scale, g.p.bias, g.p.bits, g.groups, g.kernel[0] * g.kernel[1])
+    static = input_scale_value(_OP, g.p.input_scale)
+    image = g.p.x.float().contiguous()
+    y = image.new_empty((g.p.x.shape[0], g.p.scale.numel(), *out))
     top, left, bottom, right = _sides(g.padding)
     record = native.Conv(
-        *g.x.shape, *g.kernel, tuple(g.stride), (top, left), (bottom, right), tuple(g.dilation), g.groups
+        *g.p.x.shape, *g.kernel, tuple(g.stride), (top, left), (bottom, right), tuple(g.dilation), g.groups
     )  # fmt: skip
-    native.call("nf_conv2d", record, prepared, image, g.activation_bits, static, native.EPILOGUES[g.epilogue], y)
-    return y.to(g.x.dtype)
+    native.call("nf_conv2d", record, prepared, image, g.p.activation_bits, static, native.EPILOGUES[g.p.epilogue], y)
+    return y.to(g.p.x.dtype)
 
 
 SHIFTQUANT_CONV2D = Operator(
     shiftquant_conv2d,
     shapes=_shapes,
     cpu=_cpu,
-    given=_Given,
+    given=_given,
     functions=(
         native.Function("nf_conv2d", native.CONV, native.WEIGHTS, native.F32, native.INT, native.FLOAT, native.INT, native.F32),
     ),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +12,8 @@ from normfuse.gpu.run import NAMES
 from normfuse.ops._epilogue import finish
 from normfuse.ops._gpu_product import gpu_product, gpu_rows
 from normfuse.ops._prepared import gpu_weight, known_weights, linear_weight, operand_of
-from normfuse.ops._shapes import check_product, float_dtype, input_scale_value
+from normfuse.ops._product import Product, check
+from normfuse.ops._shapes import float_dtype, input_scale_value
 from normfuse.ops.operator import Operator
 from normfuse.quant.integers import integer_matmul, quantize_rows, quantize_static
 
@@ -55,7 +56,7 @@ def shiftquant_linear(
     Raises:
         UsageError: arguments do not belong together.
     """
-    dtype = _check(_Given(x, weight, exponents, scale, bias, input_scale, bits, activation_bits, epilogue))
+    dtype = _check(Product(x, weight, exponents, scale, bias, input_scale, bits, activation_bits, epilogue))
     operand = operand_of(weight, exponents, scale.numel(), bits)
     if input_scale is None:
         q, row_scale = quantize_rows(x, activation_bits)
@@ -64,32 +65,17 @@ def shiftquant_linear(
     return finish(integer_matmul(q, operand), row_scale, scale, bias, epilogue, None, dtype).to(x.dtype)
 
 
-class _Given(NamedTuple):
-    """The arguments of `shiftquant_linear`, in its order."""
-
-    x: Tensor
-    weight: Tensor
-    exponents: Tensor
-    scale: Tensor
-    bias: Tensor | None
-    input_scale: Tensor | None
-    bits: int
-    activation_bits: int
-    epilogue: str = "none"
+def _check(g: Product) -> torch.dtype:
+    check(_OP, g, g.x.shape[-1] if g.x.ndim else 0)
+    return float_dtype(_OP, g.x)
 
 
-def _check(g: _Given) -> torch.dtype:
-    x, bits = g.x, (g.bits, g.activation_bits)
-    check_product(_OP, x, x.shape[-1] if x.ndim else 0, g.exponents, g.scale, g.bias, bits, g.epilogue)
-    return float_dtype(_OP, x)
-
-
-def _shapes(g: _Given) -> Tensor:
+def _shapes(g: Product) -> Tensor:
     _check(g)
     return g.x.new_empty((*g.x.shape[:-1], g.scale.shape[0]))
 
 
-def _cpu(g: _Given) -> Tensor:
+def _cpu(g: Product) -> Tensor:
     x = g.x
     known = known_weights(g.weight, g.exponents, g.scale, g.bias, g.bits, 1, 1)
     # a call costs as much as a small product: what was checked before is not checked again
@@ -105,7 +91,7 @@ def _cpu(g: _Given) -> Tensor:
     return y if x.dtype is torch.float32 else y.to(x.dtype)
 
 
-def _gpu(g: _Given) -> Any:
+def _gpu(g: Product) -> Any:
     _check(g)
     prepared = gpu_weight(g.weight, g.exponents, g.scale, g.bias, g.input_scale, g.bits)
     if prepared is None or g.x.dtype not in NAMES:
@@ -120,7 +106,7 @@ SHIFTQUANT_LINEAR = Operator(
     shapes=_shapes,
     cpu=_cpu,
     gpu=_gpu,
-    given=_Given,
+    given=Product,
     functions=(
         native.Function(
             "nf_linear",

@@ -23,16 +23,9 @@ _TO_FLOAT, _TO_INTEGER = "shiftquant_matmul", "shiftquant_matmul_quantize"
 
 
 def shiftquant_matmul(
-    q: Tensor,
-    row_scale: Tensor,
-    weight: Tensor,
-    exponents: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    bits: int,
-    epilogue: str,
-) -> Tensor:
+    q: Tensor, row_scale: Tensor, weight: Tensor, exponents: Tensor, scale: Tensor, bias: Tensor | None,
+    residual: Tensor | None, bits: int, epilogue: str,
+) -> Tensor:  # fmt: skip
     """y[m, n] = act( row_scale[m] · scale[n] · Σ_k q[m, k] · (C[n, k] << (E − e[k])) + bias[n] ) + residual[m, n].
 
     Args:
@@ -47,23 +40,15 @@ def shiftquant_matmul(
     Raises:
         UsageError: arguments do not belong together.
     """
-    _check(_Product(q, row_scale, weight, exponents, scale, bias, residual, bits, epilogue))
+    _check(_Given(q, row_scale, weight, exponents, scale, bias, residual, bits, epilogue))
     acc = integers.integer_matmul(q, operand_of(weight, exponents, scale.numel(), bits))
     return finish(acc, _rows(q, row_scale), scale, bias, epilogue, residual, row_scale.dtype)
 
 
 def shiftquant_matmul_quantize(
-    q: Tensor,
-    row_scale: Tensor,
-    weight: Tensor,
-    exponents: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    bits: int,
-    epilogue: str,
-    out_bits: int,
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, row_scale: Tensor, weight: Tensor, exponents: Tensor, scale: Tensor, bias: Tensor | None,
+    residual: Tensor | None, bits: int, epilogue: str, out_bits: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """quantize_rows(shiftquant_matmul(...), out_bits), without the floats ever being in memory.
 
     Args:
@@ -76,14 +61,14 @@ def shiftquant_matmul_quantize(
     Raises:
         UsageError: arguments do not belong together.
     """
-    _check(_Codes(q, row_scale, weight, exponents, scale, bias, residual, bits, epilogue, out_bits))
+    _check(_Given(q, row_scale, weight, exponents, scale, bias, residual, bits, epilogue, out_bits))
     y = shiftquant_matmul(q, row_scale, weight, exponents, scale, bias, residual, bits, epilogue)
     out, out_scale = integers.quantize_rows(y, out_bits)
     return out, out_scale.to(row_scale.dtype)
 
 
-class _Product(NamedTuple):
-    """The arguments of `shiftquant_matmul`, in its order."""
+class _Given(NamedTuple):
+    """The arguments of `shiftquant_matmul` and `shiftquant_matmul_quantize`, in their order."""
 
     q: Tensor
     row_scale: Tensor
@@ -94,28 +79,12 @@ class _Product(NamedTuple):
     residual: Tensor | None
     bits: int
     epilogue: str
+    out_bits: int | None = None  # None: floats
 
 
-class _Codes(NamedTuple):
-    """The arguments of `shiftquant_matmul_quantize`, in its order."""
-
-    q: Tensor
-    row_scale: Tensor
-    weight: Tensor
-    exponents: Tensor
-    scale: Tensor
-    bias: Tensor | None
-    residual: Tensor | None
-    bits: int
-    epilogue: str
-    out_bits: int
-
-
-def _check(g: _Product | _Codes) -> None:
-    op, q, row_scale, residual = _TO_FLOAT, g.q, g.row_scale, g.residual
-    bits: tuple[int, ...] = (g.bits,)
-    if isinstance(g, _Codes):
-        op, bits = _TO_INTEGER, (g.bits, g.out_bits)
+def _check(g: _Given) -> None:
+    q, row_scale, residual = g.q, g.row_scale, g.residual
+    op, bits = (_TO_FLOAT, (g.bits,)) if g.out_bits is None else (_TO_INTEGER, (g.bits, g.out_bits))
     check_product(op, q, q.shape[-1] if q.ndim else 0, g.exponents, g.scale, g.bias, bits, g.epilogue)
     if q.dtype is not torch.int8:
         raise UsageError(f"{op}: q is {q.dtype}; expected int8")
@@ -134,30 +103,30 @@ def _rows(q: Tensor, row_scale: Tensor) -> Tensor:
     return row_scale if row_scale.ndim == q.ndim else row_scale.reshape(())
 
 
-def _float_shapes(g: _Product) -> Tensor:
+def _float_shapes(g: _Given) -> Tensor:
     return g.q.new_empty((*g.q.shape[:-1], g.scale.shape[0]), dtype=g.row_scale.dtype)
 
 
-def _integer_shapes(g: _Codes) -> tuple[Tensor, Tensor]:
+def _integer_shapes(g: _Given) -> tuple[Tensor, Tensor]:
     rows = g.q.shape[:-1]
     return g.q.new_empty((*rows, g.scale.shape[0])), g.q.new_empty((*rows, 1), dtype=g.row_scale.dtype)
 
 
-def _prepared(g: _Product | _Codes) -> tuple[native.Weight, Tensor, Tensor, int, int]:
+def _prepared(g: _Given) -> tuple[native.Weight, Tensor, Tensor, int, int]:
     """What the kernels read: the weight, q, its scales, their stride, and the number of rows."""
     prepared = linear_weight(g.weight, g.exponents, g.scale, g.bias, g.bits)
     m = g.q.numel() // prepared.k
     return prepared, g.q.contiguous(), g.row_scale.contiguous(), int(g.row_scale.numel() == m > 1), m
 
 
-def _float_cpu(g: _Product) -> Tensor:
+def _float_cpu(g: _Given) -> Tensor:
     prepared, *rows = _prepared(g)
     y = g.row_scale.new_empty((*g.q.shape[:-1], prepared.n))
     native.call("nf_matmul", prepared, *rows, native.EPILOGUES[g.epilogue], dense(g.residual), y)
     return y
 
 
-def _integer_cpu(g: _Codes) -> tuple[Tensor, Tensor]:
+def _integer_cpu(g: _Given) -> tuple[Tensor, Tensor]:
     prepared, *rows = _prepared(g)
     out = g.q.new_empty((*g.q.shape[:-1], prepared.n))
     out_scale = g.row_scale.new_empty((*g.q.shape[:-1], 1))
@@ -171,7 +140,7 @@ def _integer_cpu(g: _Codes) -> tuple[Tensor, Tensor]:
     return out, out_scale
 
 
-def _float_gpu(g: _Product | _Codes) -> Any:
+def _float_gpu(g: _Given) -> Any:
     prepared = gpu_weight(g.weight, g.exponents, g.scale, g.bias, None, g.bits)
     if prepared is None:
         return NotImplemented
@@ -179,9 +148,12 @@ def _float_gpu(g: _Product | _Codes) -> Any:
     return gpu_product(g.q, rows, prepared, g.bits, g.epilogue, dense(g.residual), "fp32")
 
 
-def _integer_gpu(g: _Codes) -> Any:
+def _integer_gpu(g: _Given) -> Any:
     y = _float_gpu(g)
-    return y if y is NotImplemented else gpu_rows(y, "fp32", g.out_bits, None)
+    if y is NotImplemented:
+        return y
+    assert g.out_bits is not None
+    return gpu_rows(y, "fp32", g.out_bits, None)
 
 
 _ROWS = (native.WEIGHT, native.I8, native.F32, native.LONG, native.LONG, native.INT)
@@ -192,7 +164,7 @@ SHIFTQUANT_MATMUL = Operator(
     check=_check,
     cpu=_float_cpu,
     gpu=_float_gpu,
-    given=_Product,
+    given=_Given,
     like=1,
     functions=(_MATMUL,),
 )
@@ -202,7 +174,7 @@ SHIFTQUANT_MATMUL_QUANTIZE = Operator(
     check=_check,
     cpu=_integer_cpu,
     gpu=_integer_gpu,
-    given=_Codes,
+    given=_Given,
     like=1,
     functions=(_MATMUL, native.Function("nf_matmul_quantize", *_ROWS, native.INT, native.I8, native.F32)),
 )

@@ -12,7 +12,7 @@ arXiv 1902.08153; Hinton et al., arXiv 1503.02531 (distillation).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,8 @@ from normfuse.quant.student import Student
 from normfuse.quant.weight import QuantizedWeight
 
 __all__ = ["Finetuned", "finetune"]
+
+Progress = Callable[[int, float], None] | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,16 +50,10 @@ class Finetuned:
 
 
 def finetune(
-    graph: Graph,
-    samples: Sequence[Sequence[Any]],
-    spec: ShiftQuant,
-    *,
-    weights: Mapping[fx.Node, Sequence[QuantizedWeight]],
-    input_scales: Mapping[fx.Node, Tensor] | None = None,
-    steps: int | None = None,
-    rate: float = 2e-3,
-    progress: Callable[[int, float], None] | None = None,
-) -> Finetuned:
+    graph: Graph, samples: Sequence[Sequence[Any]], spec: ShiftQuant, *, weights: Mapping[fx.Node, Sequence[QuantizedWeight]],
+    input_scales: Mapping[fx.Node, Tensor] | None = None, steps: int | None = None, rate: float = 2e-3,
+    progress: Progress = None,
+) -> Finetuned:  # fmt: skip
     """Train the layers of a graph with their integers; the float graph, as it is now, is what they are to equal.
 
     Constants of the graph are replaced: the weights by Ŵ, for the node alone, and biases, gains and shifts by the trained
@@ -86,34 +82,41 @@ def finetune(
     student = Student(graph, spec, weights, input_scales or {})
     targets = [_targets(graph, batch) for batch in batches]
     before = _mean_loss(student, batches, targets)
-    losses: list[float] = []
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(spec.seed)
-        optimizer = torch.optim.Adam(student.groups(rate), betas=(0.9, 0.99))
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: 0.5 * (1 + math.cos(math.pi * i / max(1, steps))))
-        order = torch.Generator().manual_seed(spec.seed)
-        queue: list[int] = []
-        for step in range(1, steps + 1):
-            queue = queue or torch.randperm(len(batches), generator=order).tolist()
-            i = queue.pop()
-            loss = _loss(student(batches[i]), targets[i])
-            losses.append(float(loss.detach()))
-            if not math.isfinite(losses[-1]):
-                raise NormfuseError(
-                    f"fine-tuning: the loss is {losses[-1]} at step {step} of {steps}; lower the rate ({rate:g}), "
-                    "or look for NaN and infinity in the calibration data"
-                )
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-            if progress is not None:
-                progress(step, losses[-1])
+        losses = list(_trained(student, list(zip(batches, targets, strict=True)), spec.seed, steps, rate, progress))
     after = _mean_loss(student, batches, targets) if losses else before
     if not after < before:
         student, after = Student(graph, spec, weights, input_scales or {}), before
     return Finetuned(*student.written_to(graph), losses, before, after)
+
+
+def _trained(
+    student: Student, data: Sequence[tuple[Sequence[Any], Sequence[Tensor]]], seed: int, steps: int, rate: float, progress: Progress
+) -> Iterator[float]:
+    """Train it; the loss of each step."""
+    optimizer = torch.optim.Adam(student.groups(rate), betas=(0.9, 0.99))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: 0.5 * (1 + math.cos(math.pi * i / max(1, steps))))
+    order = torch.Generator().manual_seed(seed)
+    queue: list[int] = []
+    for step in range(1, steps + 1):
+        queue = queue or torch.randperm(len(data), generator=order).tolist()
+        batch, target = data[queue.pop()]
+        loss = _loss(student(batch), target)
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise NormfuseError(
+                f"fine-tuning: the loss is {value} at step {step} of {steps}; lower the rate ({rate:g}), "
+                "or look for NaN and infinity in the calibration data"
+            )
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if progress is not None:
+            progress(step, value)
+        yield value
 
 
 def _targets(graph: Graph, batch: Sequence[Any]) -> list[Tensor]:

@@ -42,42 +42,46 @@ def quantize_weight(
         spec: weight_bits, groups, group_size, granularity, exponents and rounding are used.
         moments: m[k] = E[x_k²] over the calibration data, [K]; without them the diagonal of `hessian`, or 1.
         hessian: E[x xᵀ], [K, K], needed for rounding="gptq"; "auto" rounds to the nearest without it.
-        channel_groups: integers [K], the input channel that column k reads, where several columns read the same (the taps of a
-            convolution): they share its exponent. Without it each column is a channel. `group_size` neighbouring channels are
-            taken together.
+        channel_groups: integers [K], the input channel that column k reads, where several (the taps of a convolution) read the
+            same and share its exponent; without it each column is a channel. `group_size` neighbouring channels go together.
         generator: of stochastic rounding; by default one seeded with `spec.seed`.
 
     Raises:
         UsageError: shapes do not fit, W or the moments hold NaN or Inf, W is beyond float32, or gptq has no hessian.
     """
-    problem = Problem(
-        _checked(weight),
-        spec.weight_bits,
-        spec.groups,
-        _slots(weight.shape[1], spec.group_size, channel_groups),
-        _moments(weight.shape[1], moments, hessian),
-        spec.granularity == "per_tensor",
-    )
-    found = by_range(problem)
-    if spec.exponents == "search":
-        # by its own measure a search is never worse; but scales are rounded to float32 last, and that could cost more than it won
-        candidates = (found, by_search(problem))
-        errors = [weighted_error(weight, _nearest(problem, *candidate), problem.moments) for candidate in candidates]
-        found = candidates[errors[1] <= errors[0]]
+    weight, whole, k = _checked(weight), spec.granularity == "per_tensor", weight.shape[1]
+    slots, m = _slots(k, spec.group_size, channel_groups), _moments(k, moments, hessian)
+    problem = Problem(weight, spec.weight_bits, spec.groups, slots, m, whole)
     if spec.rounding == "gptq" and hessian is None:
         raise UsageError("rounding='gptq' without second moments of the inputs; give calibration data, or rounding='nearest'")
+    found = _scaled(problem, spec)
     if spec.rounding == "nearest" or (spec.rounding == "auto" and hessian is None):
         return _nearest(problem, *found)
     e, stored = _stored(*found)
     step = stored.double()[:, None] * torch.exp2(float(e.max()) - e.double())
-    if hessian is not None and spec.rounding != "stochastic":
-        codes = gptq_codes(problem.weight, step, hessian.detach().cpu(), problem.top)
+    if hessian is None or spec.rounding == "stochastic":
+        codes = _stochastic(problem, step, torch.Generator().manual_seed(spec.seed) if generator is None else generator)
     else:
-        codes = torch.empty(problem.weight.shape, dtype=torch.int8)
-        generator = torch.Generator().manual_seed(spec.seed) if generator is None else generator
-        for rows, block in problem.blocks():
-            codes[rows] = rounded(block / step[rows], "stochastic", generator).clamp_(-problem.top, problem.top).to(torch.int8)
+        codes = gptq_codes(problem.weight, step, hessian.detach().cpu(), problem.top)
     return QuantizedWeight(codes, e.to(torch.uint8), stored, problem.bits)
+
+
+def _scaled(problem: Problem, spec: ShiftQuant) -> tuple[Tensor, Tensor]:
+    """Exponents and scales."""
+    found = by_range(problem)
+    if spec.exponents != "search":
+        return found
+    # by its own measure a search is never worse; but scales are rounded to float32 last, and that could cost more than it won
+    candidates = (found, by_search(problem))
+    errors = [weighted_error(problem.weight, _nearest(problem, *candidate), problem.moments) for candidate in candidates]
+    return candidates[errors[1] <= errors[0]]
+
+
+def _stochastic(problem: Problem, step: Tensor, generator: torch.Generator) -> Tensor:
+    codes = torch.empty(problem.weight.shape, dtype=torch.int8)
+    for rows, block in problem.blocks():
+        codes[rows] = rounded(block / step[rows], "stochastic", generator).clamp_(-problem.top, problem.top).to(torch.int8)
+    return codes
 
 
 def weighted_error(weight: Tensor, quantized: QuantizedWeight, moments: Tensor | None = None) -> float:

@@ -86,12 +86,8 @@ def shift_quantize(
     dim %= x.ndim
     others = [d for d in range(x.ndim) if d != dim]
     if not x.numel():
-        return Shifted(
-            torch.zeros_like(x, dtype=torch.int8),
-            torch.zeros(x.shape[dim], dtype=torch.uint8, device=x.device),
-            x.new_ones(()),
-            dim,
-        )
+        none = torch.zeros(x.shape[dim], dtype=torch.uint8, device=x.device)
+        return Shifted(torch.zeros_like(x, dtype=torch.int8), none, x.new_ones(()), dim)
     r = x.abs().amax(others) if others else x.abs()  # (K,)
     r0 = r.amax()
     finite = r0.isfinite()

@@ -17,16 +17,15 @@ from normfuse.ir.decode import objection, pieces
 from normfuse.ir.graph import Graph, Refuse
 from normfuse.ir.passes import Pass, Rewriting
 from normfuse.ir.views import Affine as AffineOp
-from normfuse.ir.views import BatchNorm, Embedding, GroupNorm, Identity, InstanceNorm, LayerNorm, Mul, Op, RmsNorm, Value
+from normfuse.ir.views import BatchNorm, GroupNorm, Identity, InstanceNorm, LayerNorm, Mul, Op, RmsNorm, Value
 from normfuse.ir.wording import operator_name
 from normfuse.passes.affine import into_consumer, into_producer
 from normfuse.passes.affine.broadcast import PASS_INPUTS, collapse, is_one, is_zero
+from normfuse.passes.affine.shared import check_shared
 from normfuse.passes.patterns.known import infer, inherit
 from normfuse.passes.patterns.precision import in_range, is_in_range
 
 __all__ = ["Affine", "Plan", "commit", "downward", "into"]
-
-_UNTIE = 1 << 16  # bytes: storing a shared weight once more is refused above this
 
 _WIDER = 4  # a new bias may be so many times wider than the features that are shifted: q, k and v at once, an MLP
 
@@ -378,12 +377,5 @@ def _affordable(graph: Graph, old: Value, new: Op) -> None:
         return
     kept = {id(c) for _, c in _operands(new) if isinstance(c, Constant)}
     for name, c in _operands(old):
-        if not isinstance(c, Constant) or id(c) in kept:
-            continue
-        others = [n for n in graph.readers_of(c) if n is not old.node]
-        size = c.numel * c.dtype.itemsize
-        if others and (
-            size > _UNTIE or any(isinstance(graph.view(n, 1), Embedding) for n in (*others, *([old.node] if old.node else [])))
-        ):
-            reason = f"{c.name or name} is shared with {graph.path(others[0])}; folding would store its {size / 1e6:.1f} MB twice"
-            raise Refuse(reason, blocker=old.node, remedy="untie the weight before optimize")
+        if isinstance(c, Constant) and id(c) not in kept:
+            check_shared(graph, c, old.node, "folding", name)

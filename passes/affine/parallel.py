@@ -20,6 +20,7 @@ from normfuse.ir.graph import Graph, Refuse
 from normfuse.ir.views import Add, Affine, Conv, Linear, Sub, Value
 from normfuse.passes.affine.broadcast import is_zero, per_channel
 from normfuse.passes.affine.into_producer import into_weight
+from normfuse.passes.affine.shared import check_shared
 from normfuse.passes.patterns.precision import in_range
 
 __all__ = [
@@ -31,8 +32,6 @@ aten = torch.ops.aten
 
 _CONVS = {3: aten.conv1d.default, 4: aten.conv2d.default, 5: aten.conv3d.default}
 Term = tuple[fx.Node, int]  # a value and its sign in a sum
-
-_UNTIE = 1 << 16  # bytes: a weight that others read too is not stored once more above this
 
 
 @dataclass(frozen=True, eq=False)
@@ -243,13 +242,8 @@ def check_sole(graph: Graph, branch: Branch, lead: Branch) -> None:
     consumers = graph.consumers(branch.node)
     if branch.node is not lead.x and len(consumers) > 1:
         raise Refuse(f"{graph.path(branch.node)} feeds {len(consumers)} consumers", blocker=branch.node)
-    if branch.W is None:
-        return
-    size = branch.W.numel * branch.W.dtype.itemsize
-    others = [n for n in graph.readers_of(branch.W) if n is not branch.node]
-    if others and size > _UNTIE:
-        reason = f"{branch.W.name} is shared with {graph.path(others[0])}; merging would store its {size / 1e6:.1f} MB twice"
-        raise Refuse(reason, blocker=branch.node, remedy="untie the weight before optimize")
+    if branch.W is not None:
+        check_shared(graph, branch.W, branch.node, "merging")
 
 
 def check_compatible(graph: Graph, a: Branch, b: Branch) -> None:

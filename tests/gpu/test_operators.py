@@ -15,11 +15,13 @@ from torch import Tensor
 import normfuse
 from normfuse.gpu import run as launching
 from normfuse.gpu.loaded import CannotCompile
-from normfuse.ops import Operator, operator
+from normfuse.ops import OPERATORS, Operator, operator
 
-ON_GPU = (
-    "add_crms_norm", "add_rms_norm", "crms_norm", "l1_norm", "quantize_rows", "rms_norm", "two_pass_softmax",
-)  # fmt: skip
+ON_GPU = [name for name, stated in OPERATORS.items() if stated.gpu is not None]
+
+
+def test_norms_softmax_and_products_have_gpu_kernels() -> None:
+    assert {"add_rms_norm", "rms_norm", "rms_norm_linear", "shiftquant_linear", "two_pass_softmax"} < set(ON_GPU)
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, id=n) for n in ON_GPU])

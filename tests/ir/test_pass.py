@@ -92,6 +92,23 @@ def test_changes_by_site_with_notes_and_refusals():
     assert [(s.rule, s.path, s.note) for s in report.refused] == [("bias_is_named", "2", "it has no bias")]
 
 
+class Unnamed(Pass):
+    """Refuses, and does, under its own name."""
+
+    name = "unnamed"
+
+    def change(self, graph, node):
+        if isinstance(graph.view(node, 1), Linear):
+            raise Refuse("it is linear")
+        return Change(do=lambda: None) if isinstance(graph.view(node, 1), Relu) else None
+
+
+def test_a_change_goes_by_the_name_of_the_pass_where_nothing_else_is_said():
+    report = Unnamed()(graph_of(*relus()))
+    assert {s.rule for s in (*report.applied, *report.refused)} == {"unnamed"}
+    assert (len(report.applied), len(report.refused)) == (2, 3)
+
+
 class Plain:
     """A callable that knows nothing of `Pass`."""
 
@@ -120,7 +137,13 @@ def test_a_plain_callable_is_a_pass():
 
 
 def test_what_is_no_pass_is_refused():
-    with pytest.raises(TypeError, match="no pass"):
-        Pass.of(print)
+    class Nameless(Pass):
+        pass
+
+    for given in (print, Nameless(), Doubling):
+        with pytest.raises(TypeError, match="no pass"):
+            Pass.of(given)
     with pytest.raises(UsageError, match="neither a name nor a pass"):
         normfuse.optimize(*relus(), passes=[lambda graph: None])
+    with pytest.raises(UsageError, match=r"pass an object of it, Doubling\(\)"):
+        normfuse.optimize(*relus(), passes=[Doubling])

@@ -30,6 +30,7 @@ SOURCES: dict[str, tuple[str, ...]] = {
     "passes/once.py": _SLICES,
     "passes/patterns/moments.py": ("passes/patterns/test_guards_moments.py", "passes/test_recognise.py"),
     "passes/select.py": ("passes/test_guards_select.py", "passes/test_select.py"),
+    "passes/affine/shared.py": (*_ALGEBRA, "passes/affine/test_guards_parallel.py", "passes/test_huge_eps.py"),
     "passes/streams/keep_layer_norm.py": _FOLD,
     "passes/streams/mean_free.py": _STREAMS,
     "passes/streams/streams.py": _STREAMS,

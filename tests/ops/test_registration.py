@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from normfuse.errors import UsageError
-from normfuse.ops import OPERATORS
+from normfuse.ops import OPERATORS, Operator
 from tests.ops.quantized import convolution, linear
 from tests.ops.samples import samples
 
@@ -27,6 +27,29 @@ def _each() -> list[Any]:
 def test_every_operator_has_a_sample() -> None:
     assert set(SAMPLES_OF) == set(OPERATORS)
     assert {"shiftquant_linear", "rms_norm", "attention"} < set(OPERATORS)
+
+
+SCHEMAS = {  # those of files that were saved earlier
+    "rms_norm": "(Tensor x, Tensor? gain, float eps) -> Tensor",
+    "shiftquant_attention": "(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale, bool causal, int bits) -> Tensor",
+    "shiftquant_conv2d": "(Tensor x, Tensor weight, Tensor exponents, Tensor scale, Tensor? bias, Tensor? input_scale, int bits, "
+    "int activation_bits, int[] kernel, int[] stride, int[] padding, int[] dilation, int groups, "
+    'str epilogue="none") -> Tensor',
+    "quantize_rows": "(Tensor x, int bits) -> (Tensor, Tensor)",
+}
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, id=n) for n in SCHEMAS])
+def test_schemas_do_not_change(name: str) -> None:
+    assert str(getattr(op, name).default._schema) == f"normfuse::{name}{SCHEMAS[name]}"
+
+
+def test_an_annotation_that_no_schema_has_is_refused() -> None:
+    def bad(x: Tensor, sizes: dict[str, int]) -> Tensor:
+        return x
+
+    with pytest.raises(TypeError, match=r"operator bad: found sizes: dict\[str, int\]; expected"):
+        _ = Operator(bad, shapes=bad).schema
 
 
 @pytest.mark.parametrize("name", _each())

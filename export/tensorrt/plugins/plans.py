@@ -11,7 +11,7 @@ import numpy as np
 
 from normfuse.errors import ExportError, UsageError
 from normfuse.export.onnx.build import const_of, dims
-from normfuse.export.ops import DOMAIN
+from normfuse.export.ops import DOMAIN, OP_OF
 from normfuse.export.tensorrt.builder import module_path
 from normfuse.extras import need
 from normfuse.gpu.blocks import FEW_ROWS
@@ -161,7 +161,7 @@ def _normalized(site: Site, kind: str, values: dict[str, Any], eps: str = "eps")
         eps=float(site.fact(eps)),
         scale_const=float(site.fact("scale_const", 1.0)),
     )
-    return Planned({"rms": "RmsNorm", "crms": "CrmsNorm", "l1": "L1Norm"}[kind], launch, there)
+    return Planned(OP_OF[f"{kind}_norm"].name, launch, there)
 
 
 def _standard_rms(site: Site) -> Planned:
@@ -253,25 +253,21 @@ def _product(site: Site, x: Any, codes: Mapping[str, Any], rest: list[Any], befo
     return Planned("ShiftQuantMatMul", launch, operands, before, few)
 
 
-#: By what a user names: the op types that it stands for, those of `DOMAIN` first.
-PLUGINS = {
-    "rms_norm": ("RmsNorm", "RMSNormalization"),
-    "crms_norm": ("CrmsNorm",),
-    "l1_norm": ("L1Norm",),
-    "rms_norm_linear": ("RmsNormLinear",),
-    "shiftquant_linear": ("ShiftQuantLinear", "QuantizeRows", "ShiftQuantMatMul"),
-    "two_pass_softmax": ("TwoPassSoftmax",),
+_STATED: dict[str, dict[tuple[str, str], Callable[[Site], Planned]]] = {
+    "rms_norm": {(DOMAIN, "RmsNorm"): _norm("rms"), ("", "RMSNormalization"): _standard_rms},
+    "crms_norm": {(DOMAIN, "CrmsNorm"): _norm("crms")},
+    "l1_norm": {(DOMAIN, "L1Norm"): _norm("l1")},
+    "rms_norm_linear": {(DOMAIN, "RmsNormLinear"): _norm_linear},
+    "shiftquant_linear": {
+        (DOMAIN, "ShiftQuantLinear"): _quantized_linear,
+        (DOMAIN, "QuantizeRows"): _rows,
+        (DOMAIN, "ShiftQuantMatMul"): _matmul,
+    },
+    "two_pass_softmax": {(DOMAIN, "TwoPassSoftmax"): _softmax},
 }
 
+#: By what a user names: the op types that it stands for, those of `DOMAIN` first.
+PLUGINS = {name: tuple(op for _, op in plans) for name, plans in _STATED.items()}
+
 #: By domain and op type.
-PLANS: dict[tuple[str, str], Callable[[Site], Planned]] = {
-    (DOMAIN, "RmsNorm"): _norm("rms"),
-    ("", "RMSNormalization"): _standard_rms,
-    (DOMAIN, "CrmsNorm"): _norm("crms"),
-    (DOMAIN, "L1Norm"): _norm("l1"),
-    (DOMAIN, "RmsNormLinear"): _norm_linear,
-    (DOMAIN, "TwoPassSoftmax"): _softmax,
-    (DOMAIN, "ShiftQuantLinear"): _quantized_linear,
-    (DOMAIN, "QuantizeRows"): _rows,
-    (DOMAIN, "ShiftQuantMatMul"): _matmul,
-}
+PLANS = {key: plan for plans in _STATED.values() for key, plan in plans.items()}

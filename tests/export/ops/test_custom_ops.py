@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from normfuse import native
+from normfuse import native, words
 from normfuse.ops._epilogue import finish
 from normfuse.quant.integers import integer_matmul, quantize_rows, quantize_static
 from normfuse.quant.packing import pack
@@ -22,7 +22,7 @@ ort = pytest.importorskip("onnxruntime")
 pytestmark = pytest.mark.skipif(not native.available(), reason=native.why_not() or "there")
 
 F, U8, I8 = 1, 2, 3
-EPILOGUES = ["none", "relu", "gelu", "gelu_tanh", "silu"]
+EPILOGUES = words.EPILOGUES
 
 
 def _model(
