@@ -18,6 +18,7 @@ from typing import Any
 import click
 import onnx
 import torch
+from normfuse.benchmark.progress import rounds_bar
 from onnx import ModelProto
 from rich.console import Console
 
@@ -26,7 +27,6 @@ from benchmarks.command import exit_code
 from benchmarks.decoder import GPT2_SMALL, Decoder, Packed, Session, Shape, Weights
 from normfuse.benchmark import Comparison, Engine, Schedule, measure
 from normfuse.benchmark.machine import cores
-from normfuse.benchmark.progress import rounds_bar
 from normfuse.files import atomic
 from normfuse.quant.spec import ShiftQuant
 

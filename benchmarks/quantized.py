@@ -20,6 +20,7 @@ from typing import Any
 import click
 import numpy as np
 import torch
+from normfuse.benchmark.progress import rounds_bar
 from rich.console import Console
 
 import normfuse
@@ -30,7 +31,6 @@ from normfuse.app.engines import export_original, onnxruntime_engine
 from normfuse.app.sources import Source
 from normfuse.benchmark import Comparison, Engine, Schedule, measure
 from normfuse.benchmark.machine import cores
-from normfuse.benchmark.progress import rounds_bar
 from normfuse.export import to_onnx
 from normfuse.files import atomic
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from normfuse.benchmark.progress import rounds_bar
 from rich.console import Console
 
 from benchmarks.command import exit_code
@@ -24,7 +25,6 @@ from benchmarks.models import MODELS, Entry, prepared_call
 from benchmarks.prepare import prepare
 from normfuse.benchmark import Comparison, Engine, Machine, Schedule, measure
 from normfuse.benchmark.machine import cores
-from normfuse.benchmark.progress import rounds_bar
 from normfuse.errors import NormfuseError
 from normfuse.files import atomic
 
