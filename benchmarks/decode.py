@@ -26,8 +26,8 @@ from benchmarks.command import exit_code
 from benchmarks.decoder import GPT2_SMALL, Decoder, Packed, Session, Shape, Weights
 from normfuse.benchmark import Comparison, Engine, Schedule, measure
 from normfuse.benchmark.machine import cores
-from normfuse.benchmark.progress import rounds_bar
 from normfuse.files import atomic
+from normfuse.progress import progress_bar
 from normfuse.quant.spec import ShiftQuant
 
 __all__ = ["TITLES", "agreement", "main", "make"]
@@ -163,8 +163,8 @@ def _measured(files: dict[str, Path], shape: Shape, past: int, schedule: Schedul
         medians = {n: sorted(row[i] for row in quick.medians)[1] for i, n in enumerate(others)}
         base = min(others, key=medians.__getitem__)
     order = [n for n in engines if n != base]
-    with rounds_bar("decode") as on_round:
-        found = measure([engines[base], engines[base], *(engines[n] for n in order)], schedule, on_round=on_round)
+    with progress_bar("decode") as bar:
+        found = measure([engines[base], engines[base], *(engines[n] for n in order)], schedule, on_round=bar.to)
     rows = {n: Comparison.of(found, a=0, again=1, b=2 + i).to_dict() for i, n in enumerate(order)}
     return {"base": base, "itself": Comparison.of(found, a=0, again=1, b=1).to_dict(), "engines": rows}
 

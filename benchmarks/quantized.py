@@ -30,9 +30,9 @@ from normfuse.app.engines import export_original, onnxruntime_engine
 from normfuse.app.sources import Source
 from normfuse.benchmark import Comparison, Engine, Schedule, measure
 from normfuse.benchmark.machine import cores
-from normfuse.benchmark.progress import rounds_bar
 from normfuse.export import to_onnx
 from normfuse.files import atomic
+from normfuse.progress import progress_bar
 
 __all__ = ["main"]
 
@@ -105,8 +105,8 @@ def _measure(entry: Entry, only: Sequence[str], schedule: Schedule) -> dict[str,
         base = ready.engines.pop("ort_fp32")[1]
         # the first process of a comparison is slower than the others: one that is not counted is started before them
         engines = (base, base, base, *(engine for _, engine in ready.engines.values()))
-        with rounds_bar(entry.name) as on_round:
-            found = measure(engines, schedule, on_round=on_round)
+        with progress_bar(entry.name) as bar:
+            found = measure(engines, schedule, on_round=bar.to)
         rows = {}
         for i, (key, (title, _)) in enumerate(ready.engines.items()):
             comparison = Comparison.of(found, a=1, again=2, b=3 + i)

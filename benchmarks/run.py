@@ -24,9 +24,9 @@ from benchmarks.models import MODELS, Entry, prepared_call
 from benchmarks.prepare import prepare
 from normfuse.benchmark import Comparison, Engine, Machine, Schedule, measure
 from normfuse.benchmark.machine import cores
-from normfuse.benchmark.progress import rounds_bar
 from normfuse.errors import NormfuseError
 from normfuse.files import atomic
+from normfuse.progress import progress_bar
 
 __all__ = ["main"]
 
@@ -84,8 +84,8 @@ def _measure(entry: Entry, also: tuple[str, ...], schedule: Schedule) -> dict[st
         ready = prepare(entry, Path(folder), threads=schedule.threads)
         others = [Engine(kind, partial(prepared_call, entry.name, kind == "compile")) for kind in also]
         engines = (ready.original, ready.original, ready.optimized, *others)
-        with rounds_bar(entry.name) as on_round:
-            found = measure(engines, schedule, on_round=on_round)
+        with progress_bar(entry.name) as bar:
+            found = measure(engines, schedule, on_round=bar.to)
     comparison = Comparison.of(found)
     return {
         "name": entry.name,

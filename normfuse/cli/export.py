@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from normfuse.cli.asked import Asked, Place, asked_options, place_options
 from normfuse.cli.bundled import Telling, telling_options
 from normfuse.cli.columns import columns, differences
+from normfuse.cli.exporting.asked import Asked, Place, asked_options, place_options
+from normfuse.cli.exporting.speed import speed_option
 from normfuse.cli.onnx_files import is_onnx
 from normfuse.cli.options import Model, Pipeline, model_options, pipeline_options
 from normfuse.cli.reports import check_report, write_report
-from normfuse.cli.speed import speed_option
 from normfuse.errors import UsageError
 from normfuse.export.options import ExportOptions
 from normfuse.export.runtimes import parse_runtime
@@ -46,7 +46,7 @@ def export(model: Model, pipeline: Pipeline, asked: Asked, place: Place, speed_c
         parse_runtime(asked.runtime)  # a misspelt release costs a second and not a minute
     place.check()
     if place.repository is not None:
-        from normfuse.cli.deploy import deploy
+        from normfuse.cli.exporting.deploy import deploy
 
         if telling.report_path is not None:
             raise UsageError("--report goes with -o; --json tells what --repository wrote")
@@ -67,7 +67,7 @@ def export(model: Model, pipeline: Pipeline, asked: Asked, place: Place, speed_c
 
 
 def _to_engine(model: Model, pipeline: Pipeline, asked: Asked, place: Place, telling: Telling) -> None:
-    from normfuse.cli.engine_export import dry, to_engine
+    from normfuse.cli.exporting.engine_export import dry, to_engine
 
     assert place.output is not None
     if asked.target not in (None, "tensorrt"):
@@ -106,7 +106,7 @@ def _to_onnx(
     text, data = str(exported), {"export": dataclasses.asdict(exported)}
     rounds = exported.form is not None and FORMS[exported.form].rounds
     if original is not None and rounds and options.where.runs_here and (telling.report_path or not telling.quiet):
-        from normfuse.cli.speed import speed_of
+        from normfuse.cli.exporting.speed import speed_of
 
         speed = speed_of(original, output)
         text, data = f"{text}\n{speed}", data | {"speed": speed.to_dict()}

@@ -272,7 +272,7 @@ def test_quantized_file_says_what_it_is(run: Run) -> None:
 
 def test_fp32_original_is_measured_against_the_file(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("onnxruntime")
-    monkeypatch.setattr("normfuse.cli.speed._SECONDS", 0.05)
+    monkeypatch.setattr("normfuse.cli.exporting.speed._SECONDS", 0.05)
     code, out, _ = run("export", "models:build", "-o", "q.onnx", *SIZE, "--calibration", "models:data", "--json")
     assert code == 0
     speed = json.loads(out)["speed"]

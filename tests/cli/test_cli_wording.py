@@ -7,7 +7,7 @@ import pytest
 
 from normfuse.benchmark import Comparison
 from normfuse.cli.columns import columns, differences
-from normfuse.cli.speed import Speed
+from normfuse.cli.exporting.speed import Speed
 from normfuse.cli.wording import in_options, report_in_options
 from normfuse.reports.model import LayerQuantization, PassReport, Site
 from normfuse.reports.report import Report

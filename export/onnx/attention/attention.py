@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
+from normfuse.export.onnx.attention.linear import Linear, linear_of
 from normfuse.export.onnx.attention.masks import Bias, bias_of
+from normfuse.export.onnx.attention.views import Heads, heads
 from normfuse.export.onnx.build import Build, const_of, dims, same_size, take_over
-from normfuse.export.onnx.linear import Linear, linear_of
 from normfuse.export.onnx.own_nodes import native_node
-from normfuse.export.onnx.views import Heads, heads
 from normfuse.export.onnx.writer.translate import MARKER_DOMAIN, SDPA
 
 __all__ = ["Site", "in_kernel", "lower_attention", "widths"]

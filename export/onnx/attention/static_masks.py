@@ -11,7 +11,7 @@ import logging
 import torch
 from torch import fx
 
-from normfuse.export.onnx.index_algebra import Affine, AtLeastZero, Indexed, index_values
+from normfuse.export.onnx.attention.index_algebra import Affine, AtLeastZero, Indexed, index_values
 
 __all__ = ["simplify_masks"]
 

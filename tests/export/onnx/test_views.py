@@ -5,7 +5,7 @@ import onnx_ir as ir
 import pytest
 import torch
 
-from normfuse.export.onnx.views import heads
+from normfuse.export.onnx.attention.views import heads
 from normfuse.export.onnx.writer.translate import table
 
 

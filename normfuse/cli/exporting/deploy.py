@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import click
 
-from normfuse.cli.asked import Asked, Place
 from normfuse.cli.bundled import Telling
+from normfuse.cli.exporting.asked import Asked, Place
 from normfuse.cli.onnx_files import is_onnx
 from normfuse.cli.options import Model, Pipeline
 from normfuse.errors import UsageError
@@ -61,7 +61,7 @@ def _exporter(
 ) -> Callable[[Path], _Exported]:
     """Writes what the server is to run into a folder; flags that are wrong are errors now."""
     if backend == "tensorrt":
-        from normfuse.cli.engine_export import to_engine
+        from normfuse.cli.exporting.engine_export import to_engine
 
         options = asked.engine(telling)
         _check_flavour(options)

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 import click
 
+from normfuse.cli.exporting.profiles import fitted
 from normfuse.cli.onnx_files import is_onnx
 from normfuse.cli.options import Model, Pipeline
-from normfuse.cli.profiles import fitted
 from normfuse.errors import CheckFailed, UsageError
 from normfuse.export.options import EngineOptions
 
