@@ -75,12 +75,15 @@ def write_back(model: nn.Module, tree: ModuleTree, graph: Graph, paths: Iterable
         if node.op == "call_function":
             own.setdefault(graph.path(node), []).append(node)
     _write_values(found, tree.written(graph))
-    gains = {tree.gains[name]: name for name in found.values if name in tree.gains}
+    gains: dict[str, list[str]] = {}
+    for name in found.values:
+        if name in tree.gains:
+            gains.setdefault(tree.gains[name], []).append(name.rpartition(".")[2])
     for path in dict.fromkeys(paths):
         if tree.module(path) is None:  # an operator of the model's own forward: it stays in the code
             continue
         if path in gains:
-            found.became[path] = f"{gains[path].rpartition('.')[2]} is one"
+            found.became[path] = f"{' and '.join(gains[path])} {'is' if len(gains[path]) == 1 else 'are'} one"
             continue
         _lighten(found, tree, path, [graph.view(n, 2) for n in own.get(path, [])])
     return found

@@ -119,7 +119,7 @@ class ModuleTree:
             if name is not None and constant.tensor is None:
                 found[name] = constant
         read = {self.home(c) for c in graph.constants.values()}
-        for name in self.gains.keys() - read:
+        for name in (gain for gain in self.gains if gain not in read):
             of = self._stored[name]
             found[name] = Constant.apply(torch.ones_like, of)
         return found
