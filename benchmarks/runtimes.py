@@ -25,9 +25,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from normfuse.export.options import Form
+from normfuse.export.targets import TargetName
+
 __all__ = ["Case", "main"]
 
 OPSETS = range(17, 24)
+TARGETS: tuple[TargetName, ...] = ("onnxruntime", "portable", "tensorrt")
 BAD = ("WRONG", "FAILS", "ABORTS")
 _WORKER = Path(__file__).with_name("runtimes_worker.py")
 
@@ -111,9 +115,9 @@ def _models() -> dict[str, tuple[Any, Any]]:
     return {name: (model.eval(), inputs[name]) for name, model in models.items()}
 
 
-def _wanted() -> Iterator[tuple[str, str, str]]:
+def _wanted() -> Iterator[tuple[str, TargetName, Form]]:
     """Layers, target, form."""
-    for target in ("onnxruntime", "portable", "tensorrt"):
+    for target in TARGETS:
         yield "float", target, "auto"
         for bits in ("w8a8", "w4a8"):
             if target == "onnxruntime":

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu.asked import Asked
-from benchmarks.gpu.clock import DEVICE, as_graph, said
+from benchmarks.gpu.clock import DEVICE, said
 from normfuse.export.tensorrt.plugins.kernel import Kernel
 from normfuse.export.tensorrt.plugins.placing import payload_of
 from normfuse.extras import need
 from normfuse.gpu.compile import CAPABILITIES
+from normfuse.gpu.device import as_graph
 from normfuse.gpu.launch import DTYPES, Launch
 from normfuse.gpu.norm import plan_norm
 from normfuse.gpu.norm_linear import plan_norm_linear

@@ -76,7 +76,7 @@ def each(device: str, *, quick: bool, families: Sequence[str] = FAMILIES) -> Ite
     Ends early where the device is lost, as after an illegal address: nothing that runs in the same process could be right.
     """
     for case in cases(device, quick, families):
-        row = {"kernel": case.kernel, "dtype": case.dtype, "error": 0.0, "bound": BOUNDS[case.dtype], "failed": ""}
+        row: dict[str, Any] = {"kernel": case.kernel, "dtype": case.dtype, "error": 0.0, "bound": BOUNDS[case.dtype], "failed": ""}
         try:
             row["error"] = _error(case)
         except Exception as e:  # a kernel that does not compile on this GPU is a finding, not the end

@@ -130,7 +130,7 @@ def _contenders(n: int, k: int, m: int, count: int, beside: str) -> dict[str, Ca
         **{name: lambda b=bits, g=groups: ours(b, g) for name, bits, groups in _OURS},  # type: ignore[misc]
     }
     if beside:
-        theirs = {name: lambda a=given: _torchao(x, weights, *a) for name, *given in _TORCHAO}  # type: ignore[misc]
+        theirs = {name: lambda a=given: _torchao(x, weights, *a) for name, *given in _TORCHAO}
         return found | theirs
     found |= {
         "fp16 linear, compiled": compiled(F.linear, 2, weights),

@@ -129,6 +129,7 @@ def tensors_of(module: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -
 
 
 def difference(expected: list[Tensor], found: list[Tensor]) -> Error:
+    """The deviation of `found`; infinite where shapes or dtypes differ."""
     dtype = next((str(t.dtype).removeprefix("torch.") for t in expected if t.is_floating_point()), "float32")
     same = [(a.shape, a.dtype) for a in expected] == [(b.shape, b.dtype) for b in found]
     return measure(expected, found, dtype) if same else Error(float("inf"), float("inf"), dtype)

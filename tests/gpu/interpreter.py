@@ -63,7 +63,7 @@ def _main(source: str, target: str) -> None:
     from normfuse.gpu.source import suited
     from normfuse.ops import operator
 
-    operator.available = lambda device: True  # the interpreter is the GPU here
+    vars(operator)["available"] = lambda device: True  # the interpreter is the GPU here
     results = {}
     for key, case in torch.load(source).items():
         module, _, name = case["function"].partition(":")

@@ -144,6 +144,6 @@ def test_what_is_no_pass_is_refused():
         with pytest.raises(TypeError, match="no pass"):
             Pass.of(given)
     with pytest.raises(UsageError, match="neither a name nor a pass"):
-        normfuse.optimize(*relus(), passes=[lambda graph: None])
+        normfuse.optimize(*relus(), passes=[lambda graph: None])  # type: ignore[arg-type, return-value]
     with pytest.raises(UsageError, match=r"pass an object of it, Doubling\(\)"):
         normfuse.optimize(*relus(), passes=[Doubling])

@@ -88,7 +88,7 @@ def test_a_layer_without_its_bias(op, value):
 
 
 def test_padding_hides_a_shift():
-    padded = dataclasses.replace(LAYERS["conv2d"][0], padding=[1, 1])
+    padded = dataclasses.replace(LAYERS["conv2d"][0], padding=[1, 1])  # type: ignore[call-arg]
     assert "zero padding" in padded.weight.unshifted
     assert padded.weight.remedy
 

@@ -23,6 +23,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from benchmarks.gpu.first_light import page
 from benchmarks.gpu.first_light.children import Ended, run_child
@@ -79,7 +80,8 @@ def perform(steps: Sequence[Step], out: Path, seconds: float, options: tuple[str
         seconds: for all of them; what has not begun by then is left out.
         options: of each process besides its step.
     """
-    end, versions, device = time.monotonic() + seconds, _versions(), {}
+    end, versions = time.monotonic() + seconds, _versions()
+    device: dict[str, Any] = {}
     wrong = False
     for step in steps:
         rows, log = (out / f"{step.name.replace(': ', '-').replace(' ', '_')}.{kind}" for kind in ("rows", "log"))
@@ -128,7 +130,7 @@ def _versions() -> dict[str, str]:
 
 def _inside(asked: argparse.Namespace) -> int:
     """What a process of a step does; its exit code."""
-    from contextlib import nullcontext
+    from contextlib import AbstractContextManager, nullcontext
 
     from benchmarks.gpu.asked import Asked
     from normfuse.errors import UsageError
@@ -136,7 +138,7 @@ def _inside(asked: argparse.Namespace) -> int:
     if asked.rehearse:
         from tests.gpu.rehearsal import rehearsal
 
-        around = rehearsal()
+        around: AbstractContextManager[None] = rehearsal()
     else:
         around = nullcontext()
     with around:

@@ -61,7 +61,7 @@ def named(name: str) -> Step:
 
 def _device(job: Job) -> str:
     """What there is; raises `UsageError` where there is no GPU."""
-    from normfuse.benchmark.device import find_gpu
+    from normfuse.gpu.device import find_gpu
 
     gpu = find_gpu()
     print(gpu)
@@ -85,9 +85,10 @@ def _warm(job: Job) -> str:
 def _checks(family: str) -> Callable[[Job], str]:
     def do(job: Job) -> str:
         from benchmarks.gpu import checks
+        from benchmarks.gpu.clock import DEVICE
 
         wrong = 0
-        for row in checks.each(checks.DEVICE, quick=job.asked.quick, families=(family,)):
+        for row in checks.each(DEVICE, quick=job.asked.quick, families=(family,)):
             job.asked.keep(row)
             wrong += bool(row["failed"])
             if row["failed"]:

@@ -10,6 +10,7 @@ pytest.importorskip("onnxscript")
 from normfuse.errors import ExportError
 from normfuse.export import to_onnx
 from normfuse.export.onnx import compare as module_of_compare
+from normfuse.export.onnx import runtime
 from normfuse.export.onnx.compare import deviation
 from normfuse.export.onnx.out_of_range import finite, within_range
 from normfuse.export.onnx.program import program
@@ -47,7 +48,7 @@ def test_a_file_of_infinities_is_compared_on_other_inputs(tmp_path):
 
 
 def test_where_the_module_is_finite_the_file_must_be(tmp_path, monkeypatch):
-    run = module_of_compare.run
+    run = runtime.run
     monkeypatch.setattr(
         module_of_compare,
         "run",
