@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu.asked import Asked
-from benchmarks.gpu.clock import DEVICE, as_graph, said
+from benchmarks.gpu.clock import DEVICE, said
+from normfuse.benchmark.device import as_graph
 from normfuse.export.tensorrt.plugins.kernel import Kernel
 from normfuse.export.tensorrt.plugins.placing import payload_of
 from normfuse.extras import need
