@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -151,8 +152,7 @@ def _torchao(x: Tensor, weights: list[Tensor], config: str, options: Mapping[str
     Raises:
         ImportError: torchao is not installed. Others: it has no such form, or not on this GPU.
     """
-    from torchao import quantization
-
+    quantization = importlib.import_module("torchao.quantization")
     kept = []
     for w in weights:
         layer = torch.nn.Linear(w.shape[1], w.shape[0], bias=False, device=w.device, dtype=torch.bfloat16).requires_grad_(False)

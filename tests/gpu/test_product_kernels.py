@@ -75,7 +75,7 @@ def _exact() -> dict[str, tuple[QuantizedWeight, Tensor]]:
         found[f"split-{bits}-{groups}"] = random_weight(17, k, bits, groups, bits), _rows(3, k, bits)
         # each product of a turn with a sum of its own, as on 10.0; blocks of rows that are taken together, and some left over
         found[f"separate-{bits}-{groups}"] = random_weight(21, 300, bits, groups, bits), _rows(5, 300, bits)
-        found[f"together-{bits}-{groups}"] = random_weight(70, 70, bits, groups, bits), _rows(300, 70, bits)
+        found[f"together-{bits}-{groups}"] = random_weight(70, 70, bits, groups, bits), _rows(150, 70, bits)
     return found
 
 
@@ -108,7 +108,7 @@ def _norm_linears() -> Iterator[tuple[str, tuple[Any, ...]]]:
                 yield f"norm-{kind}-{dtype}-{m}", (kind, dtype, EPILOGUES[(i + j) % 5], hint, x, w, bias)
     large = 1e4 * torch.randn(3, 80, generator=generator).clamp(-4, 4)  # its squares are no float16
     yield "norm-large", ("rms", "fp16", "none", 1, large.half(), torch.randn(9, 80, generator=generator).half(), None)
-    x, w = torch.randn(300, 64, generator=generator), torch.randn(70, 64, generator=generator)
+    x, w = torch.randn(150, 64, generator=generator), torch.randn(70, 64, generator=generator)
     yield "norm-together", ("rms", "fp32", "none", 100, x, w, None)
     yield "norm-zeros", ("rms", "fp32", "none", 1, torch.zeros(2, 80), torch.randn(9, 80, generator=generator), torch.ones(9))
 
