@@ -116,22 +116,24 @@ class Operator:
     @functools.cached_property
     def on_cpu(self) -> Callable[..., Any]:
         """The kernel for CPUs in front of the definition."""
-        return self._where(lambda _: native.available(), self._asked(self.cpu or _none))
+        return self._before(self._asked(self.cpu or _none), lambda _: native.available())
 
     @functools.cached_property
     def on_gpu(self) -> Callable[..., Any]:
         """The kernel for GPUs, where Triton works, in front of the definition."""
-        return self._where(lambda x: available(x.device), self._compiled(self._asked(self.gpu or _none)))
+        return self._before(self._compiled(self._asked(self.gpu or _none)), lambda x: available(x.device))
 
-    def _where(self, works: Callable[[Tensor], bool], kernel: Callable[..., Any]) -> Callable[..., Any]:
+    def _before(self, kernel: Callable[..., Any], works: Callable[[Tensor], bool]) -> Callable[..., Any]:
         """Asked when the operator is called, not when it is registered: to import normfuse must not import triton."""
         definition, like = self.definition, self.like
 
         def run(*args: Any) -> Any:
-            if args[like].dtype is torch.float64 or not works(args[like]):
-                return definition(*args)
-            found = kernel(*args)
-            return definition(*args) if found is NotImplemented else found
+            x = args[like]
+            if x.dtype is not torch.float64 and works(x):
+                found = kernel(*args)
+                if found is not NotImplemented:
+                    return found
+            return definition(*args)
 
         return run
 

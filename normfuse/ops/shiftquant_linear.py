@@ -76,18 +76,18 @@ def _shapes(g: Product) -> Tensor:
 
 
 def _cpu(g: Product) -> Tensor:
-    x = g.x
-    known = known_weights(g.weight, g.exponents, g.scale, g.bias, g.bits, 1, 1)
+    x, weight, exponents, scale, bias, input_scale, bits, activation_bits, epilogue = g
+    known = known_weights(weight, exponents, scale, bias, bits, 1, 1)
     # a call costs as much as a small product: what was checked before is not checked again
-    if known is None or not x.ndim or x.shape[-1] != known[0].k or not x.is_floating_point() or g.epilogue not in native.EPILOGUES:
+    if known is None or not x.ndim or x.shape[-1] != known[0].k or not x.is_floating_point() or epilogue not in native.EPILOGUES:
         _check(g)
-        known = (linear_weight(g.weight, g.exponents, g.scale, g.bias, g.bits),)
+        known = (linear_weight(weight, exponents, scale, bias, bits),)
     prepared = known[0]
-    static = input_scale_value(_OP, g.input_scale)
+    static = input_scale_value(_OP, input_scale)
     rows = x.float().contiguous()
     y = torch.empty((*x.shape[:-1], prepared.n), dtype=torch.float32)
     m = x.numel() // prepared.k
-    native.call("nf_linear", prepared, rows, m, g.activation_bits, static, native.EPILOGUES[g.epilogue], None, y)
+    native.call("nf_linear", prepared, rows, m, activation_bits, static, native.EPILOGUES[epilogue], None, y)
     return y if x.dtype is torch.float32 else y.to(x.dtype)
 
 
