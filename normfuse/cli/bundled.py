@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import click
-
 from normfuse.cli.options import force_option, json_option, verbosity
 from normfuse.cli.reports import report_option
 
@@ -45,11 +43,6 @@ class Telling:
     force: bool
     as_json: bool
     quiet: bool
-
-    def say(self, text: str) -> None:
-        """A line for people who follow; none for programs."""
-        if not (self.quiet or self.as_json):
-            click.echo(text, err=True)
 
 
 #: Of a command that writes files.

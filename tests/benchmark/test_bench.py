@@ -21,6 +21,7 @@ from normfuse.app.sources import Source
 from normfuse.benchmark import Comparison, Engine, Machine, Measurement, Schedule, Verdict, engine, measure
 from normfuse.benchmark.machine import cores
 from normfuse.benchmark.statistics import median_interval
+from normfuse.benchmark.turns import in_turns
 from normfuse.errors import NormfuseError, UsageError
 from normfuse.progress import progress_bar
 from tests.benchmark.bench_workers import open_and_note, open_dying, open_failing, open_without_torch
@@ -294,6 +295,13 @@ def test_disturbed_turns_are_taken_again_and_counted(clock: Clock, monkeypatch: 
     found = measure((counted("a"), counted("b")), Schedule(rounds=2, isolate=False, turn=0.5, warmup=0.0, seconds=100.0))
     assert found.disturbed == 1.0
     assert calls == {"a": 2 + 2 * 3, "b": 2 + 2 * 3}
+
+
+def test_of_two_calls_neither_is_always_the_second() -> None:
+    order: list[str] = []
+    pairs = in_turns(lambda: order.append("a"), lambda: order.append("b"), runs=2)
+    assert all(len(next(pairs)) == 2 for _ in range(4))
+    assert "".join(order) == 2 * "aabbbbaa"
 
 
 def test_round_callback_counts_up(clock: Clock) -> None:
