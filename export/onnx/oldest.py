@@ -9,7 +9,7 @@ from typing import Any
 from normfuse.export.runtimes import Release, reads
 from normfuse.extras import need
 
-__all__ = ["Input", "needs", "oldest_runtime", "signature"]
+__all__ = ["Input", "needs", "signature"]
 
 
 @dataclass(frozen=True)
@@ -27,11 +27,6 @@ def signature(model: Any) -> tuple[Input, ...]:
         Input(v.name, v.dtype.numpy().name, tuple(d if isinstance(d, int) else str(d.value or "?") for d in v.shape.dims))
         for v in model.graph.inputs
     )
-
-
-def oldest_runtime(model: Any) -> Release:
-    """The oldest release that reads the file and has a kernel for every node."""
-    return max(release for release, _ in needs(model))
 
 
 def needs(model: Any) -> Iterator[tuple[Release, str]]:

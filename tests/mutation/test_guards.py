@@ -81,3 +81,4 @@ def test_a_guard_of_another_source_is_an_error(module):
 def test_the_map_names_what_is_there(source):
     assert (ROOT / source).exists()
     assert nearest(source)
+    assert all(list((ROOT / "tests").glob(pattern)) for pattern in SOURCES[source])
