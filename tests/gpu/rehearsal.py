@@ -24,7 +24,7 @@ def rehearsal(capability: int = 90) -> Iterator[None]:
     """Inside, the CPU counts as a GPU of this capability for `benchmarks.gpu`."""
     from benchmarks.gpu import carried, checks, clock, models, norms, products, warm
     from benchmarks.gpu.first_light.page import REHEARSED
-    from normfuse.benchmark import device
+    from normfuse.gpu import device
 
     gpu = device.Gpu(REHEARSED, f"{capability // 10}.{capability % 10}", 0, "none", "none")
     with ExitStack() as stack:

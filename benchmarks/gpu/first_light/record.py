@@ -25,7 +25,7 @@ class Record:
         said: why it is not "ok"; the end of what it printed.
         seconds: that it took.
         date: UTC.
-        device: of `normfuse.benchmark.device.Gpu`; empty before it is known.
+        device: of `normfuse.gpu.device.Gpu`; empty before it is known.
         versions: of packages, and of Python.
         rows: what it measured, as far as it came.
     """
