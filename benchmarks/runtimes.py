@@ -159,10 +159,9 @@ def write(folder: Path) -> None:
                     batches = None if spec is None else [(x,)]
                     ready[layers] = normfuse.optimize(model, (x,), quantize=spec, calibration=batches, verify="off")
                 path = folder / f"{name}.onnx"
+                options: dict[str, Any] = {"target": target, "form": form, "opset": opset}
                 try:
-                    made = to_onnx(
-                        ready[layers], path, target=target, form=form, opset=opset, threads=1, progress=False, force=True
-                    )
+                    made = to_onnx(ready[layers], path, **options, threads=1, progress=False, force=True)
                 except normfuse.NormfuseError as e:
                     (folder / f"{name}.json").write_text(json.dumps({"name": name, "not written": str(e)}))
                     print(f"{name}: not written: {e}", file=sys.stderr)
