@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from normfuse.errors import ExportError, UsageError
-from normfuse.export.onnx import api
+from normfuse.export.onnx import proven
 from normfuse.export.onnx.writer.save import data_files
 from tests.export.models import exported, outputs, relative
 
@@ -78,7 +78,7 @@ def test_interrupted_in_the_middle(tmp_path, monkeypatch):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(api, "compare", interrupt)
+    monkeypatch.setattr(proven, "compare", interrupt)
     with pytest.raises(KeyboardInterrupt):
         exported(_model(), (X,), tmp_path, external_data_above=100)
     assert not list(tmp_path.iterdir())
