@@ -11,7 +11,7 @@ import torch
 from normfuse.export.onnx.writer.translate import MARKER_DOMAIN
 from normfuse.extras import need
 
-__all__ = ["markers"]
+__all__ = ["marker", "markers"]
 
 _KINDS = {"int": "INT", "float": "FLOAT", "bool": "INT", "str": "STRING", "List[int]": "INTS"}
 #: Everything that a graph may hold; names as in `normfuse.ops`.
@@ -25,11 +25,14 @@ NAMES = (
 def markers() -> dict[Callable[..., Any], Callable[..., Any]]:
     """Translations of the operators that are registered: each becomes one node of `MARKER_DOMAIN` of the same name."""
     known = torch.ops.normfuse
-    return {getattr(known, name).default: _marker(getattr(known, name).default) for name in NAMES if hasattr(known, name)}
+    return {getattr(known, name).default: marker(getattr(known, name).default) for name in NAMES if hasattr(known, name)}
 
 
-def _marker(overload: Any) -> Callable[..., Any]:
-    """One node: tensors are its inputs, in order, what is missing left empty; numbers, words and lists are attributes."""
+def marker(overload: Any) -> Callable[..., Any]:
+    """The translation of an operator: one node of `MARKER_DOMAIN`.
+
+    Tensors are its inputs, in order, what is missing left empty; numbers, words and lists are attributes.
+    """
     onnx = need("onnx", extra="onnx")
     values = need("onnxscript", extra="onnx").values
     schema_of = onnx.defs.OpSchema
