@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any
 
 import numpy as np
@@ -32,7 +33,7 @@ class Blocks:
 
     Attributes:
         bits: 4 or 8, of each weight.
-        keep: patterns; products whose weight's name one of them is found in stay in float.
+        keep: patterns of module paths that stay in float, e.g. ("lm_head", "*.mlp.*").
     """
 
     bits: int
@@ -58,7 +59,7 @@ def to_blocks(model: Any, blocks: Blocks) -> int:
     count = 0
     for node in list(model.graph):
         found = _product(node)
-        if found is None or any(re.search(pattern, found.name) for pattern in blocks.keep):
+        if found is None or any(fnmatchcase(path, pattern) for path in found.paths for pattern in blocks.keep):
             continue
         _write(model, node, found, blocks, shared)
         count += 1
@@ -79,6 +80,12 @@ class _Product:
     weight: Any
     transposed: bool
     bias: Any
+
+    @property
+    def paths(self) -> tuple[str, str]:
+        """Of the module: in the graph, whose outermost module holds the model, and in the model."""
+        path = self.name.rpartition(".")[0]
+        return path, path.removeprefix("model.")
 
 
 def _product(node: Any) -> _Product | None:

@@ -103,7 +103,9 @@ def cached(model: nn.Module) -> CausalModel:
         except CaptureError:
             raise
         except Exception as e:
-            raise CaptureError(f"{type(model).__name__} does not run with a cache of tensors: {type(e).__name__}: {e}") from e
+            # a layer that computes attention itself stumbles over the cache that only hands on
+            said = f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
+            raise CaptureError(f"{_around(model, len(found.presents))} ({said})") from e
         sites = found.sites()
         _compare(model, ids, logits, sites)
     return CausalModel(model, sites)
@@ -179,7 +181,7 @@ class _Call:
         name = _name(self.model, module)
         layer = next((i for i, (k, v) in self.cache.fresh.items() if k is key and v is value), None)
         if layer is None:
-            raise CaptureError(f"{name} attends to other keys and values than it caches: only self-attention is written")
+            raise CaptureError(f"{name} attends to other keys and values than it caches, as latent attention does")
         if layer in self.presents:
             raise CaptureError(f"{name} attends to keys and values of another layer")
         for argument, given in rest.items():

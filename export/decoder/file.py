@@ -87,4 +87,4 @@ def _state_sizes(model: Any, sites: Sequence[Site]) -> None:
             value.shape = ir.Shape(sizes[value.name])
         else:
             known = value.shape.dims[-1]
-            value.shape = ir.Shape((batch, 1 if value.shape.dims[1] == 1 else new, known))
+            value.shape = ir.Shape((batch, 1 if value.shape.dims[1] == 1 else new, known))  # the logits

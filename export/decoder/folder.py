@@ -127,9 +127,11 @@ def write_tokenizer(tokenizer: Any, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
     file = folder / "tokenizer_config.json"
     held = json.loads(file.read_text(encoding="utf-8"))
+    for how_it_was_loaded in ("is_local", "local_files_only", "name_or_path"):
+        held.pop(how_it_was_loaded, None)
     if held.get("tokenizer_class") == "TokenizersBackend":  # a name that only transformers 5 knows
         held["tokenizer_class"] = "PreTrainedTokenizerFast"
-        file.write_text(json.dumps(held, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    file.write_text(json.dumps(held, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def copied(source: Path, folder: Path) -> str:

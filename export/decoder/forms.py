@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from normfuse.errors import UsageError
-from normfuse.export.decoder.operator import cached_attention, positions
+from normfuse.export.decoder.operator import cached_attention, newest, positions
 from normfuse.export.onnx.build import Build, dims
 from normfuse.export.onnx.quantized.translate import marker
 from normfuse.export.onnx.writer.translate import MARKER_DOMAIN
@@ -24,12 +24,12 @@ __all__ = ["FORMS", "lower_cache", "rotates", "translations"]
 FORMS = ("gqa", "portable")
 _HIDDEN = -1e9
 _LAST = np.iinfo(np.int64).max
-_ATTENTION, _POSITIONS = "cached_attention", "positions"
+_ATTENTION, _POSITIONS, _NEWEST = "cached_attention", "positions", "newest"
 
 
 def translations() -> dict[Any, Any]:
     """For the exporter: each operator becomes one node, which `lower_cache` takes."""
-    operators = (cached_attention._opoverload, positions._opoverload)
+    operators = (cached_attention._opoverload, positions._opoverload, newest._opoverload)
     return {operator: marker(operator) for operator in operators}
 
 
@@ -72,7 +72,7 @@ def lower_cache(model: Any, form: str, *, left: bool = True) -> int:
     """
     if form not in FORMS:
         raise UsageError(f"unknown form of a cached attention {form!r}: expected {' or '.join(FORMS)}")
-    nodes = [n for n in model.graph if n.domain == MARKER_DOMAIN and n.op_type in (_ATTENTION, _POSITIONS)]
+    nodes = [n for n in model.graph if n.domain == MARKER_DOMAIN and n.op_type in (_ATTENTION, _POSITIONS, _NEWEST)]
     sites = [n for n in nodes if n.op_type == _ATTENTION]
     if not nodes:
         return 0
@@ -80,6 +80,8 @@ def lower_cache(model: Any, form: str, *, left: bool = True) -> int:
     for node in nodes:
         if node.op_type == _POSITIONS:
             _replace(model, node, [shared.at(node).positions()])
+        elif node.op_type == _NEWEST:
+            _replace(model, node, [shared.at(node).newest_of(node)])
         elif form == "gqa":
             _group_query(model, _Site(node), shared.at(node))
         else:
@@ -138,6 +140,13 @@ class _Shared:
             return op("Sub", valid, ints(1))
 
         return self._once("newest", make)
+
+    def newest_of(self, node: Any) -> Any:
+        """[batch, 1, width]: features of each row's newest token; a prompt that is padded on the right ends before its row does."""
+        op, ints, hidden = self.build.op, self.ints, node.inputs[0]
+        at = op("Max", op("Sub", self.newest(), self.before()), ints(0))
+        found = op("GatherND", hidden, at, batch_dims=1, dtype=hidden.dtype)
+        return op("Unsqueeze", found, ints(1), dtype=hidden.dtype, shape=dims(node.outputs[0]))
 
     def seqlens(self) -> Any:
         """[batch], int32: slot of the newest token."""

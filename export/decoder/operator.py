@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["NAMESPACE", "cached_attention", "positions", "rotated"]
+__all__ = ["NAMESPACE", "cached_attention", "newest", "positions", "rotated"]
 
 NAMESPACE = "normfuse_decoder"
 _HIDDEN = -1e9  # added to a score: finite, so that a row of padding alone has numbers and no NaN
@@ -40,6 +40,20 @@ def positions(attention_mask: Tensor, input_ids: Tensor) -> Tensor:
 @positions.register_fake
 def _(attention_mask: Tensor, input_ids: Tensor) -> Tensor:
     return input_ids.new_empty(input_ids.shape, dtype=torch.int64)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::newest", mutates_args=())
+def newest(hidden: Tensor, attention_mask: Tensor) -> Tensor:
+    """The features [batch, 1, width] of each row's newest valid token, out of those of all new ones, [batch, new, width]."""
+    new = hidden.shape[1]
+    last = _ends(attention_mask) - (attention_mask.shape[1] - new)
+    at = last.clamp(min=0)[:, None, None].expand(-1, 1, hidden.shape[2])
+    return hidden.gather(1, at)
+
+
+@newest.register_fake
+def _(hidden: Tensor, attention_mask: Tensor) -> Tensor:
+    return hidden.new_empty(hidden.shape[0], 1, hidden.shape[2])
 
 
 @torch.library.custom_op(f"{NAMESPACE}::cached_attention", mutates_args=())
@@ -102,6 +116,11 @@ def rotated(x: Tensor, cosines: Tensor, sines: Tensor, interleaved: bool) -> Ten
     pair = (a * cosines - b * sines, a * sines + b * cosines)
     joined = torch.stack(pair, -1).flatten(-2) if interleaved else torch.cat(pair, -1)
     return torch.cat([joined, rest], -1)
+
+
+def _ends(mask: Tensor) -> Tensor:
+    """Slot of each row's newest token, [batch]."""
+    return torch.where(mask[:, 0] == 0, mask.shape[1], mask.sum(1, dtype=torch.int64)) - 1
 
 
 def _slots(mask: Tensor, new: int) -> Tensor:

@@ -7,7 +7,7 @@ import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
@@ -20,6 +20,7 @@ from normfuse.export.decoder.file import Written, write_model
 from normfuse.export.decoder.folder import CONFIG, MANIFEST, MODEL, DecoderFolder, check_place, placed, write_tokenizer
 from normfuse.export.decoder.forms import FORMS, rotates
 from normfuse.export.decoder.genai import genai_config, length_of
+from normfuse.export.decoder.last import last_logits
 from normfuse.export.decoder.proof import BINDINGS, Proof, prove
 from normfuse.export.decoder.rotary import rotate_in_attention
 from normfuse.export.onnx.writer.save import MAX_PROTO, save_model
@@ -49,21 +50,26 @@ class DecoderOptions:
         attention: `gqa` (GroupQueryAttention of ONNX Runtime) or `portable` (standard ops alone).
         padding: `both`: rows may be padded on either side; `right` leaves out what padding on the left costs, 8 to 16 % of the
             attention of a chunk behind a long past.
+        last_logits: logits of each row's newest token alone, [batch, 1, vocabulary]; a prompt then costs less.
         max_length: slots of the cache unless a reader asks otherwise; default: as many as the model has positions, at most
             4096.
         proof_tokens: greedy tokens that are compared after each prompt; 0 compares nothing.
         tolerance: bound on the error of the logits, relative to the largest.
         threads: of ONNX Runtime for the proof; default: the CPUs of this process.
         external_data_above: weights above this many bytes go to a second file.
+        passes, verify: see `normfuse.optimize`.
     """
 
     attention: str = "gqa"
     padding: str = "both"
+    last_logits: bool = False
     max_length: int | None = None
     proof_tokens: int = 64
     tolerance: float = 1e-3
     threads: int | None = None
     external_data_above: int = MAX_PROTO
+    passes: tuple[str, ...] | None = None
+    verify: Literal["end", "each", "off"] = "end"
 
     def __post_init__(self) -> None:
         if self.attention not in FORMS:
@@ -117,7 +123,9 @@ def to_decoder(
     length = length_of(longest(model), how.max_length)
     exact, notes = _in_float32(model)
     captured = cached(exact)
-    fast = optimize(captured, captured.example(), dynamic_shapes=captured.dynamic_shapes())
+    fast = optimize(captured, captured.example(), dynamic_shapes=captured.dynamic_shapes(), passes=how.passes, verify=how.verify)
+    if how.last_logits and not last_logits(fast):
+        raise UsageError(f"last_logits=True: the matrix that makes the logits of {type(model).__name__} was not found")
     rotated = rotate_in_attention(fast, longest(exact), lambda pairs, width: rotates(how.attention, pairs, width))
     written = write_model(fast, captured.sites, attention=how.attention, padding=how.padding)
     if blocks is not None:

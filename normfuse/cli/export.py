@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from normfuse.cli.columns import columns, differences
+from normfuse.cli.decoder_export import DecoderFlags, decoder_options, to_folder
 from normfuse.cli.onnx_files import FileOptions, is_onnx
 from normfuse.cli.options import Model, Pipeline, force_option, json_option, model_options, pipeline_options, spelled, verbosity
 from normfuse.cli.reports import check_report, report_option, write_report
@@ -87,15 +88,16 @@ _ENGINE_ONLY = {
 @click.option("--name", help="Repository: name of the model.  [default: from SOURCE]")
 @click.option("--model-version", help="Repository: number of the version, or next.  [default: 1]")
 @click.option("--backend", type=click.Choice(BACKENDS), help="Repository: what runs it.  [default: onnxruntime]")
+@decoder_options
 @speed_option
 @report_option
 @force_option
 @json_option
 @verbosity
 def export(
-    model: Model, pipeline: Pipeline, output: Path | None, target: str | None, opset: int | None, runtime: str | None,
-    attention: str, tune: bool, form: str, int4: bool, dtype: str | None, io_dtype: str, profiles: tuple[str, ...],
-    flavour: str | None, capabilities: tuple[str, ...], plugins: str | None,
+    model: Model, pipeline: Pipeline, decoder: DecoderFlags, output: Path | None, target: str | None, opset: int | None,
+    runtime: str | None, attention: str, tune: bool, form: str, int4: bool, dtype: str | None, io_dtype: str,
+    profiles: tuple[str, ...], flavour: str | None, capabilities: tuple[str, ...], plugins: str | None,
     dry_run: bool, repository: Path | None, name: str | None, model_version: str | None,
     backend: str | None, speed_check: bool, report_path: Path | None, force: bool, as_json: bool, quiet: bool,
 ) -> None:  # fmt: skip
@@ -106,6 +108,15 @@ def export(
     """
     from normfuse.cli.engine_export import EngineOptions, dry, to_engine
 
+    decoder.check_unused()
+    if decoder.with_past:
+        other: dict[str, Any] = {"--opset": opset, "--runtime": runtime, "--tune": tune, "--int4": int4, "--dtype": dtype}
+        other |= {"--attention": attention != "auto", "--form": form != "auto", "--io-dtype": io_dtype != "fp32"}
+        other |= {"--shapes": profiles, "--flavour": flavour, "--capability": capabilities, "--plugins": plugins}
+        other |= {"--dry-run": dry_run, "--repository": repository, "--report": report_path}
+        other |= {"--calibration": pipeline.calibration, "--partial": pipeline.partial}
+        to_folder(model, pipeline, decoder, output, target, other, force=force, as_json=as_json, quiet=quiet)
+        return
     engine = EngineOptions(dtype, io_dtype, profiles, flavour, capabilities, _names(plugins), opset, form)
     if runtime is not None:
         parse_runtime(runtime)  # a misspelt release costs a second and not a minute

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+import tokenizers
 import torch
 import transformers
 from torch import nn
@@ -49,3 +51,29 @@ def tiny(kind: str, **changes: Any) -> nn.Module:
         if head.weight is not model.get_input_embeddings().weight:
             head.weight[:3] = 0
     return model  # type: ignore[no-any-return]
+
+
+def tokenizer() -> Any:
+    """Bytes as tokens, behind three special ones."""
+    letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2} | {letter: i for i, letter in enumerate(letters, 3)}
+    made = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[]))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = tokenizers.decoders.ByteLevel()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+
+
+def prompts(*lengths: int) -> list[list[int]]:
+    """Random tokens, none of them special; as many rows as lengths."""
+    return [np.random.default_rng(i).integers(3, VOCABULARY, n).tolist() for i, n in enumerate(lengths)]
+
+
+def greedy(model: nn.Module, rows: list[list[int]], new: int) -> list[list[int]]:
+    """What `generate` writes after each row by itself."""
+    found = []
+    for row in rows:
+        ids = torch.tensor([row])
+        how = {"do_sample": False, "max_new_tokens": new, "min_new_tokens": new, "use_cache": True}
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), **how)  # type: ignore[operator]
+        found.append(out[0, len(row) :].tolist())
+    return found
