@@ -16,6 +16,8 @@ from normfuse.export.onnx.lower import finished, translated
 from normfuse.export.onnx.oldest import oldest_runtime
 from normfuse.export.onnx.precision.mixed_norms import one_dtype_norms
 from normfuse.export.onnx.program import program
+from normfuse.export.onnx.quantized.forms import possible_forms
+from normfuse.export.onnx.table import layers_by_table
 from normfuse.export.runtimes import Release
 from normfuse.export.targets import opset_for, target_named
 from normfuse.extras import need
@@ -31,11 +33,13 @@ class Written:
         model: an `onnx_ir.Model`.
         opset: of its standard ops.
         runtime: the oldest ONNX Runtime that computes it rightly.
+        form: of quantized layers, see `normfuse.export.targets.QUANTIZED_FORMS`; None where there are none.
     """
 
     model: Any
     opset: int
     runtime: Release
+    form: str | None = None
 
 
 def cache_names(layers: int, prefix: str) -> list[str]:
@@ -63,13 +67,14 @@ def write_model(gm: fx.GraphModule, sites: Sequence[Site], *, attention: str, pa
     one_dtype_norms(found.exported)
     model = translated(found, opset, contrib=target.contrib, more=translations())
     lower_cache(model, attention, left=padding == "both")
-    model, _ = finished(model, found, target, opset, "decomposed")
+    form = layers_by_table(possible_forms(model, target, opset, "auto", int4=False))
+    model, _ = finished(model, found, target, opset, "decomposed", form)
     _state_sizes(model, sites)
     runtime = oldest_runtime(model)
     if attention == "gqa":
         # older releases have no bias, and take a window to be one token longer, silently
         runtime = max(runtime, (1, 24) if any(s.window for s in sites) else (1, 22))
-    return Written(model, opset, runtime)
+    return Written(model, opset, runtime, form)
 
 
 def _state_sizes(model: Any, sites: Sequence[Site]) -> None:

@@ -16,7 +16,7 @@ from normfuse.export.decoder.proof import Proof
 from normfuse.export.runtimes import Release, spelled_runtime
 from normfuse.files import as_path, workspace
 
-__all__ = ["CONFIG", "MANIFEST", "MODEL", "DecoderFolder", "check_place", "placed", "write_tokenizer"]
+__all__ = ["CONFIG", "MANIFEST", "MODEL", "DecoderFolder", "check_place", "copy_kernels", "placed", "write_tokenizer"]
 
 MODEL, CONFIG, MANIFEST = "model.onnx", "genai_config.json", "normfuse.json"
 
@@ -134,7 +134,8 @@ def write_tokenizer(tokenizer: Any, folder: Path) -> None:
     file.write_text(json.dumps(held, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def copied(source: Path, folder: Path) -> str:
-    """Put a copy of a file into the folder; its name. A link out of the folder is refused by readers."""
-    shutil.copyfile(source, folder / source.name)
-    return source.name
+def copy_kernels(library: Path, folder: Path) -> str:
+    """Put a copy of normfuse's kernels into the folder; its name. A link that leads out of the folder is refused by readers."""
+    name = f"libnormfuse{library.suffix}"
+    shutil.copyfile(library, folder / name)
+    return name

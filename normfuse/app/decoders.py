@@ -12,12 +12,22 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 
+from normfuse import native
 from normfuse.api import optimize
 from normfuse.errors import UsageError
 from normfuse.export.decoder.blocks import Blocks, parse_blocks, to_blocks
 from normfuse.export.decoder.capture import CausalModel, cached, check_kind, longest, text_config
 from normfuse.export.decoder.file import Written, write_model
-from normfuse.export.decoder.folder import CONFIG, MANIFEST, MODEL, DecoderFolder, check_place, placed, write_tokenizer
+from normfuse.export.decoder.folder import (
+    CONFIG,
+    MANIFEST,
+    MODEL,
+    DecoderFolder,
+    check_place,
+    copy_kernels,
+    placed,
+    write_tokenizer,
+)
 from normfuse.export.decoder.forms import FORMS, rotates
 from normfuse.export.decoder.genai import genai_config, length_of
 from normfuse.export.decoder.last import last_logits
@@ -25,6 +35,8 @@ from normfuse.export.decoder.proof import BINDINGS, Proof, prove
 from normfuse.export.decoder.rotary import rotate_in_attention
 from normfuse.export.onnx.writer.save import MAX_PROTO, save_model
 from normfuse.extras import need
+from normfuse.quant.spec import ShiftQuant
+from normfuse.reports.record import report
 from normfuse.telemetry import no_telemetry
 
 if TYPE_CHECKING:
@@ -85,7 +97,7 @@ def to_decoder(
     folder: str | Path,
     *,
     tokenizer: Any = None,
-    quantize: str | Blocks | None = None,
+    quantize: str | Blocks | ShiftQuant | None = None,
     prompts: Sequence[Sequence[int]] | None = None,
     options: DecoderOptions | None = None,
     force: bool = False,
@@ -100,7 +112,8 @@ def to_decoder(
         model: a causal language model of transformers in eval mode; it is not changed.
         folder: what to write.
         tokenizer: of the model, as transformers loads it; without one the folder takes and gives ids of tokens only.
-        quantize: `w4` or `w8`: weights in blocks (MatMulNBits); None for floats.
+        quantize: `w4` or `w8`: weights in blocks (MatMulNBits), which a stock ONNX Runtime computes fast; a `ShiftQuant`: layers
+            of normfuse's kernels, a copy of which is put into the folder; None for floats.
         prompts: ids of tokens for the proof; default: sentences in the tokenizer's words, else random ones.
         options: how it is written; `more` are its fields by name.
         force: replace a folder that an export wrote.
@@ -113,7 +126,7 @@ def to_decoder(
     """
     how = options or DecoderOptions()
     how = dataclasses.replace(how, **_known(more)) if more else how
-    blocks = _blocks(quantize)
+    blocks, spec = _stored(quantize)
     path = check_place(folder, force=force)
     for module in ("onnx", "onnxscript", "onnxruntime"):
         no_telemetry()
@@ -123,7 +136,9 @@ def to_decoder(
     length = length_of(longest(model), how.max_length)
     exact, notes = _in_float32(model)
     captured = cached(exact)
-    fast = optimize(captured, captured.example(), dynamic_shapes=captured.dynamic_shapes(), passes=how.passes, verify=how.verify)
+    fast = optimize(
+        captured, captured.example(), dynamic_shapes=captured.dynamic_shapes(), passes=how.passes, verify=how.verify, quantize=spec,
+    )  # fmt: skip
     if how.last_logits and not last_logits(fast):
         raise UsageError(f"last_logits=True: the matrix that makes the logits of {type(model).__name__} was not found")
     rotated = rotate_in_attention(fast, longest(exact), lambda pairs, width: rotates(how.attention, pairs, width))
@@ -132,10 +147,11 @@ def to_decoder(
         to_blocks(written.model, blocks)
     with placed(path, force=force) as work:
         save_model(written.model, work / MODEL, limit=how.external_data_above)
-        proof = _proof(work / MODEL, exact, tokenizer, prompts, how, blocks)
-        config = _configured(work, exact, captured, tokenizer, length)
+        proof = _proof(work / MODEL, exact, tokenizer, prompts, how, quantized=quantize is not None)
+        library = copy_kernels(native.path(), work) if written.form == "native" and native.available() else None
+        config = _configured(work, exact, captured, tokenizer, length, library)
         made = DecoderFolder(
-            path, _sizes(work), how.attention, len(captured.sites), rotated, None if blocks is None else str(blocks), length,
+            path, _sizes(work), how.attention, len(captured.sites), rotated, _weights(blocks, spec, written, fast), length,
             config["model"]["context_length"], _runtime(written, blocks), proof, (*notes, *_told(how, tokenizer)),
         )  # fmt: skip
         (work / MANIFEST).write_text(json.dumps(_facts(made, fast), indent=2) + "\n", encoding="utf-8")
@@ -150,13 +166,25 @@ def _known(more: dict[str, Any]) -> dict[str, Any]:
     return more
 
 
-def _blocks(quantize: str | Blocks | None) -> Blocks | None:
+def _stored(quantize: str | Blocks | ShiftQuant | None) -> tuple[Blocks | None, ShiftQuant | None]:
+    """What the weights become: blocks, or layers of normfuse's kernels."""
+    if isinstance(quantize, ShiftQuant):
+        return None, quantize
     if quantize is None or isinstance(quantize, Blocks):
-        return quantize
+        return quantize, None
     found = parse_blocks(quantize) if isinstance(quantize, str) else None
     if found is None:
-        raise UsageError(f"quantize={quantize!r}: a decoder's weights are stored as w4 or w8")
-    return found
+        raise UsageError(f"quantize={quantize!r}: expected w4 or w8 (weights in blocks), or a normfuse.ShiftQuant")
+    return found, None
+
+
+def _weights(blocks: Blocks | None, spec: ShiftQuant | None, written: Written, fast: fx.GraphModule) -> str | None:
+    """What the folder says of its weights."""
+    if spec is None:
+        return None if blocks is None else str(blocks)
+    layers = report(fast).quantization
+    count = sum(not layer.kept for layer in layers)
+    return f"W{spec.weight_bits}A{spec.activation_bits} in {count} of {len(layers)} layers ({written.form})"
 
 
 def _in_float32(model: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
@@ -173,9 +201,8 @@ def _in_float32(model: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
 
 
 def _proof(
-    file: Path, model: nn.Module, tokenizer: Any, prompts: Sequence[Sequence[int]] | None, how: DecoderOptions,
-    blocks: Blocks | None,
-) -> Proof | None:  # fmt: skip
+    file: Path, model: nn.Module, tokenizer: Any, prompts: Sequence[Sequence[int]] | None, how: DecoderOptions, *, quantized: bool
+) -> Proof | None:
     if not how.proof_tokens:
         return None
     rows = _prompts(model, tokenizer) if prompts is None else [list(p) for p in prompts]
@@ -185,7 +212,7 @@ def _proof(
     bindings = [b for b in BINDINGS if b != "left" or how.padding == "both"]
     log.info("comparing %d tokens after %d prompts", how.proof_tokens, len(rows))
     return prove(
-        file, model, rows, tokens=min(how.proof_tokens, room), tolerance=how.tolerance, quantized=blocks is not None,
+        file, model, rows, tokens=min(how.proof_tokens, room), tolerance=how.tolerance, quantized=quantized,
         bindings=bindings, threads=how.threads,
     )  # fmt: skip
 
@@ -200,7 +227,7 @@ def _prompts(model: nn.Module, tokenizer: Any) -> list[list[int]]:
     return [torch.randint(min(3, vocabulary - 1), vocabulary, (n,), generator=generator).tolist() for n in (17, 30, 9)]
 
 
-def _configured(work: Path, model: Any, captured: CausalModel, tokenizer: Any, length: int) -> dict[str, Any]:
+def _configured(work: Path, model: Any, captured: CausalModel, tokenizer: Any, length: int, library: str | None) -> dict[str, Any]:
     """Write everything but the graph; the content of genai's configuration."""
     model.config.save_pretrained(work)
     if model.generation_config is not None:
@@ -210,7 +237,7 @@ def _configured(work: Path, model: Any, captured: CausalModel, tokenizer: Any, l
     head = model.get_output_embeddings()
     config = genai_config(
         text_config(model), model.generation_config, captured.sites, vocabulary=int(head.weight.shape[0]), positions=longest(model),
-        max_length=length,
+        max_length=length, library=library,
     )  # fmt: skip
     (work / CONFIG).write_text(json.dumps(config, indent=4) + "\n", encoding="utf-8")
     return config
@@ -236,7 +263,6 @@ def _sizes(work: Path) -> dict[str, int]:
 
 def _facts(made: DecoderFolder, fast: fx.GraphModule) -> dict[str, Any]:
     import normfuse
-    from normfuse.reports.record import report
 
     found = report(fast)
     passes = {p.name: len(p.applied) for p in found.passes if p.applied}

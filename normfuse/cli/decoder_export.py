@@ -123,9 +123,7 @@ def _quantize(pipeline: Pipeline) -> Any:
     if pipeline.words is None:
         return None
     found = parse_blocks(pipeline.words)
-    if found is None:
-        raise UsageError(f"--quantize {pipeline.words}: the weights of a folder are stored as w4 or w8")
-    return Blocks(found.bits, pipeline.quantize.keep if pipeline.quantize is not None else ())
+    return pipeline.quantize if found is None or pipeline.quantize is None else Blocks(found.bits, pipeline.quantize.keep)
 
 
 def _tokenizer(folder: Path, *, trust: bool) -> Any:

@@ -89,7 +89,7 @@ def test_sources_that_do_not_fit(hf_llama: Path, run: Run, tmp_path: Path) -> No
     for source, arguments, said in (
         (f"hf:{bare}", (), "no tokenizer"), (f"hf:{encoder}", ("--no-tokenizer",), "causal language model"),
         (f"hf:{hf_llama}", ("--max-length", "300"), "--max-length"), (f"hf:{hf_llama}", ("--int4",), "--int4"),
-        (f"hf:{hf_llama}", ("--target", "tensorrt"), "--target"), (f"hf:{hf_llama}", ("--quantize", "w3"), "w4 or w8"),
+        (f"hf:{hf_llama}", ("--target", "tensorrt"), "--target"), (f"hf:{hf_llama}", ("--quantize", "int3"), "w3a8"),
         ("timm:resnet18", (), "hf:DIR"), (f"hf:{tmp_path / 'no'}", (), "config.json"),
     ):  # fmt: skip
         code, _, err = run("export", source, "-o", "out", "--with-past", *arguments)
