@@ -66,6 +66,9 @@ def to_blocks(model: Any, blocks: Blocks) -> int:
     if not count:
         raise UsageError(f"no product has a matrix with rows of a multiple of {BLOCK}, so that nothing can be stored in blocks")
     model.opset_imports["com.microsoft"] = 1
+    for node in [n for n in model.graph if n.op_type == "Transpose" and not n.domain]:
+        if not node.outputs[0].uses() and not node.outputs[0].is_graph_output():  # of a matrix that is in blocks now
+            model.graph.remove(node, safe=True)
     for value in list(model.graph.initializers.values()):
         if not value.uses() and not value.is_graph_output():
             del model.graph.initializers[value.name]

@@ -9,8 +9,8 @@ is given only hands keys and values on. What goes around the interfaces is refus
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,12 +19,12 @@ from torch import Tensor, nn
 
 from normfuse.errors import CaptureError, UsageError
 from normfuse.export.decoder.causality import window_of
+from normfuse.export.decoder.interfaces import ROUTES, attending, handing_cache
 from normfuse.export.decoder.operator import cached_attention, positions
 from normfuse.extras import need
 
 __all__ = ["CausalModel", "Site", "cached", "check_kind", "longest", "text_config"]
 
-_OURS = "normfuse_decoder"  # our name in the interfaces of transformers
 _HARMLESS = frozenset((
     "position_ids", "position_embeddings", "cache_position", "use_cache", "output_attentions", "is_causal", "past_key_values",
     "past_key_value", "output_hidden_states", "return_dict", "layer_idx", "sliding_window", "softcap", "logits_to_keep",
@@ -58,13 +58,13 @@ class CausalModel(nn.Module):
     layer in the order of `pasts`: key of layer 0, value of layer 0, key of layer 1, …
     """
 
-    def __init__(self, model: nn.Module, sites: Sequence[Site]) -> None:
+    def __init__(self, model: nn.Module, sites: Sequence[Site], route: str = ROUTES[0]) -> None:
         super().__init__()
-        self.model, self.sites = model, tuple(sites)
+        self.model, self.sites, self.route = model, tuple(sites), route
         self.train(model.training)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, pasts: list[Tensor]) -> tuple[Tensor, ...]:
-        call = _Call(self.model, attention_mask, [site.window for site in self.sites])
+        call = _Call(self.model, self.route, attention_mask, [site.window for site in self.sites])
         logits, presents = call(input_ids, list(zip(pasts[::2], pasts[1::2], strict=True)))
         return (logits, *presents)
 
@@ -95,20 +95,32 @@ def cached(model: nn.Module) -> CausalModel:
         CaptureError: a layer's attention is not of a kind that can be written; the message names the layer.
     """
     check_kind(model)
-    found = _Call(model, None, [0] * text_config(model).num_hidden_layers)
-    ids = torch.arange(8)[None] % text_config(model).vocab_size
-    with torch.no_grad():
+    refused: CaptureError | None = None
+    for route in ROUTES:
         try:
-            logits, _ = found(ids, None)
-        except CaptureError:
-            raise
-        except Exception as e:
-            # a layer that computes attention itself stumbles over the cache that only hands on
-            said = f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
-            raise CaptureError(f"{_around(model, len(found.presents))} ({said})") from e
-        sites = found.sites()
-        _compare(model, ids, logits, sites)
-    return CausalModel(model, sites)
+            with torch.no_grad():
+                return CausalModel(model, _sites(model, route), route)
+        except CaptureError as e:
+            refused = refused or e
+    assert refused is not None
+    raise refused
+
+
+def _sites(model: nn.Module, route: str) -> list[Site]:
+    """The layers' attention, from a call of the model that must say what the model itself says."""
+    found = _Call(model, route, None, [0] * text_config(model).num_hidden_layers)
+    ids = torch.arange(8)[None] % text_config(model).vocab_size
+    try:
+        logits, _ = found(ids, None)
+    except CaptureError:
+        raise
+    except Exception as e:
+        # a layer that computes attention itself stumbles over the cache that only hands on
+        said = f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
+        raise CaptureError(f"{_around(model, len(found.presents))} ({said})") from e
+    sites = found.sites()
+    _compare(model, ids, logits, sites)
+    return sites
 
 
 def text_config(model: nn.Module) -> Any:
@@ -146,6 +158,7 @@ class _Call:
     """One call of the model with our attention in the place of its own."""
 
     model: nn.Module
+    route: str
     attention_mask: Tensor | None
     windows: list[int]
     seen: dict[int, _Seen] = field(default_factory=dict)
@@ -155,12 +168,12 @@ class _Call:
     def __call__(self, input_ids: Tensor, pasts: list[tuple[Tensor, Tensor]] | None) -> tuple[Tensor, list[Tensor]]:
         mask = torch.ones_like(input_ids) if self.attention_mask is None else self.attention_mask
         self.attention_mask = mask
-        self.cache = _cache(pasts)
+        self.cache = handing_cache(pasts)
         keywords: dict[str, Any] = {"past_key_values": self.cache, "use_cache": True}
         takes = inspect.signature(self.model.forward).parameters
         if "position_ids" in takes:
             keywords["position_ids"] = positions(mask, input_ids)
-        with _attending(self):
+        with attending(self.model, self.route, self.attend, self.mask):
             out = self.model(input_ids=input_ids, attention_mask=None, **keywords)
         layers = range(len(self.windows))
         for i in layers:
@@ -175,13 +188,15 @@ class _Call:
         return token
 
     def attend(
-        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, scaling: float | None = None,
-        dropout: float = 0.0, softcap: float | None = None, **rest: Any,
-    ) -> tuple[Tensor, None]:  # fmt: skip
-        name = _name(self.model, module)
+        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, scaling: float | None = None, dropout: float = 0.0,
+        softcap: float | None = None, **rest: Any,
+    ) -> Tensor:  # fmt: skip
+        """In the place of attention: [batch, new, heads, width]."""
         layer = next((i for i, (k, v) in self.cache.fresh.items() if k is key and v is value), None)
         if layer is None:
+            name = _layer(self.model, len(self.presents))
             raise CaptureError(f"{name} attends to other keys and values than it caches, as latent attention does")
+        name = _layer(self.model, layer)
         if layer in self.presents:
             raise CaptureError(f"{name} attends to keys and values of another layer")
         for argument, given in rest.items():
@@ -200,11 +215,12 @@ class _Call:
         pasts = self.cache.pasts
         past = pasts[layer] if pasts is not None else (key[:, :, :0], value[:, :, :0])
         assert self.attention_mask is not None
+        out: Tensor
         out, *present = cached_attention(
             query, key, value, *past, self.attention_mask, None, None, site.scale, site.window, site.softcap, False
         )
         self.presents[layer] = (present[0], present[1])
-        return out, None
+        return out
 
     def sites(self) -> list[Site]:
         """What was seen, with the window that each layer's mask turned out to have."""
@@ -227,67 +243,22 @@ def longest(model: nn.Module) -> int:
     return int(getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 2048)
 
 
-_CURRENT: list[_Call] = []
-
-
-def _attend(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
-    return _CURRENT[-1].attend(module, *args, **kwargs)
-
-
-def _mask(*_args: Any, mask_function: Any = None, use_vmap: bool = False, **_: Any) -> Any:
-    return _CURRENT[-1].mask(mask_function, use_vmap)
-
-
-@contextmanager
-def _attending(call: _Call) -> Iterator[None]:
-    """Attention and masks of the model are those of `call`."""
-    transformers = need("transformers", extra="hf")
-    transformers.AttentionInterface.register(_OURS, _attend)
-    transformers.AttentionMaskInterface.register(_OURS, _mask)
-    configs: dict[int, Any] = {id(m.config): m.config for m in call.model.modules() if hasattr(m, "config")}
-    before = {key: config._attn_implementation_internal for key, config in configs.items()}
-    _CURRENT.append(call)
-    try:
-        for config in configs.values():
-            config._attn_implementation_internal = _OURS
-        yield
-    finally:
-        _CURRENT.pop()
-        for key, config in configs.items():
-            config._attn_implementation_internal = before[key]
-
-
-def _cache(pasts: list[tuple[Tensor, Tensor]] | None) -> Any:
-    """A cache of transformers that hands keys and values on, and says how many there were before."""
-    transformers = need("transformers", extra="hf")
-
-    class Handing(transformers.DynamicCache):  # type: ignore[misc, name-defined]
-        def __init__(self) -> None:
-            super().__init__()
-            self.pasts = pasts
-            self.fresh: dict[int, tuple[Tensor, Tensor]] = {}
-
-        def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-            self.fresh[layer_idx] = (key_states, value_states)
-            return key_states, value_states
-
-        def get_seq_length(self, layer_idx: int = 0) -> Any:
-            return 0 if pasts is None else pasts[0][0].shape[2]
-
-        def get_mask_sizes(self, query_length: Any, layer_idx: int = 0) -> tuple[Any, int]:
-            return self.get_seq_length() + query_length, 0
-
-    return Handing()
-
-
-def _name(model: nn.Module, module: nn.Module) -> str:
-    return next((n for n, m in model.named_modules() if m is module), type(module).__name__)
+def _layer(model: nn.Module, layer: int) -> str:
+    """Path of a layer's attention, of the layer where that is not found, and its number where that is not found either."""
+    stacks = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList)]
+    path = next((n for n, m in stacks if len(m) == text_config(model).num_hidden_layers), None)
+    if path is None:
+        return f"layer {layer}"
+    inner = [n for n, m in model.get_submodule(f"{path}.{layer}").named_children() if "attn" in n or "attention" in n]
+    inner = [n for n in inner if "norm" not in n]
+    return f"{path}.{layer}.{inner[0]}" if inner else f"{path}.{layer}"
 
 
 def _around(model: nn.Module, layer: int) -> str:
     """A layer whose attention never came to us."""
-    stacks = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == text_config(model).num_hidden_layers]
-    name = f"{_name(model, stacks[0][layer])} ({type(stacks[0][layer]).__name__})" if stacks else f"layer {layer}"
+    name = _layer(model, layer)
+    with suppress(AttributeError):  # it may be only a number
+        name = f"{name} ({type(model.get_submodule(name)).__name__})"
     return f"{name} has attention that does not go through the interface of transformers, or keeps no keys and values of its own"
 
 

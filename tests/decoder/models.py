@@ -18,6 +18,7 @@ _SIZES = {
 _WINDOWS = {"sliding_window": 12}
 _OWN: dict[str, dict[str, Any]] = {
     "cohere2": {"sliding_window": 12, "head_dim": 16},
+    "falcon": {"num_kv_heads": 2, "new_decoder_architecture": True},
     "gemma": {"head_dim": 16},
     "gemma2": {"head_dim": 32, "layer_types": ["sliding_attention", "full_attention"], **_WINDOWS},
     "gemma3_text": {"head_dim": 16, "layer_types": ["sliding_attention", "full_attention"], **_WINDOWS},
@@ -31,8 +32,8 @@ _OWN: dict[str, dict[str, Any]] = {
 }
 #: Types that are written as folders.
 KINDS = (
-    "cohere", "cohere2", "gemma", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "granite", "llama", "mistral", "olmo", "olmo2",
-    "opt", "phi", "phi3", "qwen2", "qwen3", "smollm3", "stablelm", "starcoder2",
+    "cohere", "cohere2", "falcon", "gemma", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "granite", "llama", "mistral", "olmo",
+    "olmo2", "opt", "phi", "phi3", "qwen2", "qwen3", "smollm3", "stablelm", "starcoder2",
 )  # fmt: skip
 
 

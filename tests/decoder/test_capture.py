@@ -41,8 +41,8 @@ def test_the_model_attends_as_before_afterwards() -> None:
 @pytest.mark.parametrize(
     ("kind", "sizes", "said"),
     [
-        ("bloom", {"n_head": 4, "n_layer": 2}, r"transformer\.h\.0 \(BloomBlock\)"),  # ALiBi
-        ("falcon", {"num_kv_heads": 2, "new_decoder_architecture": True}, r"transformer\.h\.0 \(FalconDecoderLayer\)"),
+        ("bloom", {"n_head": 4, "n_layer": 2}, r"transformer\.h\.0\.self_attention \(BloomAttention\)"),  # ALiBi
+        ("falcon", {"num_kv_heads": 2, "new_decoder_architecture": True, "alibi": True}, r"transformer\.h\.0"),
         ("gpt_neo", {"num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]]}, r"transformer\.h\.0"),
         ("deepseek_v3", {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8,
                          "n_routed_experts": 4, "first_k_dense_replace": 2, "num_key_value_heads": 4, "v_head_dim": 8},
@@ -56,6 +56,12 @@ def test_the_model_attends_as_before_afterwards() -> None:
 def test_other_attention_is_refused_by_the_name_of_its_layer(kind: str, sizes: dict[str, object], said: str) -> None:
     with pytest.raises(CaptureError, match=said):
         cached(tiny(kind, **sizes))
+
+
+def test_pytorchs_function_is_itself_again() -> None:
+    before = torch.nn.functional.scaled_dot_product_attention
+    assert cached(tiny("falcon")).route == "function"
+    assert torch.nn.functional.scaled_dot_product_attention is before
 
 
 @pytest.mark.parametrize("kind", ["bert", "t5"])

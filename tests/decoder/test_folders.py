@@ -11,6 +11,8 @@ import pytest
 import torch
 
 import normfuse
+from normfuse import native
+from normfuse.app.generation import Writer
 from normfuse.errors import ExportError, UsageError
 from normfuse.export.decoder import proof
 from normfuse.export.decoder.file import cache_names
@@ -140,6 +142,21 @@ def test_blocks_agree_in_all_bindings(words: str, tmp_path: Path) -> None:
     ops = [node.op_type for node in onnx.load(made.path / "model.onnx").graph.node]
     assert ops.count("MatMulNBits") == 15
     assert "MatMul" not in ops
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not native.available(), reason="the kernels are not built")
+def test_layers_of_our_kernels_run_in_genai(tmp_path: Path) -> None:
+    model, spec = tiny("llama", initializer_range=0.05), normfuse.ShiftQuant(weight_bits=8, activation_bits=8, prefer="size")
+    made = _written(model, tmp_path / "out", quantize=spec, proof_tokens=24)
+    assert made.proof.sqnr > 25
+    assert made.quantized == "W8A8 in 17 of 17 layers (native)"
+    (library,) = made.path.glob("libnormfuse*")
+    config = json.loads((made.path / "genai_config.json").read_text())
+    assert config["model"]["decoder"]["session_options"]["custom_ops_library"] == library.name
+    own = [list(Writer(made.path, threads=1).tokens(row, 12)) for row in prompts(17)]
+    for share in (True, False):
+        assert genai_tokens(made.path, prompts(17), 12, past_present_share_buffer=share) == own
 
 
 @pytest.mark.slow
