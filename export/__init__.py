@@ -18,6 +18,8 @@ _HOMES = {
     "Exported": "normfuse.export.result",
     "to_tensorrt": "normfuse.export.tensorrt.api",
     "Engine": "normfuse.export.tensorrt.engine",
+    # stands above this room: a model is optimized on the way
+    "to_decoder": "normfuse.app.decoders",
 }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -41,8 +41,12 @@ _LONGEST = 300  # letters of somebody else's message
 _TRANSLATED_OPSET = 18  # the oldest one that torch translates to; below it the result is converted
 
 
-def translated(program: Program, opset: int, *, contrib: bool = False) -> Any:
+def translated(
+    program: Program, opset: int, *, contrib: bool = False, more: Mapping[Callable[..., Any], Callable[..., Any]] | None = None
+) -> Any:
     """The program as an `onnx_ir.Model`; attention is still a marker; `contrib` allows ops of ONNX Runtime.
+
+    `more` are further translations, by operator.
 
     Raises:
         ExportError: torch has no translation for an op of the model; the message names it.
@@ -54,7 +58,7 @@ def translated(program: Program, opset: int, *, contrib: bool = False) -> Any:
             out = torch.onnx.export(
                 program.exported,
                 opset_version=version,
-                custom_translation_table=table(opset, contrib=contrib) | markers() | grouped_products(version),
+                custom_translation_table=table(opset, contrib=contrib) | markers() | grouped_products(version) | dict(more or {}),
                 optimize=False,
                 verbose=False,
             )

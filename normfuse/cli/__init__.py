@@ -20,6 +20,7 @@ from normfuse import __version__
 from normfuse.cli.bench import bench
 from normfuse.cli.demo import demo
 from normfuse.cli.export import export
+from normfuse.cli.generate import generate
 from normfuse.cli.inspect import inspect
 from normfuse.cli.messages import concise
 from normfuse.cli.optimize import optimize
@@ -55,7 +56,7 @@ def cli(context: click.Context) -> None:
     context.meta["normfuse.args"] = _arguments
 
 
-for command in (optimize, export, bench, verify, inspect, passes, demo):
+for command in (optimize, export, generate, bench, verify, inspect, passes, demo):
     cli.add_command(command)
 
 

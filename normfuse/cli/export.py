@@ -11,6 +11,7 @@ import click
 from normfuse.cli.bundled import Telling, telling_options
 from normfuse.cli.columns import columns, differences
 from normfuse.cli.exporting.asked import Asked, Place, asked_options, place_options
+from normfuse.cli.exporting.decoder import DecoderFlags, decoder_options, to_folder
 from normfuse.cli.exporting.speed import speed_option
 from normfuse.cli.onnx_files import is_onnx
 from normfuse.cli.options import Model, Pipeline, model_options, pipeline_options
@@ -34,14 +35,21 @@ ENGINE_SUFFIXES = (".engine", ".plan", ".trt")
 @pipeline_options
 @place_options
 @asked_options
+@decoder_options
 @speed_option
 @telling_options
-def export(model: Model, pipeline: Pipeline, asked: Asked, place: Place, speed_check: bool, telling: Telling) -> None:
+def export(
+    model: Model, pipeline: Pipeline, asked: Asked, place: Place, decoder: DecoderFlags, speed_check: bool, telling: Telling
+) -> None:
     """Optimize SOURCE, export it, and prove the file in its runtime.
 
     The name behind -o says what is written: an ONNX file, or a TensorRT engine, which is built without a GPU where TensorRT
     for RTX is installed. An .onnx file as SOURCE becomes an engine as it is.
     """
+    decoder.check_unused()
+    if decoder.with_past:
+        to_folder(model, pipeline, decoder, asked, place, telling)
+        return
     if asked.runtime is not None:
         parse_runtime(asked.runtime)  # a misspelt release costs a second and not a minute
     place.check()

@@ -128,6 +128,7 @@ class Pipeline:
     calibration: str | None = None
     partial: bool = False
     random_calibration: bool = False
+    words: str | None = None  # what --quantize says
 
     def run(self, model: Model, loaded: Source, *, dynamic_shapes: Any = None) -> "fx.GraphModule":
         """Optimize it; what may vary in its inputs is `dynamic_shapes`, or what --dynamic says."""
@@ -277,7 +278,7 @@ def pipeline_options(f: F) -> F:
                 raise UsageError(f"{flag} is about the data of --quantize: pass --quantize as well, e.g. --quantize w8a8,static")
         spec = None if quantize is None else parse_quantize(quantize, keep)
         chosen = names(passes) if passes is not None else None
-        return f(pipeline=Pipeline(chosen, verify, spec, calibration, partial, random_calibration), **rest)
+        return f(pipeline=Pipeline(chosen, verify, spec, calibration, partial, random_calibration, quantize), **rest)
 
     return wrapped  # type: ignore[return-value]
 

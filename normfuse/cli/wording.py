@@ -39,6 +39,11 @@ _SPELT = (
     (r"quantize with ShiftQuant\((\w+)=(\w+)\)", r"pass --quantize ...,\1=\2"),
     (r"\bint4_initializers=True\b", "--int4"),
     (r"\b(form|runtime|attention)='([^']*)'", r"--\1 \2"),
+    (r"\bmax_length=(-?\d+)", r"--max-length \1"),
+    (r"\bproof_tokens=(-?\d+)", r"--proof-tokens \1"),
+    (r"\btop_(p|k)=(-?[\d.]+)", r"--top-\1 \2"),
+    (r"\btemperature=(\S+):", r"--temperature \1:"),
+    (r"\blast_logits=True\b", "--last-logits"),
     (r"pass trust=True", "pass --trust"),
     (r"normfuse\.optimize\b", "normfuse optimize"),
 )

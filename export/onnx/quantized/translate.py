@@ -12,7 +12,7 @@ from normfuse.export.onnx.writer.translate import MARKER_DOMAIN
 from normfuse.extras import need
 from normfuse.ops import OPERATORS
 
-__all__ = ["markers"]
+__all__ = ["marker", "markers"]
 
 _KINDS = {"int": "INT", "float": "FLOAT", "bool": "INT", "str": "STRING", "List[int]": "INTS"}
 
@@ -20,11 +20,14 @@ _KINDS = {"int": "INT", "float": "FLOAT", "bool": "INT", "str": "STRING", "List[
 def markers() -> dict[Callable[..., Any], Callable[..., Any]]:
     """Translations of our operators: each becomes one node of `MARKER_DOMAIN` of the same name."""
     overloads = [getattr(torch.ops.normfuse, name).default for name in OPERATORS]
-    return {overload: _marker(overload) for overload in overloads}
+    return {overload: marker(overload) for overload in overloads}
 
 
-def _marker(overload: Any) -> Callable[..., Any]:
-    """One node: tensors are its inputs, in order, what is missing left empty; numbers, words and lists are attributes."""
+def marker(overload: Any) -> Callable[..., Any]:
+    """The translation of an operator: one node of `MARKER_DOMAIN`.
+
+    Tensors are its inputs, in order, what is missing left empty; numbers, words and lists are attributes.
+    """
     values = need("onnxscript", extra="onnx").values
     name, arguments = overload._schema.name.rpartition("::")[2], overload._schema.arguments
     tensors = [a for a in arguments if "Tensor" in str(a.type)]

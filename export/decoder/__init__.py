@@ -1,0 +1,1 @@
+"""Causal language models with a cache, as folders that ONNX Runtime generates text with."""

@@ -1,0 +1,64 @@
+"""`normfuse generate`."""
+
+import json
+from pathlib import Path
+
+import click
+
+from normfuse.cli.options import json_option, verbosity
+from normfuse.errors import UsageError
+
+__all__ = ["generate"]
+
+
+@click.command(short_help="Write on from a prompt with the folder of a decoder.")
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--prompt", help="The text to write on from.")
+@click.option("--ids", metavar="N,N,...", help="The same as ids of tokens, for a folder without a tokenizer.")
+@click.option("--tokens", type=click.IntRange(min=1), default=128, show_default=True, help="How many to write at most.")
+@click.option("--temperature", type=float, default=0.0, show_default=True, help="0 takes the likeliest token each time.")
+@click.option("--top-p", type=float, default=1.0, show_default=True, help="Draw from the likeliest tokens of this probability.")
+@click.option("--top-k", type=int, default=0, show_default=True, help="Draw from so many tokens; 0 for all.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the draw.")
+@click.option("--threads", type=click.IntRange(min=1), help="Of ONNX Runtime.  [default: the CPUs of this process]")
+@json_option
+@verbosity
+def generate(
+    folder: Path, prompt: str | None, ids: str | None, tokens: int, temperature: float, top_p: float, top_k: int, seed: int,
+    threads: int | None, as_json: bool, quiet: bool,
+) -> None:  # fmt: skip
+    """Write on from a prompt with FOLDER, which `normfuse export hf:DIR -o FOLDER --with-past` wrote.
+
+    The text appears as it is made; at the end stands how many tokens a second the prompt and the text took.
+    """
+    from normfuse.app.generation import Rates, Sampling, Writer
+
+    if (prompt is None) == (ids is None):
+        raise UsageError("pass --prompt TEXT, or --ids N,N,... for a folder without a tokenizer")
+    sampling = Sampling(temperature, top_p, top_k, seed)
+    given = None if ids is None else _numbers(ids)
+    writer, rates = Writer(folder, threads=threads), Rates()
+    if given is not None:
+        pieces = (f"{token} " for token in writer.tokens(given, tokens, sampling, rates))
+    else:
+        assert prompt is not None
+        pieces = (piece for piece in writer.text(prompt, tokens, sampling, rates))
+    written = ""
+    for piece in pieces:
+        written += piece
+        if not as_json:
+            click.echo(piece, nl=False)
+    if as_json:
+        told = {"prompt_tokens": rates.prompt, "tokens": rates.written, "prefill": rates.prefill, "decode": rates.decode}
+        click.echo(json.dumps({"schema": 1, "text": written, **told}, indent=2))
+        return
+    click.echo()
+    if not quiet:
+        click.echo(str(rates), err=True)
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.replace(",", " ").split()]
+    except ValueError as e:
+        raise UsageError(f"--ids {text}: expected numbers, as in 1,2,3") from e
