@@ -1,13 +1,14 @@
 """Weights in blocks of one scale: `MatMulNBits` of ONNX Runtime, which stock runtimes have fast kernels for.
 
-A block is 32 weights along the contraction, stored as integers q around a middle; the weight is s (q − middle). The scale of a
-block is
+A block is 32 weights along the contraction, stored as integers q; the weight is s (q − z), with z the middle or, of 4 bits, any
+code. The scale of a block is
 searched: the largest weight may be cut where the others gain more by it.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -15,11 +16,12 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from normfuse.errors import UsageError
 from normfuse.export.onnx.build import Build, const_of
 
-__all__ = ["BLOCK", "Blocks", "block_weights", "parse_blocks", "to_blocks"]
+__all__ = ["BLOCK", "Blocks", "Stored", "block_weights", "parse_blocks", "to_blocks"]
 
 BLOCK = 32
 _LEVEL = 4  # products in int8: without it the runtime expands the weights to floats each time
@@ -115,13 +117,14 @@ def _write(model: Any, node: Any, product: _Product, blocks: Blocks, shared: dic
     key = ("blocks", product.weight, product.transposed)
     if key not in shared:
         held = np.asarray(const_of(product.weight))
-        codes, scales = block_weights(held if product.transposed else held.T, blocks.bits)
-        shared[key] = (_named(at, codes, f"{product.name}.codes"), _named(at, scales, f"{product.name}.scales"), codes.shape[0])
-    codes, scales, out = shared[key]
-    inputs = [node.inputs[0], codes, scales]
-    if product.bias is not None:
-        inputs += [None, None, product.bias]
-    size = codes.shape[1] * BLOCK
+        stored = block_weights(held if product.transposed else held.T, blocks.bits)
+        parts: dict[str, NDArray[Any] | None] = {"codes": stored.codes, "scales": stored.scales, "zeros": stored.zeros}
+        shared[key] = {k: None if v is None else _named(at, v, f"{product.name}.{k}") for k, v in parts.items()}
+    found = shared[key]
+    inputs = [node.inputs[0], found["codes"], found["scales"], found["zeros"], None, product.bias]
+    while inputs[-1] is None:
+        inputs.pop()
+    out, size = found["codes"].shape[0], found["codes"].shape[1] * BLOCK
     facts = {"N": out, "K": size, "bits": blocks.bits, "block_size": BLOCK, "accuracy_level": _LEVEL}
     made = at.ir.node("MatMulNBits", inputs, facts, domain="com.microsoft", num_outputs=1)
     made.name, made.outputs[0].name = node.name.replace(node.op_type, "MatMulNBits"), node.outputs[0].name
@@ -141,28 +144,65 @@ def _named(at: Build, array: NDArray[Any], name: str) -> Any:
     return value
 
 
-def block_weights(weight: NDArray[Any], bits: int) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
-    """`weight` [out, in] as codes [out, blocks, 4 x bits bytes] and scales [out, blocks]."""
+@dataclass(frozen=True)
+class Stored:
+    """A matrix [out, in] in blocks.
+
+    Attributes:
+        codes: [out, blocks, 4 x bits bytes].
+        scales: [out, blocks].
+        zeros: [out, bytes], the code of a weight that is 0, two blocks a byte; None where it is the middle everywhere.
+    """
+
+    codes: NDArray[np.uint8]
+    scales: NDArray[np.float32]
+    zeros: NDArray[np.uint8] | None
+
+
+def block_weights(weight: NDArray[Any], bits: int) -> Stored:
+    """`weight` [out, in] in blocks of `bits` bits."""
     rows = max(1, _AT_ONCE // weight.shape[1])
-    parts = [_searched(torch.from_numpy(np.ascontiguousarray(weight[i : i + rows])), bits) for i in range(0, len(weight), rows)]
-    codes, scales = (torch.cat(found).numpy() for found in zip(*parts, strict=True))
-    if bits == 4:
-        codes = codes[..., 0::2] | codes[..., 1::2] << 4
-    return codes, scales
+    parts = [_searched(torch.from_numpy(np.array(weight[i : i + rows], np.float32)), bits) for i in range(0, len(weight), rows)]
+    codes, scales, zeros = (torch.cat(found).numpy() for found in zip(*parts, strict=True))
+    if bits == 8:
+        return Stored(codes, scales, None)
+    padded = np.pad(zeros, ((0, 0), (0, zeros.shape[1] % 2)))
+    return Stored(_in_pairs(codes), scales, _in_pairs(padded))
 
 
-def _searched(weight: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes [out, blocks, 32] and scales [out, blocks] that are closest to the weights, of those that were tried."""
+def _in_pairs(codes: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    return np.asarray(codes[..., 0::2] | codes[..., 1::2] << 4, np.uint8)
+
+
+def _searched(weight: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes [out, blocks, 32], scales and zeros [out, blocks] that are closest to the weights, of those that were tried."""
     blocks = weight.float().unflatten(1, (-1, BLOCK))
-    middle = 1 << (bits - 1)
+    best = torch.full_like(blocks[..., :1], torch.inf)
+    kept = (torch.zeros_like(blocks), torch.ones_like(best), torch.zeros_like(best))
+    for start, zero in _grids(blocks, bits):
+        for factor in _SHRUNK if bits == 4 else _SHRUNK[:1]:
+            codes = (blocks / (start * factor) + zero).round().clamp(0, (1 << bits) - 1)
+            steps = codes - zero
+            power = steps.square().sum(-1, keepdim=True)
+            scale = torch.where(power == 0, start, (blocks * steps).sum(-1, keepdim=True) / power.clamp(min=1))  # least squares
+            error = (blocks - scale * steps).square().sum(-1, keepdim=True)
+            new = (codes, scale, zero.expand_as(scale))
+            better = error < best
+            codes, scale, zeros = (torch.where(better, n, old) for n, old in zip(new, kept, strict=True))
+            kept = (codes, scale, zeros)
+            best = torch.minimum(error, best)
+    codes, scale, zeros = kept
+    return codes.to(torch.uint8), scale.squeeze(-1), zeros.squeeze(-1).to(torch.uint8)
+
+
+def _grids(blocks: Tensor, bits: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Scales, and the codes of 0, [out, blocks, 1]: around the middle, and with 4 bits from the smallest to the largest weight."""
+    middle = float(1 << (bits - 1))
     peak = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True))
-    start = torch.where(peak == 0, 1.0, peak / -middle)  # the largest weight is on the side that has one code more
-    best, found, steps = torch.full_like(peak, torch.inf), torch.zeros_like(blocks), start
-    for factor in _SHRUNK if bits == 4 else _SHRUNK[:1]:
-        codes = (blocks / (start * factor)).round().clamp(-middle, middle - 1)
-        power = (codes * codes).sum(-1, keepdim=True)
-        scale = torch.where(power == 0, start, (blocks * codes).sum(-1, keepdim=True) / power.clamp(min=1))  # least squares
-        error = (blocks - scale * codes).square().sum(-1, keepdim=True)
-        better = error < best
-        best, found, steps = (torch.where(better, new, old) for new, old in ((error, best), (codes, found), (scale, steps)))
-    return (found + middle).to(torch.uint8), steps.squeeze(-1)
+    # the largest weight is on the side that has one code more
+    yield torch.where(peak == 0, 1.0, peak / -middle), torch.full_like(peak, middle)
+    if bits == 4:
+        low, high = blocks.amin(-1, keepdim=True).clamp(max=0), blocks.amax(-1, keepdim=True).clamp(min=0)
+        scale = (high - low) / 15
+        scale = torch.where(scale == 0, 1.0, scale)
+        yield scale, (-low / scale).round().clamp(0, 15)

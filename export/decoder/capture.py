@@ -9,8 +9,8 @@ is given only hands keys and values on. What goes around the interfaces is refus
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from normfuse.errors import CaptureError, UsageError
 from normfuse.export.decoder.causality import window_of
 from normfuse.export.decoder.interfaces import ROUTES, attending, handing_cache
-from normfuse.export.decoder.operator import cached_attention, positions
+from normfuse.export.decoder.operator import cached_attention, newest, positions
 from normfuse.extras import need
 
 __all__ = ["CausalModel", "Site", "cached", "check_kind", "longest", "text_config"]
@@ -54,19 +54,34 @@ class Site:
 class CausalModel(nn.Module):
     """`model` with its cache as tensors.
 
-    `forward(input_ids, attention_mask, pasts)` returns the logits [batch, new, vocabulary], and the keys and values of each
+    `forward(input_ids, attention_mask, pasts)` returns the logits [batch, new, vocabulary] ([batch, 1, vocabulary], those of
+    each row's newest token, with `last_logits`), and the keys and values of each
     layer in the order of `pasts`: key of layer 0, value of layer 0, key of layer 1, …
     """
 
-    def __init__(self, model: nn.Module, sites: Sequence[Site], route: str = ROUTES[0]) -> None:
+    def __init__(self, model: nn.Module, sites: Sequence[Site], route: str = ROUTES[0], *, last_logits: bool = False) -> None:
         super().__init__()
-        self.model, self.sites, self.route = model, tuple(sites), route
+        self.model, self.sites, self.route, self.last_logits = model, tuple(sites), route, last_logits
         self.train(model.training)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, pasts: list[Tensor]) -> tuple[Tensor, ...]:
         call = _Call(self.model, self.route, attention_mask, [site.window for site in self.sites])
-        logits, presents = call(input_ids, list(zip(pasts[::2], pasts[1::2], strict=True)))
+        with self._newest(attention_mask):
+            logits, presents = call(input_ids, list(zip(pasts[::2], pasts[1::2], strict=True)))
         return (logits, *presents)
+
+    @contextmanager
+    def _newest(self, mask: Tensor) -> Iterator[None]:
+        """The last matrix reads the newest token of each row alone, where that is asked for."""
+        if not self.last_logits:
+            yield
+            return
+        head = self.model.get_output_embeddings()  # type: ignore[operator]
+        hook = head.register_forward_pre_hook(lambda _, given: (newest(given[0], mask), *given[1:]))
+        try:
+            yield
+        finally:
+            hook.remove()
 
     def example(self, batch: int = 2, past: int = 3, new: int = 2) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Inputs with random tokens; the second row is padded on the left."""
@@ -87,11 +102,11 @@ class CausalModel(nn.Module):
         return {0: batch, 1: new}, {0: batch, 1: total}, [{0: batch, 2: past} for _ in range(2 * len(self.sites))]
 
 
-def cached(model: nn.Module) -> CausalModel:
+def cached(model: nn.Module, *, last_logits: bool = False) -> CausalModel:
     """`model` with flat caches; it is shared, not copied.
 
     Raises:
-        UsageError: it is no causal language model of transformers.
+        UsageError: it is no causal language model of transformers, or its last matrix is not read as a layer (`last_logits`).
         CaptureError: a layer's attention is not of a kind that can be written; the message names the layer.
     """
     check_kind(model)
@@ -99,7 +114,10 @@ def cached(model: nn.Module) -> CausalModel:
     for route in ROUTES:
         try:
             with torch.no_grad():
-                return CausalModel(model, _sites(model, route), route)
+                found = CausalModel(model, _sites(model, route), route, last_logits=last_logits)
+                if last_logits and found(*found.example())[0].shape[1] != 1:
+                    raise UsageError(f"last_logits=True: {type(model).__name__} does not call its last matrix as a layer")
+                return found
         except CaptureError as e:
             refused = refused or e
     assert refused is not None

@@ -28,6 +28,7 @@ __all__ = ["BINDINGS", "Proof", "prove"]
 #: lengths are padded on either side.
 BINDINGS = ("growing", "shared", "chunks", "left", "right")
 _CHUNKS = (8, 1, 5)  # tokens of the first pieces of a prompt
+_PAD = 0  # a token that is never looked at
 _SPARE = 7  # slots of a shared buffer that are never used
 
 Logits = NDArray[Any]
@@ -72,7 +73,7 @@ class _Written:
 
 def prove(
     file: Path, model: nn.Module, prompts: Sequence[Sequence[int]], *, tokens: int = 64, tolerance: float = 1e-3,
-    quantized: bool = False, bindings: Sequence[str] = BINDINGS, threads: int | None = None, pad: int = 0,
+    quantized: bool = False, bindings: Sequence[str] = BINDINGS, threads: int | None = None,
 ) -> Proof:  # fmt: skip
     """Hold the file against the model.
 
@@ -89,7 +90,7 @@ def prove(
     decoder = Decoder(file, threads=threads)
     sqnr = agreed = None
     if quantized:
-        own = [next(_growing(decoder, [p], [t], pad)) for p, t in zip(wanted.prompts, wanted.tokens, strict=True)]
+        own = [next(_growing(decoder, [p], [t])) for p, t in zip(wanted.prompts, wanted.tokens, strict=True)]
         sqnr, agreed = _sqnr(own, wanted.logits), _agreed(own, wanted.tokens)
         choices = [logits.argmax(-1).tolist() for logits in own]
         held, tolerance = own, max(tolerance, 10 ** (-sqnr / 20))
@@ -97,7 +98,7 @@ def prove(
         choices, held = wanted.tokens, wanted.logits
     error, ties = 0.0, 0
     for binding in bindings:
-        for at, found in _run(decoder, binding, wanted, pad):
+        for at, found in _run(decoder, binding, wanted):
             here = f"binding {binding!r}, prompt {at + 1}"
             worst, undecided = _compare(found, held[at], choices[at], tolerance, here, lambda: _where(decoder, model, wanted))
             error, ties = max(error, worst), max(ties, undecided)
@@ -135,30 +136,30 @@ def _greedy(model: Any, tokens: int) -> Iterator[None]:
 # -- the file --------------------------------------------------------------------------------------------------------------
 
 
-def _run(decoder: Decoder, binding: str, wanted: _Written, pad: int) -> Iterator[tuple[int, Logits]]:
+def _run(decoder: Decoder, binding: str, wanted: _Written) -> Iterator[tuple[int, Logits]]:
     """Number of a prompt, and the logits [tokens, vocabulary] in front of each token after it."""
     if binding in ("left", "right"):
-        yield from enumerate(_rows(decoder, binding, wanted.prompts, wanted.tokens, pad))
+        yield from enumerate(_rows(decoder, binding, wanted.prompts, wanted.tokens))
         return
     way: Callable[..., Iterator[Logits]] = {"growing": _growing, "shared": _shared, "chunks": _chunks}[binding]
     for i, (prompt, tokens) in enumerate(zip(wanted.prompts, wanted.tokens, strict=True)):
-        yield i, next(way(decoder, [prompt], [tokens], pad))
+        yield i, next(way(decoder, [prompt], [tokens]))
 
 
-def _growing(decoder: Decoder, prompts: list[list[int]], tokens: list[list[int]], pad: int) -> Iterator[Logits]:
-    ids, _ = padded(prompts, "left", pad)
+def _growing(decoder: Decoder, prompts: list[list[int]], tokens: list[list[int]]) -> Iterator[Logits]:
+    ids, _ = padded(prompts, "left", _PAD)
     cache = decoder.start(len(prompts))
     yield from _followed(cache, cache.step(ids)[:, -1], np.array(tokens))
 
 
-def _shared(decoder: Decoder, prompts: list[list[int]], tokens: list[list[int]], pad: int) -> Iterator[Logits]:
-    ids, _ = padded(prompts, "left", pad)
+def _shared(decoder: Decoder, prompts: list[list[int]], tokens: list[list[int]]) -> Iterator[Logits]:
+    ids, _ = padded(prompts, "left", _PAD)
     cache = decoder.start(len(prompts), room=ids.shape[1] + len(tokens[0]) + _SPARE)
     yield from _followed(cache, cache.step(ids)[:, -1], np.array(tokens))
 
 
-def _chunks(decoder: Decoder, prompts: list[list[int]], tokens: list[list[int]], pad: int) -> Iterator[Logits]:
-    ids, _ = padded(prompts, "left", pad)
+def _chunks(decoder: Decoder, prompts: list[list[int]], tokens: list[list[int]]) -> Iterator[Logits]:
+    ids, _ = padded(prompts, "left", _PAD)
     cache = decoder.start(len(prompts), room=ids.shape[1] + len(tokens[0]) + _SPARE)
     ends = [e for e in np.cumsum(_CHUNKS).tolist() if e < ids.shape[1]]
     for start, end in zip([0, *ends], [*ends, ids.shape[1]], strict=True):
@@ -166,8 +167,8 @@ def _chunks(decoder: Decoder, prompts: list[list[int]], tokens: list[list[int]],
     yield from _followed(cache, logits[:, -1], np.array(tokens))
 
 
-def _rows(decoder: Decoder, side: str, prompts: list[list[int]], tokens: list[list[int]], pad: int) -> Iterator[Logits]:
-    ids, mask = padded(prompts, side, pad)
+def _rows(decoder: Decoder, side: str, prompts: list[list[int]], tokens: list[list[int]]) -> Iterator[Logits]:
+    ids, mask = padded(prompts, side, _PAD)
     cache = decoder.start(len(prompts))
     logits = cache.step(ids, mask)
     ends = [len(p) - 1 if side == "right" and logits.shape[1] > 1 else -1 for p in prompts]

@@ -39,12 +39,14 @@ class Decoder:
         self.pairs = [(n, n.replace("past_key_values", "present")) for n in inputs if n.startswith("past_key_values.")]
         if not self.pairs or "attention_mask" not in inputs or "input_ids" not in inputs:
             raise ExportError(f"{file} is no decoder with a cache: expected input_ids, attention_mask and past_key_values.0.key")
-        self.sizes = {name: (int(inputs[name].shape[1]), int(inputs[name].shape[3])) for name, _ in self.pairs}
-        self.dtype = _TYPES[inputs[self.pairs[0][0]].type]
         self.asks_positions = "position_ids" in inputs
         outputs = {o.name: o.shape for o in self.session.get_outputs()}
-        self.vocabulary = int(outputs["logits"][-1])
-        self.last_only = outputs["logits"][1] == 1
+        try:
+            self.sizes = {name: (int(inputs[name].shape[1]), int(inputs[name].shape[3])) for name, _ in self.pairs}
+            self.dtype = _TYPES[inputs[self.pairs[0][0]].type]
+            self.vocabulary = int(outputs["logits"][-1])
+        except (KeyError, TypeError, ValueError, IndexError) as e:
+            raise ExportError(f"{file} is no decoder whose cache can be bound: {type(e).__name__}: {e}") from e
 
     def start(self, rows: int, *, room: int = 0) -> Cache:
         """An empty cache: with `room` slots in one buffer for past and present, or growing with each step where that is 0."""

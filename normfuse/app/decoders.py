@@ -30,7 +30,6 @@ from normfuse.export.decoder.folder import (
 )
 from normfuse.export.decoder.forms import FORMS, rotates
 from normfuse.export.decoder.genai import genai_config, length_of
-from normfuse.export.decoder.last import last_logits
 from normfuse.export.decoder.proof import BINDINGS, Proof, prove
 from normfuse.export.decoder.rotary import rotate_in_attention
 from normfuse.export.onnx.writer.save import MAX_PROTO, save_model
@@ -135,12 +134,10 @@ def to_decoder(
     check_kind(model)
     length = length_of(longest(model), how.max_length)
     exact, notes = _in_float32(model)
-    captured = cached(exact)
+    captured = cached(exact, last_logits=how.last_logits)
     fast = optimize(
         captured, captured.example(), dynamic_shapes=captured.dynamic_shapes(), passes=how.passes, verify=how.verify, quantize=spec,
     )  # fmt: skip
-    if how.last_logits and not last_logits(fast):
-        raise UsageError(f"last_logits=True: the matrix that makes the logits of {type(model).__name__} was not found")
     rotated = rotate_in_attention(fast, longest(exact), lambda pairs, width: rotates(how.attention, pairs, width))
     written = write_model(fast, captured.sites, attention=how.attention, padding=how.padding)
     if blocks is not None:

@@ -102,7 +102,7 @@ class Writer:
         try:
             model = config["model"]
             self.longest, ends = int(model["context_length"]), model["eos_token_id"]
-            file = self.folder / str(model["decoder"].get("filename", MODEL))
+            file = self.folder / Path(str(model["decoder"].get("filename", MODEL))).name  # nothing outside the folder
         except (KeyError, TypeError, ValueError, AttributeError) as e:
             raise UsageError(f"{self.folder / CONFIG} is broken: {type(e).__name__}: {e}") from e
         self.ends = frozenset(int(t) for t in (ends if isinstance(ends, list) else [ends]))

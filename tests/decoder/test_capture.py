@@ -58,6 +58,19 @@ def test_other_attention_is_refused_by_the_name_of_its_layer(kind: str, sizes: d
         cached(tiny(kind, **sizes))
 
 
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "granite"])
+def test_logits_of_the_newest_token(kind: str) -> None:
+    model = tiny(kind)
+    whole, last = cached(model), cached(model, last_logits=True)
+    ids, mask, pasts = whole.example(past=4, new=3)
+    mask[0, -1] = 0  # a row that ends before the others do
+    with torch.no_grad():
+        wanted, found = (m(ids, mask, pasts)[0] for m in (whole, last))
+    assert found.shape == (2, 1, 320)
+    assert torch.allclose(found[:, 0], wanted[range(2), [1, 2]], atol=1e-5)
+    assert not model.get_output_embeddings()._forward_pre_hooks  # type: ignore[operator]
+
+
 def test_pytorchs_function_is_itself_again() -> None:
     before = torch.nn.functional.scaled_dot_product_attention
     assert cached(tiny("falcon")).route == "function"

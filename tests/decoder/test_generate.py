@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import transformers
 
@@ -77,6 +78,21 @@ def test_prompts_that_do_not_fit(folder: Path, run: Run, tmp_path: Path) -> None
     shutil.copytree(folder, tmp_path / "broken")
     (tmp_path / "broken" / "genai_config.json").write_text('{"model": {}}')
     assert run("generate", str(tmp_path / "broken"), "--prompt", "a")[0] == 2
+
+
+def test_a_file_that_is_no_decoder(folder: Path, run: Run, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "other")
+    x = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [1])
+    y = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [1])
+    graph = onnx.helper.make_graph([onnx.helper.make_node("Neg", ["x"], ["y"])], "other", [x], [y])
+    onnx.save(
+        onnx.helper.make_model(graph, ir_version=8, opset_imports=[onnx.helper.make_opsetid("", 17)]), tmp_path / "other/model.onnx"
+    )
+    code, _, err = run("generate", str(tmp_path / "other"), "--prompt", "a")
+    assert (code, "is no decoder" in err) == (2, True)
+    (tmp_path / "other" / "normfuse.json").write_text('{"runtime": "9.0"}')
+    code, _, err = run("generate", str(tmp_path / "other"), "--prompt", "a")
+    assert (code, "needs ONNX Runtime 9.0" in err) == (2, True)
 
 
 def test_sources_that_do_not_fit(hf_llama: Path, run: Run, tmp_path: Path) -> None:
