@@ -1,4 +1,5 @@
-// The words that attributes of ONNX nodes use for the numbers of normfuse.h; normfuse/words.py has the same ones in the same order.
+// The words that attributes of ONNX nodes use for the numbers of normfuse.h; normfuse/words.py has the same ones in the
+// same order.
 #pragma once
 #include "normfuse.h"
 

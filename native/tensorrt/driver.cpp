@@ -15,13 +15,16 @@
 namespace nf::trt {
 namespace {
 
-// The functions of the driver's interface that are used here, with its types spelled out: no toolkit is needed to compile this.
+// The functions of the driver's interface that are used here, with its types spelled out: no toolkit is needed to
+// compile this.
 using Result = int;
 using Handle = void*;
 
-constexpr uint64_t ALIGNED = 16;  // bytes that kernels read at a time; an address between two would end the whole CUDA context
+constexpr uint64_t ALIGNED =
+    16;  // bytes that kernels read at a time; an address between two would end the whole CUDA context
 constexpr int32_t FREE_SHARED = 48 * 1024;  // bytes; for more than that a function must be told
-constexpr int MAX_SHARED = 8, MAJOR = 75, MINOR = 76;  // CU_FUNC_ATTRIBUTE_..., CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_...
+constexpr int MAX_SHARED = 8, MAJOR = 75,
+              MINOR = 76;  // CU_FUNC_ATTRIBUTE_..., CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_...
 
 struct Driver {
   Result (*init)(unsigned);
@@ -34,12 +37,15 @@ struct Driver {
   Result (*load)(Handle*, const void*);
   Result (*function)(Handle*, Handle, const char*);
   Result (*set)(Handle, int, int);
-  Result (*launch)(Handle, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, Handle, void**, void**);
+  Result (*launch)(Handle, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, Handle, void**,
+                   void**);
 
   Driver() {
 #ifdef _WIN32
     const auto library = LoadLibraryA("nvcuda.dll");
-    const auto symbol = [&](const char* name) { return library ? reinterpret_cast<void*>(GetProcAddress(library, name)) : nullptr; };
+    const auto symbol = [&](const char* name) {
+      return library ? reinterpret_cast<void*>(GetProcAddress(library, name)) : nullptr;
+    };
     const std::string why = "nvcuda.dll does not load";
 #else
     void* const library = dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL);
@@ -150,7 +156,8 @@ void Kernel::launch(const void* const* inputs, void* const* outputs, int64_t row
   values[i] = uint64_t(rows);
   const Driver& cu = driver();
   const Code& code = *it.code;
-  cu.done(cu.launch(it.function, unsigned(grid), 1, 1, unsigned(code.threads), 1, 1, unsigned(code.shared), stream, places.data(), nullptr),
+  cu.done(cu.launch(it.function, unsigned(grid), 1, 1, unsigned(code.threads), 1, 1, unsigned(code.shared), stream,
+                    places.data(), nullptr),
           "cuLaunchKernel(" + payload.entry + ")");
 }
 

@@ -32,7 +32,8 @@ const Field& field(const std::vector<Field>& fields, const std::string& name) {
       if (f.text ? f.bytes.empty() : f.numbers.empty()) break;
       return f;
     }
-  throw Problem("a plugin node carries no " + name + "; write the ONNX file with the version of normfuse that this library is from");
+  throw Problem("a plugin node carries no " + name +
+                "; write the ONNX file with the version of normfuse that this library is from");
 }
 
 std::string word(const std::vector<Field>& fields, const std::string& name) {
@@ -58,11 +59,12 @@ Payload Payload::read(std::vector<Field> fields) {
   const bool two = grid.size() == 6;
   const bool counted = (two || grid.size() == 2) && *std::min_element(grid.begin(), grid.end()) > 0;
   if (!counted || images.size() != 5 * parts.size() || parts.size() <= (two ? size_t(grid[5]) : 0))
-    throw Problem("the plugin " + p.entry + ": " + std::to_string(parts.size()) + " images and " + std::to_string(images.size()) +
-                  " numbers for them; expected 5 each");
+    throw Problem("the plugin " + p.entry + ": " + std::to_string(parts.size()) + " images and " +
+                  std::to_string(images.size()) + " numbers for them; expected 5 each");
   if (p.inputs.empty() || p.outputs.empty() || p.features.size() != p.outputs.size())
-    throw Problem("the plugin " + p.entry + ": " + std::to_string(p.inputs.size()) + " inputs, " + std::to_string(p.outputs.size()) +
-                  " outputs and the features of " + std::to_string(p.features.size()));
+    throw Problem("the plugin " + p.entry + ": " + std::to_string(p.inputs.size()) + " inputs, " +
+                  std::to_string(p.outputs.size()) + " outputs and the features of " +
+                  std::to_string(p.features.size()));
   p.many.rows_each = grid[0];
   p.many.columns = grid[1];
   if (two) p.few_rows = grid[2], p.few.rows_each = grid[3], p.few.columns = grid[4];
@@ -87,7 +89,8 @@ const Code& Payload::code(const Way& way, int32_t capability) const {
     found += (found.empty() ? "" : ", ") + c.name();
   }
   if (best) return *best;
-  throw Problem("the plugin " + entry + " carries PTX for " + found + "; the device is sm_" + std::to_string(capability) +
+  throw Problem("the plugin " + entry + " carries PTX for " + found + "; the device is sm_" +
+                std::to_string(capability) +
                 ". Export for that capability too, or without plugins (they need 8.0 or newer)");
 }
 

@@ -1,5 +1,5 @@
-// What the node of a plugin carries: a kernel as PTX for several architectures, and how it is launched. The fields are those of
-// export/tensorrt/plugins/payload.py. Nothing here knows TensorRT or CUDA.
+// What the node of a plugin carries: a kernel as PTX for several architectures, and how it is launched. The fields are
+// those of export/tensorrt/plugins/payload.py. Nothing here knows TensorRT or CUDA.
 #pragma once
 
 #include <cstdint>
@@ -26,7 +26,8 @@ struct Code {
   bool exact;          // runs on that capability alone (sm_90a); else on newer ones too
   int32_t threads;
   int32_t shared;      // bytes
-  int32_t parameters;  // of the function; those behind inputs, outputs and rows are pointers to scratch memory that is not used
+  int32_t parameters;  // of the function; those behind inputs, outputs and rows are pointers to scratch memory that is
+                       // not used
   std::string ptx;
   std::string name() const { return "sm_" + std::to_string(capability) + (exact ? "a" : ""); }
 };

@@ -28,10 +28,8 @@ ILoggerFinder* finder = nullptr;
 
 void complain(const char* text) noexcept {
   ILogger* const logger = finder ? finder->findLogger() : nullptr;
-  if (logger)
-    logger->log(ILogger::Severity::kERROR, text);
-  else
-    std::fprintf(stderr, "normfuse: %s\n", text);
+  if (logger) logger->log(ILogger::Severity::kERROR, text);
+  else std::fprintf(stderr, "normfuse: %s\n", text);
 }
 
 // What may throw, as TensorRT wants it: a status.
@@ -61,7 +59,8 @@ std::vector<PluginField> seen(const std::vector<Field>& fields) {
   std::vector<PluginField> found;
   for (const Field& f : fields)
     found.emplace_back(f.name, f.text ? static_cast<const void*>(f.bytes.data()) : f.numbers.data(),
-                       f.text ? PluginFieldType::kCHAR : PluginFieldType::kINT32, int32_t(f.text ? f.bytes.size() : f.numbers.size()));
+                       f.text ? PluginFieldType::kCHAR : PluginFieldType::kINT32,
+                       int32_t(f.text ? f.bytes.size() : f.numbers.size()));
   return found;
 }
 
@@ -112,8 +111,8 @@ class Plugin final : public IPluginV3, public IPluginV3OneCore, public IPluginV3
     return 0;
   }
 
-  int32_t getOutputShapes(const DimsExprs* inputs, int32_t, const DimsExprs*, int32_t, DimsExprs* outputs, int32_t count,
-                          IExprBuilder& builder) noexcept override {
+  int32_t getOutputShapes(const DimsExprs* inputs, int32_t, const DimsExprs*, int32_t, DimsExprs* outputs,
+                          int32_t count, IExprBuilder& builder) noexcept override {
     if (count != getNbOutputs() || inputs[0].nbDims < 1) return 1;
     for (int32_t i = 0; i < count; ++i) {
       outputs[i] = inputs[0];
@@ -122,18 +121,21 @@ class Plugin final : public IPluginV3, public IPluginV3OneCore, public IPluginV3
     return 0;
   }
 
-  bool supportsFormatCombination(int32_t pos, const DynamicPluginTensorDesc* all, int32_t inputs, int32_t outputs) noexcept override {
+  bool supportsFormatCombination(int32_t pos, const DynamicPluginTensorDesc* all, int32_t inputs,
+                                 int32_t outputs) noexcept override {
     if (inputs != int32_t(payload->inputs.size()) || outputs != getNbOutputs()) return false;
     const Type wanted = pos < inputs ? payload->inputs[size_t(pos)] : payload->outputs[size_t(pos - inputs)];
     return all[pos].desc.format == TensorFormat::kLINEAR && all[pos].desc.type == data_type(wanted);
   }
 
-  int32_t configurePlugin(const DynamicPluginTensorDesc*, int32_t, const DynamicPluginTensorDesc*, int32_t) noexcept override {
+  int32_t configurePlugin(const DynamicPluginTensorDesc*, int32_t, const DynamicPluginTensorDesc*,
+                          int32_t) noexcept override {
     return 0;
   }
 
-  // The last call before enqueue, and no graph is being captured: a builder that times clones, which no context has attached, loads the
-  // kernel here. One without a GPU comes here too, and never further: what is wrong is said by who runs the plugin.
+  // The last call before enqueue, and no graph is being captured: a builder that times clones, which no context has
+  // attached, loads the kernel here. One without a GPU comes here too, and never further: what is wrong is said by who
+  // runs the plugin.
   int32_t onShapeChange(const PluginTensorDesc*, int32_t, const PluginTensorDesc*, int32_t) noexcept override {
     try {
       loaded();
@@ -158,8 +160,8 @@ class Plugin final : public IPluginV3, public IPluginV3OneCore, public IPluginV3
     return &collection;
   }
 
-  int32_t enqueue(const PluginTensorDesc* descs, const PluginTensorDesc*, const void* const* inputs, void* const* outputs, void*,
-                  cudaStream_t stream) noexcept override {
+  int32_t enqueue(const PluginTensorDesc* descs, const PluginTensorDesc*, const void* const* inputs,
+                  void* const* outputs, void*, cudaStream_t stream) noexcept override {
     const bool launched = attempt([&] {
       int64_t rows = 1;
       for (int32_t i = 0; i + 1 < descs[0].dims.nbDims; ++i) rows *= descs[0].dims.d[i];
@@ -222,7 +224,8 @@ NF_EXPORT nvinfer1::IPluginCreatorInterface* const* getCreators(int32_t& count) 
   static std::vector<nvinfer1::IPluginCreatorInterface*> addresses;
   static std::once_flag once;
   std::call_once(once, [] {
-    for (const char* name : nf::trt::OPS) addresses.push_back(creators.emplace_back(std::make_unique<Creator>(name)).get());
+    for (const char* name : nf::trt::OPS)
+      addresses.push_back(creators.emplace_back(std::make_unique<Creator>(name)).get());
   });
   count = int32_t(addresses.size());
   return addresses.data();

@@ -1,5 +1,5 @@
-// A libcuda.so.1 that writes down what it is asked: one line a call. FAKE_CAPABILITY: of its device, 89 for 8.9; FAKE_CONTEXT: 0 for a
-// thread without one; FAKE_FAILS: the call that fails.
+// A libcuda.so.1 that writes down what it is asked: one line a call. FAKE_CAPABILITY: of its device, 89 for 8.9;
+// FAKE_CONTEXT: 0 for a thread without one; FAKE_FAILS: the call that fails.
 #include <dlfcn.h>
 
 #include <cstdint>
@@ -25,7 +25,9 @@ extern "C" {
 
 int cuInit(unsigned) { return answer("cuInit"); }
 int cuGetErrorName(int, const char** name) { return *name = "CUDA_ERROR_ILLEGAL_ADDRESS", 0; }
-int cuCtxGetCurrent(void** context) { return *context = number("FAKE_CONTEXT", 1) ? reinterpret_cast<void*>(0x77) : nullptr, 0; }
+int cuCtxGetCurrent(void** context) {
+  return *context = number("FAKE_CONTEXT", 1) ? reinterpret_cast<void*>(0x77) : nullptr, 0;
+}
 int cuCtxSetCurrent(void* context) { return std::printf("set current %p\n", context), 0; }
 int cuDevicePrimaryCtxRetain(void** context, int device) {
   *context = reinterpret_cast<void*>(0x78);
@@ -50,10 +52,10 @@ int cuModuleGetFunction(void** function, void* module, const char* name) {
 int cuFuncSetAttribute(void* function, int attribute, int value) {
   return std::printf("attribute %d of %p = %d\n", attribute, function, value), 0;
 }
-int cuLaunchKernel(void* function, unsigned x, unsigned y, unsigned z, unsigned bx, unsigned by, unsigned bz, unsigned shared,
-                   void* stream, void** places, void** extra) {
-  std::printf("launch %p grid %u %u %u block %u %u %u shared %u stream %p extra %d:", function, x, y, z, bx, by, bz, shared, stream,
-              extra != nullptr);
+int cuLaunchKernel(void* function, unsigned x, unsigned y, unsigned z, unsigned bx, unsigned by, unsigned bz,
+                   unsigned shared, void* stream, void** places, void** extra) {
+  std::printf("launch %p grid %u %u %u block %u %u %u shared %u stream %p extra %d:", function, x, y, z, bx, by, bz,
+              shared, stream, extra != nullptr);
   for (int i = 0; i < 6; ++i) std::printf(" %llx", *static_cast<unsigned long long*>(places[i]));
   std::printf("\n");
   return answer("cuLaunchKernel");

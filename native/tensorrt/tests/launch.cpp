@@ -1,5 +1,6 @@
-// Loads one payload and launches it: with 7 rows, none, at an odd address, and with too many rows. Prints what goes wrong; the driver prints what it is asked.
-// With an argument, that field is damaged first; with "few", up to 4 rows have a launch of their own, and are launched too.
+// Loads one payload and launches it: with 7 rows, none, at an odd address, and with too many rows. Prints what goes
+// wrong; the driver prints what it is asked. With an argument, that field is damaged first; with "few", up to 4 rows
+// have a launch of their own, and are launched too.
 #include <cstdio>
 
 #include "../driver.h"
@@ -25,8 +26,7 @@ int main(int count, char** arguments) {
     put("ptx", std::string("PTX80\0PTX89\0PTX90a\0FEW80\0FEW90a\0", 33), {});
     put("images", "", {80, 0, 128, 0, 6, 89, 0, 128, 512, 6, 90, 1, 256, 100000, 6, 80, 0, 64, 0, 6, 90, 1, 32, 0, 6});
     put("grid", "", {2, 3, 4, 1, 5, 2});
-  } else if (count > 1)
-    put(arguments[1], count > 2 ? arguments[2] : "", {1});
+  } else if (count > 1) put(arguments[1], count > 2 ? arguments[2] : "", {1});
   try {
     const Payload payload = Payload::read(fields);
     const Kernel kernel(payload), again(payload);
