@@ -15,7 +15,7 @@ import transformers
 
 from normfuse.app.generation import Sampling
 from tests.cli_runner import Run, runner
-from tests.decoder.models import greedy, tiny, tokenizer
+from tests.export.decoder.models import greedy, tiny, tokenizer
 
 
 @pytest.fixture

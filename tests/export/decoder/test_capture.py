@@ -10,7 +10,7 @@ from torch import nn
 from normfuse.errors import CaptureError, UsageError
 from normfuse.export.decoder.capture import cached
 from normfuse.export.decoder.causality import window_of
-from tests.decoder.models import KINDS, tiny
+from tests.export.decoder.models import KINDS, tiny
 
 _WINDOWS = {"cohere2": [12, 12], "gemma2": [12, 0], "gemma3_text": [12, 0], "mistral": [12, 12], "starcoder2": [12, 12]}
 

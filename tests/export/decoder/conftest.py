@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.decoder.models import tiny, tokenizer
+from tests.export.decoder.models import tiny, tokenizer
 
 
 @pytest.fixture(scope="session")

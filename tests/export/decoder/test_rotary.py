@@ -13,7 +13,7 @@ import normfuse
 from normfuse.export.decoder.capture import CausalModel, cached, longest
 from normfuse.export.decoder.operator import cached_attention, positions, rotated
 from normfuse.export.decoder.rotary import rotate_in_attention
-from tests.decoder.models import tiny
+from tests.export.decoder.models import tiny
 
 _WIDTH, _ROWS = 8, 40
 

@@ -17,8 +17,8 @@ from normfuse.errors import ExportError, UsageError
 from normfuse.export.decoder import proof
 from normfuse.export.decoder.file import cache_names
 from normfuse.export.decoder.proof import prove
-from tests.decoder.models import KINDS, VOCABULARY, greedy, prompts, tiny, tokenizer
-from tests.decoder.readers import genai_tokens
+from tests.export.decoder.models import KINDS, VOCABULARY, greedy, prompts, tiny, tokenizer
+from tests.export.decoder.readers import genai_tokens
 
 
 def _written(model: Any, folder: Path, **options: Any) -> Any:
