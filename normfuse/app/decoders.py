@@ -51,6 +51,9 @@ _SAMPLES = (
     "Once upon a time",
 )
 _PADDING = ("both", "right")
+#: Before weights are stored in blocks. A norm's gain in the weight behind it would spread the weights of a block, which share a
+#: scale, and a runtime multiplies by it anyway: so gains stay where they are.
+_FOR_BLOCKS = ("bake", "cleanup", "recognise", "select", "cleanup")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,8 +138,9 @@ def to_decoder(
     length = length_of(longest(model), how.max_length)
     exact, notes = _in_float32(model)
     captured = cached(exact, last_logits=how.last_logits)
+    passes = _FOR_BLOCKS if how.passes is None and blocks is not None else how.passes
     fast = optimize(
-        captured, captured.example(), dynamic_shapes=captured.dynamic_shapes(), passes=how.passes, verify=how.verify, quantize=spec,
+        captured, captured.example(), dynamic_shapes=captured.dynamic_shapes(), passes=passes, verify=how.verify, quantize=spec,
     )  # fmt: skip
     rotated = rotate_in_attention(fast, longest(exact), lambda pairs, width: rotates(how.attention, pairs, width))
     written = write_model(fast, captured.sites, attention=how.attention, padding=how.padding)

@@ -170,3 +170,16 @@ def test_padding_on_the_right_alone(tmp_path: Path) -> None:
     made = _written(tiny("llama"), tmp_path / "out", proof_tokens=8, padding="right")
     assert "left" not in made.proof.bindings
     assert "Expand" not in [node.op_type for node in onnx.load(made.path / "model.onnx").graph.node]
+
+
+def test_gains_stay_apart_from_weights_in_blocks(tmp_path: Path) -> None:
+    """A gain in a weight would spread what shares a scale."""
+    model = tiny("llama")
+    for p in model.parameters():
+        if p.ndim == 1:
+            p.data.uniform_(0.2, 5.0)
+    gains = {p.detach().numpy().tobytes() for name, p in model.named_parameters() if "layernorm" in name}
+    _written(model, tmp_path / "llama", quantize="w4", proof_tokens=4)
+    kept = {onnx.numpy_helper.to_array(t).tobytes() for t in onnx.load(tmp_path / "llama" / "model.onnx").graph.initializer}
+    assert len(gains) == 4
+    assert gains <= kept
