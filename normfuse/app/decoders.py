@@ -32,6 +32,7 @@ from normfuse.export.decoder.forms import FORMS, rotates
 from normfuse.export.decoder.genai import genai_config, length_of
 from normfuse.export.decoder.proof import BINDINGS, Proof, prove
 from normfuse.export.decoder.rotary import rotate_in_attention
+from normfuse.export.keywords import given, keywords_of
 from normfuse.export.onnx.writer.save import MAX_PROTO, save_model
 from normfuse.extras import need
 from normfuse.quant.spec import ShiftQuant
@@ -71,7 +72,7 @@ class DecoderOptions:
         tolerance: bound on the error of the logits, relative to the largest.
         threads: of ONNX Runtime for the proof; default: the CPUs of this process.
         external_data_above: weights above this many bytes go to a second file.
-        passes, verify: see `normfuse.optimize`.
+        passes, verify: see `normfuse.optimize`; with weights in blocks the default passes leave gains of norms where they are.
     """
 
     attention: str = "gqa"
@@ -94,6 +95,7 @@ class DecoderOptions:
             raise UsageError(f"proof_tokens={self.proof_tokens}: expected 0 or more")
 
 
+@keywords_of(DecoderOptions)
 def to_decoder(
     model: nn.Module,
     folder: str | Path,
@@ -108,7 +110,7 @@ def to_decoder(
     """Write a causal language model with its cache of keys and values as a folder; it appears only after it was proven.
 
     The folder holds `model.onnx`, `genai_config.json`, the configuration of the model and its tokenizer, and is read by ONNX
-    Runtime, onnxruntime-genai and optimum.
+    Runtime and onnxruntime-genai.
 
     Args:
         model: a causal language model of transformers in eval mode; it is not changed.
@@ -121,13 +123,13 @@ def to_decoder(
         force: replace a folder that an export wrote.
 
     Raises:
+        TypeError: there is no such argument.
         UsageError: an argument is wrong, the model is of another kind, or the folder cannot be written.
         CaptureError: a layer's attention is not of a kind that can be written; the message names the layer.
         ExportError: the file does not say what the model says.
         MissingExtra: transformers, onnx, onnxscript or onnxruntime is not installed.
     """
-    how = options or DecoderOptions()
-    how = dataclasses.replace(how, **_known(more)) if more else how
+    how = given(DecoderOptions, options, more, called="to_decoder")
     blocks, spec = _stored(quantize)
     path = check_place(folder, force=force)
     for module in ("onnx", "onnxscript", "onnxruntime"):
@@ -157,14 +159,6 @@ def to_decoder(
         )  # fmt: skip
         (work / MANIFEST).write_text(json.dumps(_facts(made, fast), indent=2) + "\n", encoding="utf-8")
     return made
-
-
-def _known(more: dict[str, Any]) -> dict[str, Any]:
-    fields = {f.name for f in dataclasses.fields(DecoderOptions)}
-    for name in more:
-        if name not in fields:
-            raise UsageError(f"to_decoder has no argument {name!r} (options: {', '.join(sorted(fields))})")
-    return more
 
 
 def _stored(quantize: str | Blocks | ShiftQuant | None) -> tuple[Blocks | None, ShiftQuant | None]:

@@ -111,10 +111,12 @@ def test_arguments_that_are_wrong(tmp_path: Path) -> None:
     model = tiny("llama")
     for options, said in (
         ({"max_length": 300}, "256 positions"), ({"attention": "flash"}, "gqa or portable"), ({"padding": "no"}, "both or right"),
-        ({"quantize": "w5"}, "w4 or w8"), ({"colour": "red"}, "no argument 'colour'"), ({"proof_tokens": -1}, "0 or more"),
+        ({"quantize": "w5"}, "w4 or w8"), ({"proof_tokens": -1}, "0 or more"),
     ):  # fmt: skip
         with pytest.raises(UsageError, match=said):
             _written(model, tmp_path / "out", **options)
+    with pytest.raises(TypeError, match=r"to_decoder\(\) got an unexpected keyword argument 'pading'; did you mean 'padding'"):
+        _written(model, tmp_path / "out", pading="right")
     with pytest.raises(UsageError, match="training mode"):
         _written(tiny("llama").train(), tmp_path / "out")
     assert not list(tmp_path.iterdir())
