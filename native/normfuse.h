@@ -86,8 +86,8 @@ NF_EXPORT const char* nf_conv2d(const nf_threads*, const nf_conv*, const nf_weig
                                 int32_t activation_bits, float static_scale, int32_t epilogue, float* y);
 
 // -- codes from layer to layer --------------------------------------------------------------------
-// Tensors of u8 codes, [batch][h][w][c]; a code u is worth (u - zero) · scale. Scales are those of the files that plan a
-// chain; what stands here is in units of the codes that are written.
+// Tensors of u8 codes, [batch][h][w][c]; a code u is worth (u - zero) · scale. Scales are those of the files that plan
+// a chain; what stands here is in units of the codes that are written.
 //
 //   y = table[clamp(rne(float(Σ (x - zero) · W) · scale[o] + bias[o] + float(residual) · residual_scale), low, high)]
 //
@@ -102,7 +102,8 @@ struct nf_codes_conv {
 };
 // Bytes of packed weights, whatever the batch and the size of the image; -1 where an argument is wrong.
 NF_EXPORT int64_t nf_codes_bytes(const nf_codes_conv*);
-// weights[outputs][tap][channel of the group], each within -128..127, as the kernels of every instruction set read them.
+// weights[outputs][tap][channel of the group], each within -128..127, as the kernels of every instruction set read
+// them.
 NF_EXPORT const char* nf_codes_pack(const nf_threads*, const nf_codes_conv*, const int8_t* weights, const float* scale,
                                     const float* bias, uint8_t* packed);
 NF_EXPORT const char* nf_codes_conv2d(const nf_threads*, const nf_codes_conv*, const uint8_t* packed, const uint8_t* x,

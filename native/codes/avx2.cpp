@@ -10,7 +10,8 @@
 
 namespace nf::avx2 {
 
-const CodesKernels codes = {tile_codes, depthwise_codes, max_pool_codes, quantize_codes, dequantize_codes, add_codes, sum_codes, gate_codes};
+const CodesKernels codes = {tile_codes,       depthwise_codes, max_pool_codes, quantize_codes,
+                            dequantize_codes, add_codes,       sum_codes,      gate_codes};
 
 }  // namespace nf::avx2
 #endif

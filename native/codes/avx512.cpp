@@ -80,8 +80,8 @@ inline void tile_of(const CodesTile& t, int64_t pixel, int64_t panel) {
   const uint8_t* r = t.residual ? t.residual + pixel * t.stride + output : nullptr;
   NF_UNROLL for (int p = 0; p < P; ++p, y += t.stride) {
     __m512 f[4];
-    NF_UNROLL for (int v = 0; v < V; ++v)
-        f[v] = _mm512_add_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(acc[p * V + v]), scale[v]), bias[v]);
+    NF_UNROLL for (int v = 0; v < V; ++v) f[v] =
+        _mm512_add_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(acc[p * V + v]), scale[v]), bias[v]);
     if (r) {
       NF_UNROLL for (int v = 0; v < V; ++v) {
         const __m128i u = _mm_maskz_loadu_epi8(static_cast<__mmask16>(mask >> (16 * v)), r + 16 * v);
@@ -174,9 +174,8 @@ inline void depthwise_row(const CodesDepthwise& d, int64_t oy, int64_t block) {
   const __m512i low = _mm512_set1_epi8(static_cast<char>(v.low)), high = _mm512_set1_epi8(static_cast<char>(v.high));
   const auto finish = [&](const __m512i* acc, uint8_t* y) NF_INLINE {
     __m512 f[4];
-    NF_UNROLL for (int i = 0; i < 4; ++i)
-        f[i] = _mm512_add_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(acc[i]), _mm512_loadu_ps(scale + 16 * i)),
-                             _mm512_loadu_ps(bias + 16 * i));
+    NF_UNROLL for (int i = 0; i < 4; ++i) f[i] = _mm512_add_ps(
+        _mm512_mul_ps(_mm512_cvtepi32_ps(acc[i]), _mm512_loadu_ps(scale + 16 * i)), _mm512_loadu_ps(bias + 16 * i));
     const __m512i codes = _mm512_min_epu8(_mm512_max_epu8(codes_of(f[0], f[1], f[2], f[3]), low), high);
     _mm512_mask_storeu_epi8(y, mask, codes);
     if (d.table) look_up(d.table, y, n);
@@ -237,8 +236,8 @@ void depthwise(const CodesDepthwise& d) {
 
 }  // namespace
 
-const CodesKernels codes = {tile,           depthwise, max_pool_codes, quantize_codes, dequantize_codes, add_codes,
-                            sum_codes, gate_codes};
+const CodesKernels codes = {tile,      depthwise, max_pool_codes, quantize_codes, dequantize_codes,
+                            add_codes, sum_codes, gate_codes};
 
 }  // namespace nf::avx512
 #endif

@@ -62,14 +62,14 @@ struct Convolution {
       pixels = shifted;
     }
     const int64_t to = output_pixel * v.outputs + output;
-    kernels.tile({pixels, count, taps, p.taps, p.quads,
-                  reinterpret_cast<const int8_t*>(packed + p.at_weights) + at * p.taps * p.quads * 64,
-                  packed + p.at_narrow + at, last - panel, std::min(p.outputs, last * kCodesPanel) - panel * kCodesPanel,
-                  reinterpret_cast<const int32_t*>(packed + p.at_start) + at * kCodesPanel,
-                  reinterpret_cast<const float*>(packed + p.at_scale) + at * kCodesPanel,
-                  reinterpret_cast<const float*>(packed + p.at_bias) + at * kCodesPanel,
-                  residual ? residual + to : nullptr, v.residual_scale, y + to, v.outputs,
-                  static_cast<uint8_t>(v.low), static_cast<uint8_t>(v.high), table});
+    kernels.tile(
+        {pixels, count, taps, p.taps, p.quads,
+         reinterpret_cast<const int8_t*>(packed + p.at_weights) + at * p.taps * p.quads * 64, packed + p.at_narrow + at,
+         last - panel, std::min(p.outputs, last * kCodesPanel) - panel * kCodesPanel,
+         reinterpret_cast<const int32_t*>(packed + p.at_start) + at * kCodesPanel,
+         reinterpret_cast<const float*>(packed + p.at_scale) + at * kCodesPanel,
+         reinterpret_cast<const float*>(packed + p.at_bias) + at * kCodesPanel, residual ? residual + to : nullptr,
+         v.residual_scale, y + to, v.outputs, static_cast<uint8_t>(v.low), static_cast<uint8_t>(v.high), table});
   }
 
   // Output rows first..last of an image (of a single row of pixels where they lie as they are read).
@@ -139,14 +139,13 @@ struct Convolution {
     const int64_t bands = ceil_div(p.oh, rows);
     parallel(threads, v.batch * bands, [&](int64_t i) {
       const int64_t image = i / bands, first = i % bands * rows;
-      kernels.depthwise({&v, p.ow, x + image * v.h * v.w * v.c, y + image * p.oh * p.ow * v.c, first,
-                         std::min(p.oh, first + rows),
-                         reinterpret_cast<const int8_t*>(packed + p.at_natural + p.lanes * 12),
-                         reinterpret_cast<const int8_t*>(packed + p.at_weights), packed + p.at_narrow,
-                         reinterpret_cast<const int32_t*>(natural), natural + p.lanes, natural + 2 * p.lanes,
-                         reinterpret_cast<const int32_t*>(packed + p.at_start),
-                         reinterpret_cast<const float*>(packed + p.at_scale),
-                         reinterpret_cast<const float*>(packed + p.at_bias), border, table});
+      kernels.depthwise(
+          {&v, p.ow, x + image * v.h * v.w * v.c, y + image * p.oh * p.ow * v.c, first, std::min(p.oh, first + rows),
+           reinterpret_cast<const int8_t*>(packed + p.at_natural + p.lanes * 12),
+           reinterpret_cast<const int8_t*>(packed + p.at_weights), packed + p.at_narrow,
+           reinterpret_cast<const int32_t*>(natural), natural + p.lanes, natural + 2 * p.lanes,
+           reinterpret_cast<const int32_t*>(packed + p.at_start), reinterpret_cast<const float*>(packed + p.at_scale),
+           reinterpret_cast<const float*>(packed + p.at_bias), border, table});
     });
     return nullptr;
   }

@@ -45,7 +45,8 @@ NF_EXPORT const char* nf_codes_max_pool(const nf_threads* threads, const nf_code
   for (int axis = 0; axis < 2; ++axis) {
     const int64_t reach = ((axis ? v.kw : v.kh) - 1) * v.dilation[axis] + 1;
     if (v.pad_begin[axis] >= reach || v.pad_end[axis] >= reach) return "codes: a window of padding alone";
-    if (v.dilation[axis] != 1 && (v.pad_begin[axis] || v.pad_end[axis])) return "codes: padding of a pool with dilation";
+    if (v.dilation[axis] != 1 && (v.pad_begin[axis] || v.pad_end[axis]))
+      return "codes: padding of a pool with dilation";
   }
   if (v.outputs != v.c) return "codes: a pool has as many outputs as channels";
   if (v.batch == 0) return nullptr;

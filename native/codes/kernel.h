@@ -118,8 +118,7 @@ inline void dequantize_codes(const uint8_t* x, int64_t c, int64_t pixels, float 
   for (int64_t p0 = 0; p0 < pixels; p0 += kStep) {
     const int64_t n = pixels - p0 < kStep ? pixels - p0 : kStep;
     for (int64_t i = 0; i < c; ++i)
-      for (int64_t p = 0; p < n; ++p)
-        y[i * plane + p0 + p] = static_cast<float>(x[(p0 + p) * c + i] - zero) * scale;
+      for (int64_t p = 0; p < n; ++p) y[i * plane + p0 + p] = static_cast<float>(x[(p0 + p) * c + i] - zero) * scale;
   }
 }
 

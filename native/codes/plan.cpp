@@ -29,7 +29,8 @@ const char* codes_check(const nf_codes_conv* v, bool image) {
   if (!v) return "codes: conv is missing";
   for (const int64_t n : {v->c, v->outputs, v->kh, v->kw, v->stride[0], v->stride[1], v->dilation[0], v->dilation[1],
                           v->groups, image ? v->h : 1, image ? v->w : 1})
-    if (n < 1 || n > INT32_MAX) return "codes: sizes, strides, dilations and groups must be 1 or more (and fit 31 bits)";
+    if (n < 1 || n > INT32_MAX)
+      return "codes: sizes, strides, dilations and groups must be 1 or more (and fit 31 bits)";
   for (const int64_t n : {v->pad_begin[0], v->pad_begin[1], v->pad_end[0], v->pad_end[1]})
     if (n < 0 || n > INT32_MAX) return "codes: paddings must be 0 or more (and fit 31 bits)";
   if (v->c % v->groups || v->outputs % v->groups) return "codes: c and outputs must be multiples of groups";
@@ -127,8 +128,7 @@ struct Packing {
     for (int64_t tap = 0; tap < p.taps; ++tap)
       for (int64_t q = 0; q < p.quads; ++q)
         for (int64_t o = first; o < first + kCodesPanel; ++o)
-          for (int64_t j = 0; j < 4; ++j)
-            *out++ = o < p.outputs ? weight(group * p.outputs + o, tap, q * 4 + j) : 0;
+          for (int64_t j = 0; j < 4; ++j) *out++ = o < p.outputs ? weight(group * p.outputs + o, tap, q * 4 + j) : 0;
     to[p.at_narrow + index] = is_narrow(out - p.taps * p.quads * 64, p.taps * p.quads * 32);
   }
 
@@ -188,7 +188,8 @@ NF_EXPORT const char* nf_codes_pack(const nf_threads* threads, const nf_codes_co
     }
     // The vectors convert floats to 32 bits without asking, so that none may be beyond.
     const double most = 255.0 * static_cast<double>(size) * std::fabs(static_cast<double>(scale[o])) +
-                        std::fabs(static_cast<double>(bias[o])) + 255.0 * std::fabs(static_cast<double>(v.residual_scale));
+                        std::fabs(static_cast<double>(bias[o])) +
+                        255.0 * std::fabs(static_cast<double>(v.residual_scale));
     outside = outside || !(most < 1e9) || size * 255 >= INT32_MAX;
     const int32_t start = static_cast<int32_t>(-sum * v.zero);
     int64_t lane = o / p.outputs * p.panels * kCodesPanel + o % p.outputs;

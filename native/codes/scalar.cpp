@@ -9,7 +9,8 @@
 
 namespace nf::scalar {
 
-const CodesKernels codes = {tile_codes, depthwise_codes, max_pool_codes, quantize_codes, dequantize_codes, add_codes, sum_codes, gate_codes};
+const CodesKernels codes = {tile_codes,       depthwise_codes, max_pool_codes, quantize_codes,
+                            dequantize_codes, add_codes,       sum_codes,      gate_codes};
 
 }  // namespace nf::scalar
 #include "simd/end.h"

@@ -29,8 +29,8 @@ struct Kernels {
   const SoftmaxKernels& softmax;
 };
 
-// Each is defined where the target has the instruction set. `linear`, `attention` and `codes` have a source file each in
-// their rooms; the other families are made of the vectors alone, and put together by families.inc.
+// Each is defined where the target has the instruction set. `linear`, `attention` and `codes` have a source file each
+// in their rooms; the other families are made of the vectors alone, and put together by families.inc.
 namespace scalar {
 extern const LinearKernels linear;
 extern const AttendKernels attention;

@@ -1,6 +1,6 @@
 """Operators on u8 codes, [batch, height, width, channels]: what travels between quantized convolutions.
 
-A code u is worth (u − zero) · scale. Scales and zero points are constants of a plan (`normfuse.passes.quantize.chains`), so that
+A code u is worth (u − zero) · scale. Scales and zero points are constants of a plan (`chains` of `normfuse.passes.quantize`), and
 operators have numbers for arguments: in units of the codes that they write, with all zero points but that of a convolution's input
 within the bias. Each product and sum of floats is rounded by itself to float32, and codes are rounded to even: the same codes on
 every machine.
