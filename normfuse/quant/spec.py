@@ -47,6 +47,8 @@ class ShiftQuant(Scheme):
         migration: move powers of two from activations to weights through the gain of the norm in front, where that lowers
             the error; it costs nothing at run time.
         bias_correction: add to the bias what quantization moved the mean by, on the calibration data.
+        chains: convolutions hand codes of 8 bits to each other, with channels running fastest, and what stands between them (sums,
+            pools, activations) works on codes; needs activations="static".
         attention: also quantize the queries and keys of attention, to 8 bits by rows: their product is an exact sum of integers.
             The probabilities and their product with the values stay float.
         embedding_bits: of embedding tables, weights only, one scale a row; None keeps them in float.
@@ -76,6 +78,7 @@ class ShiftQuant(Scheme):
     rounding: Literal["auto", "nearest", "stochastic", "gptq"] = "auto"
     migration: bool = True
     bias_correction: bool = True
+    chains: bool = False
     attention: bool = False
     embedding_bits: int | None = 8
     overrides: Any = ()
@@ -101,7 +104,7 @@ class ShiftQuant(Scheme):
                 near = difflib.get_close_matches(str(value), allowed, 1)
                 hint = f"; did you mean {near[0]!r}?" if near else ""
                 raise UsageError(f"ShiftQuant({name}={value!r}): expected one of {', '.join(map(repr, allowed))}{hint}")
-        for name in ("migration", "bias_correction", "attention"):
+        for name in ("migration", "bias_correction", "attention", "chains"):
             if not isinstance(getattr(self, name), bool):
                 raise UsageError(f"ShiftQuant({name}={getattr(self, name)!r}): expected True or False")
         _number("percentile", self.percentile, 50.0, 100.0)
@@ -109,6 +112,8 @@ class ShiftQuant(Scheme):
             _number("size_budget", self.size_budget, 0.0, 1.0)
         if self.sqnr_budget is not None:
             _number("sqnr_budget", self.sqnr_budget, 0.0, 200.0)
+        if self.chains:
+            self._check_chains()
         object.__setattr__(self, "keep", _patterns(self.keep))
         object.__setattr__(self, "overrides", _overrides(self.overrides))
         for pattern, values in self.overrides:
@@ -116,6 +121,17 @@ class ShiftQuant(Scheme):
                 dataclasses.replace(self, overrides=(), **dict(values))
             except UsageError as e:
                 raise UsageError(f"overrides[{pattern!r}]: {e}") from e
+
+    def _check_chains(self) -> None:
+        """Codes are written by one layer for the next one: with scales that are known before."""
+        if self.activations != "static":
+            raise UsageError("ShiftQuant(chains=True): codes need static scales; pass activations='static' and calibration data")
+        for name in ("size_budget", "sqnr_budget", "finetune_steps"):
+            if getattr(self, name):
+                raise UsageError(
+                    f"ShiftQuant(chains=True, {name}={getattr(self, name)!r}): widths in chains are not searched or "
+                    f"trained; leave {name} out"
+                )
 
     @property
     def needs_data(self) -> str:
