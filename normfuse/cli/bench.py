@@ -243,7 +243,7 @@ class Settings:
     """
 
     place: Placement = CPU
-    plugins: tuple[str, ...] = ()
+    plugins: tuple[Any, ...] = ()
 
 
 class Workshop:
