@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 from normfuse.errors import UsageError
 from normfuse.quant.scheme import Scheme
 
-__all__ = ["ShiftQuant"]
+__all__ = ["ShiftQuant", "choices"]
 
 _PER_LAYER = (
     "weight_bits", "activation_bits", "groups", "group_size", "granularity", "activations", "exponents", "observer", "percentile",
@@ -98,7 +98,7 @@ class ShiftQuant(Scheme):
         _integer("group_size", self.group_size, 1, 1 << 20)
         _integer("finetune_steps", self.finetune_steps, 0, 1 << 20)
         _integer("seed", self.seed, 0, (1 << 63) - 1)
-        for name, allowed in _choices().items():
+        for name, allowed in choices().items():
             value = getattr(self, name)
             if value not in allowed:
                 near = difflib.get_close_matches(str(value), allowed, 1)
@@ -189,6 +189,6 @@ def _overrides(value: Any) -> tuple[tuple[str, tuple[tuple[str, Any], ...]], ...
 
 
 @functools.cache
-def _choices() -> dict[str, tuple[str, ...]]:
+def choices() -> dict[str, tuple[str, ...]]:
     """The fields that take one of a few words, which their types name."""
     return {name: get_args(hint) for name, hint in get_type_hints(ShiftQuant).items() if get_origin(hint) is Literal}
