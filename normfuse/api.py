@@ -21,7 +21,8 @@ from normfuse.numerics.batches import Batches
 from normfuse.passes import DEFAULT, PASSES, PassName
 from normfuse.passes.affine.folding import known_values
 from normfuse.passes.quantize.nothing import check_quantized
-from normfuse.pipeline.figures import last_word, norm_counts, operators, paired, tensor_sizes
+from normfuse.pipeline.blocks import blocks
+from normfuse.pipeline.figures import fates, last_word, norm_counts, operators, paired, tensor_sizes
 from normfuse.pipeline.origin import origin_of
 from normfuse.pipeline.partial import whole_or_parts
 from normfuse.proof.prove import Proof, run
@@ -158,6 +159,7 @@ def _optimized(
         calibration=_calibrated(samples, model, calibration, example_inputs) if quantize is not None else None,
         capture_seconds=capture_seconds, verify_seconds=verify_seconds,
         operators_before=operators(original), operators_after=operators(graph),
+        norms=fates(original, graph), blocks=blocks(original, graph),
     )  # fmt: skip
     log.info("optimize: %d applied, %d refused in %.1f s", len(report.applied), len(report.refused), report.seconds)
     return Record(captured.args, captured.kwargs or {}, captured.has_inputs, captured.dynamic_shapes, report).attach(gm)

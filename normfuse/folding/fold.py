@@ -29,7 +29,8 @@ from normfuse.passes.affine.beside import Beside
 from normfuse.passes.affine.folding import known_values
 from normfuse.passes.streams import mean_free
 from normfuse.passes.streams.keep_layer_norm import KeepLayerNorm
-from normfuse.pipeline.figures import last_word, norm_counts, operators, paired, tensor_sizes
+from normfuse.pipeline.blocks import blocks
+from normfuse.pipeline.figures import fates, last_word, norm_counts, operators, paired, tensor_sizes
 from normfuse.pipeline.origin import origin_of
 from normfuse.proof.prove import Proof, run
 from normfuse.reports.model import PassReport, Site
@@ -271,6 +272,7 @@ class _Folding:
             tuple(passes), verdict.exact, verdict.drift, *paired(norm_counts(self.original), norm_counts(after)),
             *tensor_sizes(self.original, after, False), notes, perf_counter() - start, silent, origin=origin_of(self.model),
             operators_before=operators(self.original), operators_after=operators(after),
+            norms=fates(self.original, after), blocks=blocks(self.original, after),
         )  # fmt: skip
 
     @staticmethod
