@@ -37,6 +37,12 @@ def made_up(monkeypatch):
 """
 
 
+@pytest.fixture(autouse=True)
+def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This suite may run side by side with itself; the tests within do not."""
+    monkeypatch.delenv("PYTEST_XDIST_WORKER_COUNT", raising=False)
+
+
 def run(pytester: pytest.Pytester, body: str, *arguments: str, ini: str = "") -> Any:
     pytester.makeconftest(FAKE)
     pytester.makeini(f"[pytest]\n{ini}")
