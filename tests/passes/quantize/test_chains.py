@@ -303,3 +303,12 @@ def test_what_chains_do_not_go_with(given: dict[str, Any], message: str) -> None
 def test_observers(observer: str) -> None:
     model = Residual()
     assert _sqnr(model, _quantized(model, observer=observer)) > 20
+
+
+def test_the_proof_runs_it() -> None:
+    model, data = Residual().eval(), _data()
+    fast = normfuse.optimize(model, (data[0],), quantize=_spec(), calibration=data)
+    found = normfuse.report(fast)
+    assert _operators(fast)["codes_conv2d"] > 1
+    assert found.sqnr is not None
+    assert found.sqnr > 25
