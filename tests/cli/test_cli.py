@@ -322,7 +322,9 @@ def test_quiet_prints_nothing(run: Run) -> None:
         pytest.param("export models:build -o x.onnx --target phone", "unknown target", id="unknown target"),
         pytest.param("export models:build -o x.onnx --opset 5", "opset 5", id="impossible opset"),
         pytest.param("export models:build -o x.tflite", "ends in .onnx", id="export to another kind"),
-        pytest.param("bench models:build --engine eager --against eager --report r.html", "eager runs none", id="report of nothing"),
+        pytest.param(
+            "bench models:build --engine eager --against eager --report r.html", "eager runs none", id="report of nothing"
+        ),
         pytest.param("bench models:build --report there.json", "exists already", id="existing report of bench"),
         pytest.param("bench models:build --against magic", "unknown engine", id="unknown engine"),
         pytest.param("bench models:build --seconds 0 --against eager --engine eager", "seconds", id="no time"),
