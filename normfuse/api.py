@@ -15,7 +15,9 @@ from normfuse.capture.capture import Captured, arguments, as_given, calls_of, ca
 from normfuse.errors import UsageError, did_you_mean
 from normfuse.given.extra_entries import taken
 from normfuse.given.original import Call
+from normfuse.given.ranges import out_of_range
 from normfuse.ir.graph import Graph
+from normfuse.ir.guards import guarded_inputs
 from normfuse.ir.passes import Pass, Run, Samples
 from normfuse.numerics.batches import Batches
 from normfuse.passes import DEFAULT, PASSES, PassName
@@ -231,6 +233,9 @@ def _samples(graph: Graph, captured: Captured, calibration: Any, inputs: list[An
         batches += fit.fitted(batch, i)
     if not batches:
         raise UsageError("calibration: the loader gave no batch")
+    if unlike := out_of_range(guarded_inputs(captured.gm), inputs, batches):
+        log.warning("calibration: %s", unlike)
+        told += (f"calibration: {unlike}",)
     return batches, told
 
 
