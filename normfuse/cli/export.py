@@ -38,16 +38,20 @@ ENGINE_SUFFIXES = (".engine", ".plan", ".trt")
 @asked_options
 @decoder_options
 @speed_option
+@click.option("--explain", is_flag=True, help="List what each attention, norm and quantized layer is in the file, and why.")
 @telling_options
 def export(
-    model: Model, pipeline: Pipeline, asked: Asked, place: Place, decoder: DecoderFlags, speed_check: bool, telling: Telling
-) -> None:
+    model: Model, pipeline: Pipeline, asked: Asked, place: Place, decoder: DecoderFlags, speed_check: bool, explain: bool,
+    telling: Telling,
+) -> None:  # fmt: skip
     """Optimize SOURCE, export it, and prove the file in its runtime.
 
     The name behind -o says what is written: an ONNX file, or a TensorRT engine, which is built without a GPU where TensorRT
     for RTX is installed. An .onnx file as SOURCE becomes an engine as it is.
     """
     decoder.check_unused()
+    if explain and (decoder.with_past or place.output is None or place.output.suffix != ".onnx"):
+        raise UsageError("--explain is for an ONNX file: pass -o NAME.onnx")
     if decoder.with_past:
         to_folder(model, pipeline, decoder, asked, place, telling)
         return
@@ -72,7 +76,8 @@ def export(
             raise UsageError(f"{stray} is for TensorRT engines, and -o {place.output} is an ONNX file")
         if is_onnx(model.source):
             raise UsageError(f"{model.source} is an ONNX file already; name an engine (-o NAME.engine) to build one of it")
-        _to_onnx(model, pipeline, asked.file(telling, force=telling.force), place.output, telling, speed_check=speed_check)
+        options = asked.file(telling, force=telling.force)
+        _to_onnx(model, pipeline, options, place.output, telling, speed_check=speed_check, explain=explain)
 
 
 def _to_engine(model: Model, pipeline: Pipeline, asked: Asked, place: Place, telling: Telling) -> None:
@@ -96,7 +101,7 @@ def _to_engine(model: Model, pipeline: Pipeline, asked: Asked, place: Place, tel
 
 
 def _to_onnx(
-    model: Model, pipeline: Pipeline, options: ExportOptions, output: Path, telling: Telling, *, speed_check: bool
+    model: Model, pipeline: Pipeline, options: ExportOptions, output: Path, telling: Telling, *, speed_check: bool, explain: bool
 ) -> None:
     check_target(output, force=telling.force)
     check_report(telling.report_path, force=telling.force)
@@ -121,6 +126,8 @@ def _to_onnx(
 
         speed = speed_of(original, output, quantized=rounds)
         text, data, latencies = f"{text}\n{speed}", data | {"speed": speed.to_dict()}, speed.latencies
+    if explain:
+        text = f"{text}\n\nwhat became of each site:\n\n{textwrap.indent(exported.explained, '    ')}"
     text = f"{text}\n\nrun it:\n\n{textwrap.indent(exported.how_to_run.rstrip(), '    ')}"
     found = dataclasses.replace(report(fast), files=(text,), latencies=latencies)
     write_report(found, telling.report_path, force=telling.force)
