@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     import torch
 
 __all__ = [
-    "ATTENTION", "FORMS", "IO_DTYPES", "MAX_PROTO", "EngineKeywords", "EngineOptions", "ExportKeywords", "ExportOptions",
-    "FileKeywords", "Shapes",
+    "ATTENTION", "FORMS", "IO_DTYPES", "MAX_PROTO", "Common", "EngineKeywords", "EngineOptions", "ExportKeywords", "ExportOptions",
+    "FileKeywords", "IoDtype", "ModuleKeywords", "Shapes",
 ]  # fmt: skip
 
 Attention = Literal["auto", AttentionForm]
@@ -47,8 +47,8 @@ _INLINE = 2**20  # the file that an engine is made of keeps its weights beside i
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Common:
-    """What an ONNX file and an engine are asked alike."""
+class Common:
+    """What every kind of file is asked alike."""
 
     dtype: str | torch.dtype | None = None
     io_dtype: IoDtype = "fp32"
@@ -76,7 +76,7 @@ class _Common:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExportOptions(_Common):
+class ExportOptions(Common):
     """How a module becomes an ONNX file: the keyword arguments of `normfuse.export.to_onnx`, which says what each means.
 
     Raises:
@@ -107,7 +107,7 @@ class ExportOptions(_Common):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EngineOptions(_Common):
+class EngineOptions(Common):
     """How a module becomes a TensorRT engine: the keyword arguments of `normfuse.export.to_tensorrt`, which says what each means.
 
     Raises:
@@ -172,7 +172,9 @@ class FileKeywords(TypedDict, total=False):
     progress: bool
 
 
-class _ModuleKeywords(TypedDict, total=False):
+class ModuleKeywords(TypedDict, total=False):
+    """Of what starts from a module."""
+
     opset: int | None
     attention: Attention
     form: Form
@@ -180,13 +182,13 @@ class _ModuleKeywords(TypedDict, total=False):
     tolerance: float | None
 
 
-class EngineKeywords(FileKeywords, _ModuleKeywords, total=False):
+class EngineKeywords(FileKeywords, ModuleKeywords, total=False):
     """The fields of `EngineOptions`."""
 
     plugins: Sequence[str]
 
 
-class ExportKeywords(_ModuleKeywords, total=False):
+class ExportKeywords(ModuleKeywords, total=False):
     """The fields of `ExportOptions`."""
 
     dtype: str | torch.dtype | None
