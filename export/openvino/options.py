@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from normfuse.export.options import Common, ExportOptions, IoDtype, ModuleKeywords
+from normfuse.export.options import Common, DtypeName, ExportOptions, IoDtype, ModuleKeywords
 
 if TYPE_CHECKING:
     import torch
@@ -41,7 +41,7 @@ class OpenVinoOptions(Common):
 class OpenVinoKeywords(ModuleKeywords, total=False):
     """The fields of `OpenVinoOptions`."""
 
-    dtype: str | torch.dtype | None
+    dtype: DtypeName | torch.dtype | None
     io_dtype: IoDtype
     threads: int | None
     force: bool
