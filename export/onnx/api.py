@@ -21,19 +21,18 @@ from normfuse.export.lowering.lowering import lowered
 from normfuse.export.lowering.told import forms_of
 from normfuse.export.onnx.attention.static_masks import simplify_masks
 from normfuse.export.onnx.choice.candidates import Chosen, choose
-from normfuse.export.onnx.inspect import norm_counts, op_counts
 from normfuse.export.onnx.lower import finished, translated
+from normfuse.export.onnx.medium import OnnxFile
 from normfuse.export.onnx.oldest import needs, signature
 from normfuse.export.onnx.precision import to_precision
 from normfuse.export.onnx.precision.mixed_norms import one_dtype_norms
 from normfuse.export.onnx.precision.other_dtype import in_another_dtype
 from normfuse.export.onnx.program import Program, program
-from normfuse.export.onnx.proven import Proof, Proven, check, tensor_dtypes
+from normfuse.export.onnx.proven import Proof, Proven, tensor_dtypes
 from normfuse.export.onnx.quantized.forms import FORMS, passes_of, possible_forms
 from normfuse.export.onnx.quantized.native import keep_nodes
 from normfuse.export.onnx.runtime import session
-from normfuse.export.onnx.writer.metadata import append_metadata, origin
-from normfuse.export.onnx.writer.outline import outline
+from normfuse.export.onnx.writer.metadata import origin
 from normfuse.export.onnx.writer.save import MAX_PROTO, data_files, drop_stale, save_model
 from normfuse.export.options import ExportKeywords, ExportOptions
 from normfuse.export.result import Exported
@@ -49,6 +48,8 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 __all__ = ["to_onnx", "write_onnx"]
+
+_ONNX = OnnxFile()
 
 #: Operators that round what they read to integers.
 _ROUNDS = ("shiftquant_linear",)
@@ -122,21 +123,23 @@ def write_onnx(
     example_inputs: Any = None,
     dynamic_shapes: Any = None,
     kept: Sequence[str] = (),
+    medium: OnnxFile = _ONNX,
 ) -> tuple[Exported, Program]:
     """`to_onnx`, and the program that was written.
 
     Args:
         kept: names in `torch.ops.normfuse` that stay nodes of the domain `normfuse`, each with a function body.
+        medium: the kind of file.
     """
     path = check_target(path, force=options.force)
-    for module in ("onnx", "onnxscript", "onnxruntime"):
-        need(module, extra="onnx")
+    for module in medium.libraries:
+        need(module, extra=medium.extra)
     found = _captured(gm, example_inputs, dynamic_shapes, options)
     changed = in_another_dtype(found, options.where, options.computes_in, verify=options.verify)
     replaced = data_files(path) if path.exists() else ()
     with atomic(path, force=options.force) as temporary:
         draft = _lowered(found, options, kept, temporary.parent)
-        proof = Proof(found, options, draft.chosen.layers, draft.rounds, kept)
+        proof = Proof(found, options, draft.chosen.layers, draft.rounds, kept, medium)
         try:
             proven, bound = _written(draft, proof, temporary)
         except ExportError as e:
@@ -144,7 +147,7 @@ def write_onnx(
                 raise
             raise ExportError(f"{e}; {'; '.join(draft.ranges)}") from e
         facts = origin(gm, found, draft.chosen.model, options.where, draft.opset)
-        append_metadata(temporary, facts | _facts(draft, proven, bound))
+        medium.tell(temporary, facts | _facts(draft, proven, bound))
         result = _result(temporary, draft, proof, proven, bound)
         result = dataclasses.replace(result, path=path, notes=(*found.notes, *changed, *draft.ranges, *proven.notes))
     drop_stale(replaced, path)
@@ -206,21 +209,21 @@ def _written(draft: _Draft, proof: Proof, file: Path) -> tuple[Proven, float]:
 
     ONNX Runtime has no kernels for bfloat16: there what is converted is proven.
     """
-    options, model = proof.options, draft.chosen.model
+    options, model, medium = proof.options, draft.chosen.model, proof.medium
     low = options.computes_in or "fp32"
     proven = Proven()
     if low == "bf16" and options.verify:
         with tempfile.TemporaryDirectory(dir=file.parent) as folder:
-            plain = Path(folder, "float32.onnx")
-            save_model(model, plain, limit=options.external_data_above)
-            check(plain)
+            plain = Path(folder, file.name)
+            medium.save(model, plain, limit=options.external_data_above)
+            medium.check(plain)
             proven = proof.of(plain, proof.bound(model)).noting("compared in float32, before the conversion to bfloat16")
     proven = proven.noting(*to_precision(model, low, io_dtype=options.io_dtype, own_in_fp32=options.where.own_in_float32))
     oldest, reason = max(needs(model))
     if options.runtime is not None and oldest > parse_runtime(options.runtime):
         raise _too_new(options.runtime, oldest, reason)
-    save_model(model, file, limit=options.external_data_above)
-    check(file)
+    medium.save(model, file, limit=options.external_data_above)
+    medium.check(file)
     bound = proof.bound(model)
     if not options.verify:
         return proven.noting("not run: verify=False"), bound
@@ -245,7 +248,8 @@ def _facts(draft: _Draft, proven: Proven, bound: float) -> dict[str, str]:
 
 def _result(file: Path, draft: _Draft, proof: Proof, proven: Proven, bound: float) -> Exported:
     chosen = draft.chosen
-    model, error, graph = chosen.model, proven.error, outline(file)
+    model, error = chosen.model, proven.error
+    ops, norms = proof.medium.counts(file)
     return Exported(
         path=file,
         target=proof.options.target,
@@ -254,8 +258,8 @@ def _result(file: Path, draft: _Draft, proof: Proof, proven: Proven, bound: floa
         signature=signature(model),
         bytes=sum(f.stat().st_size for f in file.parent.iterdir()),
         weight_bytes=sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None),
-        ops=op_counts(graph),
-        norms=norm_counts(graph),
+        ops=ops,
+        norms=norms,
         inputs=proof.found.inputs,
         outputs=proof.found.outputs,
         error=error,

@@ -13,16 +13,16 @@ import click
 
 from normfuse.app.cuda import CPU, DTYPES, Placement, for_onnxruntime, in_dtype
 from normfuse.app.engines import bench as compare
-from normfuse.app.engines import export_original, onnxruntime_engine, program_engine, source_engine, tensorrt_engine
+from normfuse.app.engines import export_original, file_engine, program_engine, source_engine
 from normfuse.app.sources import Source
 from normfuse.benchmark import Comparison, Engine, Verdict
 from normfuse.benchmark.decided import MORE, decided
 from normfuse.cli.bundled import Telling, bundled, telling_options
-from normfuse.cli.onnx_files import file_inputs, is_onnx
+from normfuse.cli.onnx_files import file_inputs, is_file
 from normfuse.cli.options import Model, Pipeline, model_options, names, pipeline_options, spelled
 from normfuse.cli.reports import check_report, write_report
 from normfuse.errors import CheckFailed, Undecided, UsageError
-from normfuse.export.targets import target_named
+from normfuse.export.targets import FOLDERS, Folder, folder_of, opset_for, target_named
 from normfuse.gpu.device import Gpu, find_gpu
 
 if TYPE_CHECKING:
@@ -34,9 +34,10 @@ __all__ = ["ENGINES", "Settings", "Workshop", "bench"]
 
 _log = logging.getLogger(__name__)
 
+_RUNTIMES = {folder.engine: folder for folder in FOLDERS.values()}
 ENGINES = (
-    "eager", "compile", "onnxruntime", "tensorrt", "eager-optimized", "compile-optimized", "kernels-optimized",
-    "onnxruntime-optimized", "tensorrt-optimized",
+    "eager", "compile", *_RUNTIMES, "eager-optimized", "compile-optimized", "kernels-optimized",
+    *(f"{name}-optimized" for name in _RUNTIMES),
 )  # fmt: skip
 
 
@@ -79,7 +80,9 @@ _claim_options = bundled(
     "claim",
     Claim,
     click.option(
-        "--against", metavar="ENGINE", help="What to beat.  [default: onnxruntime; on a GPU compile, or tensorrt for TensorRT]"
+        "--against",
+        metavar="ENGINE",
+        help="What to beat.  [default: the runtime of --engine with the original; on a GPU compile, or tensorrt for TensorRT]",
     ),
     click.option("--engine", "challenger", metavar="ENGINE", help="What should be faster.  [default: see above; SOURCE for .onnx]"),
     click.option("--at-least", type=float, metavar="RATIO", help="Demanded speedup.  [default: 1 minus the measured noise]"),
@@ -98,7 +101,7 @@ _making_options = bundled(
         type=click.Choice(("auto", *target_named("onnxruntime").quantized)),
         default="auto",
         show_default=True,
-        help="What --quantize becomes in onnxruntime-optimized.",
+        help="What --quantize becomes in onnxruntime-optimized; in the others it is what their runtime likes best.",
     ),
 )
 _timing_options = bundled(
@@ -127,10 +130,11 @@ _timing_options = bundled(
 def bench(model: Model, pipeline: Pipeline, claim: Claim, making: Making, timing: Timing, telling: Telling) -> None:
     """Measure the optimized SOURCE against another engine, interleaved, each in a process of its own.
 
-    Engines: eager, compile (torch.compile), onnxruntime and tensorrt run the original. With -optimized they run
-    the result, and kernels-optimized runs it with normfuse's own kernels in PyTorch. An .onnx or .engine file is
-    an engine too. What should be faster is by default onnxruntime-optimized, tensorrt-optimized where --against is
-    tensorrt, and kernels-optimized with --device cuda. On a GPU the device is the clock.
+    Engines: eager, compile (torch.compile), onnxruntime, openvino (as it converts the model itself, in float32) and tensorrt
+    run the original. With -optimized they run the result, and kernels-optimized runs it with normfuse's own kernels in
+    PyTorch. An .onnx, .xml or .engine file is an engine too. What should be faster is by default onnxruntime-optimized,
+    openvino-optimized or tensorrt-optimized where --against is openvino or tensorrt, and kernels-optimized with --device
+    cuda. On a GPU the device is the clock.
 
     The claim is that the speedup is --at-least RATIO. It holds (exit code 0) where the whole 95 % interval of the speedup is
     above that, fails (1) where all of it is below, and is undecided (3) otherwise. Where the baseline differs from
@@ -212,23 +216,26 @@ def _chosen(model: Model, claim: Claim, device: str) -> tuple[str, str]:
     """Both engines, with defaults where they are not named."""
     against, challenger = claim.against, claim.challenger
     if challenger is None:
-        file = is_onnx(model.source)
-        tensorrt = against is not None and _is_tensorrt(against)
+        runtime = None if against is None else _runtime(against)
         challenger = (
-            model.source if file else "tensorrt-optimized" if tensorrt else "kernels-optimized" if device == "cuda"
-            else "onnxruntime-optimized"
+            model.source if is_file(model.source) else f"{runtime.engine}-optimized" if runtime is not None
+            else "kernels-optimized" if device == "cuda" else "onnxruntime-optimized"
         )  # fmt: skip
     if against is None:
-        against = "tensorrt" if _is_tensorrt(challenger) else "compile" if device == "cuda" else "onnxruntime"
+        runtime = _runtime(challenger)
+        on_gpu = device == "cuda" and (runtime is None or not runtime.on_gpu)
+        against = "compile" if on_gpu else "onnxruntime" if runtime is None else runtime.engine
     return against, challenger
 
 
-def _is_tensorrt(name: str) -> bool:
-    return name.startswith("tensorrt") or Path(name).suffix == ".engine"
+def _runtime(name: str) -> Folder | None:
+    """The target whose runtime an engine is, by its name or that of a file; None for PyTorch."""
+    return folder_of(name) or _RUNTIMES.get(name.partition("-")[0])
 
 
 def _on_gpu(name: str, device: str) -> bool:
-    return _is_tensorrt(name) or (device == "cuda" and not is_onnx(name) and not name.startswith("onnxruntime"))
+    runtime = _runtime(name)
+    return device == "cuda" if runtime is None else runtime.on_gpu
 
 
 def _clock(gpu: Gpu | None, settings: "Settings") -> str:
@@ -272,21 +279,18 @@ class Workshop:
             UsageError: nothing is called that, or the model is an `.onnx` file and the engine needs the PyTorch model.
         """
         place = self._settings.place
-        if is_onnx(name):
-            return onnxruntime_engine(Path(name).name, name, self._inputs(Path(name)))
-        if Path(name).suffix == ".engine":
-            return tensorrt_engine(Path(name).name, name, self._inputs(Path(self._model.source)), graph=place.graph)
+        if (folder := folder_of(name)) is not None:
+            source = self._model.source if folder.on_gpu else name
+            return file_engine(Path(name).name, name, self._inputs(Path(source)), graph=place.graph)
         if name not in ENGINES:
-            raise UsageError(f"unknown engine {name!r}: expected {', '.join(ENGINES)} or an .onnx or .engine file")
-        if is_onnx(self._model.source):
-            raise UsageError(f"{name} starts from the PyTorch model; {self._model.source} is exported: name another .onnx file")
+            known = " or ".join(folder.suffixes[0] for folder in FOLDERS.values())
+            raise UsageError(f"unknown engine {name!r}: expected {', '.join(ENGINES)} or a file that ends in {known}")
+        if is_file(self._model.source):
+            raise UsageError(f"{name} starts from the PyTorch model; {self._model.source} is exported: name another file")
         kind, _, optimized = name.partition("-")
-        if kind == "onnxruntime":
-            path = self._optimized_onnx() if optimized else self._original_onnx()
-            return onnxruntime_engine(name, path, self._inputs(path))
-        if kind == "tensorrt":
-            path = self._optimized_engine() if optimized else self._original_engine()
-            return tensorrt_engine(name, path, self._inputs(path), graph=place.graph)
+        if kind in _RUNTIMES:
+            path = self._optimized_file(kind) if optimized else self._original_file(kind)
+            return file_engine(name, path, self._inputs(path), graph=place.graph)
         if optimized:
             # the program in the file is in its dtype already
             return program_engine(
@@ -314,7 +318,7 @@ class Workshop:
 
     def _inputs(self, path: Path) -> Any:
         """What the file at `path` is fed with: the model's own example inputs, so that all engines get the same."""
-        if is_onnx(self._model.source):
+        if is_file(self._model.source):
             return file_inputs(path, self._model.options)
         loaded = self._load()
         return loaded.kwargs if loaded.kwargs and not loaded.args else (*loaded.args, *loaded.kwargs.values())
@@ -333,30 +337,34 @@ class Workshop:
             self._model.vary(original, lambda shapes: export_original(original, path, dynamic_shapes=shapes, opset=opset))
         return path
 
-    def _optimized_onnx(self) -> Path:
-        from normfuse.export import to_onnx
-
-        path = self._folder / "optimized.onnx"
+    def _original_file(self, runtime: str) -> Path:
+        """The original as everybody gives it to a runtime."""
+        made = {"onnxruntime": self._original_onnx, "tensorrt": self._original_engine}
+        if runtime in made:
+            return made[runtime]()
+        folder = _RUNTIMES[runtime]
+        path = self._folder / f"original{folder.suffixes[0]}"
         if not path.exists():
-            to_onnx(self._optimized(), path, target="onnxruntime", form=self._form)
+            source = self._load()
+            self._model.vary(source, lambda shapes: folder.original(source.model, source.args, source.kwargs, path, shapes))
+        return path
+
+    def _optimized_file(self, runtime: str) -> Path:
+        folder = _RUNTIMES[runtime]
+        path = self._folder / f"optimized{folder.suffixes[0]}"
+        if not path.exists():
+            own = {"onnxruntime": {"form": self._form}, "tensorrt": {"plugins": self._settings.plugins}}
+            asked: dict[str, Any] = {"dtype": self._settings.place.dtype} if folder.on_gpu else {}
+            folder.write(self._optimized(), path, folder.options(**asked, **own.get(runtime, {})))
         return path
 
     def _original_engine(self) -> Path:
-        from normfuse.export.targets import opset_for, target_named
         from normfuse.export.tensorrt import build_onnx
 
         path = self._folder / "original.engine"
         if not path.exists():
             file = self._original_onnx(opset_for(target_named("tensorrt"), None))
             build_onnx(file, path, dtype=self._settings.place.dtype)
-        return path
-
-    def _optimized_engine(self) -> Path:
-        from normfuse.export.tensorrt import to_tensorrt
-
-        path = self._folder / "optimized.engine"
-        if not path.exists():
-            to_tensorrt(self._optimized(), path, dtype=self._settings.place.dtype, plugins=self._settings.plugins)
         return path
 
     def _program(self, *, kernels: bool) -> Path:

@@ -341,7 +341,11 @@ def test_quiet_prints_nothing(run: Run) -> None:
         pytest.param("bench models:build --report there.json", "exists already", id="existing report of bench"),
         pytest.param("bench models:build --against magic", "unknown engine", id="unknown engine"),
         pytest.param("bench models:build --seconds 0 --against eager --engine eager", "seconds", id="no time"),
-        pytest.param("verify models:build x.txt", "expected an .onnx or .pt2", id="comparison with another kind"),
+        pytest.param(
+            "verify models:build x.txt",
+            "expected a file that ends in .onnx, .engine, .xml or .pt2",
+            id="comparison with another kind",
+        ),
         pytest.param("verify models:build --verify off", "verify nothing", id="verification of nothing"),
         pytest.param("inspect missing.onnx", "missing.onnx", id="missing onnx file"),
     ],
