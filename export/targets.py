@@ -65,6 +65,8 @@ class Target:
         lacks: dtypes that it computes next to nothing in.
         own_in_float32: ops of normfuse and the scales of quantized layers are in float32.
         unsigned_codes: codes of activations are bytes with a zero point of 128; else int8 with a zero point of 0.
+        codes_between: it adds, pools and concatenates codes as well, where pairs of QuantizeLinear and DequantizeLinear say so;
+            codes are then unsigned, and weights int8.
         one_scale_tensors: a weight has one scale, with what is left of each output's behind the product.
     """
 
@@ -79,6 +81,7 @@ class Target:
     lacks: tuple[str, ...] = ("bf16",)
     own_in_float32: bool = True
     unsigned_codes: bool = False
+    codes_between: bool = False
     one_scale_tensors: bool = False
 
     @property
@@ -101,6 +104,7 @@ _ONNX_RUNTIME = Target(
     domains=("com.microsoft",),
     runs_here=True,
     unsigned_codes=True,
+    codes_between=True,
 )
 # A TensorRT-RTX builder refuses Attention-23 in fp32 unless it is marked decomposable, and fuses the plain form as well.
 # It has no MatMulInteger and no ConvInteger.
@@ -122,6 +126,7 @@ _PORTABLE = Target(
     ("decomposed", "attention23"),
     (("qdq",), ("integer",), ("weight_only",)),
     "the opset that torch itself exports to",
+    codes_between=True,
 )
 TARGETS: dict[str, Target] = {t.name: t for t in (_ONNX_RUNTIME, _TENSORRT, _PORTABLE)}
 

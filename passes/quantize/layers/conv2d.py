@@ -20,7 +20,9 @@ __all__ = ["CONV2D", "Conv2d", "Geometry"]
 
 aten = torch.ops.aten
 
-_FEWEST = 4  # input channels a group: the integer kernels sum four products at a time
+#: Input channels a group: the integer kernels sum four products at a time. With static scales fewer are codes all the same: in a
+#: file for another runtime they keep the chain of codes whole.
+_FEWEST = 4
 
 
 @dataclass(frozen=True)
@@ -133,7 +135,7 @@ def _conv2d(node: fx.Node, op: Op, path: str, spec: Any) -> Conv2d:
     dims = op.W.ndim - 2
     if dims not in (1, 2):
         raise Refuse(f"there is no integer form of a convolution in {dims} dimensions")
-    if op.W.shape[1] < _FEWEST and op.groups > 1:
+    if op.W.shape[1] < _FEWEST and op.groups > 1 and spec.activations != "static":
         raise Refuse(f"{op.W.shape[1]} input channels a group are too few for integers to gain anything")
     if op.x.rank is not None and op.x.rank != dims + 2:
         raise Refuse(
