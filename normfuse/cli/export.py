@@ -112,7 +112,14 @@ def _to_engine(model: Model, pipeline: Pipeline, asked: Asked, place: Place, tel
 
 
 def _to_file(
-    model: Model, pipeline: Pipeline, folder: Folder, options: Any, output: Path, telling: Telling, *, speed_check: bool,
+    model: Model,
+    pipeline: Pipeline,
+    folder: Folder,
+    options: Any,
+    output: Path,
+    telling: Telling,
+    *,
+    speed_check: bool,
     explain: bool,
 ) -> None:
     check_target(output, force=telling.force)
