@@ -37,7 +37,7 @@ def _quantized(model: nn.Module, **given: Any) -> fx.GraphModule:
             nn.init.kaiming_normal_(module.weight)
             nn.init.normal_(module.bias, 0, 0.1)
     data = _data()
-    return normfuse.optimize(model.eval(), (data[0],), quantize=_spec(**given), calibration=data, verify="off")
+    return normfuse.optimize(model.eval(), (data[0],), quantize=_spec(**given), calibration=data)
 
 
 def _operators(module: fx.GraphModule) -> Counter[str]:
