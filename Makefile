@@ -75,7 +75,8 @@ lint: $(VENV)/.dev  ## format check, lint, strict types
 
 # Strict: a link, an anchor or a reference that leads nowhere ends it, and so does a page that would load something from a network.
 docs: $(VENV)/.docs  ## the site, in build/site
-	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs --quiet build --strict
+	@mkdir -p build
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict >build/site.log 2>&1 || { cat build/site.log; exit 1; }  # with --quiet nothing is strict
 	@echo "build/site/index.html: $$(find build/site -name '*.html' | wc -l) pages"
 
 format: $(VENV)/.dev  ## rewrite the sources in the project's format
