@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from normfuse.cli.export import ENGINE_SUFFIXES
-from normfuse.cli.onnx_files import file_inputs, is_onnx, run_file
+from normfuse.cli.onnx_files import file_inputs, is_onnx
 from normfuse.cli.options import Model, Pipeline, json_option, model_options, pipeline_options, verbosity
+from normfuse.cli.running import opened_file
 from normfuse.cli.stated_sqnr import least_sqnr
 from normfuse.errors import CheckFailed, UsageError
 
@@ -94,17 +95,14 @@ def _compare(model: Model, other: str, tolerance: float | None, as_json: bool, q
     if is_onnx(model.source):
         weights = ""
         inputs: Any = file_inputs(Path(model.source), model.options)
-        expected = run_file(Path(model.source), inputs)
+        expected = list(opened_file(Path(model.source))(inputs).values())
     else:
         loaded = model.load(inputs_needed=True)
         inputs = loaded.kwargs if loaded.kwargs and not loaded.args else (*loaded.args, *loaded.kwargs.values())
         expected = _run(loaded.module, loaded.args, loaded.kwargs)
         weights = loaded.weights
     engine = Path(other).suffix in ENGINE_SUFFIXES
-    if engine:
-        found = _run_engine(Path(other), inputs)
-    else:
-        found = run_file(Path(other), inputs) if is_onnx(other) else _run_program(other, inputs, trust=model.options.trust)
+    found = list(opened_file(Path(other), trust=model.options.trust)(inputs).values())
     if len(found) != len(expected):
         raise CheckFailed(f"{other} has {len(found)} outputs and {model.source} has {len(expected)}")
     dtype = next((str(t.dtype).removeprefix("torch.") for t in expected if t.is_floating_point()), "float32")
@@ -141,26 +139,9 @@ def _run(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> "list[to
         return [t for t in pytree.tree_leaves(module(*args, **kwargs)) if isinstance(t, torch.Tensor)]
 
 
-def _run_engine(path: Path, inputs: Any) -> "list[torch.Tensor]":
-    """Outputs of an engine on the GPU of this machine, in the dtypes that the engine gives."""
-    from normfuse.export.tensorrt.flavour import find, load
-    from normfuse.export.tensorrt.inspect import header
-    from normfuse.export.tensorrt.runtime import open_engine
-
-    session = open_engine(path, load(find(header(path).module)))
-    return [t.cpu() for t in session.run(inputs).values()]
-
-
 def _computes_in(path: Path) -> str:
     """The dtype of an engine's products, by its manifest."""
     from normfuse.export.tensorrt.engine import read_manifest
 
     made = read_manifest(path)
     return {"fp16": "float16", "bf16": "bfloat16"}.get(made.dtype, "float32") if made is not None else "float32"
-
-
-def _run_program(path: str, inputs: Any, *, trust: bool) -> "list[torch.Tensor]":
-    from normfuse.pt2 import load_program
-
-    module = load_program(path, trust=trust).module()
-    return _run(module, (), inputs) if isinstance(inputs, dict) else _run(module, tuple(inputs), {})

@@ -140,7 +140,7 @@ def test_texts_go_through_the_tokenizer(run: Run, bert: Path) -> None:
     assert "with the entry 'text'" in err
 
 
-def data_set(columns: dict[str, list[object]], **features: object) -> Any:
+def data_set(columns: dict[str, Any], **features: object) -> Any:
     """A data set whose fingerprint is stated: what computes one pickles all of pyarrow, which not every release of it survives."""
     datasets, arrow = pytest.importorskip("datasets"), pytest.importorskip("pyarrow")
     inferred = datasets.Features.from_arrow_schema(arrow.table(columns).schema) | features
