@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from normfuse.export.session import Session
 
-__all__ = ["file_inputs", "is_file", "is_onnx", "opened_file", "run_file"]
+__all__ = ["by_name", "file_inputs", "is_file", "is_onnx", "session_of", "type_of"]
 
 _TYPES = ("float32", "float16", "bfloat16", "float64", "int64", "int32", "bool")
 
@@ -39,9 +39,9 @@ def file_inputs(path: Path, options: Options) -> "dict[str, torch.Tensor]":
 
     if not path.is_file():
         raise UsageError(f"{path} does not exist")
-    wanted = opened_file(path, threads=1).inputs
+    wanted = session_of(path, threads=1).inputs
     if options.input is not None:
-        return _by_name(path, [i.name for i in wanted], read_inputs(options.input))
+        return by_name(path, [i.name for i in wanted], read_inputs(options.input))
     stated = [parse_shape(text) for text in options.shapes]
     named = {name: sizes for name, sizes, _ in stated if name is not None}
     unnamed = [sizes for name, sizes, _ in stated if name is None]
@@ -49,7 +49,7 @@ def file_inputs(path: Path, options: Options) -> "dict[str, torch.Tensor]":
     inputs = {}
     for position, wants in enumerate(wanted):
         sizes = named.get(wants.name) or (unnamed[position] if position < len(unnamed) else _declared(path, wants, options))
-        kind = _type_of(wants)
+        kind = type_of(wants)
         if kind is None:
             raise UsageError(f"{path}: input {wants.name} is a {wants.dtype}; pass its values with --input")
         # a file does not say how many ids it knows, but it knows two
@@ -57,44 +57,20 @@ def file_inputs(path: Path, options: Options) -> "dict[str, torch.Tensor]":
     return inputs
 
 
-def opened_file(path: Path, *, threads: int | None = None) -> "Session":
+def session_of(path: Path, *, threads: int | None = None) -> "Session":
     """The file of a target at `path`, in its runtime."""
     folder = folder_of(path)
     assert folder is not None
     return folder.open(path, threads=threads)
 
 
-def run_file(path: Path, inputs: Any) -> "list[torch.Tensor]":
-    """Outputs of the file at `path` in its runtime, in order.
-
-    Args:
-        path: a file of a target.
-        inputs: tensors by name, or in the order of the graph inputs; flags that are no tensors are left out. Floats are given in
-            the dtype that the file takes, which need not be that of the model that it was made of.
-    """
-    import torch
-
-    opened = opened_file(path)
-    types = {i.name: _type_of(i) for i in opened.inputs}
-    tensors: Any
-    if isinstance(inputs, dict):
-        tensors = {k: v for k, v in inputs.items() if isinstance(v, torch.Tensor)}
-    else:
-        tensors = tuple(v for v in inputs if isinstance(v, torch.Tensor))
-    feeds = _by_name(path, list(types), tensors)
-    for name, value in feeds.items():
-        wanted = getattr(torch, types[name] or "", value.dtype)
-        if value.is_floating_point() and wanted.is_floating_point:
-            feeds[name] = value.to(wanted)
-    return list(opened.outputs(feeds).values())
-
-
-def _type_of(value: Any) -> str | None:
+def type_of(value: Any) -> str | None:
     """Torch's name of the dtype of an input; None for one that torch does not have."""
     return value.dtype if value.dtype in _TYPES else None
 
 
-def _by_name(path: Path, names: list[str], inputs: Any) -> "dict[str, torch.Tensor]":
+def by_name(path: Path, names: list[str], inputs: Any) -> "dict[str, torch.Tensor]":
+    """The inputs, positional or named, by the names that the file has for them."""
     if isinstance(inputs, dict) and set(names) <= set(inputs):
         return {n: inputs[n] for n in names}
     values = tuple(inputs.values()) if isinstance(inputs, dict) else tuple(inputs)

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from normfuse.cli.onnx_files import file_inputs, is_file, run_file
+from normfuse.cli.onnx_files import file_inputs, is_file
 from normfuse.cli.options import Model, Pipeline, json_option, model_options, pipeline_options, verbosity
+from normfuse.cli.running import opened_file
 from normfuse.cli.stated_sqnr import least_sqnr
 from normfuse.errors import CheckFailed, UsageError
 from normfuse.export.targets import FOLDERS, folder_of
@@ -95,13 +96,13 @@ def _compare(model: Model, other: str, tolerance: float | None, as_json: bool, q
     if is_file(model.source):
         weights = ""
         inputs: Any = file_inputs(Path(model.source), model.options)
-        expected = run_file(Path(model.source), inputs)
+        expected = list(opened_file(Path(model.source))(inputs).values())
     else:
         loaded = model.load(inputs_needed=True)
         inputs = loaded.kwargs if loaded.kwargs and not loaded.args else (*loaded.args, *loaded.kwargs.values())
         expected = _run(loaded.module, loaded.args, loaded.kwargs)
         weights = loaded.weights
-    found = _run_program(other, inputs, trust=model.options.trust) if folder is None else run_file(Path(other), inputs)
+    found = list(opened_file(Path(other), trust=model.options.trust)(inputs).values())
     if len(found) != len(expected):
         raise CheckFailed(f"{other} has {len(found)} outputs and {model.source} has {len(expected)}")
     dtype = next((str(t.dtype).removeprefix("torch.") for t in expected if t.is_floating_point()), "float32")
@@ -136,10 +137,3 @@ def _run(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> "list[to
 
     with torch.inference_mode():
         return [t for t in pytree.tree_leaves(module(*args, **kwargs)) if isinstance(t, torch.Tensor)]
-
-
-def _run_program(path: str, inputs: Any, *, trust: bool) -> "list[torch.Tensor]":
-    from normfuse.pt2 import load_program
-
-    module = load_program(path, trust=trust).module()
-    return _run(module, (), inputs) if isinstance(inputs, dict) else _run(module, tuple(inputs), {})

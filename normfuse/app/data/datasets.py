@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from normfuse.errors import UsageError
 from normfuse.extras import need
 
-__all__ = ["column_of_images", "column_of_labels", "column_of_texts", "is_dataset", "open_dataset", "rows_evenly"]
+__all__ = ["Column", "column_of_images", "column_of_labels", "column_of_texts", "is_dataset", "open_dataset", "rows_evenly"]
 
 _SPLITS = ("validation", "test", "train")  # the first that there is
 _LABELS = ("label", "labels", "target", "fine_label", "class")
@@ -56,6 +57,21 @@ def column_of_labels(data: Any) -> str | None:
     """The column that holds classes."""
     classes = [name for name, feature in data.features.items() if type(feature).__name__ == "ClassLabel"]
     return next(iter(classes), None) or next((name for name in _LABELS if name in data.features), None)
+
+
+@dataclass(frozen=True)
+class Column(Sequence[Any]):
+    """Some values of one column, each read when it is asked for."""
+
+    data: Any
+    name: str
+    rows: Sequence[int]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i: Any) -> Any:
+        return self.data[self.rows[i]][self.name]
 
 
 def rows_evenly(data: Any, most: int) -> Sequence[int]:

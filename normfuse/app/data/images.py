@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from normfuse.described import first_line
 from normfuse.errors import UsageError
 from normfuse.extras import need
 
@@ -49,4 +48,4 @@ def opened(file: Path) -> Any:
             image.load()
             return image
     except Exception as e:  # of many kinds, from the reader of each format
-        raise UsageError(f"{file} cannot be read as an image: {type(e).__name__}: {first_line(e)}") from e
+        raise UsageError(f"{file} cannot be read as an image: {type(e).__name__}: {(str(e).splitlines() or [''])[0]}") from e

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from normfuse.app.data.datasets import column_of_images, column_of_texts, is_dataset, open_dataset, rows_evenly
+from normfuse.app.data.datasets import Column, column_of_images, column_of_texts, is_dataset, open_dataset, rows_evenly
 from normfuse.app.data.images import evenly, image_files, opened
 from normfuse.app.data.inputs import as_call, image_input, named_example, tensors_of
 from normfuse.app.data.preprocess import Preprocess
@@ -58,14 +58,14 @@ def batches_of(path: Path, loaded: Source, how: Reading) -> Iterable[Any]:
     if not path.is_dir():
         return _texts(evenly(read_texts(path), how.most), loaded, how)
     data = open_dataset(path)
-    rows = data.select(rows_evenly(data, how.most))
+    rows = rows_evenly(data, how.most)
     if (column := column_of_images(data)) is not None:
-        images = rows[column]
+        images = Column(data, column, rows)
         return _Pictures(images, *prepared(loaded, how), len(loaded.args), _full(len(rows), example, loaded, path))
     if set(tensors_of(example)) <= set(data.features):
-        return _columns(rows, example, len(loaded.args), path)
+        return _columns(data, rows, example, len(loaded.args), path)
     if (column := column_of_texts(data)) is not None:
-        return _texts([str(t) for t in rows[column]], loaded, how)
+        return _texts([str(t) for t in Column(data, column, rows)], loaded, how)
     held = ", ".join(f"{name}" for name in data.features)
     raise UsageError(f"{path} holds {held}; expected an image, a text, or the model's inputs {', '.join(tensors_of(example))}")
 
@@ -114,14 +114,14 @@ def _texts(texts: list[str], loaded: Source, how: Reading) -> Iterable[Any]:
     return [as_call(b, len(loaded.args)) for b in text_batches(texts, tokenizer, named_example(loaded), loaded.name)]
 
 
-def _columns(rows: Any, example: dict[str, Any], positional: int, path: Path) -> Iterator[Any]:
+def _columns(data: Any, rows: Sequence[int], example: dict[str, Any], positional: int, path: Path) -> Iterator[Any]:
     """Columns that are named as the model's inputs are."""
     import torch
 
     tensors = tensors_of(example)
     size = int(next(iter(tensors.values())).shape[0])
     for i in range(0, len(rows) - size + 1, size):
-        some = rows[i : i + size]
+        some = data[list(rows[i : i + size])]
         batch = {}
         for name, like in tensors.items():
             try:
