@@ -69,6 +69,8 @@ class Target:
         lacks: dtypes that it computes next to nothing in.
         own_in_float32: ops of normfuse and the scales of quantized layers are in float32.
         unsigned_codes: codes of activations are bytes with a zero point of 128; else int8 with a zero point of 0.
+        codes_between: it adds, pools and concatenates codes as well, where pairs of QuantizeLinear and DequantizeLinear say so;
+            codes are then unsigned, and weights int8.
         one_scale_tensors: a weight has one scale, with what is left of each output's behind the product.
     """
 
@@ -83,6 +85,7 @@ class Target:
     lacks: tuple[str, ...] = ("bf16",)
     own_in_float32: bool = True
     unsigned_codes: bool = False
+    codes_between: bool = False
     one_scale_tensors: bool = False
 
     @property

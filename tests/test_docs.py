@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from normfuse.passes import PASSES
 from tests.places import ROOT
 
 pytestmark = pytest.mark.checkout
@@ -25,6 +26,7 @@ FRONT = (ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md")
 PAGES = [p for p in (*FRONT, *sorted((ROOT / "docs").rglob("*.md"))) if p.exists()]
 RUNNABLE = ("python", "console", "sh", "bash")
 LIMIT_S = 300
+SLOW = ("tensorrt.md", "start.md", "encoder.md", "vit-w8a8.md")  # they build engines, or run many commands
 
 _FENCE = re.compile(r"^(?P<indent> *)```(?P<language>[\w+-]*)[^\n]*\n(?P<body>.*?)^(?P=indent)```[ ]*$", re.MULTILINE | re.DOTALL)
 _NOT_RUN = re.compile(r"<!-- not run: \S[^\n]*-->\s*\Z")
@@ -87,7 +89,7 @@ def run_page(page: Path, folder: Path) -> int:
 
 def _pages() -> Iterator[Any]:
     for page in PAGES:
-        slow = [pytest.mark.slow] if page.name == "tensorrt.md" else []  # it builds engines
+        slow = [pytest.mark.slow] if page.name in SLOW else []
         yield pytest.param(page, id=str(page.relative_to(ROOT)), marks=slow)
 
 
@@ -120,6 +122,20 @@ def _anchors(page: Path) -> set[str]:
     text = re.sub(_FENCE, "", page.read_text(encoding="utf-8"))
     slugs = {re.sub(r"[^\w\- ]", "", h.strip().lower()).replace(" ", "-") for h in re.findall(r"^#+ (.*)$", text, re.MULTILINE)}
     return slugs | set(re.findall(r"<a (?:id|name)=\"([^\"]+)\"", text))
+
+
+# --- the site ---------------------------------------------------------------------------------------------------------
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    named = set(re.findall(r"[\w/-]+\.md", (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:")[2]))
+    there = {str(p.relative_to(ROOT / "docs")) for p in (ROOT / "docs").rglob("*.md")}
+    assert there <= named
+
+
+def test_every_pass_has_its_reference() -> None:
+    text = (ROOT / "docs" / "api" / "passes.md").read_text(encoding="utf-8")
+    assert not [p for p in PASSES.values() if f"::: {type(p).__module__}.{type(p).__name__}\n" not in text]
 
 
 # --- the runner itself ------------------------------------------------------------------------------------------------

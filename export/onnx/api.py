@@ -40,6 +40,7 @@ from normfuse.export.runtimes import Release, parse_runtime, spelled_runtime
 from normfuse.export.targets import MIN_OPSET, Target
 from normfuse.extras import need
 from normfuse.files import atomic, check_target
+from normfuse.passes.streams.half_range import HalfRange
 from normfuse.reports.model import Form
 from normfuse.surroundings import undisturbed
 
@@ -139,11 +140,16 @@ def write_onnx(
     with atomic(path, force=options.force) as temporary:
         draft = _lowered(found, options, kept, temporary.parent)
         proof = Proof(found, options, draft.chosen.layers, draft.rounds, kept, medium)
-        proven, bound = _written(draft, proof, temporary)
+        try:
+            proven, bound = _written(draft, proof, temporary)
+        except ExportError as e:
+            if not draft.ranges:
+                raise
+            raise ExportError(f"{e}; {'; '.join(draft.ranges)}") from e
         facts = origin(gm, found, draft.chosen.model, options.where, draft.opset)
         medium.tell(temporary, facts | _facts(draft, proven, bound))
         result = _result(temporary, draft, proof, proven, bound)
-        result = dataclasses.replace(result, path=path, notes=(*found.notes, *changed, *proven.notes))
+        result = dataclasses.replace(result, path=path, notes=(*found.notes, *changed, *draft.ranges, *proven.notes))
     drop_stale(replaced, path)
     return result, found
 
@@ -167,12 +173,13 @@ def _captured(gm: nn.Module, example_inputs: Any, dynamic_shapes: Any, options: 
 
 @dataclass(frozen=True)
 class _Draft:
-    """A model in its forms; `rounds`: to integers, on its way; `forms`: of each site."""
+    """A model in its forms; `rounds`: to integers, on its way; `forms`: of each site; `ranges`: what was scaled."""
 
     chosen: Chosen
     opset: int
     rounds: bool
     forms: tuple[Form, ...] = ()
+    ranges: tuple[str, ...] = ()
 
 
 def _lowered(found: Program, options: ExportOptions, kept: Sequence[str], folder: Path) -> _Draft:
@@ -182,7 +189,8 @@ def _lowered(found: Program, options: ExportOptions, kept: Sequence[str], folder
         _simplified(found)
         layers = [each for each in quantized_layers(found.exported) if each.operator not in kept]
         forms = possible_forms(layers, options.where, opset, options.form, int4=options.int4_initializers)
-        fused = lowered(found.exported, passes_of(forms))
+        half = (HalfRange(),) if _computes_in_half(found, options) else ()
+        fused = lowered(found.exported, (*half, *passes_of(forms)), [list(found.flat_inputs())])
         model = _translated(dataclasses.replace(found, exported=fused.exported), options.where, opset)
         nodes = keep_nodes(model, kept)
         chosen = choose(model, found, opset, options, forms, folder)
@@ -191,7 +199,8 @@ def _lowered(found: Program, options: ExportOptions, kept: Sequence[str], folder
         if options.runtime is None or oldest <= parse_runtime(options.runtime):
             rounds = chosen.layers is not None and FORMS[chosen.layers].rounds
             rounds = rounds or any(nodes[name] for name in _ROUNDS)
-            return _Draft(chosen, opset, rounds, (*chosen.sites, *forms_of(fused, chosen.layers, opset)))
+            sites = (*chosen.sites, *forms_of(fused, chosen.layers, opset))
+            return _Draft(chosen, opset, rounds, sites, fused.notes(HalfRange.name))
     raise _too_new(options.runtime, oldest, reason)
 
 
@@ -290,6 +299,12 @@ def _lacks_double(found: Program, target: Target, opset: int) -> str | None:
         except ExportError as e:
             return str(e) if "NOT_IMPLEMENTED" in str(e) else None
     return None
+
+
+def _computes_in_half(found: Program, options: ExportOptions) -> bool:
+    """The file's products and sums are in float16, whose range ends at 65504."""
+    asked = options.computes_in
+    return asked == "fp16" or (asked is None and torch.float16 in tensor_dtypes(found))
 
 
 def _too_new(runtime: str | None, oldest: Release, reason: str) -> UsageError:

@@ -153,7 +153,7 @@ def _at_last(draft: Draft) -> None:
 
 
 def _write_layers(draft: Draft) -> None:
-    lower_quantized(draft.model, _form(draft).name, draft.target, draft.opset, int4=draft.int4)
+    lower_quantized(draft.model, _form(draft).name, draft.target, draft.opset, int4=draft.int4, program=draft.program)
 
 
 def _import_domains(draft: Draft) -> None:

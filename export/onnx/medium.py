@@ -48,15 +48,16 @@ class OnnxFile:
         """
         _check(path)
 
-    def sessions(self, path: Path, options: ExportOptions, layers: str | None) -> Sequence[Session]:
+    def sessions(self, path: Path, options: ExportOptions, layers: str | None, *, as_written: bool = False) -> Sequence[Session]:
         """The file in its runtime: with the kernels of `layers`, the form of its quantized layers, and without.
 
-        Nodes that wait for plugins come in any form and type; our CPU kernels take float32.
+        Nodes that wait for plugins come in any form and type; our CPU kernels take float32. `as_written`: without the runtime's own
+        rewrites, where its products are not exact.
 
         Raises:
             ExportError: the runtime does not take it.
         """
-        config = {} if options.where.runs_here or layers is None else AS_WRITTEN
+        config = {} if layers is None or (options.where.runs_here and not as_written) else AS_WRITTEN
         kernels = layers is not None and FORMS[layers].kernels
         sessions = [opened(path, threads=options.threads, config=config, kernels=kernels)]
         if kernels and native.available():

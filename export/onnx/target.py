@@ -33,6 +33,7 @@ _ONNX_RUNTIME = Target(
     domains=("com.microsoft",),
     runs_here=True,
     unsigned_codes=True,
+    codes_between=True,
 )
 # Whatever reads it, the CPU kernels of ONNX Runtime are what most readers have.
 _PORTABLE = Target(
@@ -41,6 +42,7 @@ _PORTABLE = Target(
     ("decomposed", "attention23"),
     (("qdq",), ("integer",), ("weight_only",)),
     "the opset that torch itself exports to",
+    codes_between=True,
 )
 
 

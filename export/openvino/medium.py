@@ -55,7 +55,7 @@ class OpenVinoFile(OnnxFile):
     def check(self, path: Path) -> None:
         read(path)
 
-    def sessions(self, path: Path, options: ExportOptions, layers: str | None) -> Sequence[Session]:
+    def sessions(self, path: Path, options: ExportOptions, layers: str | None, *, as_written: bool = False) -> Sequence[Session]:
         session = opened(path, threads=options.threads)
         self.ran = as_run(session.ready)
         return (session,)

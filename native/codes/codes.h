@@ -37,7 +37,7 @@ struct CodesDepthwise {
   int64_t first, last;
   const int8_t* weights;         // [tap][c]
   const int8_t* columns;         // [block][row group][kw][4][lane][4 channels][4 rows]
-  const uint8_t* narrow;         // [blocks]: rows 0 and 1, and 2 and 3, leave no 16 bits, shifted by a row or not
+  const uint8_t* narrow;         // [blocks]: rows 0 and 1, and 2 and 3, leave no 16 bits
   const int32_t* start;          // [c], as scale and bias
   const float *scale, *bias;     // the same by block in the order of `columns`: see codes_lane
   const int32_t* start_columns;  // [blocks · 64]

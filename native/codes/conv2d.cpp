@@ -160,6 +160,7 @@ NF_EXPORT const char* nf_codes_conv2d(const nf_threads* threads, const nf_codes_
   if (const char* wrong = codes_check(conv, true)) return wrong;
   if (conv->batch == 0) return nullptr;
   if (!packed || !x || !y) return "codes: packed, x or y is missing";
+  if (reinterpret_cast<uintptr_t>(packed) % 4) return "codes: packed must be aligned to 4 bytes";
   CodesPlan plan;
   plan.of(*conv);
   const bool depthwise = plan.way == CodesPlan::kDepthwise;

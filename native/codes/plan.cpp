@@ -139,14 +139,12 @@ struct Packing {
       for (int64_t kx = 0; kx < v.kw; ++kx)
         for (int64_t i = 0; i < kCodesBlock; ++i) {
           const int64_t c = index * kCodesBlock + codes_lane(i);
-          int8_t column[5] = {0, 0, 0, 0, 0};
+          int8_t column[4] = {0, 0, 0, 0};
           for (int64_t r = 0; r < 4 && g * 4 + r < v.kh && c < v.c; ++r)
             column[r] = from[(c * v.kh + g * 4 + r) * v.kw + kx];
           std::memcpy(out, column, 4);
           out += 4;
-          // as they lie, and a row lower, for two output rows at once
-          const int8_t lower[4] = {0, column[0], column[1], column[2]};
-          narrow = narrow && is_narrow(column, 2) && is_narrow(lower, 2);
+          narrow = narrow && is_narrow(column, 2);
         }
     to[p.at_narrow + index] = narrow;
   }

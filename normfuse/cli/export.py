@@ -39,16 +39,20 @@ ENGINE_SUFFIXES = FOLDERS["tensorrt"].suffixes
 @asked_options
 @decoder_options
 @speed_option
+@click.option("--explain", is_flag=True, help="List what each attention, norm and quantized layer is in the file, and why.")
 @telling_options
 def export(
-    model: Model, pipeline: Pipeline, asked: Asked, place: Place, decoder: DecoderFlags, speed_check: bool, telling: Telling
-) -> None:
+    model: Model, pipeline: Pipeline, asked: Asked, place: Place, decoder: DecoderFlags, speed_check: bool, explain: bool,
+    telling: Telling,
+) -> None:  # fmt: skip
     """Optimize SOURCE, export it, and prove the file in its runtime.
 
     The name behind -o says what is written: an ONNX file, a model of OpenVINO, or a TensorRT engine, which is built without a GPU
     where TensorRT for RTX is installed. An .onnx file as SOURCE becomes an engine as it is.
     """
     decoder.check_unused()
+    if explain and (decoder.with_past or place.output is None or place.output.suffix != ".onnx"):
+        raise UsageError("--explain is for an ONNX file: pass -o NAME.onnx")
     if decoder.with_past:
         to_folder(model, pipeline, decoder, asked, place, telling)
         return
@@ -62,10 +66,12 @@ def export(
             raise UsageError("--report goes with -o; --json tells what --repository wrote")
         deploy(model, pipeline, asked, place, telling)
     elif place.output is not None:
-        _to_path(model, pipeline, asked, place, telling, speed_check=speed_check)
+        _to_path(model, pipeline, asked, place, telling, speed_check=speed_check, explain=explain)
 
 
-def _to_path(model: Model, pipeline: Pipeline, asked: Asked, place: Place, telling: Telling, *, speed_check: bool) -> None:
+def _to_path(
+    model: Model, pipeline: Pipeline, asked: Asked, place: Place, telling: Telling, *, speed_check: bool, explain: bool
+) -> None:
     """What the name of the file says."""
     assert place.output is not None
     folder = folder_written(place.output)
@@ -82,7 +88,7 @@ def _to_path(model: Model, pipeline: Pipeline, asked: Asked, place: Place, telli
         own = target_named(asked.target)
         if own not in folder.targets:
             raise UsageError(f"-o {place.output} is {folder.what}, and --target is {asked.target}: leave --target out")
-    _to_file(model, pipeline, folder, options, place.output, telling, speed_check=speed_check)
+    _to_file(model, pipeline, folder, options, place.output, telling, speed_check=speed_check, explain=explain)
 
 
 def _to_engine(model: Model, pipeline: Pipeline, asked: Asked, place: Place, telling: Telling) -> None:
@@ -106,7 +112,15 @@ def _to_engine(model: Model, pipeline: Pipeline, asked: Asked, place: Place, tel
 
 
 def _to_file(
-    model: Model, pipeline: Pipeline, folder: Folder, options: Any, output: Path, telling: Telling, *, speed_check: bool
+    model: Model,
+    pipeline: Pipeline,
+    folder: Folder,
+    options: Any,
+    output: Path,
+    telling: Telling,
+    *,
+    speed_check: bool,
+    explain: bool,
 ) -> None:
     check_target(output, force=telling.force)
     check_report(telling.report_path, force=telling.force)
@@ -131,6 +145,8 @@ def _to_file(
 
         speed = speed_of(original, output, quantized=rounds)
         text, data, latencies = f"{text}\n{speed}", data | {"speed": speed.to_dict()}, speed.latencies
+    if explain:
+        text = f"{text}\n\nwhat became of each site:\n\n{textwrap.indent(exported.explained, '    ')}"
     text = f"{text}\n\nrun it:\n\n{textwrap.indent(exported.how_to_run.rstrip(), '    ')}"
     found = dataclasses.replace(report(fast), files=(text,), latencies=latencies)
     write_report(found, telling.report_path, force=telling.force)

@@ -3,6 +3,7 @@
 import re
 from typing import Any
 
+from normfuse.ir.ranges import parsed_ranges
 from normfuse.pt2.expressions import SYMBOL, guard, size
 from normfuse.pt2.operators import check_call
 from normfuse.pt2.parts import (
@@ -85,7 +86,8 @@ def _node(value: Any, where: str) -> dict[str, Any]:
     made: dict[str, Any] = _NODE(value, where)
     check_call(made["target"], made["inputs"], where)
     kept = {k: v for k, v in made["metadata"].items() if k in _PROVENANCE and isinstance(v, str)}
-    made["metadata"] = {k: re.sub(r"[^\n -~\w]", " ", v) for k, v in kept.items()}
+    noted = parsed_ranges(str(made["metadata"].get("custom", "")))
+    made["metadata"] = {k: re.sub(r"[^\n -~\w]", " ", v) for k, v in kept.items()} | ({} if noted is None else {"custom": noted})
     return made
 
 

@@ -57,6 +57,9 @@ def untraceable():
 def interrupted():
     raise KeyboardInterrupt
 
+def normed():
+    return nn.Sequential(nn.RMSNorm(8)), (torch.randn(2, 8),)
+
 def large():
     return nn.Linear(256, 256), (torch.zeros(1, 256),)
 """
@@ -101,6 +104,16 @@ def test_saved_model_can_be_optimized_again(run: Run) -> None:
     assert code == 0
     assert Report.from_json(out).applied == ()
     assert run("verify", "models:build", "twice.pt2")[0] == 0
+
+
+def test_export_explains_each_site(run: Run) -> None:
+    pytest.importorskip("onnxruntime")
+    code, out, _ = run("export", "models:normed", "-o", "explained.onnx", "--opset", "20", "--explain")
+    assert code == 0
+    assert "1 of 1 sites plainer than wanted" in out
+    assert "what became of each site" in out
+    assert "arithmetic; opset 20 has no RMSNormalization (would help: opset 23 or newer)" in out
+    assert run("export", "models:normed", "-o", "explained.engine", "--explain")[0] == 2
 
 
 def test_exported_model_is_verified_and_inspected(run: Run) -> None:

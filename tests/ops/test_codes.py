@@ -186,7 +186,7 @@ def test_a_depthwise_convolution_takes_no_residual() -> None:
 
 @pytest.mark.parametrize("name", [pytest.param(n, id=n) for n in SAMPLES])
 def test_kernels_are_the_definitions(name: str, isa: str) -> None:
-    definition = {
+    definition: Any = {
         f.__name__: f for f in (codes_add, codes_conv2d, codes_gate, codes_max_pool2d, codes_mean, dequantize_codes, quantize_codes)
     }[name]
     assert torch.equal(getattr(ops, name)(*SAMPLES[name]), definition(*SAMPLES[name]))
@@ -194,8 +194,8 @@ def test_kernels_are_the_definitions(name: str, isa: str) -> None:
 
 def test_what_is_no_number_is_a_code(isa: str) -> None:
     x = torch.tensor([float("nan"), float("inf"), -float("inf"), 1e38, 0.0]).reshape(1, 5, 1, 1)
-    quantized: tuple[Any, ...] = (quantize_codes, ops.quantize_codes)
-    for function in quantized:
+    functions: tuple[Any, ...] = (quantize_codes, ops.quantize_codes)
+    for function in functions:
         assert function(x, 0.1, 10, 200).flatten().tolist() == [10, 200, 0, 200, 10]
     for function in (codes_gate, ops.codes_gate):
         found = function(_codes(1, 1, 1, 5), x, 1.0, 0, 5.0, 0, 255)

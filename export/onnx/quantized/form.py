@@ -24,11 +24,13 @@ class Wanted:
         target: where it is to run.
         opset: of its standard ops.
         int4: weights of up to 4 bits are INT4 in the file, expanded by the runtime when it loads.
+        program: what is written; None where only the layers are known.
     """
 
     target: Target
     opset: int
     int4: bool = False
+    program: Program | None = None
 
     def instead_of(self, *names: str) -> str:
         """The first form of the target that is none of these, for a remedy."""
@@ -69,6 +71,10 @@ class Form:
     def at_last(self, model: Any) -> None:
         """What must be done, in place, after constants that are alike have become one."""
 
-    def meant(self, program: Program, kept: Collection[str] = ()) -> Program:
+    def meant(self, program: Program, target: Target, kept: Collection[str] = ()) -> Program:
         """What the file is held against; operators of `torch.ops.normfuse` named in `kept` are nodes of their own in it."""
         return program
+
+    def deviates(self, program: Program, target: Target) -> str:
+        """What of the file is not as the module computes it, for a note: "activations stay floats"; empty where nothing is."""
+        return ""

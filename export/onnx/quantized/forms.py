@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from normfuse.errors import UsageError
 from normfuse.export.lowering.layers import Layer
+from normfuse.export.onnx.program import Program
 from normfuse.export.onnx.quantized.attention import float_masks
 from normfuse.export.onnx.quantized.form import INT4_OPSET, Form, Wanted
 from normfuse.export.onnx.quantized.integer import Integer
@@ -71,7 +72,9 @@ def _one_of(forms: tuple[str, ...]) -> str:
     return " or ".join(f"form={f!r}" for f in forms)
 
 
-def lower_quantized(model: ir.Model, form: str, target: Target, opset: int, *, int4: bool = False) -> None:
-    """Write the quantized layers of `model` in `form`, in place."""
+def lower_quantized(
+    model: ir.Model, form: str, target: Target, opset: int, *, int4: bool = False, program: Program | None = None
+) -> None:
+    """Write the quantized layers of `model` in `form`, in place; `program` is what it was translated from."""
     float_masks(model)
-    FORMS[form].write(model, Wanted(target, opset, int4))
+    FORMS[form].write(model, Wanted(target, opset, int4, program))

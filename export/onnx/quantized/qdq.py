@@ -10,22 +10,27 @@ DequantizeLinear that has one reader only.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
 
 from normfuse.errors import ExportError
 from normfuse.export.lowering.layers import Layer
-from normfuse.export.onnx.build import Build, dims, take_over
+from normfuse.export.onnx.build import Build, const_of, dims, take_over
+from normfuse.export.onnx.program import Program
+from normfuse.export.onnx.quantized.as_coded import as_coded
+from normfuse.export.onnx.quantized.between import chain_of
 from normfuse.export.onnx.quantized.form import Form, Wanted
 from normfuse.export.onnx.quantized.integer import expand
+from normfuse.export.onnx.quantized.pairs import read_pair, write_pairs
 from normfuse.export.onnx.quantized.sites import Site, sites
 from normfuse.export.onnx.writer.translate import MARKER_DOMAIN
 from normfuse.export.ops.activations import ZERO
 from normfuse.export.ops.products import activated
 from normfuse.export.ops.shiftquant_conv2d import conv_codes, conv_parts
 from normfuse.export.ops.weights import SAFE, parts, stored, unit_of
+from normfuse.export.targets import Target
 
 __all__ = ["Qdq"]
 
@@ -74,18 +79,30 @@ class Qdq(Form):
     def write(self, model: Any, wanted: Wanted) -> None:
         shared: dict[Any, Any] = {}
         unsigned = wanted.target.unsigned_codes
+        if wanted.program is not None and wanted.target.codes_between:
+            write_pairs(model, chain_of(wanted.program))
         for site in sites(model):
             if not site.has_weight:
                 expand(model, site, shared)
                 continue
             at = Build(model, site.node, shared)
-            y = _linear(at, site, wanted) if site.op.name == "ShiftQuantLinear" else _conv(at, site, unsigned)
+            if site.op.name == "ShiftQuantConv2d":
+                y = _conv(at, site, unsigned)
+            else:
+                y = _gemm(at, site) if _is_gemm(site) else _linear(at, site, wanted)
             y = activated(at, y, site.facts["epilogue"])
             if site.has_residual:
                 y = at.op("Add", y, _float(at, site.input("residual")), dtype=y.dtype, shape=dims(site.node.outputs[0]))
             old = site.node.outputs[0]
             take_over(old, at.op("Cast", y, to=int(site.dtype())) if old.dtype != at.ir.DataType.FLOAT else y)
             model.graph.remove(site.node, safe=True)
+
+    def meant(self, program: Program, target: Target, kept: Collection[str] = ()) -> Program:
+        return as_coded(program, chain_of(program)) if target.codes_between else program
+
+    def deviates(self, program: Program, target: Target) -> str:
+        chain = target.codes_between and bool(chain_of(program))
+        return "codes between layers, 255 of them behind a ReLU" if chain else ""
 
     def at_last(self, model: Any) -> None:
         """A DequantizeLinear of its own for each node that reads one."""
@@ -109,6 +126,9 @@ def _codes(at: Build, site: Site, unsigned: bool) -> tuple[Any, Any, Any]:
     that it takes the Relu into the layer in front; elsewhere it is 128. Behind the QuantizeLinear a Clip keeps the bytes within the
     codes, where it is in no one's way. Other runtimes expect int8, and fuse that with a Relu and with a Clip of floats in front.
     """
+    pair = read_pair(site.x)
+    if pair is not None:
+        return pair
     x, static, bits = site.x, np.float32(site.facts["input_scale"]), site.facts["activation_bits"]
     if x.dtype == at.ir.DataType.DOUBLE:
         raise ExportError("form='qdq' computes in float32, and the model in float64; export it in float32 or with form='integer'")
@@ -164,29 +184,61 @@ def _linear(at: Build, site: Site, wanted: Wanted) -> Any:
     return terms[0] if len(terms) == 1 else at.op("Sum", *terms, dtype=full, shape=shape)
 
 
+def _is_gemm(site: Site) -> bool:
+    """It reads a matrix of codes that a pair made, and its weight is one int8."""
+    shape = dims(site.inputs[0])
+    return read_pair(site.inputs[0]) is not None and shape is not None and len(shape) == 2
+
+
+def _gemm(at: Build, site: Site) -> Any:
+    """DQ(codes) · DQ(operand)ᵀ + DQ(bias), which runtimes know as the last layer of a classifier."""
+    codes, static, point = _codes(at, site, unsigned=True)
+    scale, full, shape = site.array("scale"), at.ir.DataType.FLOAT, dims(site.node.outputs[0])
+    ((values, factors, shift, columns),) = parts(site.array("weight"), site.array("exponents"), scale.size, site.facts["bits"])
+    operand = np.zeros((scale.size, columns.size), np.int8)
+    operand[:, columns] = (values << factors).T
+    each = scale * np.float32(2**shift)
+    x = at.op("DequantizeLinear", codes, static, point, dtype=full, shape=dims(codes))
+    # ONNX Runtime fuses a Gemm only where the zero point of its weight is spelt out
+    weight = at.op(
+        "DequantizeLinear", at.const(operand), at.const(each), at.const(np.zeros(scale.size, np.int8)), axis=0, dtype=full,
+        shape=operand.shape,
+    )  # fmt: skip
+    bias = _bias_in_units(at, site, each * np.float32(const_of(static)))
+    return at.op("Gemm", x, weight, *([] if bias is None else [bias]), transB=1, dtype=full, shape=shape)
+
+
 def _conv(at: Build, site: Site, unsigned: bool) -> Any:
+    paired = read_pair(site.inputs[0]) is not None
     codes, static, point = _codes(at, site, unsigned)
     scale, facts, full, shape = site.array("scale"), site.facts, at.ir.DataType.FLOAT, dims(site.node.outputs[0])
     values = conv_codes(site.array("weight"), site.array("exponents"), scale.size, facts["bits"], facts["group"], facts["kernel"])
     x = at.op("DequantizeLinear", codes, static, point, dtype=full, shape=dims(codes))
     names = {"kernel": "kernel_shape", "strides": "strides", "pads": "pads", "dilations": "dilations", "group": "group"}
     attributes = {new: facts[old] for old, new in names.items()}
-    bias = _conv_bias(at, site, scale * np.float32(facts["input_scale"])) if unsigned else _float(at, site.input("bias"))
+    unit = scale * np.float32(const_of(static))
+    bias = _conv_bias(at, site, unit, paired=paired) if unsigned or paired else _float(at, site.input("bias"))
     terms: list[Any] = []
     for operand, shift in conv_parts(*values, facts["bits"]):
-        zero = 128 if unsigned and np.abs(operand).max(initial=0) > SAFE else 0
+        zero = 128 if unsigned and not paired and np.abs(operand).max(initial=0) > SAFE else 0
         weight = at.const((operand + zero).astype(np.uint8 if zero else np.int8))
         weight = _dequantized(at, weight, scale * np.float32(2**shift), zero, 0)
         terms.append(at.op("Conv", x, weight, *([] if terms or bias is None else [bias]), dtype=full, shape=shape, **attributes))
     return terms[0] if len(terms) == 1 else at.op("Sum", *terms, dtype=full, shape=shape)
 
 
-def _conv_bias(at: Build, site: Site, unit: np.ndarray[Any, Any]) -> Any:
+def _conv_bias(at: Build, site: Site, unit: np.ndarray[Any, Any], *, paired: bool) -> Any:
     """In float; in units of the sums, rounded by at most half of one, where that makes a QLinearConv of it: in front of a Q, with
     a Relu or nothing between."""
+    into_codes = site.facts["epilogue"] in ("none", "relu") and _read_as_codes(site.node.outputs[0])
+    return _bias_in_units(at, site, unit) if paired or into_codes else _float(at, site.input("bias"))
+
+
+def _bias_in_units(at: Build, site: Site, unit: np.ndarray[Any, Any]) -> Any:
+    """The bias as int32 in units of the sums; in float where it does not fit."""
     value = site.input("bias")
-    if value is None or site.facts["epilogue"] not in ("none", "relu") or not _read_as_codes(site.node.outputs[0]):
-        return _float(at, value)
+    if value is None:
+        return None
     bias = site.array("bias")
     units = np.rint(bias.astype(np.float64) / unit)
     if np.abs(units).max(initial=0) >= 2**31:

@@ -33,6 +33,7 @@ from normfuse.export.onnx.writer.translate import MARKER_DOMAIN, SDPA
 from normfuse.export.ops.products import activated
 from normfuse.export.ops.shiftquant_conv2d import conv_codes
 from normfuse.export.ops.weights import unit_of
+from normfuse.export.targets import Target
 from normfuse.quant.packing import unpack, unpack_rows
 
 __all__ = ["WeightOnly", "block_size"]
@@ -104,7 +105,7 @@ class WeightOnly(Form):
                 take_over(site.node.outputs[0], y)
                 model.graph.remove(site.node, safe=True)
 
-    def meant(self, program: Program, kept: Collection[str] = ()) -> Program:
+    def meant(self, program: Program, target: Target, kept: Collection[str] = ()) -> Program:
         return weights_alone(program, kept)
 
 

@@ -16,7 +16,7 @@ from normfuse.ops._epilogue import activation
 from normfuse.ops._prepared import conv_operands, operand_of
 from normfuse.ops.attention import attention
 
-__all__ = ["AS_WRITTEN", "weights_alone"]
+__all__ = ["AS_WRITTEN", "PRODUCTS", "weights_alone"]
 
 #: Session entries with which ONNX Runtime computes QuantizeLinear and DequantizeLinear as they stand. Else it makes MatMulNBits of
 #: DequantizeLinear and MatMul, which rounds activations to 8 bits, and multiplies int8 with int8 inexactly on an x86 without VNNI.
@@ -33,7 +33,7 @@ class _WeightsAlone(nn.Module):
     def __init__(self, module: nn.Module, kept: Collection[str]) -> None:
         super().__init__()
         self.module = module
-        self.products = {k: f for k, f in _PRODUCTS.items() if k not in kept}
+        self.products = {k: f for k, f in PRODUCTS.items() if k not in kept}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         with _Floats(self.products):
@@ -83,7 +83,8 @@ def _attention(a: Any) -> Tensor:
     return attention(a.q, a.k, a.v, a.mask, a.scale, a.causal)
 
 
-_PRODUCTS: dict[str, Callable[..., Tensor]] = {
+#: Operators that quantize what they read, by name: the same with floats, of an object with their arguments.
+PRODUCTS: dict[str, Callable[..., Tensor]] = {
     "shiftquant_attention": _attention,
     "shiftquant_conv2d": _conv2d,
     "shiftquant_linear": _linear,

@@ -46,8 +46,8 @@ def _known(weight: Any, shifts: Any, facts: Mapping[str, Any]) -> np.ndarray[Any
     channels = shifts.size // group
     codes = unpack_rows(torch.tensor(weight), kernel[0] * kernel[1] * channels, facts["bits"]).numpy().astype(np.int32)
     w = codes.reshape(group, -1, kernel[0] * kernel[1], channels) << shifts.astype(np.int32).reshape(group, 1, 1, channels)
-    known: np.ndarray[Any, Any] = (w.reshape(-1, *kernel, channels).transpose(0, 3, 1, 2) + int(ZERO)).astype(np.uint8)
-    return known
+    found: np.ndarray[Any, Any] = (w.reshape(-1, *kernel, channels).transpose(0, 3, 1, 2) + int(ZERO)).astype(np.uint8)
+    return found
 
 
 def _operand(at: Emitter, weight: Any, shifts: Any, facts: Mapping[str, Any]) -> Any:

@@ -20,7 +20,9 @@ __all__ = ["CONV2D", "Conv2d", "Geometry", "read_conv2d"]
 
 aten = torch.ops.aten
 
-_FEWEST = 4  # input channels a group: the integer kernels sum four products at a time
+#: Input channels a group: the integer kernels sum four products at a time. With static scales fewer are codes all the same: in a
+#: file for another runtime they keep the chain of codes whole.
+_FEWEST = 4
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,7 @@ class Conv2d(Product):
 
 def _conv2d(node: fx.Node, op: Op, path: str, spec: Any) -> Conv2d:
     assert isinstance(op, Conv)
-    if op.W.ndim in (3, 4) and op.W.shape[1] < _FEWEST and op.groups > 1:
+    if op.W.ndim in (3, 4) and op.W.shape[1] < _FEWEST and op.groups > 1 and spec.activations != "static":
         raise Refuse(f"{op.W.shape[1]} input channels a group are too few for integers to gain anything")
     return read_conv2d(node, op, path, spec)
 

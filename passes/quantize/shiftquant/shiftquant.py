@@ -17,6 +17,7 @@ from normfuse.ir.constants import Constant
 from normfuse.ir.graph import Refuse
 from normfuse.ir.passes import Pass, Rewriting
 from normfuse.ir.views import Embedding, Op
+from normfuse.passes.quantize.between import note_ranges, observed_ranges
 from normfuse.passes.quantize.coded import Coded, CodedProduct, Shared
 from normfuse.passes.quantize.evaluation import Outputs
 from normfuse.passes.quantize.layers.embedding import EMBEDDING
@@ -107,8 +108,9 @@ class _Quantizing:
         coded = self._fast_enough(coded)
         self.measured = measure(graph, samples, coded)
         coded = self._corrected(coded)
+        ranges = observed_ranges(graph, samples, [c.layer for c in coded])
         work.applied += moved
-        self._emit(self._finetuned(coded, outputs))
+        note_ranges(ranges, self._emit(self._finetuned(coded, outputs)))
         attentions_into_integers(work, self.spec)
         graph.clean()
         if work.applied:
@@ -245,8 +247,11 @@ class _Quantizing:
         self.measured = measure(self.graph, self.samples, learnt)
         return learnt
 
-    def _emit(self, coded: Sequence[Coded]) -> None:
-        """Put the integer operators into the graph, in its order, and say of every layer what became of it."""
+    def _emit(self, coded: Sequence[Coded]) -> dict[fx.Node, fx.Node]:
+        """Put the integer operators into the graph, in its order, and say of every layer what became of it.
+
+        Returns: what now stands in the place of which node.
+        """
         graph, work = self.graph, self.work
         places = {n: i for i, n in enumerate(graph.fx.nodes)}
         rows: list[tuple[int, fx.Node, Coded | None]] = [(places[c.layer.node], c.layer.node, c) for c in coded]
@@ -266,6 +271,7 @@ class _Quantizing:
             speed = next((s for layer, s in self.timed.items() if layer.node is node), None)
             work.quantization.append(kept(graph, node, kind, refusal, speed, sensitivity))
             work.refuse(RULE, node, refusal)
+        return emitted
 
 
 def _said(entry: LayerQuantization) -> str:

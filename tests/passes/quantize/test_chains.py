@@ -245,6 +245,21 @@ def test_other_batches_and_sizes() -> None:
         torch.testing.assert_close(fast(x)[2:4], fast(data[1]))
 
 
+@pytest.mark.skipif("avx2" not in (native.isas() if native.available() else ()), reason="no AVX2")
+def test_weights_stay_within_pairs_where_products_are_taken_in_16_bits() -> None:
+    model, fast = Residual(), []
+    for isa in (None, "avx2"):
+        native.force_isa(isa)
+        fast.append(_quantized(model, prefer="speed", keep=("head",)))
+    native.force_isa(None)
+    for module, limited in zip(fast, (False, True), strict=True):
+        codes = (module.get_submodule("blocks.0.b").codes ^ 128).view(torch.int8).int()
+        pairs = codes.reshape(len(codes), -1, 2)
+        most = torch.maximum(pairs.clamp_min(0).sum(-1), -pairs.clamp_max(0).sum(-1)).max()
+        assert bool(most <= 128) is limited
+    assert abs(_sqnr(model, fast[0]) - _sqnr(model, fast[1])) < 3
+
+
 # -- what stays out ------------------------------------------------------------------------------------------------------
 
 
@@ -303,3 +318,12 @@ def test_what_chains_do_not_go_with(given: dict[str, Any], message: str) -> None
 def test_observers(observer: str) -> None:
     model = Residual()
     assert _sqnr(model, _quantized(model, observer=observer)) > 20
+
+
+def test_the_proof_runs_it() -> None:
+    model, data = Residual().eval(), _data()
+    fast = normfuse.optimize(model, (data[0],), quantize=_spec(), calibration=data)
+    found = normfuse.report(fast)
+    assert _operators(fast)["codes_conv2d"] > 1
+    assert found.sqnr is not None
+    assert found.sqnr > 25
