@@ -21,7 +21,7 @@ from benchmarks.models import MODELS
 from normfuse.app.engines import onnxruntime_engine
 from normfuse.benchmark import Engine
 
-__all__ = ["BASELINES", "Baseline", "openvino_engine"]
+__all__ = ["BASELINES", "Baseline", "nncf_file", "openvino_engine"]
 
 Arrays = dict[str, np.ndarray[Any, Any]]
 
@@ -109,20 +109,26 @@ def _openvino(precision: str, _: str, original: Path, inputs: Arrays, __: list[A
 
 
 def _openvino_int8(precision: str, name: str, original: Path, inputs: Arrays, calibration: list[Arrays], folder: Path) -> Engine:
+    path = folder / "openvino_int8.xml"
+    if not path.exists():
+        nncf_file(original, [list(each.values()) for each in calibration], path, convolutional=MODELS[name].convolutional)
+    return openvino_engine(f"openvino int8, {precision} rest", path, inputs, precision)
+
+
+def nncf_file(original: Path, calibration: list[list[Any]], path: Path, *, convolutional: bool) -> None:
+    """What NNCF makes of a model that OpenVINO reads, by its own recommended call; inputs in the order of the model."""
     import nncf
     import openvino
 
-    path = folder / "openvino_int8.xml"
-    if not path.exists():
-        transformer = not MODELS[name].convolutional
-        with _quiet():
-            model = openvino.Core().read_model(str(original))
-            quantized = nncf.quantize(
-                model, nncf.Dataset(calibration), subset_size=len(calibration),
-                model_type=nncf.ModelType.TRANSFORMER if transformer else None, preset=nncf.QuantizationPreset.MIXED,
-            )  # fmt: skip
-        openvino.save_model(quantized, str(path), compress_to_fp16=False)
-    return openvino_engine(f"openvino int8, {precision} rest", path, inputs, precision)
+    with _quiet():
+        model = openvino.Core().read_model(str(original))
+        names = [port.any_name for port in model.inputs]
+        seen = [{n: np.asarray(v) for n, v in zip(names, each, strict=True)} for each in calibration]
+        quantized = nncf.quantize(
+            model, nncf.Dataset(seen), subset_size=len(seen), model_type=None if convolutional else nncf.ModelType.TRANSFORMER,
+            preset=nncf.QuantizationPreset.MIXED,
+        )  # fmt: skip
+    openvino.save_model(quantized, str(path), compress_to_fp16=False)
 
 
 def openvino_engine(name: str, path: Path, inputs: Arrays, precision: str) -> Engine:

@@ -120,7 +120,7 @@ def _prepare(entry: Entry, only: Sequence[str], folder: Path, threads: int) -> P
     source = entry.build()
     original = folder / "original.onnx"
     export_original(source, original)
-    calibration = [source.example_inputs, _like(source, 1)]
+    calibration = [source.example_inputs, like(source, 1)]
     names = _input_names(original)
     arrays = [_by_name(names, c) for c in calibration]
     ready = Prepared()
@@ -163,7 +163,7 @@ def _try(engine: Engine, threads: int) -> None:
     engine.open(threads)()
 
 
-def _like(source: Source, seed: int) -> Any:
+def like(source: Source, seed: int) -> Any:
     """Inputs of the same shapes, other values; token ids are rolled so that they stay in the vocabulary."""
     generator = torch.Generator().manual_seed(seed)
 

@@ -110,7 +110,7 @@ def test_a_file_of_somebody_else_can_be_opened(tmp_path):
     import openvino
     from openvino import opset13 as ops
 
-    x = ops.parameter([-1, 4], "f32")
+    x = ops.parameter([-1, 4], openvino.Type.f32)
     openvino.save_model(openvino.Model([ops.relu(x)], [x], "m"), str(tmp_path / "m.xml"), compress_to_fp16=False)
     session = opened(tmp_path / "m.xml", threads=1)
     (y,) = session.outputs({session.inputs[0].name: torch.tensor([[-1.0, 0.0, 1.0, 2.0]])}).values()
