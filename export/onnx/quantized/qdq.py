@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from normfuse.errors import ExportError
+from normfuse.export.lowering.layers import Layer
 from normfuse.export.onnx.build import Build, const_of, dims, take_over
 from normfuse.export.onnx.program import Program
 from normfuse.export.onnx.quantized.as_coded import as_coded
@@ -47,7 +48,7 @@ class Qdq(Form):
 
     name = "qdq"
 
-    def refuses(self, layers: Sequence[Site], wanted: Wanted) -> str | None:
+    def refuses(self, layers: Sequence[Layer], wanted: Wanted) -> str | None:
         """Where a scale is found at run time, or the codes of a weight are wider than the int8 that a target takes (ONNX Runtime,
         which has to run the file once, does not take such a weight in parts either)."""
         instead = f"form={wanted.instead_of('native', 'qdq')!r}"
@@ -90,8 +91,10 @@ class Qdq(Form):
             else:
                 y = _gemm(at, site) if _is_gemm(site) else _linear(at, site, wanted)
             y = activated(at, y, site.facts["epilogue"])
+            if site.has_residual:
+                y = at.op("Add", y, _float(at, site.input("residual")), dtype=y.dtype, shape=dims(site.node.outputs[0]))
             old = site.node.outputs[0]
-            take_over(old, at.op("Cast", y, to=int(old.dtype)) if old.dtype != at.ir.DataType.FLOAT else y)
+            take_over(old, at.op("Cast", y, to=int(site.dtype())) if old.dtype != at.ir.DataType.FLOAT else y)
             model.graph.remove(site.node, safe=True)
 
     def meant(self, program: Program, target: Target, kept: Collection[str] = ()) -> Program:
@@ -123,10 +126,10 @@ def _codes(at: Build, site: Site, unsigned: bool) -> tuple[Any, Any, Any]:
     that it takes the Relu into the layer in front; elsewhere it is 128. Behind the QuantizeLinear a Clip keeps the bytes within the
     codes, where it is in no one's way. Other runtimes expect int8, and fuse that with a Relu and with a Clip of floats in front.
     """
-    pair = read_pair(site.inputs[0])
+    pair = read_pair(site.x)
     if pair is not None:
         return pair
-    x, static, bits = site.inputs[0], np.float32(site.facts["input_scale"]), site.facts["activation_bits"]
+    x, static, bits = site.x, np.float32(site.facts["input_scale"]), site.facts["activation_bits"]
     if x.dtype == at.ir.DataType.DOUBLE:
         raise ExportError("form='qdq' computes in float32, and the model in float64; export it in float32 or with form='integer'")
     key = ("codes", id(x), float(static), bits)
@@ -183,8 +186,8 @@ def _linear(at: Build, site: Site, wanted: Wanted) -> Any:
 
 def _is_gemm(site: Site) -> bool:
     """It reads a matrix of codes that a pair made, and its weight is one int8."""
-    shape = dims(site.inputs[0])
-    return read_pair(site.inputs[0]) is not None and shape is not None and len(shape) == 2
+    shape = dims(site.x)
+    return read_pair(site.x) is not None and shape is not None and len(shape) == 2
 
 
 def _gemm(at: Build, site: Site) -> Any:
@@ -206,7 +209,7 @@ def _gemm(at: Build, site: Site) -> Any:
 
 
 def _conv(at: Build, site: Site, unsigned: bool) -> Any:
-    paired = read_pair(site.inputs[0]) is not None
+    paired = read_pair(site.x) is not None
     codes, static, point = _codes(at, site, unsigned)
     scale, facts, full, shape = site.array("scale"), site.facts, at.ir.DataType.FLOAT, dims(site.node.outputs[0])
     values = conv_codes(site.array("weight"), site.array("exponents"), scale.size, facts["bits"], facts["group"], facts["kernel"])
