@@ -1,27 +1,29 @@
 """`normfuse bench`."""
 
-import dataclasses
 import json
 import logging
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from normfuse.app.baselines import BASELINES, Material, named_arrays
 from normfuse.app.cuda import CPU, DTYPES, Placement, for_onnxruntime, in_dtype
-from normfuse.app.engines import bench as compare
 from normfuse.app.engines import export_original, file_engine, program_engine, source_engine
+from normfuse.app.rivals import bench_each, float_outputs, sqnr_of
 from normfuse.app.sources import Source
-from normfuse.benchmark import Comparison, Engine, Verdict
-from normfuse.benchmark.decided import MORE, decided
+from normfuse.benchmark import Comparison, Engine, Schedule, Verdict
+from normfuse.benchmark.decided import MORE
+from normfuse.cli.against import Against
 from normfuse.cli.bundled import Telling, bundled, telling_options
 from normfuse.cli.onnx_files import file_inputs, is_file
 from normfuse.cli.options import Model, Pipeline, model_options, names, pipeline_options, spelled
+from normfuse.cli.quantization import calibration_batches
 from normfuse.cli.reports import check_report, write_report
-from normfuse.errors import CheckFailed, Undecided, UsageError
+from normfuse.errors import CheckFailed, Undecided, UsageError, did_you_mean
 from normfuse.export.targets import FOLDERS, Folder, folder_of, opset_for, target_named
 from normfuse.gpu.device import Gpu, find_gpu
 
@@ -37,8 +39,9 @@ _log = logging.getLogger(__name__)
 _RUNTIMES = {folder.engine: folder for folder in FOLDERS.values()}
 ENGINES = (
     "eager", "compile", *_RUNTIMES, "eager-optimized", "compile-optimized", "kernels-optimized",
-    *(f"{name}-optimized" for name in _RUNTIMES),
+    *(f"{name}-optimized" for name in _RUNTIMES), *BASELINES,
 )  # fmt: skip
+_RESTARTS = 3  # of all processes
 
 
 @dataclass(frozen=True)
@@ -70,10 +73,10 @@ class Timing:
     rounds: int | None
     warmup: float
 
-    def longer(self, times: int) -> dict[str, Any]:
-        """The arguments of `normfuse.bench`, for that many times as long."""
-        found = dataclasses.asdict(self)
-        return found | {"seconds": times * self.seconds, "rounds": None if self.rounds is None else times * self.rounds}
+    def schedule(self, times: int) -> Schedule:
+        """That many times as long."""
+        rounds = None if self.rounds is None else times * self.rounds
+        return Schedule(times * self.seconds, rounds, self.warmup, threads=self.threads, restarts=_RESTARTS)
 
 
 _claim_options = bundled(
@@ -81,8 +84,9 @@ _claim_options = bundled(
     Claim,
     click.option(
         "--against",
-        metavar="ENGINE",
-        help="What to beat.  [default: the runtime of --engine with the original; on a GPU compile, or tensorrt for TensorRT]",
+        metavar="ENGINE[,ENGINE]",
+        help="What to beat, e.g. onnxruntime-int8,openvino-int8.  [default: the runtime of --engine with the original; on a GPU "
+        "compile, or tensorrt for TensorRT]",
     ),
     click.option("--engine", "challenger", metavar="ENGINE", help="What should be faster.  [default: see above; SOURCE for .onnx]"),
     click.option("--at-least", type=float, metavar="RATIO", help="Demanded speedup.  [default: 1 minus the measured noise]"),
@@ -136,11 +140,21 @@ def bench(model: Model, pipeline: Pipeline, claim: Claim, making: Making, timing
     openvino-optimized or tensorrt-optimized where --against is openvino or tensorrt, and kernels-optimized with --device
     cuda. On a GPU the device is the clock.
 
+    onnxruntime-int8 and openvino-int8 are what a model is quantized with otherwise: ONNX Runtime's own quantizer (dynamic, or
+    static where that is faster) and NNCF's, with the data of --calibration. How close each engine is to the float model stands
+    beside its speed. Several engines are measured in one run; the claim is then about each of them:
+
+    \b
+      normfuse bench timm:resnet50 --quantize w8a8,static --calibration images.npz \\
+          --against onnxruntime-int8,openvino-int8
+
     The claim is that the speedup is --at-least RATIO. It holds (exit code 0) where the whole 95 % interval of the speedup is
     above that, fails (1) where all of it is below, and is undecided (3) otherwise. Where the baseline differs from
     itself by more than 5 %, or other processes worked during most turns, the interval is widened by that first.
     """
     against, challenger = _chosen(model, claim, making.device)
+    for name in against:
+        _known(name)
     check_report(telling.report_path, force=telling.force)
     if telling.report_path is not None and not challenger.endswith("-optimized"):
         raise UsageError(f"--report tells what was done to the model, and {challenger} runs none that normfuse optimized")
@@ -155,85 +169,116 @@ def bench(model: Model, pipeline: Pipeline, claim: Claim, making: Making, timing
             click.echo(text, err=True)
 
     with tempfile.TemporaryDirectory(prefix="normfuse-bench-") as folder:
-        say(f"preparing {against} and {challenger}, then opening each of them in a process of its own")
+        say(f"preparing {', '.join(against)} and {challenger}, then opening each of them in a process of its own")
         workshop = Workshop(model, pipeline, Path(folder), making.form, settings)
-        pair = workshop.engine(against), workshop.engine(challenger)
+        workshop.threads = timing.threads
+        rivals, ours = [workshop.engine(name) for name in against], workshop.engine(challenger)
         weights = workshop.weights
-        result = _decided(pair, timing, claim.at_least, say, progress=not telling.quiet)
+        quality = workshop.qualities((*rivals, ours)) if gpu is None else {}
+        found = _decided(rivals, ours, timing, claim.at_least, say, progress=not telling.quiet)
+    result = Against(found, claim.at_least, quality, workshop.how, workshop.calibrated, _clock(gpu, settings))
     if workshop.report is not None:
-        write_report(replace(workshop.report, latencies=(result.latency(),)), telling.report_path, force=telling.force)
-    bound, verdict, why = result.bound(claim.at_least), result.verdict(claim.at_least), result.why_undecided(claim.at_least)
+        latencies = tuple(c.latency() for c in found)
+        write_report(replace(workshop.report, latencies=latencies), telling.report_path, force=telling.force)
     if telling.as_json:
         on = {} if gpu is None else {"gpu": gpu.to_dict() | {"dtype": settings.place.dtype, "graph": making.graph}}
-        told = {"source": model.source, "weights": weights, "at_least": bound, "verdict": verdict.value, "why_undecided": why}
-        click.echo(json.dumps({**result.to_dict(), **on, **told}, indent=2))
+        click.echo(json.dumps({**result.to_dict(), **on, "source": model.source, "weights": weights}, indent=2))
     elif not telling.quiet:
-        said = f"{model.source}, weights: {weights}\n" if weights else ""
-        click.echo(f"{said}{result}\n{_clock(gpu, settings)}at least {bound:.3f}: {verdict.value}")
-    if verdict is Verdict.FAILS:
-        raise CheckFailed(f"{pair[1].name} is {result.speedup} times as fast as {pair[0].name}; at least {bound:.3f} was demanded")
-    if verdict is Verdict.UNDECIDED:
-        raise Undecided(f"{why.replace('(seconds)', '(--seconds)')}; the speedup is {result.speedup}")
+        click.echo(f"{model.source}, weights: {weights}\n{result}" if weights else str(result))
+    _judged(result)
 
 
-def _device_of(against: str, challenger: str, making: Making) -> bool:
-    """Both run on a GPU.
+def _judged(result: Against) -> None:
+    """Raise what the verdict says: the exit code.
+
+    Raises:
+        CheckFailed: the claim fails.
+        Undecided: it is undecided.
+    """
+    worst, bound = result.worst, result.worst.bound(result.at_least)
+    if result.verdict is Verdict.FAILS:
+        raise CheckFailed(f"{worst.b.name} is {worst.speedup} times as fast as {worst.a.name}; at least {bound:.3f} was demanded")
+    if result.verdict is Verdict.UNDECIDED:
+        why = worst.why_undecided(result.at_least).replace("(seconds)", "(--seconds)")
+        raise Undecided(f"{why}; the speedup is {worst.speedup}")
+
+
+def _known(name: str) -> None:
+    """Raise `UsageError` where nothing is called that, or a library that it needs is missing."""
+    if name in BASELINES:
+        BASELINES[name].check()
+    elif name not in ENGINES and folder_of(name) is None:
+        known = " or ".join(folder.suffixes[0] for folder in FOLDERS.values())
+        raise UsageError(
+            f"unknown engine {name!r}{did_you_mean(name, ENGINES)}: expected {', '.join(ENGINES)} or a file that ends in {known}"
+        )
+
+
+def _device_of(against: tuple[str, ...], challenger: str, making: Making) -> bool:
+    """All of them run on a GPU.
 
     Raises:
         UsageError: one does, or a flag is about another device.
     """
-    on_gpu = {name: _on_gpu(name, making.device) for name in (against, challenger)}
+    on_gpu = {name: _on_gpu(name, making.device) for name in (*against, challenger)}
     if len(set(on_gpu.values())) > 1:
         raise UsageError(
-            f"{against} and {challenger} are not on one device, and each is timed by its own clock: compare two on the CPU, or "
-            "two on a GPU (--device cuda, tensorrt)"
+            f"{', '.join(against)} and {challenger} are not on one device, and each is timed by its own clock: compare engines on "
+            "the CPU, or on a GPU (--device cuda, tensorrt)"
         )
-    if making.dtype is not None and not on_gpu[against]:
+    if making.dtype is not None and not on_gpu[challenger]:
         raise UsageError("--dtype is for engines on a GPU; on the CPU models run as they are")
     if making.plugins is not None and "tensorrt-optimized" not in on_gpu:
-        raise UsageError(f"--plugins is for the engine tensorrt-optimized, not for {against} and {challenger}")
-    return on_gpu[against]
+        raise UsageError(f"--plugins is for the engine tensorrt-optimized, not for {', '.join(on_gpu)}")
+    return on_gpu[challenger]
 
 
 def _decided(
-    pair: tuple[Engine, Engine], timing: Timing, at_least: float | None, say: Callable[[str], None], *, progress: bool
-) -> Comparison:
+    rivals: Sequence[Engine], ours: Engine, timing: Timing, at_least: float | None, say: Callable[[str], None], *, progress: bool
+) -> list[Comparison]:
     """Measured, and once more for longer where that decides nothing."""
     from normfuse.reports.numbers import duration
 
-    def measured(times: int) -> Comparison:
+    def measured(times: int) -> list[Comparison]:
         more = f"; {MORE} times as long once more if that is undecided" if times == 1 else ""
 
         def plan(count: int, left: float) -> None:
             say(f"measuring for about {duration(left)}, on a busy machine up to twice that: {count} rounds{more}")
 
-        return compare(*pair, progress=progress, on_plan=plan, **timing.longer(times))
+        return bench_each(rivals, ours, timing.schedule(times), progress=progress, on_plan=plan)
 
-    return decided(measured, at_least, lambda c: say(f"undecided after {c.rounds} rounds: {c.why_undecided(at_least)}"))
+    found = measured(1)
+    first = Against(found, at_least)
+    if first.verdict is not Verdict.UNDECIDED:
+        return found
+    say(f"undecided after {first.worst.rounds} rounds: {first.worst.why_undecided(at_least)}")
+    return measured(MORE)
 
 
-def _chosen(model: Model, claim: Claim, device: str) -> tuple[str, str]:
-    """Both engines, with defaults where they are not named."""
-    against, challenger = claim.against, claim.challenger
+def _chosen(model: Model, claim: Claim, device: str) -> tuple[tuple[str, ...], str]:
+    """What to beat, and what should be faster, with defaults where they are not named."""
+    against, challenger = tuple(dict.fromkeys(names(claim.against))), claim.challenger
     if challenger is None:
-        runtime = None if against is None else _runtime(against)
+        runtime = next((r for r in map(_runtime, against) if r is not None), None)
         challenger = (
             model.source if is_file(model.source) else f"{runtime.engine}-optimized" if runtime is not None
             else "kernels-optimized" if device == "cuda" else "onnxruntime-optimized"
         )  # fmt: skip
-    if against is None:
+    if not against:
         runtime = _runtime(challenger)
         on_gpu = device == "cuda" and (runtime is None or not runtime.on_gpu)
-        against = "compile" if on_gpu else "onnxruntime" if runtime is None else runtime.engine
+        against = ("compile" if on_gpu else "onnxruntime" if runtime is None else runtime.engine,)
     return against, challenger
 
 
 def _runtime(name: str) -> Folder | None:
-    """The target whose runtime an engine is, by its name or that of a file; None for PyTorch."""
-    return folder_of(name) or _RUNTIMES.get(name.partition("-")[0])
+    """The target whose runtime an engine of ours is, by its name or that of a file; None for PyTorch and for tools of others."""
+    return None if name in BASELINES else folder_of(name) or _RUNTIMES.get(name.partition("-")[0])
 
 
 def _on_gpu(name: str, device: str) -> bool:
+    if name in BASELINES:
+        return False
     runtime = _runtime(name)
     return device == "cuda" if runtime is None else runtime.on_gpu
 
@@ -271,6 +316,8 @@ class Workshop:
         self._settings = settings or Settings()
         self._loaded: Source | None = None
         self._fast: dict[str, fx.GraphModule] = {}
+        self.threads: int | None = None
+        self.how: dict[str, str] = {}  # engines of others were made, by name
 
     def engine(self, name: str) -> Engine:
         """The engine called `name`, or the runtime of the file of that name.
@@ -282,11 +329,11 @@ class Workshop:
         if (folder := folder_of(name)) is not None:
             source = self._model.source if folder.on_gpu else name
             return file_engine(Path(name).name, name, self._inputs(Path(source)), graph=place.graph)
-        if name not in ENGINES:
-            known = " or ".join(folder.suffixes[0] for folder in FOLDERS.values())
-            raise UsageError(f"unknown engine {name!r}: expected {', '.join(ENGINES)} or a file that ends in {known}")
+        _known(name)
         if is_file(self._model.source):
             raise UsageError(f"{name} starts from the PyTorch model; {self._model.source} is exported: name another file")
+        if name in BASELINES:
+            return self._baseline(name)
         kind, _, optimized = name.partition("-")
         if kind in _RUNTIMES:
             path = self._optimized_file(kind) if optimized else self._original_file(kind)
@@ -310,6 +357,32 @@ class Workshop:
         from normfuse.reports.record import report
 
         return next((report(fast) for fast in self._fast.values()), None)
+
+    @property
+    def calibrated(self) -> str:
+        """What engines of others were calibrated on; empty where there is none."""
+        if not self.how or self._loaded is None:
+            return ""
+        data = self._pipeline.calibration or self._loaded.data
+        return f"{data}: their SQNR says nothing of your data" if data == "random data" else data
+
+    def qualities(self, engines: Sequence[Engine]) -> dict[str, float]:
+        """The SQNR of each engine on the example inputs in dB against the float model; {} where nothing is quantized."""
+        if is_file(self._model.source) or not (self.how or self._pipeline.quantize is not None):
+            return {}
+        loaded = self._load()
+        expected = float_outputs(loaded.module, loaded.args, loaded.kwargs)
+        return {e.name: sqnr_of(e, expected, self.threads) for e in engines}
+
+    def _baseline(self, name: str) -> Engine:
+        """The engine of others of that name, calibrated as --calibration says, else on the example inputs."""
+        path, loaded = self._original_onnx(), self._load()
+        batches = [] if self._pipeline.calibration is None else calibration_batches(self._pipeline.calibration, loaded)
+        inputs = named_arrays(path, self._inputs(path))
+        calibration = [named_arrays(path, batch) for batch in batches] or [inputs]
+        made = BASELINES[name].made(Material(path, inputs, calibration, self._folder, self.threads))
+        self.how[name] = made.how
+        return made.engine
 
     def _load(self) -> Source:
         if self._loaded is None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from normfuse.export.onnx.program import Program
-from normfuse.export.onnx.quantized.between import Chain, Codes
+from normfuse.export.onnx.quantized.between import Chain, Codes, narrowed
 from normfuse.export.onnx.quantized.weights_alone import PRODUCTS
 
 __all__ = ["as_coded"]
@@ -49,15 +49,29 @@ def _rounded(codes: Codes) -> Callable[[Tensor], Tensor]:
 
 def _product(target: Any, read: Codes) -> Callable[..., Tensor]:
     """The operator with floats for what it reads, and its bias in units of its sums."""
-    product, arguments = PRODUCTS[target._schema.name.partition("::")[2]], target._schema.arguments
-    defaults = {a.name: a.default_value for a in arguments}
+    name, arguments = target._schema.name.partition("::")[2], target._schema.arguments
+    product, defaults = PRODUCTS[name], {a.name: a.default_value for a in arguments}
 
     def product_of_floats(*args: Any, **kwargs: Any) -> Tensor:
         given = {a.name: v for a, v in zip(arguments, args, strict=False)}
-        a = SimpleNamespace(**defaults | given | kwargs)
-        if a.bias is not None:
-            unit = a.scale * torch.tensor(read.scale, dtype=torch.float32)
-            a.bias = (a.bias.double() / unit).round().to(a.bias.dtype) * unit
+        a = _Layer(**defaults | given | kwargs)
+        a.read = read.scale
         return product(a)
 
     return product_of_floats
+
+
+class _Layer(SimpleNamespace):
+    """The arguments of a layer; its weight as the one int8 that is in the file, and its bias in units of the sums."""
+
+    scale: Tensor
+    bias: Tensor | None
+    read: float
+
+    def weights(self, operand: Tensor) -> Tensor:
+        steps, factor = narrowed(operand.numpy())
+        scale = self.scale * torch.from_numpy(factor)
+        if self.bias is not None:
+            unit = scale * torch.tensor(self.read, dtype=torch.float32)
+            self.bias = (self.bias.double() / unit).round().to(self.bias.dtype) * unit
+        return torch.from_numpy(steps).to(scale.dtype) * scale[:, None]

@@ -13,6 +13,9 @@ has the range that calibration noted on its node (`normfuse.ir.ranges`).
 Behind a ReLU codes start at 0 and use all 255 steps, where the module's own use 127: the bound is the same, the steps are half as
 wide. What is negative, too, and read by a layer keeps the module's scale, with a zero point of 128; what no layer reads takes its
 range.
+
+The weight of such a layer is one int8. Exponents that do not fit beside its bits (`weight_bits + groups > 9`) are rounded into it,
+by `narrowed`.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx
 
@@ -28,13 +32,12 @@ import normfuse.ops  # noqa: F401 - registers the operators
 from normfuse.export.onnx.program import Program
 from normfuse.ir.ranges import range_of
 
-__all__ = ["Chain", "Codes", "chain_of"]
+__all__ = ["Chain", "Codes", "chain_of", "narrowed"]
 
 aten, ops = torch.ops.aten, torch.ops.normfuse
 
 _TOP = 127  # of the module's codes
 _BYTES = 255
-_WIDEST = 9  # bits + exponents of a weight that is one int8
 _CONV, _LINEAR = ops.shiftquant_conv2d.default, ops.shiftquant_linear.default
 _RELUS = (aten.relu.default, aten.relu_.default)
 _CLIPS = (aten.hardtanh.default, aten.hardtanh_.default, aten.relu6.default, aten.clamp.default, aten.clamp_.default)
@@ -80,6 +83,14 @@ class Chain:
         return bool(self.layers)
 
 
+def narrowed(operand: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """A shifted weight [N, …] as int8 and a factor for each output [N]: itself and 1 where it fits, else rounded to 127 steps."""
+    largest = np.abs(operand).reshape(len(operand), -1).max(1, initial=0)
+    factor = np.where(largest > _TOP, largest / _TOP, 1.0).astype(np.float32)
+    steps = np.rint(operand / factor.astype(np.float64).reshape(-1, *[1] * (operand.ndim - 1)))
+    return np.clip(steps, -_TOP, _TOP).astype(np.int8), factor
+
+
 def chain_of(program: Program) -> Chain:
     """The codes between the quantized layers of `program`; none where it does not compute in float32."""
     return _Planning(program).chain()
@@ -108,16 +119,16 @@ class _Planning:
     # -- layers ------------------------------------------------------------------------------------------------------------
 
     def _static_scale(self, node: fx.Node) -> float | None:
-        """The scale of what a layer reads: where it is static, codes have 8 bits, the weight is one int8, and x is float32."""
+        """The scale of what a layer reads, where it is static and of 8 bits, and its values are float32."""
         if node.target not in (_CONV, _LINEAR):
             return None
         given = dict(zip((a.name for a in node.target._schema.arguments), node.args, strict=False))
-        scale, exponents = self._constant(given["input_scale"]), self._constant(given["exponents"])
+        scale = self._constant(given["input_scale"])
         x = given["x"].meta.get("val")  # type: ignore[union-attr]
-        if scale is None or exponents is None or not isinstance(x, Tensor) or x.dtype != torch.float32:
+        if scale is None or given["activation_bits"] != 8 or not isinstance(x, Tensor) or x.dtype != torch.float32:
             return None
-        wide = given["bits"] + int(exponents.max()) + 1 > _WIDEST  # type: ignore[operator]
-        return None if wide or given["activation_bits"] != 8 else float(scale)
+        odd = given.get("residual") is not None or (node.target is _LINEAR and x.ndim != 2)
+        return None if odd else float(scale)
 
     def _constant(self, node: Any) -> Tensor | None:
         if not isinstance(node, fx.Node):

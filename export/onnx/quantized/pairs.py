@@ -9,10 +9,12 @@ import numpy as np
 
 from normfuse.export.onnx.build import Build, dims, take_over
 from normfuse.export.onnx.quantized.between import Chain, Codes
+from normfuse.export.onnx.quantized.sites import Site
 from normfuse.export.onnx.writer.translate import MARKER_DOMAIN
 
 __all__ = ["read_pair", "write_pairs"]
 
+_MARK = "normfuse.codes"  # on markers of layers of the chain
 _POOLS = ("AveragePool", "GlobalAveragePool", "ReduceMean")
 log = logging.getLogger(__name__)
 
@@ -26,6 +28,8 @@ def write_pairs(model: Any, chain: Chain) -> None:
     values = _values(model, chain)
     for name in chain.pools.keys() & values.keys():
         values[name] = _as_pool(model, values[name], chain.codes.get(name), shared)
+    for layer in chain.layers.keys() & values.keys():
+        values[layer].producer().meta[_MARK] = True
     for name, codes in chain.codes.items():
         value = values.get(name)
         if value is None:  # the translation made something else of it
@@ -53,12 +57,11 @@ def _values(model: Any, chain: Chain) -> dict[str, Any]:
     return found
 
 
-def read_pair(value: Any) -> tuple[Any, Any, Any] | None:
-    """(codes, scale, zero point) of a value that a pair makes; None for any other."""
-    node = value.producer()
-    if node is None or node.op_type != "DequantizeLinear" or node.domain or len(node.inputs) < 3:
+def read_pair(site: Site) -> tuple[Any, Any, Any] | None:
+    """(codes, scale, zero point) that a layer of the chain reads; None for any other layer."""
+    if _MARK not in site.node.meta:
         return None
-    codes, scale, zero = node.inputs[:3]
+    codes, scale, zero = site.x.producer().inputs  # type: ignore[union-attr]
     return codes, scale, zero
 
 

@@ -20,7 +20,7 @@ from normfuse.export.lowering.layers import Layer
 from normfuse.export.onnx.build import Build, const_of, dims, take_over
 from normfuse.export.onnx.program import Program
 from normfuse.export.onnx.quantized.as_coded import as_coded
-from normfuse.export.onnx.quantized.between import chain_of
+from normfuse.export.onnx.quantized.between import chain_of, narrowed
 from normfuse.export.onnx.quantized.form import Form, Wanted
 from normfuse.export.onnx.quantized.integer import expand
 from normfuse.export.onnx.quantized.pairs import read_pair, write_pairs
@@ -102,7 +102,8 @@ class Qdq(Form):
 
     def deviates(self, program: Program, target: Target) -> str:
         chain = target.codes_between and bool(chain_of(program))
-        return "codes between layers, 255 of them behind a ReLU" if chain else ""
+        said = "layers hand on codes of 8 bits, which use all 255 steps behind a ReLU, and weights are one int8"
+        return said if chain else ""
 
     def at_last(self, model: Any) -> None:
         """A DequantizeLinear of its own for each node that reads one."""
@@ -126,7 +127,7 @@ def _codes(at: Build, site: Site, unsigned: bool) -> tuple[Any, Any, Any]:
     that it takes the Relu into the layer in front; elsewhere it is 128. Behind the QuantizeLinear a Clip keeps the bytes within the
     codes, where it is in no one's way. Other runtimes expect int8, and fuse that with a Relu and with a Clip of floats in front.
     """
-    pair = read_pair(site.x)
+    pair = read_pair(site)
     if pair is not None:
         return pair
     x, static, bits = site.x, np.float32(site.facts["input_scale"]), site.facts["activation_bits"]
@@ -186,18 +187,20 @@ def _linear(at: Build, site: Site, wanted: Wanted) -> Any:
 
 def _is_gemm(site: Site) -> bool:
     """It reads a matrix of codes that a pair made, and its weight is one int8."""
-    shape = dims(site.inputs[0])
-    return read_pair(site.inputs[0]) is not None and shape is not None and len(shape) == 2
+    shape = dims(site.x)
+    return read_pair(site) is not None and shape is not None and len(shape) == 2
 
 
 def _gemm(at: Build, site: Site) -> Any:
     """DQ(codes) · DQ(operand)ᵀ + DQ(bias), which runtimes know as the last layer of a classifier."""
     codes, static, point = _codes(at, site, unsigned=True)
     scale, full, shape = site.array("scale"), at.ir.DataType.FLOAT, dims(site.node.outputs[0])
-    ((values, factors, shift, columns),) = parts(site.array("weight"), site.array("exponents"), scale.size, site.facts["bits"])
-    operand = np.zeros((scale.size, columns.size), np.int8)
-    operand[:, columns] = (values << factors).T
-    each = scale * np.float32(2**shift)
+    found = parts(site.array("weight"), site.array("exponents"), scale.size, site.facts["bits"])
+    wide = np.zeros((scale.size, sum(columns.size for *_, columns in found)), np.int32)
+    for values, factors, shift, columns in found:
+        wide[:, columns] = (values << factors << shift).T
+    operand, factor = narrowed(wide)
+    each = scale * factor
     x = at.op("DequantizeLinear", codes, static, point, dtype=full, shape=dims(codes))
     # ONNX Runtime fuses a Gemm only where the zero point of its weight is spelt out
     weight = at.op(
@@ -209,29 +212,49 @@ def _gemm(at: Build, site: Site) -> Any:
 
 
 def _conv(at: Build, site: Site, unsigned: bool) -> Any:
-    paired = read_pair(site.inputs[0]) is not None
+    if read_pair(site) is not None:
+        return _conv_of_codes(at, site)
     codes, static, point = _codes(at, site, unsigned)
     scale, facts, full, shape = site.array("scale"), site.facts, at.ir.DataType.FLOAT, dims(site.node.outputs[0])
     values = conv_codes(site.array("weight"), site.array("exponents"), scale.size, facts["bits"], facts["group"], facts["kernel"])
     x = at.op("DequantizeLinear", codes, static, point, dtype=full, shape=dims(codes))
-    names = {"kernel": "kernel_shape", "strides": "strides", "pads": "pads", "dilations": "dilations", "group": "group"}
-    attributes = {new: facts[old] for old, new in names.items()}
+    attributes = _attributes(site)
     unit = scale * np.float32(const_of(static))
-    bias = _conv_bias(at, site, unit, paired=paired) if unsigned or paired else _float(at, site.input("bias"))
+    bias = _conv_bias(at, site, unit) if unsigned else _float(at, site.input("bias"))
     terms: list[Any] = []
     for operand, shift in conv_parts(*values, facts["bits"]):
-        zero = 128 if unsigned and not paired and np.abs(operand).max(initial=0) > SAFE else 0
+        zero = 128 if unsigned and np.abs(operand).max(initial=0) > SAFE else 0
         weight = at.const((operand + zero).astype(np.uint8 if zero else np.int8))
         weight = _dequantized(at, weight, scale * np.float32(2**shift), zero, 0)
         terms.append(at.op("Conv", x, weight, *([] if terms or bias is None else [bias]), dtype=full, shape=shape, **attributes))
     return terms[0] if len(terms) == 1 else at.op("Sum", *terms, dtype=full, shape=shape)
 
 
-def _conv_bias(at: Build, site: Site, unit: np.ndarray[Any, Any], *, paired: bool) -> Any:
+def _conv_of_codes(at: Build, site: Site) -> Any:
+    """DQ(codes) * DQ(operand) + DQ(bias), the operand one int8."""
+    codes, static, point = _codes(at, site, unsigned=True)
+    scale, facts, full = site.array("scale"), site.facts, at.ir.DataType.FLOAT
+    values, shifts = conv_codes(
+        site.array("weight"), site.array("exponents"), scale.size, facts["bits"], facts["group"], facts["kernel"]
+    )
+    operand, factor = narrowed(values << shifts)
+    x = at.op("DequantizeLinear", codes, static, point, dtype=full, shape=dims(codes))
+    weight = _dequantized(at, at.const(operand), scale * factor, 0, 0)
+    bias = _bias_in_units(at, site, scale * factor * np.float32(const_of(static)))
+    given = (x, weight) if bias is None else (x, weight, bias)
+    return at.op("Conv", *given, dtype=full, shape=dims(site.node.outputs[0]), **_attributes(site))
+
+
+def _attributes(site: Site) -> dict[str, Any]:
+    names = {"kernel": "kernel_shape", "strides": "strides", "pads": "pads", "dilations": "dilations", "group": "group"}
+    return {new: site.facts[old] for old, new in names.items()}
+
+
+def _conv_bias(at: Build, site: Site, unit: np.ndarray[Any, Any]) -> Any:
     """In float; in units of the sums, rounded by at most half of one, where that makes a QLinearConv of it: in front of a Q, with
     a Relu or nothing between."""
     into_codes = site.facts["epilogue"] in ("none", "relu") and _read_as_codes(site.node.outputs[0])
-    return _bias_in_units(at, site, unit) if paired or into_codes else _float(at, site.input("bias"))
+    return _bias_in_units(at, site, unit) if into_codes else _float(at, site.input("bias"))
 
 
 def _bias_in_units(at: Build, site: Site, unit: np.ndarray[Any, Any]) -> Any:

@@ -59,7 +59,7 @@ class _Floats(TorchDispatchMode):
 
 def _linear(a: Any) -> Tensor:
     """act(Σ_k x[m, k] · scale[n] · (C[n, k] << (E − e[k])) + bias[n])"""
-    w = operand_of(a.weight, a.exponents, a.scale.numel(), a.bits).to(a.scale.dtype) * a.scale[:, None]
+    w = _weight(a, operand_of(a.weight, a.exponents, a.scale.numel(), a.bits))
     y = activation(F.linear(a.x, w.to(a.x.dtype), _bias(a)), a.epilogue)
     return y if a.residual is None else y + a.residual
 
@@ -68,11 +68,17 @@ def _conv2d(a: Any) -> Tensor:
     outputs = a.scale.numel()
     # (groups, O / groups, taps · C)
     operands = conv_operands(a.weight, a.exponents, outputs, a.bits, a.groups, a.kernel[0] * a.kernel[1])
-    w = operands.reshape(outputs, *a.kernel, -1).permute(0, 3, 1, 2).to(a.scale.dtype) * a.scale[:, None, None, None]
+    w = _weight(a, operands.reshape(outputs, -1)).reshape(outputs, *a.kernel, -1).permute(0, 3, 1, 2)
     top, left, bottom, right = a.padding if len(a.padding) == 4 else (*a.padding, *a.padding)
     padded = F.pad(a.x, (left, right, top, bottom))
     y = F.conv2d(padded, w.to(a.x.dtype), _bias(a), a.stride, 0, a.dilation, a.groups)
     return activation(y, a.epilogue)
+
+
+def _weight(a: Any, operand: Tensor) -> Tensor:
+    """The shifted codes [N, K] as floats, as the layer's own or as what `a.weights` makes of them."""
+    w: Tensor = a.weights(operand) if hasattr(a, "weights") else operand.to(a.scale.dtype) * a.scale[:, None]
+    return w
 
 
 def _bias(a: Any) -> Tensor | None:

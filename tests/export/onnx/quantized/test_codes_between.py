@@ -6,6 +6,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from normfuse.app.random_norms import randomise_norms
 from normfuse.export.onnx.compare import sqnr
 from normfuse.export.onnx.program import program
 from normfuse.export.onnx.quantized.as_coded import as_coded
-from normfuse.export.onnx.quantized.between import Codes, chain_of
+from normfuse.export.onnx.quantized.between import Codes, chain_of, narrowed
 from normfuse.ir.ranges import range_of
 from tests.export.quantized_models import exported, outputs
 
@@ -60,7 +61,7 @@ def test_a_residual_network_is_codes_from_end_to_end(residual: Any, target: str,
     assert (ops["QLinearAdd"], ops["QLinearAveragePool"], ops["NhwcMaxPool"], ops["QLinearGlobalAveragePool"]) == (4, 3, 1, 1)
     assert ops["QuantizeLinear"] == ops["QGemm"] == 1
     assert not ops.keys() & {"Conv", "Add", "Relu", "DequantizeLinear", "ReduceMean", "Gemm"}
-    assert "255 of them behind a ReLU" in " ".join(file.notes)
+    assert "all 255 steps behind a ReLU" in " ".join(file.notes)
     assert sqnr([model(x).detach()], outputs(file, x)) > 30
 
 
@@ -180,6 +181,23 @@ def test_without_ranges_only_what_layers_read_is_codes(residual: Any) -> None:
     assert chain
     assert not any(n.name in chain.codes for n in found.exported.graph.nodes if n.op == "call_function"
                    and any("add" in str(r.target) for r in n.users) and "conv" in n.name)  # fmt: skip
+
+
+def test_exponents_that_do_not_fit_into_a_byte_are_rounded(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, fast, x = quantized(Mixed(), size=12, groups=4, exponents="range")
+    found = program(fast)
+    file = exported(fast, None, tmp_path, form="qdq")
+    assert optimized(file.path, tmp_path)["QLinearConv"] == 4
+    assert sqnr(as_coded(found, chain_of(found)).reference((x,)), outputs(file, x)) > 60
+    assert sqnr([model(x).detach()], outputs(file, x)) > 25
+
+
+def test_a_weight_is_narrowed_by_output() -> None:
+    wide = np.array([[127, -64, 3], [1016, 8, -4], [0, 0, 0]], np.int32)
+    codes, factor = narrowed(wide)
+    assert codes.tolist() == [[127, -64, 3], [127, 1, 0], [0, 0, 0]]
+    assert factor.tolist() == [1, 8, 1]
 
 
 def test_few_bits_and_dynamic_scales_keep_their_form() -> None:
