@@ -332,6 +332,12 @@ def test_a_chain_that_does_not_pay_stays_out(ratio: float) -> None:
     assert f"{ratio:.2f} times as fast" in site.note
 
 
+def test_a_file_with_float_activations_holds_no_chain(tmp_path: Path) -> None:
+    fast = _quantized(Residual())
+    with pytest.raises(UsageError, match=r"leaves activations in float, and .* reads or writes their codes"):
+        to_onnx(fast, tmp_path / "model.onnx", form="weight_only", target="tensorrt")
+
+
 @pytest.mark.parametrize("observer", ["percentile", "mse"])
 def test_observers(observer: str) -> None:
     model = Residual()
