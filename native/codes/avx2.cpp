@@ -32,6 +32,28 @@ NF_INLINE inline void add_quad(__m256i* sums, const uint8_t* a, __m256i first, c
         [v] "m"(*reinterpret_cast<const __m256i_u*>(second)), [ones] "x"(ones));
 }
 
+// The same in 16 bits: the first quad of a span, and those behind it.
+template <bool First>
+NF_INLINE inline void add_words(__m256i* words, const uint8_t* a, __m256i first, const int8_t* second) {
+  __m256i b, t;
+  if constexpr (First)
+    asm("vpbroadcastd %[a], %[b]\n\t"
+        "vpmaddubsw %[w], %[b], %[x]\n\t"
+        "vpmaddubsw %[v], %[b], %[y]"
+        : [x] "=&x"(words[0]), [y] "=&x"(words[1]), [b] "=&x"(b)
+        : [a] "m"(*reinterpret_cast<const Unaligned*>(a)), [w] "x"(first),
+          [v] "m"(*reinterpret_cast<const __m256i_u*>(second)));
+  else
+    asm("vpbroadcastd %[a], %[b]\n\t"
+        "vpmaddubsw %[w], %[b], %[t]\n\t"
+        "vpmaddubsw %[v], %[b], %[b]\n\t"
+        "vpaddw %[t], %[x], %[x]\n\t"
+        "vpaddw %[b], %[y], %[y]"
+        : [x] "+x"(words[0]), [y] "+x"(words[1]), [b] "=&x"(b), [t] "=&x"(t)
+        : [a] "m"(*reinterpret_cast<const Unaligned*>(a)), [w] "x"(first),
+          [v] "m"(*reinterpret_cast<const __m256i_u*>(second)));
+}
+
 // w = 2 h + l, l 0 or 1
 struct Halves {
   __m256i h, l;
@@ -52,7 +74,7 @@ NF_INLINE inline __m256i narrow_product(__m256i codes, __m256i w) {
 }
 
 // 16 codes, saturated to 0..255 and cut.
-NF_INLINE inline __m128i codes_of(__m256 a, __m256 b, __m128i low, __m128i high) {
+NF_INLINE inline __m128i packed_codes(__m256 a, __m256 b, __m128i low, __m128i high) {
   const __m256i x = _mm256_packs_epi32(_mm256_cvtps_epi32(a), _mm256_cvtps_epi32(b));
   const __m256i y = _mm256_permute4x64_epi64(x, 0xd8);
   const __m128i u = _mm_packus_epi16(_mm256_castsi256_si128(y), _mm256_extracti128_si256(y, 1));
@@ -94,7 +116,11 @@ inline void finish(const CodesTile& t, const __m256i* sums, int64_t pixel, int64
       f1 = _mm256_add_ps(f1, _mm256_mul_ps(widened(_mm_srli_si128(u, 8)), by));
       r += t.stride;
     }
-    store_first(y, codes_of(f0, f1, low, high), n);
+    if (t.function) {
+      f0 = behind_function(t.function, F32{f0}, t.gain, t.offset).v;
+      f1 = behind_function(t.function, F32{f1}, t.gain, t.offset).v;
+    }
+    store_first(y, packed_codes(f0, f1, low, high), n);
     if (t.table)
       for (int64_t i = 0; i < n; ++i) y[i] = t.table[y[i]];
   }
@@ -132,10 +158,47 @@ inline void tile_of(const CodesTile& t, int64_t pixel, int64_t panel) {
   finish<P>(t, sums, pixel, panel);
 }
 
-template <int P, bool Narrow>
+// P pixels by a panel whose spans add up in 16 bits; the sums lie in the cache.
+template <int P>
+inline void span_tile_of(const CodesTile& t, int64_t pixel, int64_t panel) {
+  const int64_t size = t.quads * 4, output = panel * kCodesPanel;
+  const int8_t* w = t.weights + panel * t.tap_count * t.quads * 64;
+  const uint8_t* span = t.spans + panel * t.tap_count * t.quads;
+  const uint8_t* a[P];
+  for (int p = 0; p < P; ++p) a[p] = t.pixels[pixel + p];
+  __m256i sums[2 * P];
+  for (int p = 0; p < P; ++p) {
+    sums[2 * p] = load(t.start + output);
+    sums[2 * p + 1] = load(t.start + output + 8);
+  }
+  const __m256i ones = _mm256_set1_epi16(1);
+  for (int64_t tap = 0; tap < t.tap_count; ++tap) {
+    const int64_t from = t.taps[tap], to = from + size;
+    for (int64_t k = from; k < to;) {
+      const int64_t end = k + 4 * *span++;
+      __m256i words[2 * P];
+      __m256i first = load(w);
+      NF_UNROLL for (int p = 0; p < P; ++p) add_words<true>(words + 2 * p, a[p] + k, first, w + 32);
+      for (k += 4, w += 64; k < end; k += 4, w += 64) {
+        first = load(w);
+        NF_UNROLL for (int p = 0; p < P; ++p) add_words<false>(words + 2 * p, a[p] + k, first, w + 32);
+      }
+      NF_UNROLL for (int i = 0; i < 2 * P; ++i) sums[i] = _mm256_add_epi32(sums[i], _mm256_madd_epi16(words[i], ones));
+    }
+  }
+  finish<P>(t, sums, pixel, panel);
+}
+
+template <int P, CodesNarrow Narrow>
+inline void tile_as(const CodesTile& t, int64_t pixel, int64_t panel) {
+  if constexpr (Narrow == kCodesSpans) span_tile_of<P>(t, pixel, panel);
+  else tile_of<P, Narrow == kCodesPairs>(t, pixel, panel);
+}
+
+template <int P, CodesNarrow Narrow>
 inline void rest_of(const CodesTile& t, int64_t pixel, int64_t rows, int64_t panel) {
   if constexpr (P > 0) {
-    if (rows == P) tile_of<P, Narrow>(t, pixel, panel);
+    if (rows == P) tile_as<P, Narrow>(t, pixel, panel);
     else rest_of<P - 1, Narrow>(t, pixel, rows, panel);
   } else {
     (void)t, (void)pixel, (void)rows, (void)panel;
@@ -143,7 +206,7 @@ inline void rest_of(const CodesTile& t, int64_t pixel, int64_t rows, int64_t pan
 }
 
 // Tiles cut evenly: 49 = 4 · 6 + 5 · 5.
-template <int P, bool Narrow>
+template <int P, CodesNarrow Narrow>
 inline void tiles_of(const CodesTile& t, int64_t panel) {
   const int64_t tiles = (t.count + P - 1) / P, base = t.count / tiles, more = t.count % tiles;
   for (int64_t i = 0, pixel = 0; i < tiles; ++i) {
@@ -156,8 +219,9 @@ inline void tiles_of(const CodesTile& t, int64_t panel) {
 void tile(const CodesTile& t) {
   if (!t.count) return;
   for (int64_t panel = 0; panel < t.panels; ++panel)
-    if (t.narrow[panel]) tiles_of<6, true>(t, panel);
-    else tiles_of<4, false>(t, panel);
+    if (t.narrow[panel] == kCodesSpans) tiles_of<6, kCodesSpans>(t, panel);
+    else if (t.narrow[panel] == kCodesPairs) tiles_of<6, kCodesPairs>(t, panel);
+    else tiles_of<4, kCodesWide>(t, panel);
 }
 
 // -- depthwise ------------------------------------------------------------------------------------
@@ -238,6 +302,9 @@ inline void depthwise_row(const CodesDepthwise& d, int64_t oy, int64_t c0) {
       }
       f[i] = _mm256_add_ps(_mm256_mul_ps(_mm256_cvtepi32_ps(sum), _mm256_loadu_ps(scale + 16 * i)),
                            _mm256_loadu_ps(bias + 16 * i));
+    }
+    if (v.function) {
+      NF_UNROLL for (int i = 0; i < 4; ++i) f[i] = behind_function(v.function, F32{f[i]}, v.gain, v.offset).v;
     }
     const __m256i a = _mm256_packs_epi32(_mm256_cvtps_epi32(f[0]), _mm256_cvtps_epi32(f[1]));
     const __m256i b = _mm256_packs_epi32(_mm256_cvtps_epi32(f[2]), _mm256_cvtps_epi32(f[3]));

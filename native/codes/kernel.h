@@ -13,17 +13,25 @@ inline uint8_t code_of(float v, int32_t low, int32_t high) {
   return static_cast<uint8_t>(c < low ? low : c > high ? high : c);
 }
 
+// Codes of up to kCodesBlock values, of which there is memory for whole vectors.
+inline void codes_of(float* v, int64_t count, int32_t function, float gain, float offset, int32_t low, int32_t high,
+                     const uint8_t* table, uint8_t* y) {
+  if (function)
+    for (int64_t i = 0; i < count; i += F32::N) behind_function(function, F32::load(v + i), gain, offset).store(v + i);
+  for (int64_t i = 0; i < count; ++i) y[i] = code_of(v[i], low, high);
+  if (table)
+    for (int64_t i = 0; i < count; ++i) y[i] = table[y[i]];
+}
+
 inline void finish_codes(const CodesTile& t, const int32_t* acc, int64_t output, int64_t count, int64_t pixel) {
-  uint8_t* y = t.y + pixel * t.stride + output;
   const float *scale = t.scale + output, *bias = t.bias + output;
   const uint8_t* r = t.residual ? t.residual + pixel * t.stride + output : nullptr;
+  float v[kCodesPanel] = {};
   for (int64_t o = 0; o < count; ++o) {
-    float v = static_cast<float>(acc[o]) * scale[o] + bias[o];
-    if (r) v = v + static_cast<float>(r[o]) * t.residual_scale;
-    y[o] = code_of(v, t.low, t.high);
+    v[o] = static_cast<float>(acc[o]) * scale[o] + bias[o];
+    if (r) v[o] = v[o] + static_cast<float>(r[o]) * t.residual_scale;
   }
-  if (t.table)
-    for (int64_t o = 0; o < count; ++o) y[o] = t.table[y[o]];
+  codes_of(v, count, t.function, t.gain, t.offset, t.low, t.high, t.table, t.y + pixel * t.stride + output);
 }
 
 inline void tile_codes(const CodesTile& t) {
@@ -66,11 +74,9 @@ inline void depthwise_codes(const CodesDepthwise& d) {
             const int8_t* w = d.weights + (ky * v.kw + kx) * v.c + c0;
             for (int64_t c = 0; c < n; ++c) acc[c] += a[c] * w[c];
           }
-        uint8_t* y = d.y + (oy * d.ow + ox) * v.c + c0;
-        for (int64_t c = 0; c < n; ++c)
-          y[c] = code_of(static_cast<float>(acc[c]) * d.scale[c0 + c] + d.bias[c0 + c], v.low, v.high);
-        if (d.table)
-          for (int64_t c = 0; c < n; ++c) y[c] = d.table[y[c]];
+        float f[kCodesBlock] = {};
+        for (int64_t c = 0; c < n; ++c) f[c] = static_cast<float>(acc[c]) * d.scale[c0 + c] + d.bias[c0 + c];
+        codes_of(f, n, v.function, v.gain, v.offset, v.low, v.high, d.table, d.y + (oy * d.ow + ox) * v.c + c0);
       }
 }
 

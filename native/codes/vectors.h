@@ -34,6 +34,27 @@ inline void save_codes(uint8_t* p, F32 v) {
 #endif
 }
 
+// v · σ(v) and v · clamp(v / 6 + 1/2, 0, 1), every operation rounded by itself: normfuse/ops/codes/_codes.py does the
+// same ones.
+inline F32 function_of(int32_t function, F32 v) {
+  const F32 zero = F32::set(0.f), one = F32::set(1.f);
+  if (function == NF_CODES_HARDSWISH) return v * max(zero, min(one, v * F32::set(0.16666667f) + F32::set(0.5f)));
+  const F32 a = max(F32::set(-87.f), min(F32::set(87.f), zero - v));
+  const F32 n = round(a * F32::set(1.44269504f));
+  const F32 r = a - n * F32::set(0.693359375f) + n * F32::set(2.12194440e-4f);
+  F32 p = F32::set(0.001381446490995586f);
+  p = p * r + F32::set(0.008368780836462975f);
+  p = p * r + F32::set(0.04166839271783829f);
+  p = p * r + F32::set(0.1666651964187622f);
+  p = p * r + F32::set(0.4999999403953552f);
+  p = p * r * r + r + one;
+  return v * (one / (p * float_of(shift_left<23>(to_int(n) + I32::set(127))) + one));
+}
+
+inline F32 behind_function(int32_t function, F32 v, float gain, float offset) {
+  return function_of(function, v) * F32::set(gain) + F32::set(offset);
+}
+
 // y[i] = clamp(rne(value(i)), low, high); value(i) gives F32::N values, NaN gives high. At least F32::N: the last
 // vector overlaps the one before it, so that y must not be what is read.
 template <class Value>

@@ -459,6 +459,9 @@ void codes_conv() {
   c.low = int32_t(between(0, 100));
   c.high = int32_t(between(100, 255));
   c.residual_scale = one_in(2) ? 0.f : 0.375f;
+  c.function = one_in(2) ? 0 : int32_t(between(1, 2));
+  c.gain = 1.5f;
+  c.offset = 7.f;
   const int64_t k = c.kh * c.kw * channels;
   Buffer<int8_t> weights(c.outputs * k);
   Buffer<float> scale(c.outputs), bias(c.outputs);
@@ -494,7 +497,7 @@ void codes_conv() {
                                         looks ? table.data() : nullptr, y.data());
   if (c.batch == 0) return;
   expect(message, right && !(depthwise && adds));
-  if (message) return;
+  if (message || c.function == NF_CODES_SILU) return;
   for (int64_t i = 0; i < y.size(); ++i) {
     const int64_t o = i % c.outputs, ox = i / c.outputs % ow, oy = i / c.outputs / ow % oh, b = i / c.outputs / ow / oh;
     int64_t sum = 0;
@@ -511,6 +514,14 @@ void codes_conv() {
     v = v + bias[o];
     volatile float more = adds ? float(residual[i]) * c.residual_scale : 0.f;
     if (adds) v = v + more;
+    if (c.function) {
+      volatile float gate = v * 0.16666667f;
+      gate = gate + 0.5f;
+      gate = gate < 0.f ? 0.f : gate > 1.f ? 1.f : gate;
+      v = v * gate;
+      v = v * c.gain;
+      v = v + c.offset;
+    }
     const uint8_t code = rounded(v, c.low, c.high);
     check(y[i] == (looks ? table[code] : code), "a code differs");
   }

@@ -14,8 +14,12 @@ from torch import Tensor, fx, nn
 
 import normfuse
 from normfuse import native
+from normfuse.capture.capture import capture
 from normfuse.errors import UsageError
 from normfuse.export import to_onnx
+from normfuse.ir.graph import Graph
+from normfuse.ir.passes import Run
+from normfuse.passes.quantize.shiftquant import ShiftQuantize
 
 SIZE = (2, 3, 20, 18)
 
@@ -312,6 +316,26 @@ def test_other_dtypes_stay_out() -> None:
 def test_what_chains_do_not_go_with(given: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         _spec(**given)
+
+
+@pytest.mark.parametrize("ratio", [0.5, 2.0])
+def test_a_chain_that_does_not_pay_stays_out(ratio: float) -> None:
+    """The timer says that everything with a chain in it is so much faster, and every layer by itself twice as fast."""
+    data = [[x] for x in _data()]
+    graph = Graph.of(capture(Residual().eval(), (data[0][0],), None).gm)
+    told = iter([ratio])
+    report = ShiftQuantize(_spec(prefer="speed"), lambda integers, floats: next(told, 2.0))(graph, Run(data))
+    found = [n.target._opname for n in graph.fx.nodes if n.op == "call_function"]
+    assert ("codes_conv2d" in found) is (ratio > 1)
+    assert ("shiftquant_conv2d" in found) is (ratio < 1)
+    (site,) = [s for s in (*report.applied, *report.refused) if s.rule == "codes"]
+    assert f"{ratio:.2f} times as fast" in site.note
+
+
+def test_a_file_with_float_activations_holds_no_chain(tmp_path: Path) -> None:
+    fast = _quantized(Residual())
+    with pytest.raises(UsageError, match=r"leaves activations in float, and .* reads or writes their codes"):
+        to_onnx(fast, tmp_path / "model.onnx", form="weight_only", target="tensorrt")
 
 
 @pytest.mark.parametrize("observer", ["percentile", "mse"])

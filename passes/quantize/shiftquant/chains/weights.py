@@ -54,6 +54,7 @@ class CodedConv:
         table: uint8 [256], or None.
         limits: the least and the largest code.
         residual_scale: of a code of the residual.
+        function, gain, offset: of `codes_conv2d`.
     """
 
     folder: str
@@ -63,6 +64,9 @@ class CodedConv:
     table: Tensor | None
     limits: tuple[int, int]
     residual_scale: float
+    function: str = "none"
+    gain: float = 1.0
+    offset: float = 0.0
 
     @property
     def bits(self) -> int:
@@ -169,7 +173,10 @@ def _cut(codes: Tensor, layer: Conv2d) -> Tensor:
 def floats(
     given: Integers, bias: Tensor | None, reads: Range, writes: Range, residual: Range | None
 ) -> tuple[Tensor, Tensor, float]:
-    """Scale, bias and the residual's scale in units of the codes that are written; the bias holds their zero points."""
+    """Scale, bias and the residual's scale in units of the codes that are written; the bias holds their zero points.
+
+    `writes` is Range(1, 0, …) where what is computed is in units of the model.
+    """
     scale = (given.scale * reads.scale / writes.scale).float()
     offset = torch.full((len(scale),), float(writes.zero), dtype=torch.float64)
     if bias is not None:
