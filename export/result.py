@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from normfuse.export.onnx.oldest import Input
-from normfuse.reports.model import Error
+from normfuse.reports.model import Error, Form
 
 __all__ = ["Exported", "note_lines"]
 
@@ -44,6 +44,7 @@ class Exported:
         tolerance: the bound on `error.max_rel` that was held; None when it was not run, or was held to an SQNR instead.
         attention: form of attention that was chosen; None when the model has no attention.
         attention_sites: number of attention sites by the form each of them really has.
+        forms: what each attention, norm and quantized layer is in the file, and why it is not what was wanted for it.
         ratios: latency of the plain form over latency of each form that was measured; above 1 is faster than plain.
         form: what the quantized layers became: `native`, `integer`, `qdq` or `weight_only`; None when the model has none.
         sqnr: 10 log10(Σ expected² / Σ difference²) of the file against the module, in dB; None unless it is quantized and was run.
@@ -65,6 +66,7 @@ class Exported:
     tolerance: float | None = None
     attention: str | None = None
     attention_sites: dict[str, int] = field(default_factory=dict)
+    forms: tuple[Form, ...] = ()
     ratios: dict[str, float] = field(default_factory=dict)
     form: str | None = None
     sqnr: float | None = None
@@ -96,6 +98,17 @@ class Exported:
             lines.append(f"    {value.name!r}: np.zeros({sizes}, {value.dtype!r}),{comment}")
         return "\n".join([*lines, "})", ""])
 
+    @property
+    def explained(self) -> str:
+        """One line for each attention, norm and quantized layer: its module path, what it is in the file, and why it is no more."""
+        wide = max((len(site.path) for site in self.forms), default=0)
+        lines = []
+        for site in self.forms:
+            why = f"; {site.why}" if site.why else ""
+            remedy = f" (would help: {site.remedy})" if site.remedy else ""
+            lines.append(f"{site.kind:<10} {site.path:<{wide}}  {site.form}{why}{remedy}")
+        return "\n".join(lines)
+
     def __str__(self) -> str:
         """A few lines of at most 80 columns."""
         lines = [f"{self.path}: {self.target}, opset {self.opset}, {self.bytes / 1e6:.1f} MB, {sum(self.ops.values())} nodes"]
@@ -111,6 +124,9 @@ class Exported:
             # a share, not dB: the one SQNR of a quantized model is that of the module against the original
             apart = "" if self.sqnr is None else f", {100 * 10 ** (-self.sqnr / 20):.2g} % apart from the module (rms)"
             lines.append(f"  quantized  {self.form}, weights {self.weight_bytes / 1e6:.1f} MB{apart}")
+        plain = [site for site in self.forms if site.why]
+        if plain:
+            lines.append(f"  forms      {len(plain)} of {len(self.forms)} sites plainer than wanted: Exported.explained, --explain")
         if self.error is None:
             lines.append("  error      not run")
         else:

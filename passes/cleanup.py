@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, fx
 
 from normfuse.ir.aliases import copy_is_needed
-from normfuse.ir.operators import CASTS
+from normfuse.ir.operators import CASTS, CHECKS
 from normfuse.ir.passes import Pass, Rewriting
 from normfuse.ir.views import Cat, Identity, Movement, Op, Pad, Reshape, Value
-from normfuse.passes.affine.folding import CHECKS, fold
+from normfuse.passes.affine.folding import fold
 from normfuse.passes.affine.slices import slice_of_concatenation
 from normfuse.passes.once import norms_once
 

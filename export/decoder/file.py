@@ -11,13 +11,15 @@ from torch import fx
 
 from normfuse.export.decoder.capture import Site
 from normfuse.export.decoder.forms import lower_cache, translations
+from normfuse.export.lowering.layers import quantized_layers
+from normfuse.export.lowering.lowering import lowered
 from normfuse.export.onnx.attention.static_masks import simplify_masks
 from normfuse.export.onnx.choice.table import layers_by_table
 from normfuse.export.onnx.lower import finished, translated
 from normfuse.export.onnx.oldest import needs
 from normfuse.export.onnx.precision.mixed_norms import one_dtype_norms
 from normfuse.export.onnx.program import program
-from normfuse.export.onnx.quantized.forms import possible_forms
+from normfuse.export.onnx.quantized.forms import passes_of, possible_forms
 from normfuse.export.runtimes import Release
 from normfuse.export.targets import opset_for, target_named
 from normfuse.extras import need
@@ -65,9 +67,11 @@ def write_model(gm: fx.GraphModule, sites: Sequence[Site], *, attention: str, pa
     found = dataclasses.replace(found, inputs=inputs, outputs=outputs)
     simplify_masks(found.exported)
     one_dtype_norms(found.exported)
-    model = translated(found, opset, contrib=bool(target.domains), more=translations())
+    forms = possible_forms(quantized_layers(found.exported), target, opset, "auto", int4=False)
+    fused = dataclasses.replace(found, exported=lowered(found.exported, passes_of(forms)).exported)
+    model = translated(fused, opset, contrib=bool(target.domains), more=translations())
     lower_cache(model, attention, left=padding == "both")
-    form = layers_by_table(possible_forms(model, target, opset, "auto", int4=False))
+    form = layers_by_table(forms)
     model, _ = finished(model, found, target, opset, "decomposed", form)
     _state_sizes(model, sites)
     runtime, _ = max(needs(model))

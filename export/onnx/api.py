@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import tempfile
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,9 @@ from torch import nn
 
 from normfuse.errors import ExportError, UsageError
 from normfuse.export.keywords import given, keywords_of
+from normfuse.export.lowering.layers import quantized_layers
+from normfuse.export.lowering.lowering import lowered
+from normfuse.export.lowering.told import forms_of
 from normfuse.export.onnx.attention.static_masks import simplify_masks
 from normfuse.export.onnx.choice.candidates import Chosen, choose
 from normfuse.export.onnx.inspect import norm_counts, op_counts
@@ -25,7 +29,7 @@ from normfuse.export.onnx.precision.mixed_norms import one_dtype_norms
 from normfuse.export.onnx.precision.other_dtype import in_another_dtype
 from normfuse.export.onnx.program import Program, program
 from normfuse.export.onnx.proven import Proof, Proven, check, tensor_dtypes
-from normfuse.export.onnx.quantized.forms import FORMS, is_quantized
+from normfuse.export.onnx.quantized.forms import FORMS, passes_of, possible_forms
 from normfuse.export.onnx.quantized.native import keep_nodes
 from normfuse.export.onnx.runtime import session
 from normfuse.export.onnx.writer.metadata import append_metadata, origin
@@ -37,6 +41,7 @@ from normfuse.export.runtimes import Release, parse_runtime, spelled_runtime
 from normfuse.export.targets import MIN_OPSET, Target
 from normfuse.extras import need
 from normfuse.files import atomic, check_target
+from normfuse.reports.model import Form
 from normfuse.surroundings import undisturbed
 
 if TYPE_CHECKING:
@@ -159,25 +164,31 @@ def _captured(gm: nn.Module, example_inputs: Any, dynamic_shapes: Any, options: 
 
 @dataclass(frozen=True)
 class _Draft:
-    """A model in its forms; `rounds`: to integers, on its way."""
+    """A model in its forms; `rounds`: to integers, on its way; `forms`: of each site."""
 
     chosen: Chosen
     opset: int
     rounds: bool
+    forms: tuple[Form, ...] = ()
 
 
 def _lowered(found: Program, options: ExportOptions, kept: Sequence[str], folder: Path) -> _Draft:
     """In the newest opset that the runtime takes: an op may have come to it later than its opset did."""
     older = options.opset is None and options.runtime is not None
     for opset in range(options.newest, MIN_OPSET - 1, -1) if older else (options.newest,):
-        model = _translated(found, options.where, opset)
+        _simplified(found)
+        layers = [each for each in quantized_layers(found.exported) if each.operator not in kept]
+        forms = possible_forms(layers, options.where, opset, options.form, int4=options.int4_initializers)
+        fused = lowered(found.exported, passes_of(forms))
+        model = _translated(dataclasses.replace(found, exported=fused.exported), options.where, opset)
         nodes = keep_nodes(model, kept)
-        chosen = choose(model, found, opset, options, folder)
+        chosen = choose(model, found, opset, options, forms, folder)
         del model
         oldest, reason = max(needs(chosen.model))
         if options.runtime is None or oldest <= parse_runtime(options.runtime):
             rounds = chosen.layers is not None and FORMS[chosen.layers].rounds
-            return _Draft(chosen, opset, rounds or any(nodes[name] for name in _ROUNDS))
+            rounds = rounds or any(nodes[name] for name in _ROUNDS)
+            return _Draft(chosen, opset, rounds, (*chosen.sites, *forms_of(fused, chosen.layers, opset)))
     raise _too_new(options.runtime, oldest, reason)
 
 
@@ -241,16 +252,20 @@ def _result(file: Path, draft: _Draft, proof: Proof, proven: Proven, bound: floa
         error=error,
         tolerance=None if error is None or bound == math.inf else bound,
         attention=chosen.attention if chosen.sites else None,
-        attention_sites=chosen.sites,
+        attention_sites=dict(Counter(site.form for site in chosen.sites)),
+        forms=draft.forms,
         ratios=chosen.ratios,
         form=chosen.layers,
         sqnr=proven.sqnr if draft.rounds or chosen.layers is not None else None,
     )
 
 
-def _translated(found: Program, target: Target, opset: int) -> Any:
+def _simplified(found: Program) -> None:
     simplify_masks(found.exported)
     one_dtype_norms(found.exported)
+
+
+def _translated(found: Program, target: Target, opset: int) -> Any:
     return translated(found, opset, contrib=bool(target.domains) and _is_float32(found))
 
 
@@ -258,9 +273,10 @@ def _lacks_double(found: Program, target: Target, opset: int) -> str | None:
     """What the runtime says of the plain form of a model in float64, before any work goes into it; None where it takes it."""
     if torch.float64 not in tensor_dtypes(found) or "fp64" in target.lacks:
         return None
-    model = _translated(found, target, opset)
-    if is_quantized(model):
+    if quantized_layers(found.exported):
         return None
+    _simplified(found)
+    model = _translated(found, target, opset)
     plain, _ = finished(model, found, target, opset, "decomposed")
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "float64.onnx")

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+import ast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from normfuse.extras import need
 
-__all__ = ["Build", "const_of", "dims", "same_size", "take_over"]
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+__all__ = ["Build", "const_of", "dims", "module_of", "same_size", "take_over"]
 
 Size = int | str
 _CONSTANTS = {"value_float": np.float32, "value_floats": np.float32, "value_int": np.int64, "value_ints": np.int64}
@@ -80,6 +84,12 @@ def dims(value: Any) -> tuple[Size | None, ...] | None:
 def same_size(a: Size | None, b: Size | None) -> bool:
     """Provably one size."""
     return a is not None and a == b
+
+
+def module_of(node: ir.Node) -> str:
+    """Where in the module tree a translated node stands; its own name if that is not known."""
+    names = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))
+    return next((n for n in reversed(names[:-1]) if n), None) or node.name or node.op_type
 
 
 def const_of(value: Any) -> Any:

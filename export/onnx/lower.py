@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -20,7 +20,7 @@ from normfuse.export.onnx.experts import grouped_products
 from normfuse.export.onnx.own_nodes import add_functions
 from normfuse.export.onnx.precision.small_numbers import kept_exact
 from normfuse.export.onnx.program import Program
-from normfuse.export.onnx.quantized.form import Form
+from normfuse.export.onnx.quantized.form import Form as LayerForm
 from normfuse.export.onnx.quantized.forms import FORMS, lower_quantized
 from normfuse.export.onnx.quantized.translate import markers
 from normfuse.export.onnx.quiet import quiet
@@ -31,6 +31,10 @@ from normfuse.export.onnx.writer.translate import MARKER_DOMAIN, table
 from normfuse.export.runtimes import format_of
 from normfuse.export.targets import Target
 from normfuse.extras import need
+from normfuse.reports.model import Form
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 __all__ = ["STEPS", "Draft", "Step", "finished", "translated"]
 
@@ -85,17 +89,17 @@ class Draft:
         attention: form of attention.
         layers: form of quantized layers; None without any.
         int4: weights of up to 4 bits as INT4, where the form leaves that open.
-        sites: number of attention sites by the form that they got.
+        sites: what each attention site got.
     """
 
-    model: Any
+    model: ir.Model
     program: Program
     target: Target
     opset: int
     attention: str
-    layers: Form | None
+    layers: LayerForm | None
     int4: bool
-    sites: dict[str, int] = field(default_factory=dict)
+    sites: list[Form] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -109,10 +113,10 @@ class Step:
 
 def finished(
     model: Any, program: Program, target: Target, opset: int, form: str, quantized: str | None = None, *, int4: bool = False
-) -> tuple[Any, dict[str, int]]:
+) -> tuple[ir.Model, list[Form]]:
     """A copy of the translated `model` for `target`, with attention in `form`, quantized layers in `quantized`, and final names.
 
-    Returns: the model, and the number of attention sites by the form that they got.
+    Returns: the model, and what each attention site got.
 
     Raises:
         ExportError: the ops do not exist at `opset`.
@@ -132,10 +136,10 @@ def _is_quantized(draft: Draft) -> bool:
 
 
 def _take_form(draft: Draft) -> None:
-    draft.sites |= lower_attention(draft.model, draft.attention)
+    draft.sites += lower_attention(draft.model, draft.attention)
 
 
-def _form(draft: Draft) -> Form:
+def _form(draft: Draft) -> LayerForm:
     assert draft.layers is not None
     return draft.layers
 

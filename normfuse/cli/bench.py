@@ -16,6 +16,7 @@ from normfuse.app.engines import bench as compare
 from normfuse.app.engines import export_original, onnxruntime_engine, program_engine, source_engine, tensorrt_engine
 from normfuse.app.sources import Source
 from normfuse.benchmark import Comparison, Engine, Verdict
+from normfuse.benchmark.decided import MORE, decided
 from normfuse.cli.bundled import Telling, bundled, telling_options
 from normfuse.cli.onnx_files import file_inputs, is_onnx
 from normfuse.cli.options import Model, Pipeline, model_options, names, pipeline_options, spelled
@@ -37,7 +38,6 @@ ENGINES = (
     "eager", "compile", "onnxruntime", "tensorrt", "eager-optimized", "compile-optimized", "kernels-optimized",
     "onnxruntime-optimized", "tensorrt-optimized",
 )  # fmt: skip
-_MORE = 2  # an undecided measurement is repeated once, this much longer
 
 
 @dataclass(frozen=True)
@@ -197,17 +197,15 @@ def _decided(
     """Measured, and once more for longer where that decides nothing."""
     from normfuse.reports.numbers import duration
 
-    def measured(times: int, more: str = "") -> Comparison:
+    def measured(times: int) -> Comparison:
+        more = f"; {MORE} times as long once more if that is undecided" if times == 1 else ""
+
         def plan(count: int, left: float) -> None:
             say(f"measuring for about {duration(left)}, on a busy machine up to twice that: {count} rounds{more}")
 
         return compare(*pair, progress=progress, on_plan=plan, **timing.longer(times))
 
-    result = measured(1, f"; {_MORE} times as long once more if that is undecided")
-    if result.verdict(at_least) is not Verdict.UNDECIDED:
-        return result
-    say(f"undecided after {result.rounds} rounds: {result.why_undecided(at_least)}")
-    return measured(_MORE)
+    return decided(measured, at_least, lambda c: say(f"undecided after {c.rounds} rounds: {c.why_undecided(at_least)}"))
 
 
 def _chosen(model: Model, claim: Claim, device: str) -> tuple[str, str]:
@@ -250,7 +248,7 @@ class Settings:
     """
 
     place: Placement = CPU
-    plugins: tuple[str, ...] = ()
+    plugins: tuple[Any, ...] = ()
 
 
 class Workshop:

@@ -18,7 +18,7 @@ from normfuse.ir.constants import Constant
 from normfuse.ir.operators import EXPANSIONS, MOVEMENTS, PERMUTES, RESHAPES, RESIZES, SPLITS, TAKES
 from normfuse.ir.views import VIEWS, Affine, Identity, Movement, Op, Pad, Permute, Reshape, Resize, Take, Value, affine
 
-__all__ = ["decode", "objection", "pieces"]
+__all__ = ["arguments", "decode", "objection", "pieces"]
 
 aten = torch.ops.aten
 
@@ -50,6 +50,18 @@ def _bind(node: fx.Node) -> list[Any] | None:
 
 
 _MISSING = object()
+
+
+def arguments(node: fx.Node) -> dict[str, Any]:
+    """The arguments of an operator call by name, defaults filled in.
+
+    Raises:
+        TypeError: they do not bind to the schema.
+    """
+    bound = _bind(node)
+    if bound is None:
+        raise TypeError(f"{node.format_node()}: the arguments do not fit the schema of {node.target}")
+    return dict(zip((name for name, _, _ in _schema(node.target)), bound, strict=True))
 
 
 def decode(node: fx.Node, operand: Any) -> Op | None:

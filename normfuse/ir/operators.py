@@ -134,6 +134,9 @@ CASTS = {
     aten.lift_fresh_copy.default,
 }
 
+CHECKS = {aten._assert_tensor_metadata.default, aten._assert_async.msg, aten.sym_constrain_range_for_size.default}
+"""They compute nothing: what torch.export checks while a graph runs."""
+
 
 def is_cast(node: fx.Node) -> bool:
     """A cast to another floating dtype, as far as the graph tells."""

@@ -23,6 +23,7 @@ class Product(NamedTuple):
     bits: int
     activation_bits: int
     epilogue: str = "none"
+    residual: Tensor | None = None
 
 
 def check(op: str, p: Product, inputs: int) -> None:

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from normfuse import native
+from normfuse.errors import UsageError
 from normfuse.gpu.run import NAMES
 from normfuse.ops._epilogue import finish
 from normfuse.ops._gpu_product import gpu_product, gpu_rows
+from normfuse.ops._norms import dense
 from normfuse.ops._prepared import gpu_weight, known_weights, linear_weight, operand_of
 from normfuse.ops._product import Product, check
 from normfuse.ops._shapes import float_dtype, input_scale_value
@@ -32,8 +34,9 @@ def shiftquant_linear(
     bits: int,
     activation_bits: int,
     epilogue: str = "none",
+    residual: Tensor | None = None,
 ) -> Tensor:
-    """y[m, n] = act( s[m] · scale[n] · Σ_k A[m, k] · (C[n, k] << (E − e[k])) + bias[n] ).
+    """y[m, n] = act( s[m] · scale[n] · Σ_k A[m, k] · (C[n, k] << (E − e[k])) + bias[n] ) + residual[m, n].
 
     A and s are x quantized: by rows (all axes but the last), s[m] = max|x[m]| / qmax, A = rne(x · (qmax / max|x[m]|)); or with one
     s = input_scale, A = clamp(rne(x / s)). The sum is an exact integer, the same for every dtype of x, on every machine. A row with
@@ -49,6 +52,7 @@ def shiftquant_linear(
         bits: of C.
         activation_bits: of A.
         epilogue: "none", "relu", "gelu", "gelu_tanh" or "silu".
+        residual: [..., N] in the dtype of x, or None.
 
     Returns:
         [..., N].
@@ -56,17 +60,21 @@ def shiftquant_linear(
     Raises:
         UsageError: arguments do not belong together.
     """
-    dtype = _check(Product(x, weight, exponents, scale, bias, input_scale, bits, activation_bits, epilogue))
+    dtype = _check(Product(x, weight, exponents, scale, bias, input_scale, bits, activation_bits, epilogue, residual))
     operand = operand_of(weight, exponents, scale.numel(), bits)
     if input_scale is None:
         q, row_scale = quantize_rows(x, activation_bits)
     else:
         q, row_scale = quantize_static(x, input_scale_value(_OP, input_scale), activation_bits), input_scale
-    return finish(integer_matmul(q, operand), row_scale, scale, bias, epilogue, None, dtype).to(x.dtype)
+    return finish(integer_matmul(q, operand), row_scale, scale, bias, epilogue, residual, dtype).to(x.dtype)
 
 
 def _check(g: Product) -> torch.dtype:
     check(_OP, g, g.x.shape[-1] if g.x.ndim else 0)
+    r = g.residual
+    if r is not None and (r.shape != (*g.x.shape[:-1], g.scale.shape[0]) or r.dtype != g.x.dtype):
+        expected = f"{(*g.x.shape[:-1], g.scale.shape[0])} of {g.x.dtype}"
+        raise UsageError(f"{_OP}: residual {tuple(r.shape)} of {r.dtype}; expected {expected}")
     return float_dtype(_OP, g.x)
 
 
@@ -76,10 +84,11 @@ def _shapes(g: Product) -> Tensor:
 
 
 def _cpu(g: Product) -> Tensor:
-    x, weight, exponents, scale, bias, input_scale, bits, activation_bits, epilogue = g
+    x, weight, exponents, scale, bias, input_scale, bits, activation_bits, epilogue, residual = g
     known = known_weights(weight, exponents, scale, bias, bits, 1, 1)
     # a call costs as much as a small product: what was checked before is not checked again
-    if known is None or not x.ndim or x.shape[-1] != known[0].k or not x.is_floating_point() or epilogue not in native.EPILOGUES:
+    checked = known is not None and x.ndim and x.shape[-1] == known[0].k and residual is None
+    if known is None or not checked or not x.is_floating_point() or epilogue not in native.EPILOGUES:
         _check(g)
         known = (linear_weight(weight, exponents, scale, bias, bits),)
     prepared = known[0]
@@ -87,7 +96,7 @@ def _cpu(g: Product) -> Tensor:
     rows = x.float().contiguous()
     y = torch.empty((*x.shape[:-1], prepared.n), dtype=torch.float32)
     m = x.numel() // prepared.k
-    native.call("nf_linear", prepared, rows, m, activation_bits, static, native.EPILOGUES[epilogue], None, y)
+    native.call("nf_linear", prepared, rows, m, activation_bits, static, native.EPILOGUES[epilogue], dense(residual), y)
     return y if x.dtype is torch.float32 else y.to(x.dtype)
 
 
@@ -98,7 +107,7 @@ def _gpu(g: Product) -> Any:
         return NotImplemented
     dtype = NAMES[g.x.dtype]
     q, row_scale = gpu_rows(g.x, dtype, g.activation_bits, prepared.static)
-    return gpu_product(q, row_scale, prepared, g.bits, g.epilogue, None, dtype)
+    return gpu_product(q, row_scale, prepared, g.bits, g.epilogue, None if g.residual is None else g.residual.contiguous(), dtype)
 
 
 SHIFTQUANT_LINEAR = Operator(

@@ -9,6 +9,7 @@ __all__ = [
     "Block",
     "Calibration",
     "Error",
+    "Form",
     "Latency",
     "LayerQuantization",
     "NormFate",
@@ -36,6 +37,25 @@ class Site:
     path: str
     note: str = ""
     blocker: str = ""
+    remedy: str = ""
+
+
+@dataclass(frozen=True)
+class Form:
+    """What one attention, norm or quantized layer is in a file that was exported.
+
+    Attributes:
+        kind: `attention`, `norm` or `quantized`.
+        path: module path of the site.
+        form: what it is there: a form of attention, or the operator that stands for it.
+        why: why it is not the form that was wanted for it; empty where it is.
+        remedy: the cheapest change that would give it that form; empty when none is known.
+    """
+
+    kind: str
+    path: str
+    form: str
+    why: str = ""
     remedy: str = ""
 
 

@@ -20,18 +20,16 @@ from normfuse.ir.aliases import is_returned, may_share
 from normfuse.ir.constants import Constant
 from normfuse.ir.discontinuous import jumps
 from normfuse.ir.graph import Graph
-from normfuse.ir.operators import CASTS
+from normfuse.ir.operators import CASTS, CHECKS
 from normfuse.ir.passes import Rewriting
 from normfuse.ir.views import Identity, Value
 from normfuse.reports.model import Site
 
-__all__ = ["CHECKS", "Known", "fold", "known_values"]
+__all__ = ["Known", "fold", "known_values"]
 
 aten = torch.ops.aten
 
 RULE = "constant_folding"
-
-CHECKS = {aten._assert_tensor_metadata.default, aten._assert_async.msg, aten.sym_constrain_range_for_size.default}
 
 _GROWTH = 1 << 18  # bytes: a result that needs more than the tensors it comes from is stored up to this size
 _LARGEST = 1 << 24  # values of a step in between; larger ones are left to the model

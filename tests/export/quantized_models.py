@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,9 +16,11 @@ from torch import Tensor, nn
 import normfuse
 import normfuse.ops
 from normfuse.export import Exported, to_onnx
+from normfuse.export.lowering.lowering import lowered
 from normfuse.export.onnx.attention.static_masks import simplify_masks
 from normfuse.export.onnx.lower import finished, translated
 from normfuse.export.onnx.program import program
+from normfuse.export.onnx.quantized.forms import passes_of
 from normfuse.export.onnx.runtime import run, session
 from normfuse.export.onnx.writer.save import save_model
 from normfuse.export.targets import TARGETS
@@ -220,8 +225,16 @@ class Translated:
         simplify_masks(self.program.exported)
         self.onnx = translated(self.program, opset, contrib=True)
 
+    @functools.cached_property
+    def fused(self) -> Any:
+        """With what stands side by side as one operator, as files with our kernels have it."""
+        passes = passes_of(("native",))
+        program = dataclasses.replace(self.program, exported=lowered(self.program.exported, passes).exported)
+        return translated(program, self.opset, contrib=True)
+
     def written(self, file: Path, form: str, *, target: str = "onnxruntime", int4: bool = False) -> Path:
-        ready, _ = finished(self.onnx, self.program, TARGETS[target], self.opset, "decomposed", form, int4=int4)
+        model = self.fused if form == "native" else self.onnx
+        ready, _ = finished(model, self.program, TARGETS[target], self.opset, "decomposed", form, int4=int4)
         save_model(ready, file)
         return file
 
@@ -229,7 +242,7 @@ class Translated:
         """Write it for ONNX Runtime with its attention in `form`; how many sites got which form."""
         ready, sites = finished(self.onnx, self.program, TARGETS["onnxruntime"], self.opset, form)
         save_model(ready, file)
-        return sites
+        return dict(Counter(site.form for site in sites))
 
     def run(self, opened: Any, *inputs: Tensor) -> list[Tensor]:
         return list(run(opened, dict(zip(self.program.inputs, inputs, strict=True))).values())

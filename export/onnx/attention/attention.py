@@ -7,17 +7,23 @@ from __future__ import annotations
 
 import itertools
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from normfuse.export.onnx.attention.linear import Linear, linear_of
 from normfuse.export.onnx.attention.masks import Bias, bias_of
 from normfuse.export.onnx.attention.views import Heads, heads
-from normfuse.export.onnx.build import Build, const_of, dims, same_size, take_over
+from normfuse.export.onnx.build import Build, const_of, dims, module_of, same_size, take_over
 from normfuse.export.onnx.own_nodes import native_node
 from normfuse.export.onnx.writer.translate import MARKER_DOMAIN, SDPA
+from normfuse.ir.graph import Refuse
+from normfuse.reports.model import Form
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 __all__ = ["Site", "in_kernel", "lower_attention", "widths"]
 
@@ -31,6 +37,7 @@ _HIDDEN = float(np.finfo(np.float32).min) / 2
 # Up to 1.20 ONNX Runtime refuses a mask that broadcasts over heads, or takes wrong numbers from it without a word; 1.21 came with
 # this opset, which older ones do not read.
 _BIAS_OPSET = 22
+_BIAS_RUNTIME = "1.21"
 
 
 @dataclass(frozen=True)
@@ -45,11 +52,11 @@ class Site:
         bits: of queries and keys, where the scores are sums of integers; 0: floats.
     """
 
-    node: Any
-    query: Any
-    key: Any
-    value: Any
-    mask: Any
+    node: ir.Node
+    query: ir.Value
+    key: ir.Value
+    value: ir.Value
+    mask: ir.Value | None
     scale: float
     causal: bool
     bits: int = 0
@@ -69,8 +76,16 @@ class Site:
     @property
     def sizes(self) -> tuple[int, int, int]:
         """Heads, channels of a query and of a value, where `four` holds."""
-        (_, head, _, width), (_, _, _, out) = self.query.shape, self.value.shape
-        return int(head), int(width), int(out)
+        query, value = dims(self.query), dims(self.value)
+        assert query is not None
+        assert value is not None
+        return int(query[1] or 0), int(query[3] or 0), int(value[3] or 0)
+
+    @property
+    def dtype(self) -> ir.DataType:
+        """Of the queries, and of the result."""
+        assert self.query.dtype is not None
+        return self.query.dtype
 
     @property
     def one_head_count(self) -> bool:
@@ -80,58 +95,70 @@ class Site:
         return first is not None and all(s is not None and same_size(s[1], first[1]) and same_size(s[0], first[0]) for s in sizes)
 
 
-def widths(model: Any) -> list[int]:
+def widths(model: ir.Model) -> list[int]:
     """Channels of the queries of all heads together, of each marker where that is known."""
     found = [_site(n) for n in model.graph if _is_marker(n)]
     return [site.sizes[0] * site.sizes[1] for site in found if site.four]
 
 
-def lower_attention(model: Any, form: str) -> dict[str, int]:
+def lower_attention(model: ir.Model, form: str) -> list[Form]:
     """Replace every marker by `form`, or by a plainer one where `form` cannot express the site.
 
-    Returns: number of sites by the form that they got.
+    Returns: what each site got, and why it is not `form`.
     """
-    got: dict[str, int] = {}
+    found: list[Form] = []
     shared: dict[Any, Any] = {}
     for node in [n for n in model.graph if _is_marker(n)]:
-        site = _site(node)
-        for candidate in _fallbacks(form):
-            if candidate(site, Build(model, node, shared)):
-                name = candidate.__name__.strip("_")
-                got[name] = got.get(name, 0) + 1
-                log.debug("%s: attention as %s", node.name, name)
-                break
+        site, refusal = _site(node), None
+        for name, write in _fallbacks(form):
+            try:
+                write(site, Build(model, node, shared))
+            except Refuse as e:
+                refusal = refusal or e  # that of the form which was asked for
+                continue
+            found.append(_told(node, name, refusal))
+            log.debug("%s: attention as %s", node.name, name)
+            break
         model.graph.remove(node, safe=True)
-    return got
+    return found
 
 
-def _is_marker(node: Any) -> bool:
+def _told(node: ir.Node, form: str, refusal: Refuse | None) -> Form:
+    why, remedy = ("", "") if refusal is None else (refusal.reason, refusal.remedy)
+    return Form("attention", module_of(node), form, why, remedy)
+
+
+def _is_marker(node: ir.Node) -> bool:
     return bool(node.domain == MARKER_DOMAIN and node.op_type == SDPA)
 
 
-def _site(node: Any) -> Site:
+def _site(node: ir.Node) -> Site:
     query, key, value, mask = (*node.inputs, None)[:4]
     causal = bool(node.attributes["is_causal"].value)
+    assert query is not None
+    assert key is not None
+    assert value is not None
     return Site(node, query, key, value, mask, float(node.attributes["scale"].value), causal)
 
 
-def _fallbacks(form: str) -> tuple[Any, ...]:
-    forms: dict[str, tuple[Any, ...]] = {
-        "qkv": (_qkv, _mha, _decomposed),
-        "mha": (_mha, _decomposed),
-        "attention23": (_attention23, _decomposed),
-        "native": (_native, _mha, _decomposed),
+def _fallbacks(form: str) -> tuple[tuple[str, Callable[[Site, Build], None]], ...]:
+    """The form and the plainer ones, by name; each raises `Refuse`, and has written nothing, where it cannot express a site."""
+    plain = ("decomposed", _decomposed)
+    forms: dict[str, tuple[tuple[str, Callable[[Site, Build], None]], ...]] = {
+        "qkv": (("qkv", _qkv), ("mha", _mha), plain),
+        "mha": (("mha", _mha), plain),
+        "attention23": (("attention23", _attention23), plain),
+        "native": (("native", _native), ("mha", _mha), plain),
     }
-    return forms.get(form, (_decomposed,))
+    return forms.get(form, (plain,))
 
 
-def _decomposed(site: Site, at: Build) -> bool:
+def _decomposed(site: Site, at: Build) -> None:
     """MatMul, Softmax, MatMul."""
-    ir = at.ir
     key, value = _repeated(site, site.key, at), _repeated(site, site.value, at)
-    rank = len(site.query.shape)
+    rank = len(dims(site.query) or ())
     key_t = _transposed(key, (*range(rank - 2), rank - 1, rank - 2), at)
-    dtype = site.query.dtype
+    dtype = site.dtype
     query = (
         site.query if site.scale == 1 else at.op("Mul", site.query, at.const(np.asarray(site.scale, dtype.numpy())), dtype=dtype)
     )
@@ -139,19 +166,18 @@ def _decomposed(site: Site, at: Build) -> bool:
     bias = bias_of(site.mask, site, at, causal=site.causal)
     if bias.values is not None:
         scores = at.op("Add", scores, bias.values, dtype=dtype)
-    assert isinstance(dtype, ir.DataType)
     out = at.op("MatMul", at.op("Softmax", scores, axis=-1, dtype=dtype), value, dtype=dtype)
     _finish(site, _masked(out, bias, at))
-    return True
 
 
-def _attention23(site: Site, at: Build) -> bool:
+def _attention23(site: Site, at: Build) -> None:
     """The standard op of opset 23; ONNX Runtime has it in float and half."""
-    ir = at.ir
-    if not site.four or site.query.dtype not in (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16):
-        return False
-    if site.sizes[1] != site.sizes[2]:  # TensorRT refuses values that are wider or narrower than keys
-        return False
+    types = at.ir.DataType
+    _four(site)
+    if site.query.dtype not in (types.FLOAT, types.FLOAT16, types.BFLOAT16):
+        raise Refuse("runtimes have the op in float32 and half alone", remedy="export it in float32")
+    if site.sizes[1] != site.sizes[2]:  # TensorRT refuses it
+        raise Refuse(f"values are {site.sizes[2]} wide and keys {site.sizes[1]}, which TensorRT refuses")
     # the op aligns a causal mask to the last key or to the first depending on its version: leave it out unless both agree
     causal = site.causal and site.square
     # ONNX Runtime does not broadcast the mask over queries and keys, though the standard allows it
@@ -159,13 +185,11 @@ def _attention23(site: Site, at: Build) -> bool:
     inputs = [site.query, site.key, site.value, *([bias.values] if bias.values is not None else [])]
     out = at.op("Attention", *inputs, scale=site.scale, is_causal=int(causal), dtype=site.query.dtype)
     _finish(site, _masked(out, bias, at))
-    return True
 
 
-def _mha(site: Site, at: Build) -> bool:
+def _mha(site: Site, at: Build) -> None:
     """MultiHeadAttention of ONNX Runtime: takes (B, L, H·D), so the transposes on both sides go away."""
-    if not _contrib_takes(site, at):
-        return False
+    _check_contrib(site, at)
     operands = [_heads_last(v, at) for v in (site.query, site.key, site.value)]
     bias = _full_bias(site, at)
     # query, key, value, bias, key_padding_mask, attention_bias
@@ -181,16 +205,16 @@ def _mha(site: Site, at: Build) -> bool:
         dtype=site.query.dtype,
     )
     _finish_heads_last(site, out, bias, at)
-    return True
 
 
-def _qkv(site: Site, at: Build) -> bool:
+def _qkv(site: Site, at: Build) -> None:
     """Attention of ONNX Runtime: the projection to q, k and v is part of the op, so that it writes heads directly."""
-    if not _contrib_takes(site, at) or not site.square:
-        return False
+    _check_contrib(site, at)
+    if not site.square:
+        raise Refuse("there are not as many keys as queries: they are of two sequences")
     parts = _projections(site)
     if parts is None:
-        return False
+        raise Refuse("queries, keys and values are not columns of linear layers that read one tensor")
     x = parts[0][0].x
     kernels, biases = [], []
     for linear, found in parts:
@@ -214,21 +238,22 @@ def _qkv(site: Site, at: Build) -> bool:
         qkv_hidden_sizes=[heads_ * width, heads_ * width, heads_ * out_width],
     )
     _finish_heads_last(site, out, bias, at)
-    return True
 
 
-def _native(site: Site, at: Build) -> bool:
+def _native(site: Site, at: Build) -> None:
     """Attention of normfuse's kernels: reads q, k and v where projections left them, and writes (B, L, H·D)."""
     sizes = [dims(v) for v in (site.query, site.key, site.value)]
-    if not site.four or site.query.dtype != at.ir.DataType.FLOAT or (site.causal and not (site.square and site.mask is None)):
-        return False
+    _four(site)
+    _check_float32_and_causal(site, at)
     head, width, out = site.sizes
     shared = sizes[1][1] if sizes[1] is not None else None
-    if out != width or not isinstance(shared, int) or not shared or head % shared or sizes[2] is None or sizes[2][1] != shared:
-        return False
-    bias = _full_bias(site, at)
+    if out != width:
+        raise Refuse(f"values are {out} wide and keys {width}; the kernel has one width")
+    if not isinstance(shared, int) or not shared or head % shared or sizes[2] is None or sizes[2][1] != shared:
+        raise Refuse(f"{head} heads of queries are no multiple of those of keys and values")
     if not all(s is not None and same_size(s[0], sizes[0][0] if sizes[0] else None) for s in sizes):
-        return False
+        raise Refuse("queries, keys and values have not provably one batch size")
+    bias = _full_bias(site, at)
     packed = _side_by_side(site)
     if packed is None:
         operands = tuple(_heads_last(v, at) for v in (site.query, site.key, site.value))
@@ -245,12 +270,15 @@ def _native(site: Site, at: Build) -> bool:
     (y,) = native_node(at, "Attention", (*operands, bias.values), facts, count=1)
     y.dtype = site.query.dtype
     _finish_heads_last(site, y, bias, at)
-    return True
 
 
 def in_kernel(site: Site, at: Build) -> bool:
     """Write `site` for normfuse's kernels, which take `bits`; False, and nothing written, where they need its operands copied."""
-    return _native(site, at)
+    try:
+        _native(site, at)
+    except Refuse:
+        return False
+    return True
 
 
 def _side_by_side(site: Site) -> Any:
@@ -265,14 +293,34 @@ def _side_by_side(site: Site) -> Any:
     return None
 
 
-def _contrib_takes(site: Site, at: Build) -> bool:
-    return (
-        site.four
-        and site.one_head_count
-        and site.query.dtype == at.ir.DataType.FLOAT
-        and (not site.causal or (site.square and site.mask is None))
-        and (site.mask is None or at.opset >= _BIAS_OPSET)
-    )
+def _four(site: Site) -> None:
+    if not site.four:
+        raise Refuse("its operands have not four axes with known heads and channels")
+
+
+def _check_float32_and_causal(site: Site, at: Build) -> None:
+    if site.query.dtype != at.ir.DataType.FLOAT:
+        raise Refuse("the kernel computes in float32, and the attention does not", remedy="export it in float32")
+    if site.causal and not site.square:
+        raise Refuse("it is causal, and there are not provably as many keys as queries")
+    if site.causal and site.mask is not None:
+        raise Refuse("it is causal and has a mask as well")
+
+
+def _check_contrib(site: Site, at: Build) -> None:
+    """What both ops of ONNX Runtime ask for.
+
+    Raises:
+        Refuse: the site is another.
+    """
+    _four(site)
+    if not site.one_head_count:
+        raise Refuse("keys and values have not the heads and the batch of the queries: they are shared or broadcast")
+    _check_float32_and_causal(site, at)
+    if site.mask is not None and at.opset < _BIAS_OPSET:
+        raise Refuse(
+            f"it has a mask, which ONNX Runtime takes wrongly before {_BIAS_RUNTIME}", remedy=f"opset {_BIAS_OPSET} or newer"
+        )
 
 
 def _projections(site: Site) -> tuple[tuple[Linear, Heads], ...] | None:

@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -20,12 +20,16 @@ from normfuse.export.onnx.choice.fastest import fastest
 from normfuse.export.onnx.choice.table import attention_by_table, layers_by_table
 from normfuse.export.onnx.lower import finished
 from normfuse.export.onnx.program import Program
-from normfuse.export.onnx.quantized.forms import FORMS, possible_forms
+from normfuse.export.onnx.quantized.forms import FORMS
 from normfuse.export.onnx.runtime import default_threads
 from normfuse.export.onnx.writer.save import save_model
 from normfuse.export.options import ExportOptions
 from normfuse.export.targets import attention_forms
 from normfuse.extras import need
+from normfuse.reports.model import Form
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 __all__ = ["Chosen", "choose"]
 
@@ -38,14 +42,14 @@ class Chosen:
         model: ready to be written.
         layers: form of quantized layers; None without any.
         attention: form of attention that was asked for.
-        sites: attention sites by the form that they got; empty without any.
+        sites: what each attention site got.
         ratios: latency of the plain form over that of each form that was measured.
     """
 
-    model: Any
+    model: ir.Model
     layers: str | None
     attention: str
-    sites: dict[str, int]
+    sites: list[Form]
     ratios: dict[str, float] = field(default_factory=dict)
 
 
@@ -60,15 +64,14 @@ class _Candidates:
         return iter(itertools.product(self.quantized or (None,), self.attention))
 
 
-def choose(model: Any, found: Program, opset: int, options: ExportOptions, folder: Path) -> Chosen:
+def choose(model: ir.Model, found: Program, opset: int, options: ExportOptions, quantized: tuple[str, ...], folder: Path) -> Chosen:
     """The translated `model` in the forms that `options` ask for; where they leave that open by the table, or by measuring files in
-    `folder`.
+    `folder`. `quantized` are the forms that its quantized layers may take.
 
     Raises:
         UsageError: a form that is asked for is not possible here.
     """
     target, int4 = options.where, options.int4_initializers
-    quantized = possible_forms(model, target, opset, options.form, int4=int4)
     attention = attention_forms(target, opset, options.attention, native=any(FORMS[f].kernels for f in quantized))
     if options.tune:
         return _measured(model, found, opset, options, _Candidates(quantized, attention), folder)
@@ -77,12 +80,12 @@ def choose(model: Any, found: Program, opset: int, options: ExportOptions, folde
     return Chosen(ready, layers, form, sites)
 
 
-def _measured(model: Any, found: Program, opset: int, options: ExportOptions, candidates: _Candidates, folder: Path) -> Chosen:
+def _measured(model: ir.Model, found: Program, opset: int, options: ExportOptions, candidates: _Candidates, folder: Path) -> Chosen:
     ready: dict[str, Chosen] = {}
     for quantized, form in candidates:
         made, sites = finished(model, found, options.where, opset, form, quantized, int4=options.int4_initializers)
         # a form that no site could take is one of the others again
-        if sites not in [c.sites for c in ready.values() if c.layers == quantized]:
+        if [s.form for s in sites] not in [[s.form for s in c.sites] for c in ready.values() if c.layers == quantized]:
             name = form if len(candidates.quantized) < 2 else " ".join(filter(None, (quantized, form)))
             ready[name] = Chosen(made, quantized, form, sites)
     plain = next(iter(ready))
@@ -111,7 +114,7 @@ def _fastest(
         return fastest(plain, files, feeds, threads=options.threads, seconds=options.measure_seconds, progress=options.progress)
 
 
-def _question(plain: Any, forms: list[str], feeds: Mapping[str, torch.Tensor], threads: int | None) -> dict[str, Any]:
+def _question(plain: ir.Model, forms: list[str], feeds: Mapping[str, torch.Tensor], threads: int | None) -> dict[str, Any]:
     """What a measurement of forms depends on: machine, runtime, threads, inputs, and the ops of the model with their sizes."""
     ort = need("onnxruntime", extra="onnx")
     digest = hashlib.sha256()

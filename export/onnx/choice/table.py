@@ -34,8 +34,8 @@ def attention_by_table(model: Any, forms: tuple[str, ...]) -> str:
         return forms[0]
     trial = model.clone()
     widest = max(widths(trial), default=0)
-    got = lower_attention(trial, "qkv")
-    if 2 * got.get("qkv", 0) < sum(got.values()) or not got:
+    got = [site.form for site in lower_attention(trial, "qkv")]
+    if 2 * got.count("qkv") < len(got) or not got:
         return forms[0]
     return "mha" if widest <= _NARROW else "qkv"
 

@@ -43,6 +43,9 @@ def place_attention(model: Any) -> int:
         if site.op.name != "Attention":
             continue
         (query, key, value, mask), facts = site.inputs, site.facts
+        assert query is not None
+        assert key is not None
+        assert value is not None
         found = AttentionSite(site.node, query, key, value, mask, float(facts["scale"]), bool(facts["causal"]), facts["bits"])
         if in_kernel(found, Build(model, site.node, shared)):
             model.graph.remove(site.node, safe=True)

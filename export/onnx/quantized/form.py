@@ -6,8 +6,8 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from normfuse.export.lowering.layers import Layer
 from normfuse.export.onnx.program import Program
-from normfuse.export.onnx.quantized.sites import Site
 from normfuse.export.targets import QuantizedForm, Target
 
 __all__ = ["INT4_OPSET", "Form", "Wanted"]
@@ -51,7 +51,7 @@ class Form:
     rounds: ClassVar[bool] = True
     kernels: ClassVar[bool] = False
 
-    def refuses(self, layers: Sequence[Site], wanted: Wanted) -> str | None:
+    def refuses(self, layers: Sequence[Layer], wanted: Wanted) -> str | None:
         """Why it cannot express these layers, and what to do; None where it can."""
         return None
 

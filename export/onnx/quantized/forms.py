@@ -2,31 +2,32 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from normfuse.errors import UsageError
+from normfuse.export.lowering.layers import Layer
 from normfuse.export.onnx.quantized.attention import float_masks
 from normfuse.export.onnx.quantized.form import INT4_OPSET, Form, Wanted
 from normfuse.export.onnx.quantized.integer import Integer
 from normfuse.export.onnx.quantized.native import Native
 from normfuse.export.onnx.quantized.qdq import Qdq
-from normfuse.export.onnx.quantized.sites import sites
 from normfuse.export.onnx.quantized.weight_only import WeightOnly
 from normfuse.export.targets import QUANTIZED_FORMS, Target
+from normfuse.ir.passes import Pass
+from normfuse.passes.fuse import FUSED
 
-__all__ = ["FORMS", "is_quantized", "lower_quantized", "possible_forms"]
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+__all__ = ["FORMS", "lower_quantized", "passes_of", "possible_forms"]
 
 #: The forms by name.
 FORMS: dict[str, Form] = {form.name: form for form in (Native(), Integer(), Qdq(), WeightOnly())}
 
 
-def is_quantized(model: Any) -> bool:
-    """The translated model has quantized layers."""
-    return next(sites(model), None) is not None
-
-
-def possible_forms(model: Any, target: Target, opset: int, form: str, *, int4: bool = False) -> tuple[str, ...]:
-    """The forms to try, the plain one first; () for a model without quantized layers.
+def possible_forms(layers: Sequence[Layer], target: Target, opset: int, form: str, *, int4: bool = False) -> tuple[str, ...]:
+    """The forms to try for these quantized layers, the plain one first; () without any.
 
     "auto" is what the target likes best of the forms that can express the model: several where only a measurement can tell.
 
@@ -35,7 +36,6 @@ def possible_forms(model: Any, target: Target, opset: int, form: str, *, int4: b
     """
     if form not in ("auto", *QUANTIZED_FORMS):
         raise UsageError(f"unknown form {form!r}: expected auto, {', '.join(QUANTIZED_FORMS)}")
-    layers = list(sites(model))
     if not layers:
         if form != "auto" or int4:
             asked = f"form={form!r}" if form != "auto" else "int4_initializers=True"
@@ -62,11 +62,16 @@ def possible_forms(model: Any, target: Target, opset: int, form: str, *, int4: b
     raise UsageError(next(why for why in reversed(refused.values()) if why))
 
 
+def passes_of(forms: Sequence[str]) -> tuple[Pass, ...]:
+    """What is done to the graph before it is written in one of `forms`: neighbours become one where there are kernels for that."""
+    return FUSED if forms and all(FORMS[form].kernels for form in forms) else ()
+
+
 def _one_of(forms: tuple[str, ...]) -> str:
     return " or ".join(f"form={f!r}" for f in forms)
 
 
-def lower_quantized(model: Any, form: str, target: Target, opset: int, *, int4: bool = False) -> None:
+def lower_quantized(model: ir.Model, form: str, target: Target, opset: int, *, int4: bool = False) -> None:
     """Write the quantized layers of `model` in `form`, in place."""
     float_masks(model)
     FORMS[form].write(model, Wanted(target, opset, int4))

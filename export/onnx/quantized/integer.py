@@ -29,14 +29,14 @@ def expand(model: Any, site: Site, shared: dict[Any, Any], *, int4: bool = False
     at = Build(model, site.node, shared)
     types = at.ir.DataType
     half, double = (types.FLOAT16, types.BFLOAT16), types.DOUBLE
-    first = site.inputs[0].dtype
+    first = site.x.dtype
     inputs = tuple(at.op("Cast", v, to=1) if v is not None and v.dtype in half else v for v in site.inputs)
     facts: dict[str, Any] = {
         k: (at.const(np.float32(v)) if v else None) if site.op.attributes.get(k) == "FLOAT" else v
         for k, v in site.op.complete(site.facts).items()
     }
     facts |= {"double": first == double and site.has_weight, "int4": int4}
-    for old, new in zip(site.node.outputs[: site.count], site.op.expand(at, inputs, facts), strict=False):
+    for i, (old, new) in enumerate(zip(site.node.outputs[: site.count], site.op.expand(at, inputs, facts), strict=False)):
         # the type that torch says
-        take_over(old, at.op("Cast", new, to=int(old.dtype)) if first in half and old.dtype in half else new)
+        take_over(old, at.op("Cast", new, to=int(site.dtype(i))) if first in half and old.dtype in half else new)
     model.graph.remove(site.node, safe=True)

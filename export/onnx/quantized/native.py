@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from normfuse import native
+from normfuse.export.lowering.layers import Layer
 from normfuse.export.onnx.build import Build, dims, take_over
 from normfuse.export.onnx.own_nodes import MIN_NATIVE_OPSET, native_node
 from normfuse.export.onnx.quantized.attention import place_attention
 from normfuse.export.onnx.quantized.form import Form, Wanted
-from normfuse.export.onnx.quantized.fuse import fuse
 from normfuse.export.onnx.quantized.integer import expand
 from normfuse.export.onnx.quantized.sites import Site, sites
 from normfuse.extras import need
@@ -27,7 +27,7 @@ class Native(Form):
     packs = True
     kernels = True
 
-    def refuses(self, layers: Sequence[Site], wanted: Wanted) -> str | None:
+    def refuses(self, layers: Sequence[Layer], wanted: Wanted) -> str | None:
         if wanted.opset >= MIN_NATIVE_OPSET:
             return None
         return f"form='native' needs opset {MIN_NATIVE_OPSET}, not {wanted.opset}; use form='integer' or form='qdq'"
@@ -43,7 +43,6 @@ class Native(Form):
                 _place(model, site, shared)
             else:
                 expand(model, site, shared)
-        fuse(model)
 
 
 def keep_nodes(model: Any, names: Sequence[str]) -> Counter[str]:
@@ -67,7 +66,7 @@ def _takes(site: Site) -> bool:
     grouped = site.op.name == "ShiftQuantConv2d" and site.facts["group"] > 1
     # the bodies multiply by a column
     one_scale = site.op.name.startswith("ShiftQuantMatMul") and dims(site.inputs[1]) in (None, ())
-    return site.inputs[0].dtype != ir.DataType.DOUBLE and not grouped and not one_scale
+    return site.x.dtype != ir.DataType.DOUBLE and not grouped and not one_scale
 
 
 def _place(model: Any, site: Site, shared: dict[Any, Any]) -> None:
@@ -77,9 +76,9 @@ def _place(model: Any, site: Site, shared: dict[Any, Any]) -> None:
         at.op("Cast", v, to=1, dtype=at.ir.DataType.FLOAT) if v is not None and v.dtype in half else v for v in site.inputs
     )
     outputs = native_node(at, site.op.name, inputs, site.facts, count=site.count)
-    for old, new in zip(site.node.outputs[: site.count], outputs, strict=True):
+    for i, (old, new) in enumerate(zip(site.node.outputs[: site.count], outputs, strict=True)):
         if old.dtype in half:
             new.dtype, new.shape = at.ir.DataType.FLOAT, old.shape
-            new = at.op("Cast", new, to=int(old.dtype))
+            new = at.op("Cast", new, to=int(site.dtype(i)))
         take_over(old, new)
     model.graph.remove(site.node, safe=True)

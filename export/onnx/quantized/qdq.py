@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from normfuse.errors import ExportError
+from normfuse.export.lowering.layers import Layer
 from normfuse.export.onnx.build import Build, dims, take_over
 from normfuse.export.onnx.quantized.form import Form, Wanted
 from normfuse.export.onnx.quantized.integer import expand
@@ -42,7 +43,7 @@ class Qdq(Form):
 
     name = "qdq"
 
-    def refuses(self, layers: Sequence[Site], wanted: Wanted) -> str | None:
+    def refuses(self, layers: Sequence[Layer], wanted: Wanted) -> str | None:
         """Where a scale is found at run time, or the codes of a weight are wider than the int8 that a target takes (ONNX Runtime,
         which has to run the file once, does not take such a weight in parts either)."""
         instead = f"form={wanted.instead_of('native', 'qdq')!r}"
@@ -80,8 +81,10 @@ class Qdq(Form):
             at = Build(model, site.node, shared)
             y = _linear(at, site, wanted) if site.op.name == "ShiftQuantLinear" else _conv(at, site, unsigned)
             y = activated(at, y, site.facts["epilogue"])
+            if site.has_residual:
+                y = at.op("Add", y, _float(at, site.input("residual")), dtype=y.dtype, shape=dims(site.node.outputs[0]))
             old = site.node.outputs[0]
-            take_over(old, at.op("Cast", y, to=int(old.dtype)) if old.dtype != at.ir.DataType.FLOAT else y)
+            take_over(old, at.op("Cast", y, to=int(site.dtype())) if old.dtype != at.ir.DataType.FLOAT else y)
             model.graph.remove(site.node, safe=True)
 
     def at_last(self, model: Any) -> None:
@@ -106,7 +109,7 @@ def _codes(at: Build, site: Site, unsigned: bool) -> tuple[Any, Any, Any]:
     that it takes the Relu into the layer in front; elsewhere it is 128. Behind the QuantizeLinear a Clip keeps the bytes within the
     codes, where it is in no one's way. Other runtimes expect int8, and fuse that with a Relu and with a Clip of floats in front.
     """
-    x, static, bits = site.inputs[0], np.float32(site.facts["input_scale"]), site.facts["activation_bits"]
+    x, static, bits = site.x, np.float32(site.facts["input_scale"]), site.facts["activation_bits"]
     if x.dtype == at.ir.DataType.DOUBLE:
         raise ExportError("form='qdq' computes in float32, and the model in float64; export it in float32 or with form='integer'")
     key = ("codes", id(x), float(static), bits)

@@ -2,48 +2,36 @@
 
 from __future__ import annotations
 
-import ast
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from normfuse.errors import ExportError
-from normfuse.export.onnx.build import const_of, dims
+from normfuse.export.lowering.layers import Layer, facts_of_call
+from normfuse.export.onnx.build import const_of, dims, module_of
 from normfuse.export.onnx.writer.translate import MARKER_DOMAIN
-from normfuse.export.ops import OP_OF, Op
+from normfuse.export.ops import OP_OF
 from normfuse.ops import OPERATORS
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 __all__ = ["Site", "sites"]
 
 
 @dataclass(frozen=True)
-class Site:
+class Site(Layer):
     """One node.
 
     Attributes:
         node: the marker.
-        op: what it is.
         inputs: in the order of `op.inputs`, None where one is missing.
-        facts: attributes of `op`, and its `structure`.
     """
 
-    node: Any
-    op: Op
-    inputs: tuple[Any, ...]
-    facts: dict[str, Any]
-
-    @property
-    def layer(self) -> str:
-        """Where in the module tree it stands; the name of the node if that is not known."""
-        names = ast.literal_eval(self.node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))
-        return next((n for n in reversed(names[:-1]) if n), None) or self.node.name or self.op.name
-
-    @property
-    def static(self) -> bool:
-        """Activations have a scale that is fixed."""
-        return bool(self.facts.get("input_scale"))
+    node: ir.Node
+    inputs: tuple[ir.Value | None, ...]
 
     @property
     def count(self) -> int:
@@ -51,11 +39,24 @@ class Site:
         return 2 if self.op.name == "NormQuantize" and self.input("residual") is None else len(self.node.outputs)
 
     @property
-    def has_weight(self) -> bool:
-        """A linear or a convolution that reads floats."""
-        return self.op.name in ("ShiftQuantLinear", "ShiftQuantConv2d")
+    def has_residual(self) -> bool:
+        """Something is added behind the activation."""
+        return "residual?" in self.op.inputs and self.input("residual") is not None
 
-    def input(self, name: str) -> Any:
+    @property
+    def x(self) -> ir.Value:
+        """The first input, which is always there."""
+        first = self.inputs[0]
+        assert first is not None
+        return first
+
+    def dtype(self, i: int = 0) -> ir.DataType:
+        """Of output `i`: torch says it of every call."""
+        found = self.node.outputs[i].dtype
+        assert found is not None
+        return found
+
+    def input(self, name: str) -> ir.Value | None:
         """The input of that name."""
         names = [n.removesuffix("?") for n in self.op.inputs]
         return self.inputs[names.index(name)]
@@ -72,7 +73,7 @@ class Site:
         return np.asarray(found)
 
 
-def sites(model: Any) -> Iterator[Site]:
+def sites(model: ir.Model) -> Iterator[Site]:
     """Every marker of the graph, in its order; nodes may be added and removed between two of them."""
     for node in list(model.graph):
         if node.domain == MARKER_DOMAIN and node.op_type in OP_OF:
@@ -83,8 +84,8 @@ def sites(model: Any) -> Iterator[Site]:
 class _Call:
     """A marker as `normfuse.export.ops` reads it."""
 
-    node: Any
-    tensors: dict[str, Any]
+    node: ir.Node
+    tensors: dict[str, ir.Value | None]
     attributes: dict[str, Any]
 
     def array(self, name: str) -> np.ndarray[Any, Any]:
@@ -100,17 +101,8 @@ class _Call:
             raise ExportError(f"{self.node.name}: the size of axis {axis} of {name} of {self.node.op_type} is not known")
         return found
 
-    def number(self, name: str) -> float:
-        """A tensor of one constant number; 0 for None."""
-        if self.tensors[name] is None:
-            return 0.0
-        found = self.array(name)
-        if found.size != 1:
-            raise ExportError(f"{self.node.name}: {name} of {self.node.op_type} is not one number")
-        return float(found.reshape(-1)[0])
 
-
-def _read(node: Any) -> Site:
+def _read(node: ir.Node) -> Site:
     op, names = OP_OF[node.op_type], OPERATORS[node.op_type].tensors
     tensors = dict(zip(names, (*node.inputs, *[None] * len(names)), strict=False))
     call = _Call(
@@ -120,11 +112,5 @@ def _read(node: Any) -> Site:
     for name, value in tensors.items():
         if value is not None and name not in inputs and name not in op.attributes:
             raise ExportError(f"{node.op_type} with a {name} has no form in ONNX")
-    facts = {name: _fact(op, call, name) for name in op.attributes} | {name: of(call) for name, of in op.structure.items()}
-    return Site(node, op, tuple(map(tensors.get, inputs)), facts)
-
-
-def _fact(op: Op, call: _Call, name: str) -> Any:
-    if name in op.facts:
-        return op.facts[name](call)
-    return call.number(name) if name in call.tensors else call.attributes[name]
+    facts = facts_of_call(op, call, tensors)
+    return Site(node.op_type, op, facts, module_of(node), node, tuple(map(tensors.get, inputs)))

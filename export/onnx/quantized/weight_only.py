@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from normfuse.errors import ExportError
+from normfuse.export.lowering.layers import Layer
 from normfuse.export.onnx.build import Build, dims, take_over
 from normfuse.export.onnx.program import Program
 from normfuse.export.onnx.quantized.absorb import absorbed
@@ -59,7 +60,7 @@ class WeightOnly(Form):
     packs = True
     rounds = False
 
-    def refuses(self, layers: Sequence[Site], wanted: Wanted) -> str | None:
+    def refuses(self, layers: Sequence[Layer], wanted: Wanted) -> str | None:
         """Where a layer reads or writes codes of activations, which this form has none of."""
         found = [s for s in layers if s.op.name in _CODES]
         if not found:
@@ -125,7 +126,10 @@ def _linear(at: Build, model: Any, site: Site, opset: int) -> Any:
             y = at.op("Mul", y, _as(at, scale / unit, x.dtype), dtype=x.dtype, shape=shape)
     if site.input("bias") is not None:
         y = at.op("Add", y, _as(at, site.input("bias"), x.dtype), dtype=x.dtype, shape=shape)
-    return activated(at, y, site.facts["epilogue"])
+    y = activated(at, y, site.facts["epilogue"])
+    if site.has_residual:
+        y = at.op("Add", y, _as(at, site.input("residual"), x.dtype), dtype=x.dtype, shape=shape)
+    return y
 
 
 def _conv(at: Build, model: Any, site: Site, opset: int) -> Any:
@@ -146,7 +150,7 @@ def _embedding(at: Build, model: Any, site: Site, opset: int) -> Any:
     codes, bits = unpack_rows(torch.tensor(site.array("codes")), site.facts["dim"], site.facts["bits"]).numpy(), site.facts["bits"]
     dtype = site.node.outputs[0].dtype
     table = _dequantized(at, codes, site.array("scale"), dtype, int4=_is_int4(bits, opset), axis=0)
-    return at.op("Gather", table, site.inputs[0], axis=0)
+    return at.op("Gather", table, site.x, axis=0)
 
 
 _MAKE = {"ShiftQuantConv2d": _conv, "ShiftQuantEmbedding": _embedding, "ShiftQuantLinear": _linear}
@@ -185,7 +189,7 @@ def _dequantized(
 
 def _times(at: Build, model: Any, site: Site, factor: np.ndarray[Any, Any] | None, axis: int) -> Any:
     """f ⊙ x; layers with the same exponents share it."""
-    x = site.inputs[0]
+    x = site.x
     if x.dtype == at.ir.DataType.DOUBLE:
         raise ExportError(
             f"{site.layer}: form='weight_only' computes in float32 or less, and the model in float64; export it in float32"

@@ -60,7 +60,8 @@ class _Floats(TorchDispatchMode):
 def _linear(a: Any) -> Tensor:
     """act(Σ_k x[m, k] · scale[n] · (C[n, k] << (E − e[k])) + bias[n])"""
     w = operand_of(a.weight, a.exponents, a.scale.numel(), a.bits).to(a.scale.dtype) * a.scale[:, None]
-    return activation(F.linear(a.x, w.to(a.x.dtype), _bias(a)), a.epilogue)
+    y = activation(F.linear(a.x, w.to(a.x.dtype), _bias(a)), a.epilogue)
+    return y if a.residual is None else y + a.residual
 
 
 def _conv2d(a: Any) -> Tensor:

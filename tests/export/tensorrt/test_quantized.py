@@ -14,10 +14,12 @@ from torch import nn
 import normfuse
 from normfuse.errors import ExportError, UsageError
 from normfuse.export import Engine, to_tensorrt
+from normfuse.export.lowering.layers import quantized_layers
+from normfuse.export.onnx.program import program
 from normfuse.export.onnx.quantized.forms import possible_forms
 from normfuse.export.targets import TARGETS
 from normfuse.export.tensorrt import build_onnx
-from tests.export.quantized_models import Translated, linear
+from tests.export.quantized_models import linear
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
 onnx = pytest.importorskip("onnx")
@@ -171,7 +173,7 @@ def test_rows_of_a_table_stay_packed(tmp_path: Path) -> None:
 
 
 def test_forms_that_tensorrt_does_not_take() -> None:
-    model = Translated(linear(8, 16), (torch.randn(2, 16),)).onnx
+    model = quantized_layers(program(linear(8, 16).eval(), (torch.randn(2, 16),)).exported)
     target = TARGETS["tensorrt"]
     assert possible_forms(model, target, 23, "auto") == ("weight_only",)
     for form, words in (

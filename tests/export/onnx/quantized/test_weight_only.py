@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from normfuse.errors import ExportError, UsageError
+from normfuse.export.lowering.layers import quantized_layers
+from normfuse.export.onnx.program import program
 from normfuse.export.onnx.quantized import weight_only
 from normfuse.export.onnx.quantized.forms import possible_forms
 from normfuse.export.onnx.quantized.weights_alone import AS_WRITTEN
@@ -20,7 +22,6 @@ from normfuse.export.targets import TARGETS
 from normfuse.quant.packing import unpack, unpack_rows
 from tests.export.quantized_models import (
     Call,
-    Translated,
     attention,
     conv,
     embedding,
@@ -227,13 +228,13 @@ def test_a_wrong_weight_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_refusals(tmp_path: Path) -> None:
     x = torch.randn(2, 40)
-    model = Translated(linear(20, 40), (x,)).onnx
+    model = quantized_layers(program(linear(20, 40).eval(), (x,)).exported)
     with pytest.raises(UsageError, match="form='native' or form='integer' or form='qdq'"):
         possible_forms(model, TARGETS["onnxruntime"], 23, "weight_only")
     with pytest.raises(UsageError, match="packs its weights anyway"):
         possible_forms(model, TARGETS["portable"], 21, "weight_only", int4=True)
     assert possible_forms(model, TARGETS["portable"], 20, "auto") == ("integer",)
-    codes = Translated(product_codes(20, 40, 4, 4), (x,)).onnx
+    codes = quantized_layers(program(product_codes(20, 40, 4, 4).eval(), (x,)).exported)
     with pytest.raises(UsageError, match=r"QuantizeRows.*form='integer'"):
         possible_forms(codes, TARGETS["portable"], 20, "weight_only")
     with pytest.raises(UsageError, match="leaves activations in float"):

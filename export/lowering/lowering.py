@@ -1,0 +1,53 @@
+"""The passes that a target has kernels for, run on an exported program."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch.export import ExportedProgram
+
+from normfuse.export.lowering.graphs import graph_of, with_graph
+from normfuse.ir.operators import CHECKS
+from normfuse.ir.passes import Pass, Run
+from normfuse.reports.model import PassReport
+
+__all__ = ["Lowered", "lowered"]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """A program in operators of its target, and what was done to it.
+
+    Attributes:
+        exported: the program.
+        passes: what each pass did and refused, in module paths.
+    """
+
+    exported: ExportedProgram
+    passes: tuple[PassReport, ...] = ()
+
+
+def lowered(exported: ExportedProgram, passes: Sequence[Pass]) -> Lowered:
+    """What `passes` make of a program, which stays as it is.
+
+    A pass that fails is taken back as a whole, and its report says so: a file is then slower, not wrong.
+    """
+    if not passes:
+        return Lowered(exported)
+    graph = graph_of(exported)
+    for check in [n for n in graph.fx.nodes if n.target in CHECKS and not n.users]:
+        graph.fx.erase_node(check)  # they would count as readers, and no file has them
+    reports: list[PassReport] = []
+    for each in passes:
+        before = graph.copy()
+        try:
+            reports.append(each(graph, Run()))
+        except Exception as e:
+            log.warning("%s failed and was taken back: %s: %s", each.name, type(e).__name__, e, exc_info=e)
+            graph = before
+            reports.append(PassReport(each.name))
+    return Lowered(with_graph(exported, graph), tuple(reports))
