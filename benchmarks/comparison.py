@@ -34,11 +34,11 @@ from normfuse.app.engines import callable_engine, compiled, export_original, onn
 from normfuse.app.sources import Source
 from normfuse.benchmark import Comparison, Engine, Schedule, measure
 from normfuse.benchmark.machine import Machine, cores
-from normfuse.cli.quantization import parse_quantize
 from normfuse.export import to_onnx
 from normfuse.export.onnx.inspect import norm_counts, op_counts
 from normfuse.files import atomic
 from normfuse.progress import progress_bar
+from normfuse.quant.words import parse_quantize
 
 __all__ = ["main"]
 

@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.comparison import PAGE, RESULTS, WAYS, _apart
 from benchmarks.comparison_page import Row, page
-from normfuse.cli.quantization import parse_quantize
+from normfuse.quant.words import parse_quantize
 
 pytestmark = pytest.mark.checkout
 
