@@ -185,7 +185,7 @@ WAYS = (
 
 @click.command()
 @click.option("--model", "names", type=click.Choice(tuple(MODELS)), multiple=True, help=f"Models.  [default: {', '.join(DEFAULT)}]")
-@click.option("--seconds", type=float, default=45.0, show_default=True, help="Time for measuring each model.")
+@click.option("--seconds", type=float, default=40.0, show_default=True, help="Time for measuring each model.")
 @click.option("--threads", type=click.IntRange(1), default=len(cores()), show_default=True)
 @click.option("--results", type=click.Path(path_type=Path), default=RESULTS, show_default=True)
 @click.option("--page", "only_page", is_flag=True, help="Measure nothing; write the page from the results.")
@@ -208,6 +208,7 @@ def _measured(entry: Entry, schedule: Schedule, folder: Path) -> dict[str, Any]:
     base = onnxruntime_engine("original", given.original, given.inputs)
     expected = _outputs(given.original, base)
     rows, engines = [], []
+    ours = torch.get_num_threads()
     for way in WAYS:
         _console.print(f"  {entry.name}: {way.title.replace('*', '')}")
         try:
@@ -217,6 +218,8 @@ def _measured(entry: Entry, schedule: Schedule, folder: Path) -> dict[str, Any]:
             why = f"{type(e).__name__}: {' '.join(str(e).split())[:160]}"
             rows.append(Row(way.title, way.command, way.exact, why_not=why))
             continue
+        finally:
+            torch.set_num_threads(ours)  # engines of PyTorch set it
         rows.append(Row(way.title, way.command, way.exact, *_facts(path), error=_apart(expected, found)))
         engines.append(engine)
     # the first process of a comparison is slower than the others: one that is not counted is started before them

@@ -6,6 +6,8 @@ block, in the same empty folder. What follows `$ ` lines in a console block is a
 A block that cannot run here is preceded by a line `<!-- not run: the reason -->`.
 """
 
+import importlib.util
+import json
 import os
 import re
 import subprocess
@@ -136,6 +138,37 @@ def test_every_page_is_in_the_navigation() -> None:
 def test_every_pass_has_its_reference() -> None:
     text = (ROOT / "docs" / "api" / "passes.md").read_text(encoding="utf-8")
     assert not [p for p in PASSES.values() if f"::: {type(p).__module__}.{type(p).__name__}\n" not in text]
+
+
+def _notebook(markdown: str) -> dict[str, Any]:
+    spec = importlib.util.spec_from_file_location("as_notebook", ROOT / "docs" / "_site" / "as_notebook.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    found: dict[str, Any] = json.loads(module.notebook(markdown))
+    return found
+
+
+@pytest.mark.parametrize("page", [pytest.param(p, id=p.name) for p in sorted((ROOT / "docs" / "howto").glob("*.md"))])
+def test_a_page_is_a_notebook_with_the_same_code(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    made = _notebook(text)
+    code = ["".join(cell["source"]) for cell in made["cells"] if cell["cell_type"] == "code"]
+    assert len(code) == len(list(blocks(text)))
+    assert [c.strip() for c in code if not c.startswith(("!", "%%"))] == [
+        b.body.strip() for b in blocks(text) if b.language == "python"
+    ]
+    assert made["nbformat"] == 4
+    assert len({cell["id"] for cell in made["cells"]}) == len(made["cells"])
+
+
+def test_commands_of_a_page_are_commands_of_its_notebook() -> None:
+    made = _notebook(
+        "# A\n\n```console\n$ normfuse passes\noutput\n```\n\n```sh\necho a\n```\n<!-- not run: why -->\n```python\n1 / 0\n```\n"
+    )
+    code = ["".join(cell["source"]) for cell in made["cells"] if cell["cell_type"] == "code"]
+    assert code == ["!normfuse passes", "%%bash\necho a"]
 
 
 # --- the runner itself ------------------------------------------------------------------------------------------------

@@ -1,18 +1,23 @@
-"""What the site needs beside the pages: pages of the checkout's root, links that lead out of docs/, and nothing from a network."""
+"""What the site needs beside the pages: pages of the checkout's root, links that lead out of docs/, notebooks, and no network."""
 
 from __future__ import annotations
 
 import posixpath
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 
+sys.path.insert(0, str(Path(__file__).parent))
+from as_notebook import notebook
+
 ROOT = Path(__file__).parents[2]
 FROM_ROOT = {"index.md": "README.md", "contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md"}
 _LINK = re.compile(r"\[([^\]]*)\]\(([^)\s]+)\)")
+NOTEBOOKS = ("start.md", "fold.md", "report.md", "quantization.md", "norms.md", "howto/")  # pages that are notebooks as well
 _LOADED = re.compile(r"<(?:script|link|img|iframe|source)\b[^>]*?\b(?:src|href)=[\"']?(?:https?:)?//[^>]*>", re.IGNORECASE)
 
 
@@ -21,6 +26,9 @@ def on_files(files: Files, config: Any, **_: Any) -> Files:
     for name, source in FROM_ROOT.items():
         text = (ROOT / source).read_text(encoding="utf-8")
         files.append(File.generated(config, name, content=_LINK.sub(_from_root, text)))
+    for page in [f for f in files.documentation_pages() if f.src_uri.startswith(NOTEBOOKS)]:
+        name = page.src_uri.removesuffix(".md") + ".ipynb"
+        files.append(File.generated(config, name, content=notebook(page.content_string)))
     return files
 
 
@@ -43,7 +51,10 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
             raise PluginError(f"{page.file.src_uri}: {target} does not exist")
         return f"{text} (`{place}`)"
 
-    return _LINK.sub(replaced, markdown)
+    markdown = _LINK.sub(replaced, markdown)
+    if page.file.src_uri.startswith(NOTEBOOKS):
+        markdown += f"\n\n---\n\n[This page as a notebook]({posixpath.basename(page.file.src_uri).removesuffix('.md')}.ipynb)\n"
+    return markdown
 
 
 def on_post_build(config: Any, **_: Any) -> None:
