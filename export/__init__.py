@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from normfuse.export.tensorrt.api import to_tensorrt
     from normfuse.export.tensorrt.engine import Engine
 
+    to_decoder: Any  # its types stand above this room
+
 _HOMES = {
     "EngineOptions": "normfuse.export.options",
     "ExportOptions": "normfuse.export.options",
@@ -23,15 +25,17 @@ _HOMES = {
 }
 
 
-def __getattr__(name: str) -> Any:
-    """Public names load on first use: the process that builds an engine needs none of PyTorch."""
-    import importlib
+if not TYPE_CHECKING:  # where names are known, so that a misspelt one is found
 
-    if name in _HOMES:
-        value = getattr(importlib.import_module(_HOMES[name]), name)
-        globals()[name] = value
-        return value
-    raise AttributeError(f"module 'normfuse.export' has no attribute {name!r}")
+    def __getattr__(name: str) -> Any:
+        """Public names load on first use: the process that builds an engine needs none of PyTorch."""
+        import importlib
+
+        if name in _HOMES:
+            value = getattr(importlib.import_module(_HOMES[name]), name)
+            globals()[name] = value
+            return value
+        raise AttributeError(f"module 'normfuse.export' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
