@@ -18,6 +18,7 @@ from normfuse.app.sources import Source
 from normfuse.benchmark import Comparison, Engine, Verdict
 from normfuse.benchmark.decided import MORE, decided
 from normfuse.cli.bundled import bundled
+from normfuse.cli.help import Command
 from normfuse.cli.onnx_files import file_inputs, is_onnx
 from normfuse.cli.options import Model, Pipeline, json_option, model_options, names, pipeline_options, spelled, verbosity
 from normfuse.errors import CheckFailed, Undecided, UsageError
@@ -114,7 +115,7 @@ _timing_options = bundled(
 )
 
 
-@click.command(short_help="Measure optimized against original; exit 1 if slower, 3 if undecided.")
+@click.command(cls=Command, short_help="Measure optimized against original; exit 1 if slower, 3 if undecided.")
 @model_options
 @pipeline_options
 @_claim_options
