@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from normfuse.export.tensorrt.api import to_tensorrt
     from normfuse.export.tensorrt.engine import Engine
 
+    to_decoder: Any  # its types stand above this room
+
 _HOMES = {
     "EngineOptions": "normfuse.export.options",
     "ExportOptions": "normfuse.export.options",
@@ -22,21 +24,23 @@ _HOMES = {
 }
 
 
-def __getattr__(name: str) -> Any:
-    """Public names load on first use: the process that builds an engine needs none of PyTorch."""
-    import importlib
+if not TYPE_CHECKING:  # where names are known, so that a misspelt one is found
 
-    home = _HOMES.get(name)
-    if home is None and name.startswith("to_"):
-        from normfuse.export.targets import FOLDERS
+    def __getattr__(name: str) -> Any:
+        """Public names load on first use: the process that builds an engine needs none of PyTorch."""
+        import importlib
 
-        folder = name.removeprefix("to_")
-        home = f"normfuse.export.{folder}.api" if folder in FOLDERS else None
-    if home is not None:
-        value = getattr(importlib.import_module(home), name)
-        globals()[name] = value
-        return value
-    raise AttributeError(f"module 'normfuse.export' has no attribute {name!r}")
+        home = _HOMES.get(name)
+        if home is None and name.startswith("to_"):
+            from normfuse.export.targets import FOLDERS
+
+            folder = name.removeprefix("to_")
+            home = f"normfuse.export.{folder}.api" if folder in FOLDERS else None
+        if home is not None:
+            value = getattr(importlib.import_module(home), name)
+            globals()[name] = value
+            return value
+        raise AttributeError(f"module 'normfuse.export' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -19,6 +19,7 @@ from normfuse.benchmark import Comparison, Engine, Schedule, Verdict
 from normfuse.benchmark.decided import MORE
 from normfuse.cli.against import Against
 from normfuse.cli.bundled import Telling, bundled, telling_options
+from normfuse.cli.help import Command
 from normfuse.cli.onnx_files import file_inputs, is_file
 from normfuse.cli.options import Model, Pipeline, model_options, names, pipeline_options, spelled
 from normfuse.cli.quantization import calibration_batches
@@ -124,7 +125,7 @@ _timing_options = bundled(
 )
 
 
-@click.command(short_help="Measure optimized against original; exit 1 if slower, 3 if undecided.")
+@click.command(cls=Command, short_help="Measure optimized against original; exit 1 if slower, 3 if undecided.")
 @model_options
 @pipeline_options
 @_claim_options

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from normfuse.cli.help import Command
 from normfuse.cli.onnx_files import is_onnx
 from normfuse.cli.options import Model, json_option, model_options, preprocess_option, verbosity
 from normfuse.cli.running import opened_file
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["evaluate"]
 
 
-@click.command(short_help="Accuracy of SOURCE and of a file made of it, on labelled data.")
+@click.command(cls=Command, short_help="Accuracy of SOURCE and of a file made of it, on labelled data.")
 @model_options
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option(
@@ -44,10 +45,6 @@ def evaluate(
     """Compare the answers of SOURCE and of FILE (.onnx, .pt2, or an engine on a GPU): accuracy before and after, agreement.
 
     Labels are names of folders, or numbers. Without labels only the agreement is told.
-
-    \b
-    Example:
-      normfuse evaluate timm:vit_tiny_patch16_224 vit.onnx --pretrained --data val
     """
     if is_onnx(model.source):
         raise UsageError(f"{model.source} is an exported file: name the PyTorch model first, then the file that was made of it")

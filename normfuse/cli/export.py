@@ -13,6 +13,7 @@ from normfuse.cli.columns import columns, differences
 from normfuse.cli.exporting.asked import Asked, Place, asked_options, place_options
 from normfuse.cli.exporting.decoder import DecoderFlags, decoder_options, to_folder
 from normfuse.cli.exporting.speed import speed_option
+from normfuse.cli.help import Command
 from normfuse.cli.onnx_files import is_onnx
 from normfuse.cli.options import Model, Pipeline, model_options, pipeline_options
 from normfuse.cli.reports import check_report, write_report
@@ -32,7 +33,7 @@ __all__ = ["ENGINE_SUFFIXES", "export"]
 ENGINE_SUFFIXES = FOLDERS["tensorrt"].suffixes
 
 
-@click.command(short_help="Optimize SOURCE and export it to ONNX, TensorRT or OpenVINO.")
+@click.command(cls=Command, short_help="Optimize SOURCE and export it to ONNX, TensorRT or OpenVINO.")
 @model_options
 @pipeline_options
 @place_options

@@ -15,6 +15,7 @@ from normfuse.app.data.samples import Reading
 from normfuse.app.dynamic_axes import Axis, free_axes, parse_axes
 from normfuse.app.source_options import Options
 from normfuse.app.sources import Source, load_source
+from normfuse.cli.help import completed_source
 from normfuse.cli.messages import unless_it_fails
 from normfuse.cli.quantization import calibration_batches
 from normfuse.cli.wording import report_in_options
@@ -211,7 +212,7 @@ def _command() -> str:
 def model_options(f: F) -> F:
     """SOURCE and how it is loaded, handed to the command as `model`."""
 
-    @click.argument("source")
+    @click.argument("source", shell_complete=completed_source)
     @click.option("--shape", "shapes", multiple=True, metavar="[NAME=]SIZES[:DTYPE]", help=_SHAPE)
     @click.option("--input", type=click.Path(path_type=Path), help="Inputs from a .npz, .npy, .pt or .safetensors file.")
     @click.option("--batch", type=int, help="Batch size of the inputs that the model declares itself.  [default: 1]")

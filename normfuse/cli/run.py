@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from normfuse.app.source_options import Options
+from normfuse.cli.help import Command
 from normfuse.cli.onnx_files import file_inputs, is_onnx
 from normfuse.cli.options import force_option, json_option, verbosity
 from normfuse.cli.running import opened_file
@@ -22,7 +23,7 @@ __all__ = ["run"]
 _TOP = 5
 
 
-@click.command(short_help="Run a file on inputs: outputs, and where they go.")
+@click.command(cls=Command, short_help="Run a file on inputs: outputs, and where they go.")
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option(
     "--input",
@@ -47,12 +48,7 @@ def run(
     file: Path, inputs: Path | None, shapes: tuple[str, ...], output: Path | None, seed: int, trust: bool, force: bool,
     as_json: bool, quiet: bool,
 ) -> None:  # fmt: skip
-    """Run FILE (.onnx, .pt2, or an engine on a GPU) and tell what comes out.
-
-    \b
-    Example:
-      normfuse run vit.onnx --input images.npy -o answers.npz
-    """
+    """Run FILE (.onnx, .pt2, or an engine on a GPU) and tell what comes out."""
     if output is not None:
         if output.suffix != ".npz":
             raise UsageError(f"-o {output}: expected a name that ends in .npz")

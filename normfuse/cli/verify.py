@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from normfuse.cli.help import Command
 from normfuse.cli.onnx_files import file_inputs, is_file
 from normfuse.cli.options import Model, Pipeline, json_option, model_options, pipeline_options, verbosity
 from normfuse.cli.running import opened_file
@@ -26,7 +27,7 @@ __all__ = ["verify"]
 _UNBROKEN: dict[str, Any] = {"subsequent_indent": "  ", "break_long_words": False, "break_on_hyphens": False}
 
 
-@click.command(short_help="Prove an optimized or exported model.")
+@click.command(cls=Command, short_help="Prove an optimized or exported model.")
 @model_options
 @click.argument("other", required=False)
 @pipeline_options

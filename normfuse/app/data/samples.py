@@ -13,6 +13,7 @@ from normfuse.app.data.inputs import as_call, image_input, named_example, tensor
 from normfuse.app.data.preprocess import Preprocess
 from normfuse.app.data.preprocess_of import preprocess_of
 from normfuse.app.data.texts import TEXT_SUFFIXES, read_texts, text_batches
+from normfuse.app.hf_folder import local_folder
 from normfuse.app.sources import Source
 from normfuse.app.tokenizers import tokenizer_in
 from normfuse.errors import UsageError
@@ -110,7 +111,7 @@ def _texts(texts: list[str], loaded: Source, how: Reading) -> Iterable[Any]:
     kind, _, folder = loaded.name.partition(":")
     if kind != "hf":
         raise UsageError(f"texts need the tokenizer of a Hugging Face folder (hf:DIR), and the model is {loaded.name}")
-    tokenizer = tokenizer_in(Path(str(getattr(loaded.model, "name_or_path", "") or folder)), trust=how.trust)
+    tokenizer = tokenizer_in(local_folder(folder), trust=how.trust)
     return [as_call(b, len(loaded.args)) for b in text_batches(texts, tokenizer, named_example(loaded), loaded.name)]
 
 

@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -68,6 +67,7 @@ def to_folder(model: Model, pipeline: Pipeline, flags: DecoderFlags, asked: Aske
         UsageError: a flag is wrong or not for folders, or the source is no Hugging Face folder of a causal language model.
     """
     from normfuse.app.decoders import to_decoder
+    from normfuse.app.hf_folder import local_folder
     from normfuse.app.tokenizers import tokenizer_in
     from normfuse.export.decoder.folder import check_place
 
@@ -85,7 +85,9 @@ def to_folder(model: Model, pipeline: Pipeline, flags: DecoderFlags, asked: Aske
     check_place(output, force=telling.force)
     how = _options(flags, pipeline, _FORMS[asked.target])
     loaded = model.load()
-    tokenizer = None if flags.no_tokenizer else tokenizer_in(Path(source), trust=model.options.trust, without="--no-tokenizer")
+    tokenizer = (
+        None if flags.no_tokenizer else tokenizer_in(local_folder(source), trust=model.options.trust, without="--no-tokenizer")
+    )
     made = to_decoder(loaded.module, output, tokenizer=tokenizer, quantize=_quantize(pipeline), options=how, force=telling.force)
     if telling.as_json:
         click.echo(json.dumps({"schema": 1, "decoder": made.manifest()}, indent=2, default=str))
