@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -27,6 +27,9 @@ from normfuse.export.targets import MAX_OPSET
 from normfuse.extras import need
 from normfuse.files import spelled
 from normfuse.reports.model import Error
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 __all__ = ["Proof", "Proven", "check", "tensor_dtypes"]
 
@@ -70,7 +73,7 @@ class Proof:
     rounds: bool
     kept: Sequence[str]
 
-    def bound(self, model: Any) -> float:
+    def bound(self, model: ir.Model) -> float:
         """What the largest deviation is held to; infinite where an SQNR is asked for instead."""
         if self.options.tolerance is not None:
             return self.options.tolerance
@@ -189,7 +192,7 @@ def tensor_dtypes(found: Program) -> set[torch.dtype]:
     }
 
 
-def _dtypes(model: Any) -> list[torch.dtype]:
+def _dtypes(model: ir.Model) -> list[torch.dtype]:
     """Floating dtypes of the values of the graph."""
     ir = need("onnx_ir", extra="onnx")
     known = {
