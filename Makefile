@@ -20,12 +20,15 @@ help:  ## list the targets
 demo: $(VENV)/.demo  ## the main job on two small trained models: optimize, prove, export, measure
 	@$(BIN)/normfuse demo
 
-# One thread a worker: two workers on two cores then do not fight over them.
+# One thread a worker: two workers on two cores then do not fight over them. Each starts with one half of the tests, in order, so that what
+# a file computes once for its tests is not computed by both; who is done first takes from the other.
+PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=worksteal --quiet
+
 test: $(VENV)/.test  ## the tests, but for the slow and the timed ones
-	@OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=$(WORKERS) --quiet -m 'not latency and not slow' $(PYTEST_ARGS)
+	@$(PYTEST) -m 'not latency and not slow' $(PYTEST_ARGS)
 
 slow: $(VENV)/.test  ## the tests that take more than about ten seconds
-	@OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=$(WORKERS) --quiet -m 'slow and not latency' $(PYTEST_ARGS)
+	@$(PYTEST) -m 'slow and not latency' $(PYTEST_ARGS)
 
 latency: $(VENV)/.test  ## assert that no optimized model is slower than its original; wants a quiet machine
 	@$(BIN)/python -m pytest -m latency tests/latency $(PYTEST_ARGS)

@@ -157,7 +157,7 @@ def run(file: Path, inputs: Any) -> np.ndarray[Any, Any]:
 
 
 def measured(
-    subject: str, dtype: str, *, quantized: bool, small: bool = False, reference: float | None = None, asked: str | None = None
+    subject: str, dtype: str, *, quantized: bool, small: bool = False, reference: float | None = None, asked: Any = None
 ) -> Row:
     """Export one model in `dtype` as it is, or in the dtype that is `asked` for, and compare it with the float32 one."""
     torch.manual_seed(0)

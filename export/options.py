@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, cast, get_args
 
-from normfuse.errors import UsageError
+from normfuse.errors import UsageError, did_you_mean
 from normfuse.export.targets import (
     FUSED_NORM_OPSET,
     AttentionForm,
@@ -28,13 +28,29 @@ if TYPE_CHECKING:
     import torch
 
 __all__ = [
-    "ATTENTION", "FORMS", "IO_DTYPES", "MAX_PROTO", "EngineKeywords", "EngineOptions", "ExportKeywords", "ExportOptions",
-    "FileKeywords", "Shapes",
+    "ATTENTION",
+    "FORMS",
+    "IO_DTYPES",
+    "MAX_PROTO",
+    "DtypeName",
+    "EngineKeywords",
+    "EngineOptions",
+    "ExportKeywords",
+    "ExportOptions",
+    "FileKeywords",
+    "PluginName",
+    "Shapes",
 ]  # fmt: skip
 
 Attention = Literal["auto", AttentionForm]
 Form = Literal["auto", QuantizedForm]
 IoDtype = Literal["fp32", "low"]
+#: As people write them; any case, and `torch.float16` itself, are understood as well.
+DtypeName = Literal[
+    "fp32", "fp16", "bf16", "fp64", "float32", "float", "single", "f32", "float16", "half", "f16", "bfloat16",
+    "float64", "double", "f64",
+]  # fmt: skip
+PluginName = Literal["rms_norm", "crms_norm", "l1_norm", "rms_norm_linear", "shiftquant_linear", "two_pass_softmax"]
 Shapes = Mapping[str, Any] | Sequence[str] | None
 
 ATTENTION: tuple[str, ...] = get_args(Attention)
@@ -50,7 +66,7 @@ _INLINE = 2**20  # the file that an engine is made of keeps its weights beside i
 class _Common:
     """What an ONNX file and an engine are asked alike."""
 
-    dtype: str | torch.dtype | None = None
+    dtype: DtypeName | torch.dtype | None = None
     io_dtype: IoDtype = "fp32"
     opset: int | None = None
     attention: Attention = "auto"
@@ -117,7 +133,7 @@ class EngineOptions(_Common):
     shapes: Shapes = None
     flavour: Flavour | None = None
     capabilities: Sequence[str] = ()
-    plugins: Sequence[str] = ()
+    plugins: Sequence[PluginName] = ()
 
     def __post_init__(self) -> None:
         self._check(("fp32", "fp16", "bf16"))
@@ -125,7 +141,9 @@ class EngineOptions(_Common):
         object.__setattr__(self, "capabilities", tuple(self.capabilities))
         object.__setattr__(self, "plugins", tuple(self.plugins))
         if self.flavour is not None and self.flavour not in FLAVOURS:
-            raise UsageError(f"unknown flavour {self.flavour!r}: expected {' or '.join(FLAVOURS)}")
+            raise UsageError(
+                f"unknown flavour {self.flavour!r}: expected {' or '.join(FLAVOURS)}{did_you_mean(self.flavour, FLAVOURS)}"
+            )
         for text in self.capabilities:
             if not isinstance(text, str) or not text.replace(".", "", 1).isdigit() or "." not in text:
                 raise UsageError(
@@ -136,7 +154,9 @@ class EngineOptions(_Common):
 
             unknown = [name for name in self.plugins if name not in PLUGINS]
             if unknown:
-                raise UsageError(f"no plugin is called {unknown[0]!r}: expected {', '.join(PLUGINS)}")
+                raise UsageError(
+                    f"no plugin is called {unknown[0]!r}: expected {', '.join(PLUGINS)}{did_you_mean(unknown[0], PLUGINS)}"
+                )
         self.as_file()
 
     @property
@@ -163,7 +183,7 @@ class EngineOptions(_Common):
 class FileKeywords(TypedDict, total=False):
     """Of what is built of an ONNX file; the fields of `EngineOptions` that are not about the export."""
 
-    dtype: str | torch.dtype | None
+    dtype: DtypeName | torch.dtype | None
     io_dtype: IoDtype
     shapes: Shapes
     flavour: Flavour | None
@@ -183,13 +203,13 @@ class _ModuleKeywords(TypedDict, total=False):
 class EngineKeywords(FileKeywords, _ModuleKeywords, total=False):
     """The fields of `EngineOptions`."""
 
-    plugins: Sequence[str]
+    plugins: Sequence[PluginName]
 
 
 class ExportKeywords(_ModuleKeywords, total=False):
     """The fields of `ExportOptions`."""
 
-    dtype: str | torch.dtype | None
+    dtype: DtypeName | torch.dtype | None
     io_dtype: IoDtype
     target: TargetName
     runtime: str | None
@@ -204,4 +224,4 @@ class ExportKeywords(_ModuleKeywords, total=False):
 
 def _known(what: str, value: object, names: tuple[str, ...]) -> None:
     if value not in names:
-        raise UsageError(f"unknown {what} {value!r}: expected {', '.join(names)}")
+        raise UsageError(f"unknown {what} {value!r}: expected {', '.join(names)}{did_you_mean(value, names)}")

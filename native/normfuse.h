@@ -85,6 +85,47 @@ struct nf_conv {
 NF_EXPORT const char* nf_conv2d(const nf_threads*, const nf_conv*, const nf_weight* weights, const float* x,
                                 int32_t activation_bits, float static_scale, int32_t epilogue, float* y);
 
+// -- codes from layer to layer --------------------------------------------------------------------
+// Tensors of u8 codes, [batch][h][w][c]; a code u is worth (u - zero) · scale. Scales are those of the files that plan
+// a chain; what stands here is in units of the codes that are written.
+//
+//   y = table[clamp(rne(float(Σ (x - zero) · W) · scale[o] + bias[o] + float(residual) · residual_scale), low, high)]
+//
+// every product and sum of floats rounded by itself, to float32. Padding counts as x = zero. `outputs` are those of all
+// groups of channels. A pool reads no weights, and its padding counts as nothing.
+struct nf_codes_conv {
+  int64_t batch, c, h, w, outputs, kh, kw;
+  int64_t stride[2], pad_begin[2], pad_end[2], dilation[2];
+  int64_t groups;
+  int32_t zero, low, high;
+  float residual_scale;
+};
+// Bytes of packed weights, whatever the batch and the size of the image; -1 where an argument is wrong.
+NF_EXPORT int64_t nf_codes_bytes(const nf_codes_conv*);
+// weights[outputs][tap][channel of the group], each within -128..127, as the kernels of every instruction set read
+// them.
+NF_EXPORT const char* nf_codes_pack(const nf_threads*, const nf_codes_conv*, const int8_t* weights, const float* scale,
+                                    const float* bias, uint8_t* packed);
+NF_EXPORT const char* nf_codes_conv2d(const nf_threads*, const nf_codes_conv*, const uint8_t* packed, const uint8_t* x,
+                                      const uint8_t* residual, const uint8_t* table, uint8_t* y);
+NF_EXPORT const char* nf_codes_max_pool(const nf_threads*, const nf_codes_conv*, const uint8_t* x, uint8_t* y);
+// y[b][p][c] = clamp(rne(x[b][c][p] / scale) + zero, 0, top); NaN counts as 0. p: pixels of an image.
+NF_EXPORT const char* nf_codes_quantize(const nf_threads*, const float* x, int64_t batch, int64_t c, int64_t pixels,
+                                        float scale, int32_t zero, int32_t top, uint8_t* y);
+// y[b][c][p] = float(x - zero) · scale
+NF_EXPORT const char* nf_codes_dequantize(const nf_threads*, const uint8_t* x, int64_t batch, int64_t c, int64_t pixels,
+                                          float scale, int32_t zero, float* y);
+// clamp(rne(float(a) · a_scale + float(b) · b_scale + bias), low, high)
+NF_EXPORT const char* nf_codes_add(const nf_threads*, const uint8_t* a, const uint8_t* b, int64_t count, float a_scale,
+                                   float b_scale, float bias, int32_t low, int32_t high, uint8_t* y);
+// y[b][c] = float(Σ_p (x - zero)) · (scale / float(pixels))
+NF_EXPORT const char* nf_codes_mean(const nf_threads*, const uint8_t* x, int64_t batch, int64_t c, int64_t pixels,
+                                    float scale, int32_t zero, float* y);
+// clamp(rne(float(x - zero) · (gate[b][c] · scale) + bias), low, high)
+NF_EXPORT const char* nf_codes_gate(const nf_threads*, const uint8_t* x, const float* gate, int64_t batch, int64_t c,
+                                    int64_t pixels, float scale, int32_t zero, float bias, int32_t low, int32_t high,
+                                    uint8_t* y);
+
 // -- normalization --------------------------------------------------------------------------------
 enum nf_norm_kind { NF_LAYER = 0, NF_RMS = 1, NF_CRMS = 2, NF_L1 = 3 };
 // s = x (+ residual); y = norm(s) * gain + shift over the last axis of d features. CRMS: (Σ s² + (Σ s)²) / (d + 1) +

@@ -2,33 +2,33 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from time import perf_counter
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 from torch import Tensor, fx, nn
 
 from normfuse.capture.capture import Captured, arguments, as_given, calls_of, capture, flat_inputs
-from normfuse.errors import UsageError
+from normfuse.errors import UsageError, did_you_mean
 from normfuse.given.extra_entries import taken
 from normfuse.given.original import Call
 from normfuse.ir.graph import Graph
 from normfuse.ir.passes import Pass, Run, Samples
 from normfuse.numerics.batches import Batches
-from normfuse.passes import DEFAULT, PASSES
+from normfuse.passes import DEFAULT, PASSES, PassName
 from normfuse.passes.affine.folding import known_values
 from normfuse.passes.quantize.nothing import check_quantized
-from normfuse.pipeline.figures import last_word, norm_counts, operators, paired, tensor_sizes
+from normfuse.pipeline.blocks import blocks
+from normfuse.pipeline.figures import fates, last_word, norm_counts, operators, paired, tensor_sizes
 from normfuse.pipeline.origin import origin_of
 from normfuse.pipeline.partial import whole_or_parts
 from normfuse.proof.prove import Proof, run
 from normfuse.proof.returned import settle
 from normfuse.quant.scheme import Scheme
-from normfuse.quant.spec import ShiftQuant
+from normfuse.quant.words import Widths, scheme_of
 from normfuse.ranks import everywhere, several_ranks
 from normfuse.reports.model import Calibration, PassReport
 from normfuse.reports.record import Record
@@ -36,14 +36,15 @@ from normfuse.reports.record import report as report_of
 from normfuse.reports.report import Report
 from normfuse.surroundings import undisturbed
 
-__all__ = ["DEFAULT", "VERIFY", "Pass", "optimize"]
+__all__ = ["DEFAULT", "VERIFY", "Pass", "Verify", "optimize"]
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-Named = str | Pass | Callable[[Graph], PassReport]  # what `passes=` takes
+Named = PassName | Pass | Callable[[Graph], PassReport]  # what `passes=` takes
 
-VERIFY = ("end", "each", "off")
+Verify = Literal["end", "each", "off"]
+VERIFY: tuple[str, ...] = get_args(Verify)
 """What `verify=` may say."""
 _CALIBRATION_BYTES = 1 << 31  # that batches may hold
 
@@ -54,9 +55,9 @@ def optimize(
     *,
     dynamic_shapes: Any = None,
     passes: Sequence[Named] | None = None,
-    quantize: Any = None,
+    quantize: Scheme | Widths | None = None,
     calibration: Any = None,
-    verify: Literal["end", "each", "off"] = "end",
+    verify: Verify = "end",
     partial: bool = False,
     allow_random_calibration: bool = False,
     target: Literal["pytorch"] | None = None,
@@ -70,8 +71,8 @@ def optimize(
         dynamic_shapes: as in `torch.export.export`; without it all sizes are those of the example.
         passes: names of passes (`normfuse.passes.PASSES`) or pass objects; None for the default pipeline, whose passes the
             name "default" stands for, as in `["default", "compress"]`; `depth_scale` finds its place among them itself.
-        quantize: a `ShiftQuant`: layers become integer operators once all other passes have run. The report has a table of the
-            layers, `Report.quantization`.
+        quantize: a `ShiftQuant`, or its words as the command line takes them ("w4a8", "w8a8,static,groups=1"): layers become
+            integer operators once all other passes have run. The report has a table of the layers, `Report.quantization`.
         calibration: batches of inputs, each as `example_inputs`, for whatever takes constants from data (`quantize`, the pass
             `l1`). They are held in memory; after 2 GiB no more are read. None lets them use `example_inputs`. Under
             `torch.distributed` every rank gives its own batches, and all ranks quantize alike.
@@ -92,9 +93,10 @@ def optimize(
         CaptureError: the model could not be traced.
         UsageError: an argument is wrong, or `quantize` has quantized no layer at all; the message says why.
     """
+    scheme = None if quantize is None else scheme_of(quantize)
     options = {
         "passes": passes,
-        "quantize": quantize,
+        "quantize": scheme,
         "verify": verify,
         "allow_random_calibration": allow_random_calibration,
         "target": target,
@@ -111,14 +113,14 @@ def _whole(optimize: Any, model: Any, example_inputs: Any, dynamic_shapes: Any, 
 
 def _optimize(
     model: Any, example_inputs: Any = None, *, dynamic_shapes: Any = None, passes: Sequence[Named] | None = None,
-    quantize: Any = None, calibration: Any = None, verify: str = "end", allow_random_calibration: bool = False,
+    quantize: Scheme | None = None, calibration: Any = None, verify: str = "end", allow_random_calibration: bool = False,
     target: str | None = None,
 ) -> fx.GraphModule:  # fmt: skip
     start = perf_counter()
     pipeline = [*_pipeline(passes), *_quantization(quantize), *_kernels(target)]
     if verify not in VERIFY:
-        raise UsageError(f"verify={verify!r}: expected one of {', '.join(map(repr, VERIFY))}")
-    needs = quantize.needs_data if isinstance(quantize, Scheme) else ""
+        raise UsageError(f"verify={verify!r}: expected one of {', '.join(map(repr, VERIFY))}{did_you_mean(verify, VERIFY)}")
+    needs = "" if quantize is None else quantize.needs_data
     if needs and calibration is None and not allow_random_calibration:
         raise UsageError(
             f"{needs} takes its scales from data, and there is none: pass calibration=[batch, ...] "
@@ -168,6 +170,7 @@ def _optimized(
         calibration=_calibrated(samples, model, calibration, example_inputs) if quantize is not None else None,
         capture_seconds=capture_seconds, verify_seconds=verify_seconds,
         operators_before=operators(original), operators_after=operators(graph),
+        norms=fates(original, graph), blocks=blocks(original, graph),
     )  # fmt: skip
     log.info("optimize: %d applied, %d refused in %.1f s", len(report.applied), len(report.refused), report.seconds)
     return Record(captured.args, captured.kwargs or {}, captured.has_inputs, captured.dynamic_shapes, report).attach(gm)
@@ -201,13 +204,10 @@ def _expanded(passes: Sequence[str | Pass]) -> list[Pass]:
     return found
 
 
-def _quantization(spec: Any) -> list[Pass]:
+def _quantization(spec: Scheme | None) -> list[Pass]:
     """The pass that quantizes; it comes last, on folded norms."""
     if spec is None:
         return []
-    if not isinstance(spec, Scheme):
-        given = "ShiftQuant without ()" if spec is ShiftQuant else repr(spec)
-        raise UsageError(f"quantize={given}: expected a normfuse.ShiftQuant, e.g. ShiftQuant(weight_bits=4, activation_bits=8)")
     module, name = spec.rewritten_by
     return [getattr(importlib.import_module(module), name)(spec)]
 
@@ -309,9 +309,7 @@ def _of(given: Any) -> Pass:
 def _named(name: str) -> Pass:
     if name in PASSES:
         return PASSES[name]
-    near = difflib.get_close_matches(name, PASSES, 1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise UsageError(f"there is no pass {name!r}{hint} (passes: {', '.join(PASSES)})")
+    raise UsageError(f"there is no pass {name!r}{did_you_mean(name, PASSES)} (passes: {', '.join(PASSES)})")
 
 
 def _spelt_out(pipeline: Sequence[Pass], reports: Sequence[PassReport]) -> Counter[str]:

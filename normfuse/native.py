@@ -29,9 +29,10 @@ from normfuse.errors import NormfuseError, UsageError
 from normfuse.native_library import SWITCH, library_file, switched_off
 
 __all__ = [
-    "ATTENTION", "CONV", "EPILOGUES", "F32", "F32_OR_NONE", "FLOAT", "I8", "I32", "INT", "KINDS", "LONG", "STRIDED",
-    "STRIDED_OR_NONE", "WEIGHT", "WEIGHTS", "Attention", "Conv", "Function", "Weight", "available", "call", "declare", "force_isa",
-    "isa", "isas", "library", "operators", "path", "sorted_channels", "threads", "weight", "why_not",
+    "ATTENTION", "CODES_CONV", "CONV", "EPILOGUES", "F32", "F32_OR_NONE", "FLOAT", "I8", "I32", "INT", "KINDS", "LONG", "STRIDED",
+    "STRIDED_OR_NONE", "U8", "U8_OR_NONE", "WEIGHT", "WEIGHTS", "Attention", "CodesConv", "Conv", "Function", "Weight", "available",
+    "call", "codes_bytes", "declare", "force_isa", "isa", "isas", "library", "operators", "path", "sorted_channels", "threads",
+    "weight", "why_not",
 ]  # fmt: skip
 
 EPILOGUES = {word: number for number, word in enumerate(words.EPILOGUES)}
@@ -56,6 +57,18 @@ class Conv(ctypes.Structure):
         *((name, c_int64) for name in ("batch", "c", "h", "w", "kh", "kw")),
         *((name, c_int64 * 2) for name in ("stride", "pad_begin", "pad_end", "dilation")),
         ("conv_groups", c_int64),
+    ]
+
+
+class CodesConv(ctypes.Structure):
+    """`struct nf_codes_conv`."""
+
+    _fields_ = [
+        *((name, c_int64) for name in ("batch", "c", "h", "w", "outputs", "kh", "kw")),
+        *((name, c_int64 * 2) for name in ("stride", "pad_begin", "pad_end", "dilation")),
+        ("groups", c_int64),
+        *((name, c_int32) for name in ("zero", "low", "high")),
+        ("residual_scale", c_float),
     ]
 
 
@@ -138,8 +151,10 @@ _NOWHERE = ctypes.addressof(_nowhere)
 F32, F32_OR_NONE = _Array(torch.float32), _Array(torch.float32, optional=True)
 STRIDED, STRIDED_OR_NONE = _Array(torch.float32, strided=True), _Array(torch.float32, optional=True, strided=True)
 I8, I32 = _Array(torch.int8), _Array(torch.int32)
+U8, U8_OR_NONE = _Array(torch.uint8), _Array(torch.uint8, optional=True)
 INT, LONG, FLOAT = _Number(c_int32), _Number(c_int64), _Number(c_float)
 WEIGHT, WEIGHTS, CONV, ATTENTION = _Record(Weight), _Record(Weight, many=True), _Record(Conv), _Record(Attention)
+CODES_CONV = _Record(CodesConv)
 
 
 class Function:
@@ -214,6 +229,18 @@ def call(name: str, *args: Any) -> None:
     problem = getattr(native, name)(threads(), *given)
     if problem is not None:
         raise UsageError(f"{name}: {problem.decode()}")
+
+
+def codes_bytes(conv: CodesConv) -> int:
+    """Bytes of the packed weights of a convolution of codes.
+
+    Raises:
+        UsageError: its sizes are not possible.
+    """
+    found: int = library().nf_codes_bytes(byref(conv))
+    if found < 0:
+        raise UsageError("nf_codes_bytes: the sizes of a convolution of codes are out of range")
+    return found
 
 
 def threads() -> int | None:
@@ -321,6 +348,7 @@ def _load() -> ctypes.CDLL | str:
             function.restype = c_char_p
         for name, result, arguments in (
             ("nf_packed_bytes", c_int64, (c_int64, c_int32, c_int32, c_void_p)),
+            ("nf_codes_bytes", c_int64, (c_void_p,)),
             ("nf_pool", c_void_p, (c_int32,)),
             ("nf_isa_available", c_char_p, ()),
             ("nf_operators", c_char_p, ()),

@@ -1,6 +1,8 @@
 """The passes, one idea a file, in the order in which they are of use. A pass that can be named is a line here."""
 
 # ruff: noqa: I001 - the order is that of `PASSES`
+from typing import Literal, cast
+
 from normfuse.ir.passes import Pass as Pass
 from normfuse.passes.cleanup import Cleanup as Cleanup
 from normfuse.passes.bake import Bake as Bake
@@ -26,8 +28,14 @@ _PASSES = [p for p in list(vars().values()) if isinstance(p, type) and issubclas
 PASSES: dict[str, Pass] = {p.name: p() for p in _PASSES}
 """Every pass that can be named in `optimize(passes=…)`."""
 
-DEFAULT: tuple[str, ...] = tuple(
-    p.name
+PassName = Literal[
+    "default", "cleanup", "bake", "recognise", "depth_scale", "huge_eps", "expose", "affine", "mean_free", "key_bias", "realise",
+    "select", "weightless", "cancel", "compress", "l1", "half_range",
+]  # fmt: skip
+"""The names in `PASSES`, for type checkers; "default" stands for the default pipeline."""
+
+DEFAULT: tuple[PassName, ...] = tuple(
+    cast(PassName, p.name)
     for p in (
         Bake, Cleanup, Recognise, HugeEps, Select, Expose, Affine, Bake, MeanFree, Affine, KeyBias,
         Realise, Recognise, Cleanup,

@@ -38,6 +38,7 @@ FLOORS = (
     "pipeline",
     "folding",
     "app",
+    "plugs",
     "cli",
 )
 # Public names whose place in the package is older than the floors, and the floor that they belong to.

@@ -101,7 +101,7 @@ def test_report_round_trips_through_json():
         pytest.param({"passes": [3]}, "neither a name nor a pass", id="not a pass"),
         pytest.param({"verify": "always"}, "expected one of 'end', 'each', 'off'", id="verify"),
         pytest.param({"example_inputs": 3}, "a tuple of inputs or a dictionary", id="example inputs"),
-        pytest.param({"quantize": "w4a8"}, "expected a normfuse.ShiftQuant", id="quantize"),
+        pytest.param({"quantize": 4}, "expected a normfuse.ShiftQuant", id="quantize"),
         pytest.param({"calibration": torch.zeros(1)}, "iterable of batches", id="calibration-tensor"),
         pytest.param({"calibration": []}, "no batch", id="calibration-empty"),
         pytest.param({"calibration": [torch.zeros(1, 1)]}, "batch 0 .* does not run", id="calibration-shape"),

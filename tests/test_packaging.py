@@ -136,7 +136,14 @@ def _contents(wheel: Path) -> tuple[set[str], dict[str, str]]:
 def test_wheel_holds_every_source_file_and_no_other(copied: Path) -> None:
     wheel, _ = _build(copied, "wheel")
     names, info = _contents(wheel)
-    assert names == {*_sources("*.py"), "normfuse/py.typed", *_sources("*.safetensors"), "normfuse/_native.so"}
+    assert names == {
+        *_sources("*.py"),
+        "normfuse/py.typed",
+        *_sources("*.safetensors"),
+        *_sources("*.css"),
+        *_sources("*.jinja"),
+        "normfuse/_native.so",
+    }
     assert f"\nVersion: {normfuse.__version__}\n" in info["METADATA"]
     assert "\nLicense-Expression: Apache-2.0\n" in info["METADATA"]
     assert sum(p.stat().st_size for p in _sources("*.safetensors").values()) < 2_000_000
@@ -164,7 +171,7 @@ def test_install_goes_on_without_kernels(copied: Path, source: str, compiler: st
     finally:
         broken.unlink()
     names, _ = _contents(wheel)
-    assert names == {*_sources("*.py"), "normfuse/py.typed", *_sources("*.safetensors")}
+    assert names == {*_sources("*.py"), "normfuse/py.typed", *_sources("*.safetensors"), *_sources("*.css"), *_sources("*.jinja")}
     assert "without its native kernels" in log
     assert (compiler or "this is not C++17") in log
 

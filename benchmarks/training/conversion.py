@@ -45,7 +45,8 @@ def compressed(task: Task, model: nn.Module, data: Images | Text) -> dict[str, A
     x, y = (v[:16] for v in held_out(data, task.recipe))
     found: dict[str, Any] = {}
     for name, passes in (("rms", _TO_RMS), ("crms", (*_TO_RMS, Compress(), "cleanup"))):
-        fast = normfuse.optimize(model, (x[:4],), dynamic_shapes=({0: Dim("batch")},), passes=passes)
+        chosen: Any = passes
+        fast = normfuse.optimize(model, (x[:4],), dynamic_shapes=({0: Dim("batch")},), passes=chosen)
         report = normfuse.report(fast)
         found[f"{name}_exact"] = None if report.exact is None else report.exact.max_rel
         found[f"{name}_layer_norms"] = report.norms_after.get("layer_norm", 0)

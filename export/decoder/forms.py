@@ -8,7 +8,7 @@ padded on the right is shorter than the others.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -18,10 +18,11 @@ from normfuse.export.onnx.build import Build, dims
 from normfuse.export.onnx.quantized.translate import marker
 from normfuse.export.onnx.writer.translate import MARKER_DOMAIN
 
-__all__ = ["FORMS", "lower_cache", "rotates", "translations"]
+__all__ = ["FORMS", "DecoderAttention", "lower_cache", "rotates", "translations"]
 
 #: `gqa`: GroupQueryAttention of ONNX Runtime; `portable`: standard ops.
-FORMS = ("gqa", "portable")
+DecoderAttention = Literal["gqa", "portable"]
+FORMS: tuple[str, ...] = get_args(DecoderAttention)
 _HIDDEN = -1e9
 _LAST = np.iinfo(np.int64).max
 _ATTENTION, _POSITIONS, _NEWEST = "cached_attention", "positions", "newest"

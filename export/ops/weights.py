@@ -18,7 +18,19 @@ import torch
 from normfuse.export.ops.emitter import Emitter, Marker
 from normfuse.quant.packing import planes, unpack
 
-__all__ = ["GROUPS", "SAFE", "Operand", "operands", "parts", "stored", "stretches", "unit_of", "unpacked", "weight_words"]
+__all__ = [
+    "GROUPS",
+    "SAFE",
+    "Operand",
+    "bit_rows",
+    "operands",
+    "parts",
+    "stored",
+    "stretches",
+    "unit_of",
+    "unpacked",
+    "weight_words",
+]
 
 #: Signed operands up to this are exact with unsigned activations on AVX2 and AVX-512 without VNNI: their kernels add two
 #: products in 16 bits with saturation, and 2 · 255 · 64 < 2^15.
@@ -189,3 +201,27 @@ GROUPS = {"groups": _groups}
 def weight_words(facts: Mapping[str, Any]) -> tuple[str, str]:
     """What the unpacking of a weight depends on, in the name of a variant."""
     return f"b{facts['bits']}", f"g{facts['groups']}"
+
+
+def bit_rows(at: Emitter, row: Any, packed: Any, dim: Any, bits: int) -> Any:
+    """C, int32, of rows that are little-endian strings of dim · bits bits, a code stored as C + 2^(bits−1).
+
+    Args:
+        row: uint8 [..., ⌈dim · bits / 8⌉].
+        packed: the matrix that the rows are of.
+        dim: a value, int64 without an axis.
+        bits: of a code.
+    """
+    if bits == 8:
+        u = at.op("Cast", row, to=6)
+    else:
+        zero, one, eight = (at.const(np.int64(i)) for i in (0, 1, 8))
+        places = at.op("Mul", at.op("Range", zero, dim, one), at.const(np.int64(bits)))
+        first = at.op("Div", places, eight)
+        last = at.op("Sub", at.op("Shape", packed, start=1), one)  # [1]
+        second = at.op("Min", at.op("Add", first, one), last)
+        low, high = (at.op("Cast", at.op("Gather", row, byte, axis=-1), to=12) for byte in (first, second))
+        both = at.op("BitwiseOr", low, at.op("BitShift", high, at.const(np.uint32(8)), direction="LEFT"))
+        u = at.op("BitShift", both, at.op("Cast", at.op("Mod", places, eight), to=12), direction="RIGHT")
+        u = at.op("Cast", at.op("BitwiseAnd", u, at.const(np.uint32(2**bits - 1))), to=6)
+    return at.op("Sub", u, at.const(np.int32(2 ** (bits - 1))))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypedDict, get_args
 
-from normfuse.errors import UsageError
+from normfuse.errors import UsageError, did_you_mean
 
 __all__ = ["BACKENDS", "DEVICES", "ServeKeywords", "ServeOptions"]
 
@@ -45,7 +45,9 @@ class ServeOptions:
 
     def __post_init__(self) -> None:
         if self.backend not in (None, *BACKENDS):
-            raise UsageError(f"unknown backend {self.backend!r}, expected {' or '.join(BACKENDS)}")
+            raise UsageError(
+                f"unknown backend {self.backend!r}, expected {' or '.join(BACKENDS)}{did_you_mean(self.backend, BACKENDS)}"
+            )
         if self.device not in DEVICES:
             raise UsageError(f"device is {self.device!r}, expected auto, cpu or gpu")
         if self.instances < 1:

@@ -13,6 +13,7 @@
 namespace nf {
 
 struct AttendKernels;
+struct CodesKernels;
 struct ConvKernels;
 struct LinearKernels;
 struct NormKernels;
@@ -22,31 +23,36 @@ struct SoftmaxKernels;
 struct Kernels {
   const LinearKernels& linear;
   const AttendKernels& attention;
+  const CodesKernels& codes;
   const ConvKernels& conv;
   const NormKernels& norm;
   const SoftmaxKernels& softmax;
 };
 
-// Each is defined where the target has the instruction set. `linear` and `attention` have a source file each in their
-// rooms; the other families are made of the vectors alone, and put together by families.inc.
+// Each is defined where the target has the instruction set. `linear`, `attention` and `codes` have a source file each
+// in their rooms; the other families are made of the vectors alone, and put together by families.inc.
 namespace scalar {
 extern const LinearKernels linear;
 extern const AttendKernels attention;
+extern const CodesKernels codes;
 extern const Kernels kernels;
 }  // namespace scalar
 namespace neon {
 extern const LinearKernels linear;
 extern const AttendKernels attention;
+extern const CodesKernels codes;
 extern const Kernels kernels;
 }  // namespace neon
 namespace avx2 {
 extern const LinearKernels linear, linear_vnni;
 extern const AttendKernels attention;
+extern const CodesKernels codes;
 extern const Kernels kernels, kernels_vnni;  // AVX-VNNI is AVX2 for everything but the products
 }  // namespace avx2
 namespace avx512 {
 extern const LinearKernels linear;
 extern const AttendKernels attention;
+extern const CodesKernels codes;
 extern const Kernels kernels;
 }  // namespace avx512
 

@@ -11,6 +11,7 @@ namespace {
 
 int variants(const std::string& op) {
   if (op.compare(0, 10, "ShiftQuant") == 0) return 32;
+  if (op == "CodesConv2d") return 28;  // bits by what is optional
   if (op == "Attention" || op == "NormQuantize" || op == "RmsNorm" || op == "CrmsNorm" || op == "L1Norm") return 12;
   return 1;
 }
@@ -21,7 +22,7 @@ const std::vector<Op>& named_ops() {
   static const std::vector<Op>& all = *[] {
     auto* found = new std::vector<Op>;
     for (const std::vector<const Op*>* ops :
-         {&linear_ops(), &norm_ops(), &conv_ops(), &attention_ops(), &cached_attention_ops()})
+         {&linear_ops(), &norm_ops(), &conv_ops(), &codes_ops(), &attention_ops(), &cached_attention_ops()})
       for (const Op* op : *ops) {
         found->push_back(*op);
         for (int i = 1; i <= variants(op->name); ++i) {

@@ -234,6 +234,7 @@ int processors();
 const std::vector<const Op*>& linear_ops();
 const std::vector<const Op*>& norm_ops();
 const std::vector<const Op*>& conv_ops();
+const std::vector<const Op*>& codes_ops();
 const std::vector<const Op*>& attention_ops();
 const std::vector<const Op*>& cached_attention_ops();
 // All of them under every name that a file may give them.

@@ -31,7 +31,7 @@ class Placement:
     """
 
     device: str = "cpu"
-    dtype: str = "fp32"
+    dtype: Any = "fp32"
     graph: bool = True
 
 

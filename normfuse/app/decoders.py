@@ -7,14 +7,14 @@ import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args
 
 import torch
 from torch import nn
 
 from normfuse import native
-from normfuse.api import optimize
-from normfuse.errors import UsageError
+from normfuse.api import Verify, optimize
+from normfuse.errors import UsageError, did_you_mean
 from normfuse.export.decoder.blocks import Blocks, parse_blocks, to_blocks
 from normfuse.export.decoder.capture import CausalModel, cached, check_kind, longest, text_config
 from normfuse.export.decoder.file import Written, write_model
@@ -28,21 +28,24 @@ from normfuse.export.decoder.folder import (
     placed,
     write_tokenizer,
 )
-from normfuse.export.decoder.forms import FORMS, rotates
+from normfuse.export.decoder.forms import FORMS, DecoderAttention, rotates
 from normfuse.export.decoder.genai import genai_config, length_of
 from normfuse.export.decoder.proof import BINDINGS, Proof, prove
 from normfuse.export.decoder.rotary import rotate_in_attention
 from normfuse.export.keywords import given, keywords_of
 from normfuse.export.onnx.writer.save import MAX_PROTO, save_model
 from normfuse.extras import need
+from normfuse.passes import PassName
 from normfuse.quant.spec import ShiftQuant
+from normfuse.quant.words import Widths, parse_quantize
 from normfuse.reports.record import report
 from normfuse.telemetry import no_telemetry
 
 if TYPE_CHECKING:
     from torch import fx
+    from typing_extensions import Unpack
 
-__all__ = ["DecoderOptions", "to_decoder"]
+__all__ = ["DecoderKeywords", "DecoderOptions", "to_decoder"]
 
 log = logging.getLogger(__name__)
 
@@ -51,10 +54,11 @@ _SAMPLES = (
     "In 1998, a small group of engineers began to write a program that reads a model and writes a faster one. They found that",
     "Once upon a time",
 )
-_PADDING = ("both", "right")
+Padding = Literal["both", "right"]
+_PADDING: tuple[str, ...] = get_args(Padding)
 #: Before weights are stored in blocks. A norm's gain in the weight behind it would spread the weights of a block, which share a
 #: scale, and a runtime multiplies by it anyway: so gains stay where they are.
-_FOR_BLOCKS = ("bake", "cleanup", "recognise", "select", "cleanup")
+_FOR_BLOCKS: tuple[PassName, ...] = ("bake", "cleanup", "recognise", "select", "cleanup")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,24 +79,40 @@ class DecoderOptions:
         passes, verify: see `normfuse.optimize`; with weights in blocks the default passes leave gains of norms where they are.
     """
 
-    attention: str = "gqa"
-    padding: str = "both"
+    attention: DecoderAttention = "gqa"
+    padding: Padding = "both"
     last_logits: bool = False
     max_length: int | None = None
     proof_tokens: int = 64
     tolerance: float = 1e-3
     threads: int | None = None
     external_data_above: int = MAX_PROTO
-    passes: tuple[str, ...] | None = None
-    verify: Literal["end", "each", "off"] = "end"
+    passes: Sequence[PassName] | None = None
+    verify: Verify = "end"
 
     def __post_init__(self) -> None:
         if self.attention not in FORMS:
-            raise UsageError(f"attention={self.attention!r}: expected {' or '.join(FORMS)} in a folder of a decoder")
+            hint = did_you_mean(self.attention, FORMS)
+            raise UsageError(f"attention={self.attention!r}: expected {' or '.join(FORMS)} in a folder of a decoder{hint}")
         if self.padding not in _PADDING:
-            raise UsageError(f"padding={self.padding!r}: expected {' or '.join(_PADDING)}")
+            raise UsageError(f"padding={self.padding!r}: expected {' or '.join(_PADDING)}{did_you_mean(self.padding, _PADDING)}")
         if self.proof_tokens < 0:
             raise UsageError(f"proof_tokens={self.proof_tokens}: expected 0 or more")
+
+
+class DecoderKeywords(TypedDict, total=False):
+    """The fields of `DecoderOptions`."""
+
+    attention: DecoderAttention
+    padding: Padding
+    last_logits: bool
+    max_length: int | None
+    proof_tokens: int
+    tolerance: float
+    threads: int | None
+    external_data_above: int
+    passes: Sequence[PassName] | None
+    verify: Verify
 
 
 @keywords_of(DecoderOptions)
@@ -101,11 +121,11 @@ def to_decoder(
     folder: str | Path,
     *,
     tokenizer: Any = None,
-    quantize: str | Blocks | ShiftQuant | None = None,
+    quantize: Literal["w4", "w8"] | Widths | Blocks | ShiftQuant | None = None,
     prompts: Sequence[Sequence[int]] | None = None,
     options: DecoderOptions | None = None,
     force: bool = False,
-    **more: Any,
+    **more: Unpack[DecoderKeywords],
 ) -> DecoderFolder:
     """Write a causal language model with its cache of keys and values as a folder; it appears only after it was proven.
 
@@ -116,8 +136,8 @@ def to_decoder(
         model: a causal language model of transformers in eval mode; it is not changed.
         folder: what to write.
         tokenizer: of the model, as transformers loads it; without one the folder takes and gives ids of tokens only.
-        quantize: `w4` or `w8`: weights in blocks (MatMulNBits), which a stock ONNX Runtime computes fast; a `ShiftQuant`: layers
-            of normfuse's kernels, a copy of which is put into the folder; None for floats.
+        quantize: `w4` or `w8`: weights in blocks (MatMulNBits), which a stock ONNX Runtime computes fast; a `ShiftQuant` or its
+            words (`w4a8`): layers of normfuse's kernels, a copy of which is put into the folder; None for floats.
         prompts: ids of tokens for the proof; default: sentences in the tokenizer's words, else random ones.
         options: how it is written; `more` are its fields by name.
         force: replace a folder that an export wrote.
@@ -161,16 +181,18 @@ def to_decoder(
     return made
 
 
-def _stored(quantize: str | Blocks | ShiftQuant | None) -> tuple[Blocks | None, ShiftQuant | None]:
+def _stored(quantize: Any) -> tuple[Blocks | None, ShiftQuant | None]:
     """What the weights become: blocks, or layers of normfuse's kernels."""
     if isinstance(quantize, ShiftQuant):
         return None, quantize
     if quantize is None or isinstance(quantize, Blocks):
         return quantize, None
-    found = parse_blocks(quantize) if isinstance(quantize, str) else None
-    if found is None:
-        raise UsageError(f"quantize={quantize!r}: expected w4 or w8 (weights in blocks), or a normfuse.ShiftQuant")
-    return found, None
+    if not isinstance(quantize, str):
+        raise UsageError(
+            f"quantize={quantize!r}: expected 'w4' or 'w8' (weights in blocks), a normfuse.ShiftQuant, or its words 'w4a8'"
+        )
+    found = parse_blocks(quantize)
+    return (found, None) if found is not None else (None, parse_quantize(quantize))
 
 
 def _weights(blocks: Blocks | None, spec: ShiftQuant | None, written: Written, fast: fx.GraphModule) -> str | None:

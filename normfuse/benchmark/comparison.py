@@ -6,13 +6,14 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from normfuse.benchmark.interleave import Measurement
 from normfuse.benchmark.machine import Machine
 from normfuse.benchmark.statistics import Interval, median_interval
+from normfuse.reports.model import Latency
 
 __all__ = ["Comparison", "Timing", "Verdict"]
 
@@ -30,6 +31,11 @@ class Verdict(enum.Enum):
     HOLDS = "holds"
     FAILS = "fails"
     UNDECIDED = "undecided"
+
+
+_IN_WORDS: dict[Verdict, Literal["faster", "slower", "undecided"]] = {
+    Verdict.HOLDS: "faster", Verdict.FAILS: "slower", Verdict.UNDECIDED: "undecided",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -181,6 +187,13 @@ class Comparison:
     def medians_disagree(self) -> bool:
         """The medians say something that the speedup rules out: the machine's speed changed between rounds."""
         return not self.speedup.low <= self.median_ratio <= self.speedup.high
+
+    def latency(self, engine: str = "", against: str = "") -> Latency:
+        """As a report shows it, under other names where they are given."""
+        return Latency(
+            engine or self.b.name, against or self.a.name, self.b.median, self.a.median,
+            self.speedup.value, self.speedup.low, self.speedup.high, self.threads, _IN_WORDS[self.verdict(1.0)],
+        )  # fmt: skip
 
     def slower(self, at_least: float | None = None) -> bool:
         """b is surely slower than demanded."""

@@ -16,15 +16,19 @@ from normfuse.app.engines import bench as compare
 from normfuse.app.engines import export_original, onnxruntime_engine, program_engine, source_engine, tensorrt_engine
 from normfuse.app.sources import Source
 from normfuse.benchmark import Comparison, Engine, Verdict
-from normfuse.cli.bundled import bundled
+from normfuse.benchmark.decided import MORE, decided
+from normfuse.cli.bundled import Telling, bundled, telling_options
 from normfuse.cli.onnx_files import file_inputs, is_onnx
-from normfuse.cli.options import Model, Pipeline, json_option, model_options, names, pipeline_options, spelled, verbosity
+from normfuse.cli.options import Model, Pipeline, model_options, names, pipeline_options, spelled
+from normfuse.cli.reports import check_report, write_report
 from normfuse.errors import CheckFailed, Undecided, UsageError
 from normfuse.export.targets import target_named
 from normfuse.gpu.device import Gpu, find_gpu
 
 if TYPE_CHECKING:
     from torch import fx
+
+    from normfuse.reports.report import Report
 
 __all__ = ["ENGINES", "Settings", "Workshop", "bench"]
 
@@ -34,7 +38,6 @@ ENGINES = (
     "eager", "compile", "onnxruntime", "tensorrt", "eager-optimized", "compile-optimized", "kernels-optimized",
     "onnxruntime-optimized", "tensorrt-optimized",
 )  # fmt: skip
-_MORE = 2  # an undecided measurement is repeated once, this much longer
 
 
 @dataclass(frozen=True)
@@ -120,9 +123,8 @@ _timing_options = bundled(
 @_claim_options
 @_making_options
 @_timing_options
-@json_option
-@verbosity
-def bench(model: Model, pipeline: Pipeline, claim: Claim, making: Making, timing: Timing, as_json: bool, quiet: bool) -> None:
+@telling_options
+def bench(model: Model, pipeline: Pipeline, claim: Claim, making: Making, timing: Timing, telling: Telling) -> None:
     """Measure the optimized SOURCE against another engine, interleaved, each in a process of its own.
 
     Engines: eager, compile (torch.compile), onnxruntime and tensorrt run the original. With -optimized they run
@@ -135,6 +137,9 @@ def bench(model: Model, pipeline: Pipeline, claim: Claim, making: Making, timing
     itself by more than 5 %, or other processes worked during most turns, the interval is widened by that first.
     """
     against, challenger = _chosen(model, claim, making.device)
+    check_report(telling.report_path, force=telling.force)
+    if telling.report_path is not None and not challenger.endswith("-optimized"):
+        raise UsageError(f"--report tells what was done to the model, and {challenger} runs none that normfuse optimized")
     on_gpu = _device_of(against, challenger, making)
     gpu = find_gpu() if on_gpu else None
     settings = Settings(
@@ -142,7 +147,7 @@ def bench(model: Model, pipeline: Pipeline, claim: Claim, making: Making, timing
     )
 
     def say(text: str) -> None:
-        if not (quiet or as_json):
+        if not (telling.quiet or telling.as_json):
             click.echo(text, err=True)
 
     with tempfile.TemporaryDirectory(prefix="normfuse-bench-") as folder:
@@ -150,13 +155,15 @@ def bench(model: Model, pipeline: Pipeline, claim: Claim, making: Making, timing
         workshop = Workshop(model, pipeline, Path(folder), making.form, settings)
         pair = workshop.engine(against), workshop.engine(challenger)
         weights = workshop.weights
-        result = _decided(pair, timing, claim.at_least, say, progress=not quiet)
+        result = _decided(pair, timing, claim.at_least, say, progress=not telling.quiet)
+    if workshop.report is not None:
+        write_report(replace(workshop.report, latencies=(result.latency(),)), telling.report_path, force=telling.force)
     bound, verdict, why = result.bound(claim.at_least), result.verdict(claim.at_least), result.why_undecided(claim.at_least)
-    if as_json:
+    if telling.as_json:
         on = {} if gpu is None else {"gpu": gpu.to_dict() | {"dtype": settings.place.dtype, "graph": making.graph}}
         told = {"source": model.source, "weights": weights, "at_least": bound, "verdict": verdict.value, "why_undecided": why}
         click.echo(json.dumps({**result.to_dict(), **on, **told}, indent=2))
-    elif not quiet:
+    elif not telling.quiet:
         said = f"{model.source}, weights: {weights}\n" if weights else ""
         click.echo(f"{said}{result}\n{_clock(gpu, settings)}at least {bound:.3f}: {verdict.value}")
     if verdict is Verdict.FAILS:
@@ -190,17 +197,15 @@ def _decided(
     """Measured, and once more for longer where that decides nothing."""
     from normfuse.reports.numbers import duration
 
-    def measured(times: int, more: str = "") -> Comparison:
+    def measured(times: int) -> Comparison:
+        more = f"; {MORE} times as long once more if that is undecided" if times == 1 else ""
+
         def plan(count: int, left: float) -> None:
             say(f"measuring for about {duration(left)}, on a busy machine up to twice that: {count} rounds{more}")
 
         return compare(*pair, progress=progress, on_plan=plan, **timing.longer(times))
 
-    result = measured(1, f"; {_MORE} times as long once more if that is undecided")
-    if result.verdict(at_least) is not Verdict.UNDECIDED:
-        return result
-    say(f"undecided after {result.rounds} rounds: {result.why_undecided(at_least)}")
-    return measured(_MORE)
+    return decided(measured, at_least, lambda c: say(f"undecided after {c.rounds} rounds: {c.why_undecided(at_least)}"))
 
 
 def _chosen(model: Model, claim: Claim, device: str) -> tuple[str, str]:
@@ -243,7 +248,7 @@ class Settings:
     """
 
     place: Placement = CPU
-    plugins: tuple[str, ...] = ()
+    plugins: tuple[Any, ...] = ()
 
 
 class Workshop:
@@ -294,6 +299,13 @@ class Workshop:
     def weights(self) -> str:
         """Where the weights are from, once the model was loaded; empty for files and where nothing is known."""
         return "" if self._loaded is None else self._loaded.weights
+
+    @property
+    def report(self) -> "Report | None":
+        """What was done to the model, once an engine was made that runs it optimized."""
+        from normfuse.reports.record import report
+
+        return next((report(fast) for fast in self._fast.values()), None)
 
     def _load(self) -> Source:
         if self._loaded is None:

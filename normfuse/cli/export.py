@@ -22,6 +22,7 @@ from normfuse.export.runtimes import parse_runtime
 from normfuse.files import check_target
 
 if TYPE_CHECKING:
+    from normfuse.reports.model import Latency
     from normfuse.reports.report import Report
 
 __all__ = ["ENGINE_SUFFIXES", "export"]
@@ -113,20 +114,22 @@ def _to_onnx(
     loaded = model.load(inputs_needed=True)
     check_double(loaded.model, options.computes_in, options.where)
     fast = pipeline.run(model, loaded)
-    original = loaded if speed_check and pipeline.quantize is not None else None  # a copy of the weights, kept where it is measured
+    measured = speed_check and (pipeline.quantize is not None or telling.report_path is not None)
+    original = loaded if measured else None  # a copy of the weights, kept where it is measured
     del loaded
     exported = to_onnx(fast, output, options)
     text, data = str(exported), {"export": dataclasses.asdict(exported)}
     rounds = exported.form is not None and FORMS[exported.form].rounds
-    if original is not None and rounds and options.where.runs_here and (telling.report_path or not telling.quiet):
+    latencies: tuple[Latency, ...] = ()
+    if original is not None and options.where.runs_here and (telling.report_path or (rounds and not telling.quiet)):
         from normfuse.cli.exporting.speed import speed_of
 
-        speed = speed_of(original, output)
-        text, data = f"{text}\n{speed}", data | {"speed": speed.to_dict()}
+        speed = speed_of(original, output, quantized=rounds)
+        text, data, latencies = f"{text}\n{speed}", data | {"speed": speed.to_dict()}, speed.latencies
     if explain:
         text = f"{text}\n\nwhat became of each site:\n\n{textwrap.indent(exported.explained, '    ')}"
     text = f"{text}\n\nrun it:\n\n{textwrap.indent(exported.how_to_run.rstrip(), '    ')}"
-    found = dataclasses.replace(report(fast), files=(text,))
+    found = dataclasses.replace(report(fast), files=(text,), latencies=latencies)
     write_report(found, telling.report_path, force=telling.force)
     _tell(found, data, text, telling)
 

@@ -15,7 +15,7 @@ from normfuse.app.dynamic_axes import Axis, free_axes, parse_axes
 from normfuse.app.source_options import Options
 from normfuse.app.sources import Source, load_source
 from normfuse.cli.messages import unless_it_fails
-from normfuse.cli.quantization import calibration_batches, parse_quantize
+from normfuse.cli.quantization import calibration_batches
 from normfuse.cli.wording import report_in_options
 from normfuse.errors import CaptureError, ExportError, UsageError
 
@@ -135,6 +135,7 @@ class Pipeline:
         from normfuse.api import optimize
         from normfuse.capture.explained import decides_by_values
 
+        passes: Any = self.passes  # names that the user wrote
         batches = None if self.calibration is None else calibration_batches(self.calibration, loaded)
         _log.info("optimizing %s", model.source)
         if self.quantize is not None and batches is None:
@@ -146,7 +147,7 @@ class Pipeline:
                     loaded.model,
                     loaded.example_inputs,
                     dynamic_shapes=shapes,
-                    passes=self.passes,
+                    passes=passes,
                     quantize=self.quantize,
                     calibration=batches,
                     verify=self.verify,
@@ -234,6 +235,14 @@ def model_options(f: F) -> F:
     return wrapped  # type: ignore[return-value]
 
 
+def _spec(text: str | None, keep: tuple[str, ...]) -> "ShiftQuant | None":
+    if text is None:
+        return None
+    from normfuse.quant.words import parse_quantize
+
+    return parse_quantize(text, keep)
+
+
 partial_option = click.option(
     "--partial", is_flag=True, help="Where SOURCE cannot be captured whole, optimize the parts of it that can and leave the rest."
 )
@@ -276,7 +285,7 @@ def pipeline_options(f: F) -> F:
         for flag, given in (("--calibration", calibration is not None), ("--allow-random-calibration", random_calibration)):
             if given and quantize is None:
                 raise UsageError(f"{flag} is about the data of --quantize: pass --quantize as well, e.g. --quantize w8a8,static")
-        spec = None if quantize is None else parse_quantize(quantize, keep)
+        spec = _spec(quantize, keep)
         chosen = names(passes) if passes is not None else None
         return f(pipeline=Pipeline(chosen, verify, spec, calibration, partial, random_calibration, quantize), **rest)
 

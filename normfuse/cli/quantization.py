@@ -1,9 +1,8 @@
-"""--quantize, --keep and --calibration: text into a `ShiftQuant`, and files or factories into batches."""
+"""--calibration: files or factories into batches."""
 
 import dataclasses
 import inspect
 import logging
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,46 +14,11 @@ from normfuse.errors import NormfuseError, UsageError, did_you_mean
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from normfuse.quant.spec import ShiftQuant
+__all__ = ["calibration_batches"]
 
-__all__ = ["calibration_batches", "parse_quantize"]
-
-_WIDTHS = re.compile(r"w(\d+)(?:a(\d+))?")
-_EXAMPLE = "e.g. w4a8 or w4a8,static,groups=1"
-_ELSEWHERE = {"keep": "--keep PATTERN", "overrides": "overrides= in Python", "weight_bits": "w4a8", "activation_bits": "w4a8"}
 _log = logging.getLogger(__name__)
 _FILES = (".npz", ".npy", ".safetensors")
 _FACTORY = "package.module:factory or FILE.py:factory"
-
-
-def parse_quantize(text: str, keep: tuple[str, ...] = ()) -> "ShiftQuant":
-    """`w4a8[,WORD][,NAME=VALUE]…` as a specification.
-
-    A word is a value that only one field of `ShiftQuant` takes: `static`, `gptq`, `size`. Names and values are those of
-    `ShiftQuant`.
-
-    Raises:
-        UsageError: a word, a name or a value is not known.
-    """
-    from normfuse.quant.spec import ShiftQuant
-
-    values: dict[str, Any] = {"keep": keep}
-    for part in (p.strip() for p in text.split(",")):
-        widths = _WIDTHS.fullmatch(part)
-        name, equals, value = (p.strip() for p in part.partition("="))
-        if widths is not None:
-            values["weight_bits"] = int(widths[1])
-            values |= {"activation_bits": int(widths[2])} if widths[2] else {}
-        elif equals:
-            values[name] = _value(text, name, value)
-        elif part in _words():
-            values[_words()[part]] = part
-        else:
-            raise UsageError(f"--quantize {text}: {part!r} is not understood{_meant(part)}; {_EXAMPLE}")
-    try:
-        return ShiftQuant(**values)
-    except UsageError as e:
-        raise UsageError(f"--quantize {text}: {e}") from e
 
 
 def calibration_batches(text: str, loaded: Source) -> Iterable[Any]:
@@ -90,51 +54,6 @@ class _Loader:
                 yield batch
         except Exception as e:
             raise UsageError(f"--calibration {self.text}: batch {i} could not be loaded: {type(e).__name__}: {e}") from e
-
-
-# -- specification -------------------------------------------------------------------------------------------------------
-
-
-def _fields() -> dict[str, Any]:
-    from normfuse.quant.spec import ShiftQuant
-
-    return {f.name: f.default for f in dataclasses.fields(ShiftQuant) if f.name not in _ELSEWHERE}
-
-
-def _words() -> dict[str, str]:
-    """Values that stand for themselves, with the field that takes them."""
-    return {
-        "static": "activations", "dynamic": "activations", "per_tensor": "granularity", "per_channel": "granularity",
-        "search": "exponents", "range": "exponents", "minmax": "observer", "mse": "observer", "nearest": "rounding",
-        "stochastic": "rounding", "gptq": "rounding", "speed": "prefer", "size": "prefer",
-    }  # fmt: skip
-
-
-def _value(text: str, name: str, value: str) -> Any:
-    fields = _fields()
-    if name not in fields:
-        where = f"; set it with {_ELSEWHERE[name]}" if name in _ELSEWHERE else did_you_mean(name, list(fields))
-        raise UsageError(f"--quantize {text}: ShiftQuant has no {name!r} to set here{where}")
-    if value.lower() in ("none", "off") and name in ("embedding_bits", "size_budget", "sqnr_budget"):
-        return None
-    if isinstance(fields[name], bool):
-        if value.lower() not in ("true", "false", "on", "off", "1", "0"):
-            raise UsageError(f"--quantize {text}: {name}={value}: expected true or false")
-        return value.lower() in ("true", "on", "1")
-    if isinstance(fields[name], str):
-        return value
-    try:
-        return float(value) if name in ("percentile", "size_budget", "sqnr_budget") else int(value)
-    except ValueError as e:
-        raise UsageError(f"--quantize {text}: {name}={value}: expected a number") from e
-
-
-def _meant(part: str) -> str:
-    """int8 and its like are what others call it."""
-    bits = re.fullmatch(r"u?int(\d)|(?:q|i)(\d)", part.lower())
-    if bits is not None:
-        return f"; did you mean w{bits[1] or bits[2]}a8 (weights of {bits[1] or bits[2]} bits, activations of 8)?"
-    return did_you_mean(part, [*_words(), *_fields()])
 
 
 def _called(text: str) -> Any:

@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import nn
 
-from normfuse.api import VERIFY
+from normfuse.api import VERIFY, Verify
 from normfuse.capture.capture import as_given, calls_of, capture, flat_inputs, usable
-from normfuse.errors import NormfuseError, RewriteError, UsageError
+from normfuse.errors import NormfuseError, RewriteError, UsageError, did_you_mean
 from normfuse.folding.likeness import Likeness, Verdict
 from normfuse.folding.shared_modules import called_often
 from normfuse.folding.written_back import WrittenBack, write_back
@@ -29,7 +29,8 @@ from normfuse.passes.affine.beside import Beside
 from normfuse.passes.affine.folding import known_values
 from normfuse.passes.streams import mean_free
 from normfuse.passes.streams.keep_layer_norm import KeepLayerNorm
-from normfuse.pipeline.figures import last_word, norm_counts, operators, paired, tensor_sizes
+from normfuse.pipeline.blocks import blocks
+from normfuse.pipeline.figures import fates, last_word, norm_counts, operators, paired, tensor_sizes
 from normfuse.pipeline.origin import origin_of
 from normfuse.proof.prove import Proof, run
 from normfuse.reports.model import PassReport, Site
@@ -58,7 +59,7 @@ _BETWEEN = (
 Site_ = tuple[str, str]
 
 
-def fold(model: nn.Module, example_inputs: Any = None, *, dynamic_shapes: Any = None, verify: str = "end") -> nn.Module:
+def fold(model: nn.Module, example_inputs: Any = None, *, dynamic_shapes: Any = None, verify: Verify = "end") -> nn.Module:
     """A copy of the model with the same classes that computes the same function with fewer and smaller norms.
 
     BatchNorm and other static normalizations become `nn.Identity`, `nn.LayerNorm` becomes `nn.RMSNorm`, and gains and shifts leave
@@ -82,7 +83,7 @@ def fold(model: nn.Module, example_inputs: Any = None, *, dynamic_shapes: Any = 
     """
     start = perf_counter()
     if verify not in VERIFY:
-        raise UsageError(f"verify={verify!r}: expected one of {', '.join(map(repr, VERIFY))}")
+        raise UsageError(f"verify={verify!r}: expected one of {', '.join(map(repr, VERIFY))}{did_you_mean(verify, VERIFY)}")
     if not isinstance(model, nn.Module):
         raise UsageError(
             f"fold: expected a torch.nn.Module, got {type(model).__name__}, which has no modules; use normfuse.optimize"
@@ -271,6 +272,7 @@ class _Folding:
             tuple(passes), verdict.exact, verdict.drift, *paired(norm_counts(self.original), norm_counts(after)),
             *tensor_sizes(self.original, after, False), notes, perf_counter() - start, silent, origin=origin_of(self.model),
             operators_before=operators(self.original), operators_after=operators(after),
+            norms=fates(self.original, after), blocks=blocks(self.original, after),
         )  # fmt: skip
 
     @staticmethod

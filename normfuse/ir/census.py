@@ -24,7 +24,7 @@ from normfuse.ir.views import (
     RmsNorm,
 )  # fmt: skip
 
-__all__ = ["NORMS", "census", "regions"]
+__all__ = ["NORMS", "census", "placed", "regions"]
 
 _KINDS: dict[type[Op], str] = {
     BatchNorm: "batch_norm",
@@ -42,25 +42,30 @@ _LAYER = re.compile(r"normfuse\.nn\.\w+\.(\w*Norm\w*|Dynamic\w+)")
 
 
 def census(graph: Graph) -> Counter[str]:
-    """Normalizations by kind: PyTorch's own operators, and layers of `normfuse.nn` that compute more than one of those.
+    """Normalizations by kind, see `placed`."""
+    return Counter(kind for _, kind in placed(graph))
+
+
+def placed(graph: Graph) -> list[tuple[str, str]]:
+    """Module path and kind of each normalization: PyTorch's operators, and layers of `normfuse.nn` that compute more than those.
 
     A layer is counted under its own name (`unified_norm`) as long as arithmetic of it is left; once only an operator of
     PyTorch is left of it, that operator is counted, and once nothing is left, nothing. Norms inside of regions (`torch.cond`,
     autocast) are counted where they stand.
     """
-    operators: list[tuple[str, tuple[str, str] | None]] = []
-    layers: set[tuple[str, str]] = set()
+    operators: list[tuple[str, str, tuple[str, str] | None]] = []
+    layers: dict[tuple[str, str], None] = {}
     for node in _computed(graph):
         view = graph.view(node, 1)
         # a norm whose weight is computed or cast is opaque to rules, and a norm all the same
         kind = _KINDS.get(type(view) if isinstance(view, Op) else VIEWS.get(node.target))  # type: ignore[arg-type]
         layer = _layer(node)
         if kind is not None:
-            operators.append((kind, layer))
+            operators.append((path_of(node), kind, layer))
         elif layer is not None and not isinstance(view, _MOVES):
-            layers.add(layer)
-    found = Counter(name for name, _ in layers) + Counter(kind for kind, layer in operators if layer not in layers)
-    return sum((census(body) for _, body in regions(graph)), found)
+            layers[layer] = None
+    found = [(path, name) for name, path in layers] + [(path, kind) for path, kind, layer in operators if layer not in layers]
+    return [*found, *(norm for _, body in regions(graph) for norm in placed(body))]
 
 
 def regions(graph: Graph) -> Iterator[tuple[fx.Node, Graph]]:

@@ -17,7 +17,7 @@ from normfuse.errors import UsageError, did_you_mean
 from normfuse.nn.block_depth import block_depths
 from normfuse.nn.layouts import Activated
 from normfuse.nn.reading import Reading, hooks_of, read
-from normfuse.nn.replacements import OPTIONS, Left, New, build
+from normfuse.nn.replacements import OPTIONS, Kind, Left, New, build
 from normfuse.nn.to_integers import candidates, in_integers
 
 __all__ = ["Swap", "Swaps", "convert", "swaps"]
@@ -79,7 +79,7 @@ class Swaps(tuple[Swap, ...]):
         return "\n".join(lines)
 
 
-def convert(model: nn.Module, to: str, where: Where | None = None, *, example_inputs: Any = None, **options: Any) -> nn.Module:
+def convert(model: nn.Module, to: Kind, where: Where | None = None, *, example_inputs: Any = None, **options: Any) -> nn.Module:
     """A copy of the model with other norms; what has the same meaning in both is kept.
 
     Layer and RMS norms of PyTorch, timm and Hugging Face are known (others by class name, parameters and trying them out on

@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from normfuse.nn.layouts import BatchNormAnyRank, ChannelsLast, Rows
 from normfuse.nn.reading import Reading
 
-__all__ = ["OPTIONS", "Left", "New", "build"]
+__all__ = ["OPTIONS", "Kind", "Left", "New", "build"]
+
+Kind = Literal["unified", "power", "l1", "rms", "dyt", "derf", "scaled", "layer", "batch", "bcn", "evo", "shiftquant"]
+"""The keys of `OPTIONS`, for type checkers."""
 
 OPTIONS: Mapping[str, tuple[str, ...]] = {
     "unified": ("window_size", "warmup_iters", "outlier_filtration", "eps", "momentum", "per_channel_threshold", "rows"),

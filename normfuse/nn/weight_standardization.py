@@ -17,7 +17,7 @@ Qiao et al., *Micro-Batch Training with Batch-Channel Normalization and Weight S
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -49,7 +49,9 @@ class Convention:
     eps: float
 
 
-CONVENTIONS = {
+ConventionName = Literal["torch", "tensorflow", "bcn", "timm"]
+
+CONVENTIONS: dict[str, Convention] = {
     "torch": Convention(correction=1, eps_inside=False, eps=1e-5),
     "tensorflow": Convention(correction=0, eps_inside=False, eps=1e-5),
     "bcn": Convention(correction=1, eps_inside=True, eps=1e-5),
@@ -57,7 +59,7 @@ CONVENTIONS = {
 }
 
 
-def standardize(weight: Tensor, convention: str = "torch", eps: float | None = None) -> Tensor:
+def standardize(weight: Tensor, convention: ConventionName = "torch", eps: float | None = None) -> Tensor:
     """Ŵ = (W − mean W) / den, for each output channel.
 
     Args:
@@ -100,7 +102,7 @@ def _convention(name: str) -> Convention:
 class _WeightStandardized(nn.modules.conv._ConvNd):
     """What the three layers share; comes before nn.ConvNd among the bases."""
 
-    def __init__(self, *args: Any, convention: str = "torch", eps: float | None = None, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, convention: ConventionName = "torch", eps: float | None = None, **kwargs: Any) -> None:
         rule = _convention(convention)
         super().__init__(*args, **kwargs)
         self.convention = convention

@@ -18,6 +18,8 @@ for torch.compile and torch.export, and no backward.
                                  over the last axis, floats to floats
     add_rms_norm, add_crms_norm  the same behind a residual addition, whose sum they give too
     rms_norm_linear              a linear layer behind an RMSNorm, the division behind the product
+    quantize_codes, dequantize_codes, codes_conv2d, codes_add, codes_gate, codes_max_pool2d, codes_mean
+                                 what convolutional networks in codes are made of (`normfuse.ops.codes`)
 
 `OPERATORS` holds the record of each (`normfuse.ops.operator`). A file of this folder that states an `Operator` is all that it takes
 to have one (docs/writing-an-operator.md).
@@ -27,6 +29,15 @@ from __future__ import annotations
 
 from normfuse.ops.add_norm import add_crms_norm, add_rms_norm
 from normfuse.ops.attention import attention, shiftquant_attention
+from normfuse.ops.codes import (
+    codes_add,
+    codes_conv2d,
+    codes_gate,
+    codes_max_pool2d,
+    codes_mean,
+    dequantize_codes,
+    quantize_codes,
+)
 from normfuse.ops.norm_quantize import norm_quantize
 from normfuse.ops.norms import crms_norm, l1_norm, rms_norm
 from normfuse.ops.operator import Operator
@@ -40,9 +51,10 @@ from normfuse.ops.two_pass_softmax import two_pass_softmax
 from normfuse.stated import stated
 
 __all__ = [
-    "OPERATORS", "Operator", "add_crms_norm", "add_rms_norm", "attention", "conv_columns", "crms_norm", "l1_norm", "norm_quantize",
-    "quantize_rows", "rms_norm", "rms_norm_linear", "shiftquant_attention", "shiftquant_conv2d", "shiftquant_embedding",
-    "shiftquant_linear", "shiftquant_matmul", "shiftquant_matmul_quantize", "two_pass_softmax",
+    "OPERATORS", "Operator", "add_crms_norm", "add_rms_norm", "attention", "codes_add", "codes_conv2d", "codes_gate",
+    "codes_max_pool2d", "codes_mean", "conv_columns", "crms_norm", "dequantize_codes", "l1_norm", "norm_quantize",
+    "quantize_codes", "quantize_rows", "rms_norm", "rms_norm_linear", "shiftquant_attention", "shiftquant_conv2d",
+    "shiftquant_embedding", "shiftquant_linear", "shiftquant_matmul", "shiftquant_matmul_quantize", "two_pass_softmax",
 ]  # fmt: skip
 
 

@@ -19,7 +19,7 @@ from normfuse.gpu import planes as gpu
 from normfuse.ops._shapes import input_scale_value
 from normfuse.quant.packing import packed_bytes, unpack
 
-__all__ = ["GpuWeight", "conv_operands", "conv_weights", "gpu_weight", "known_weights", "linear_weight", "operand_of"]
+__all__ = ["GpuWeight", "conv_operands", "conv_weights", "gpu_weight", "known_weights", "linear_weight", "operand_of", "state"]
 
 _KEPT = 1 << 22  # values of the int32 operands that are kept for the definitions, in all
 
@@ -104,7 +104,7 @@ def gpu_weight(
     Raises:
         UsageError: sizes, dtypes or devices do not belong together.
     """
-    key = (*_key(weight, exponents, scale, bias, bits, 1, 1), None if input_scale is None else _state(input_scale))
+    key = (*_key(weight, exponents, scale, bias, bits, 1, 1), None if input_scale is None else state(input_scale))
     known = _on_gpu.get(id(weight))
     if known is not None and _valid(known, key, weight, exponents):
         found: GpuWeight | None = known.value
@@ -141,7 +141,7 @@ def operand_of(weight: Tensor, exponents: Tensor, n: int, bits: int) -> Tensor:
 
 def conv_operands(weight: Tensor, exponents: Tensor, n: int, bits: int, groups: int, taps: int) -> Tensor:
     """C << (E − e) of each group of channels, E that of the group: int32 [groups, n / groups, taps · channels]."""
-    key = (_state(weight), _state(exponents), n, bits, groups, taps)
+    key = (state(weight), state(exponents), n, bits, groups, taps)
     known = _operands.get(id(weight))
     if known is not None and _valid(known, key, weight, exponents):
         found: Tensor = known.value
@@ -176,7 +176,7 @@ def _split(weight: Tensor, exponents: Tensor, n: int, bits: int, groups: int, ta
 def _key(
     weight: Tensor, exponents: Tensor, scale: Tensor, bias: Tensor | None, bits: int, groups: int, taps: int
 ) -> tuple[Any, ...]:
-    return _state(weight), _state(exponents), _state(scale), None if bias is None else _state(bias), bits, groups, taps
+    return state(weight), state(exponents), state(scale), None if bias is None else state(bias), bits, groups, taps
 
 
 def _valid(known: _Entry, key: tuple[Any, ...], weight: Tensor, exponents: Tensor) -> bool:
@@ -186,6 +186,6 @@ def _valid(known: _Entry, key: tuple[Any, ...], weight: Tensor, exponents: Tenso
     return not exponents.is_inference() or exponents.device.type != "cpu" or torch.equal(known.exponents, exponents)
 
 
-def _state(tensor: Tensor) -> tuple[int, int, torch.dtype, int | None]:
+def state(tensor: Tensor) -> tuple[int, int, torch.dtype, int | None]:
     """Where its values are, and how often they were written; tensors made in inference mode do not count that."""
     return tensor.data_ptr(), tensor.numel(), tensor.dtype, None if tensor.is_inference() else tensor._version

@@ -8,13 +8,13 @@ from dataclasses import replace
 from operator import getitem
 from typing import Any
 
-from normfuse.ir.census import census
+from normfuse.ir.census import placed
 from normfuse.ir.graph import Graph
 from normfuse.ir.wording import operator_name
 from normfuse.passes import PASSES
-from normfuse.reports.model import PassReport
+from normfuse.reports.model import NormFate, PassReport
 
-__all__ = ["last_word", "norm_counts", "operators", "paired", "tensor_sizes"]
+__all__ = ["fates", "last_word", "norm_counts", "operators", "paired", "placed_norms", "tensor_sizes"]
 
 
 def last_word(reports: Sequence[PassReport]) -> list[PassReport]:
@@ -25,9 +25,22 @@ def last_word(reports: Sequence[PassReport]) -> list[PassReport]:
 
 def norm_counts(graph: Graph) -> Counter[str]:
     """Normalizations by kind, those written by hand included, whether or not the pipeline recognised them."""
+    return Counter(kind for _, kind in placed_norms(graph))
+
+
+def placed_norms(graph: Graph) -> list[tuple[str, str]]:
+    """Module path and kind of each of them."""
     probe = graph.copy()
     PASSES["recognise"](probe)
-    return census(probe)
+    return placed(probe)
+
+
+def fates(before: Graph, after: Graph) -> tuple[NormFate, ...]:
+    """What became of each norm of `before`: the norm of `after` at the same path, in the order of either."""
+    now: dict[str, list[str]] = {}
+    for path, kind in placed_norms(after):
+        now.setdefault(path, []).append(kind)
+    return tuple(NormFate(path, kind, now[path].pop(0) if now.get(path) else "") for path, kind in placed_norms(before))
 
 
 def operators(graph: Graph) -> dict[str, int]:

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 from normfuse.errors import UsageError
 from normfuse.quant.scheme import Scheme
 
-__all__ = ["ShiftQuant"]
+__all__ = ["ShiftQuant", "choices"]
 
 _PER_LAYER = (
     "weight_bits", "activation_bits", "groups", "group_size", "granularity", "activations", "exponents", "observer", "percentile",
@@ -47,6 +47,8 @@ class ShiftQuant(Scheme):
         migration: move powers of two from activations to weights through the gain of the norm in front, where that lowers
             the error; it costs nothing at run time.
         bias_correction: add to the bias what quantization moved the mean by, on the calibration data.
+        chains: convolutions hand codes of 8 bits to each other, with channels running fastest, and what stands between them (sums,
+            pools, activations) works on codes; needs activations="static".
         attention: also quantize the queries and keys of attention, to 8 bits by rows: their product is an exact sum of integers.
             The probabilities and their product with the values stay float.
         embedding_bits: of embedding tables, weights only, one scale a row; None keeps them in float.
@@ -76,6 +78,7 @@ class ShiftQuant(Scheme):
     rounding: Literal["auto", "nearest", "stochastic", "gptq"] = "auto"
     migration: bool = True
     bias_correction: bool = True
+    chains: bool = False
     attention: bool = False
     embedding_bits: int | None = 8
     overrides: Any = ()
@@ -95,13 +98,13 @@ class ShiftQuant(Scheme):
         _integer("group_size", self.group_size, 1, 1 << 20)
         _integer("finetune_steps", self.finetune_steps, 0, 1 << 20)
         _integer("seed", self.seed, 0, (1 << 63) - 1)
-        for name, allowed in _choices().items():
+        for name, allowed in choices().items():
             value = getattr(self, name)
             if value not in allowed:
                 near = difflib.get_close_matches(str(value), allowed, 1)
                 hint = f"; did you mean {near[0]!r}?" if near else ""
                 raise UsageError(f"ShiftQuant({name}={value!r}): expected one of {', '.join(map(repr, allowed))}{hint}")
-        for name in ("migration", "bias_correction", "attention"):
+        for name in ("migration", "bias_correction", "attention", "chains"):
             if not isinstance(getattr(self, name), bool):
                 raise UsageError(f"ShiftQuant({name}={getattr(self, name)!r}): expected True or False")
         _number("percentile", self.percentile, 50.0, 100.0)
@@ -109,6 +112,8 @@ class ShiftQuant(Scheme):
             _number("size_budget", self.size_budget, 0.0, 1.0)
         if self.sqnr_budget is not None:
             _number("sqnr_budget", self.sqnr_budget, 0.0, 200.0)
+        if self.chains:
+            self._check_chains()
         object.__setattr__(self, "keep", _patterns(self.keep))
         object.__setattr__(self, "overrides", _overrides(self.overrides))
         for pattern, values in self.overrides:
@@ -116,6 +121,17 @@ class ShiftQuant(Scheme):
                 dataclasses.replace(self, overrides=(), **dict(values))
             except UsageError as e:
                 raise UsageError(f"overrides[{pattern!r}]: {e}") from e
+
+    def _check_chains(self) -> None:
+        """Codes are written by one layer for the next one: with scales that are known before."""
+        if self.activations != "static":
+            raise UsageError("ShiftQuant(chains=True): codes need static scales; pass activations='static' and calibration data")
+        for name in ("size_budget", "sqnr_budget", "finetune_steps"):
+            if getattr(self, name):
+                raise UsageError(
+                    f"ShiftQuant(chains=True, {name}={getattr(self, name)!r}): widths in chains are not searched or "
+                    f"trained; leave {name} out"
+                )
 
     @property
     def needs_data(self) -> str:
@@ -173,6 +189,6 @@ def _overrides(value: Any) -> tuple[tuple[str, tuple[tuple[str, Any], ...]], ...
 
 
 @functools.cache
-def _choices() -> dict[str, tuple[str, ...]]:
+def choices() -> dict[str, tuple[str, ...]]:
     """The fields that take one of a few words, which their types name."""
     return {name: get_args(hint) for name, hint in get_type_hints(ShiftQuant).items() if get_origin(hint) is Literal}

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from normfuse.reports.model import Error, LayerQuantization, ReportData
 from normfuse.reports.numbers import change, scientific, size
 
-__all__ = ["answer", "kind_in_words", "norms_in_words", "origin_lines", "quality"]
+__all__ = ["answer", "kind_in_words", "norms_in_words", "origin_lines", "quality", "widths"]
 
 _NAMES = {
     "batch_norm": "BatchNorm", "instance_norm": "InstanceNorm", "layer_norm": "LayerNorm", "rms_norm": "RMSNorm",
@@ -38,7 +38,7 @@ def answer(report: ReportData) -> Iterator[tuple[str, str]]:
     """Pairs of a word and what there is to say about it, most important first."""
     facts = [("changed", norms_in_words(report))]
     if report.quantization:
-        facts.append(("quantized", f"{_widths(report.quantization)}; {quality(report)}"))
+        facts.append(("quantized", f"{widths(report.quantization)}; {quality(report)}"))
     unchanged = report.norms_before == report.norms_after
     yield from reversed(facts) if unchanged else facts
     for p in report.passes:
@@ -123,15 +123,16 @@ def quality(report: ReportData) -> str:
     return f"outputs: {report.sqnr:.1f} dB against the original (SQNR), on {data}"
 
 
-def _widths(layers: Iterable[LayerQuantization]) -> str:
+def widths(layers: Iterable[LayerQuantization]) -> str:
+    """`49 of 50 layers in W8A8`"""
     layers = [layer for layer in layers if layer.kind not in ("model", "attention")]
     done = [layer for layer in layers if not layer.kept]
     found = Counter(
         f"W{layer.weight_bits}" + ("" if layer.activation_bits is None else f"A{layer.activation_bits}") for layer in done
     )
-    widths = ", ".join(f"{n} {width}" for width, n in found.most_common())
+    each = ", ".join(f"{n} {width}" for width, n in found.most_common())
     return f"{len(done)} of {len(layers)} layers" + (
-        f" in {next(iter(found))}" if len(found) == 1 else f" ({widths})" if found else ""
+        f" in {next(iter(found))}" if len(found) == 1 else f" ({each})" if found else ""
     )
 
 

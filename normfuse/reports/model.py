@@ -3,8 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
-__all__ = ["Calibration", "Error", "Form", "LayerQuantization", "Origin", "Part", "PassReport", "ReportData", "Site"]
+__all__ = [
+    "Block",
+    "Calibration",
+    "Error",
+    "Form",
+    "Latency",
+    "LayerQuantization",
+    "NormFate",
+    "Origin",
+    "Part",
+    "PassReport",
+    "ReportData",
+    "Site",
+]
 
 
 @dataclass(frozen=True)
@@ -175,6 +189,61 @@ class Origin:
 
 
 @dataclass(frozen=True)
+class NormFate:
+    """What became of one normalization; the sites at its path say by which rule, or why not.
+
+    Attributes:
+        path: module path of the norm.
+        kind: what it was, e.g. `layer_norm`.
+        now: what stands in its place, e.g. `rms_norm`; empty where nothing is left of it.
+    """
+
+    path: str
+    kind: str
+    now: str = ""
+
+
+@dataclass(frozen=True)
+class Block:
+    """Blocks of the model that are alike, as the operators that they compute, in order; what only moves data is left out.
+
+    Attributes:
+        paths: module paths of the blocks; an empty path is what stands in the model itself.
+        before: names of operators in the model as it was.
+        after: names of operators in the result.
+    """
+
+    paths: tuple[str, ...]
+    before: tuple[str, ...] = ()
+    after: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Latency:
+    """One measured comparison: how fast the result is against something else.
+
+    Attributes:
+        engine: what was measured, e.g. `onnxruntime-optimized`.
+        against: what it was measured against.
+        milliseconds, against_milliseconds: median time of a call of either.
+        speedup: time of `against` over time of `engine`, compared inside of rounds; above 1 the result is faster.
+        low, high: ends of the interval that holds the speedup with 95 % confidence.
+        threads: of each engine.
+        verdict: `faster`, `slower`, or `undecided` where the machine was too busy or the interval holds 1 (`Comparison.verdict`).
+    """
+
+    engine: str
+    against: str
+    milliseconds: float
+    against_milliseconds: float
+    speedup: float
+    low: float
+    high: float
+    threads: int = 1
+    verdict: Literal["faster", "slower", "undecided"] = "undecided"
+
+
+@dataclass(frozen=True)
 class Part:
     """A submodule of a model that was optimized by parts.
 
@@ -215,6 +284,9 @@ class ReportData:
         capture_seconds: wall time of turning the model into a graph.
         operators_before, operators_after: number of operators in the graph by name; empty where the model was optimized by parts.
         files: what was exported from the result, a few lines of text for each file.
+        norms: what became of each norm; empty where the model was optimized by parts.
+        blocks: the model's blocks before and after; likewise.
+        latencies: what was measured of the result; empty where nothing was.
         verify_seconds: wall time of comparing with the original; what is left of `seconds` went into the passes and the new module.
     """
 
@@ -238,6 +310,9 @@ class ReportData:
     operators_before: dict[str, int] = field(default_factory=dict)
     operators_after: dict[str, int] = field(default_factory=dict)
     files: tuple[str, ...] = ()
+    norms: tuple[NormFate, ...] = ()
+    blocks: tuple[Block, ...] = ()
+    latencies: tuple[Latency, ...] = ()
 
     @property
     def applied(self) -> tuple[Site, ...]:

@@ -11,7 +11,19 @@ from typing import Any
 
 from normfuse.errors import UsageError
 from normfuse.reports.html import page
-from normfuse.reports.model import Calibration, Error, LayerQuantization, Origin, Part, PassReport, ReportData, Site
+from normfuse.reports.model import (
+    Block,
+    Calibration,
+    Error,
+    Latency,
+    LayerQuantization,
+    NormFate,
+    Origin,
+    Part,
+    PassReport,
+    ReportData,
+    Site,
+)  # fmt: skip
 from normfuse.reports.text import table
 
 __all__ = ["Report"]
@@ -66,7 +78,10 @@ def _report(data: dict[str, Any]) -> Report:
         passes, exact, drift, notes=tuple(data.pop("notes")), parts=parts,
         origin=None if origin is None else Origin(**origin),
         calibration=None if calibration is None else Calibration(**calibration),
-        files=tuple(data.pop("files", ())), **data,
+        files=tuple(data.pop("files", ())),
+        norms=tuple(NormFate(**norm) for norm in data.pop("norms", ())),
+        blocks=tuple(Block(**{name: tuple(value) for name, value in block.items()}) for block in data.pop("blocks", ())),
+        latencies=tuple(Latency(**latency) for latency in data.pop("latencies", ())), **data,
     )  # fmt: skip
 
 

@@ -287,6 +287,21 @@ def test_bench_measures_and_judges(run: Run) -> None:
     assert err.splitlines()[-1].startswith("failed: fast.onnx is")
 
 
+@pytest.mark.slow
+def test_bench_and_export_tell_the_report_how_fast(run: Run) -> None:
+    pytest.importorskip("onnxruntime")
+    quick = ("--rounds", "2", "--warmup", "0", "--threads", "1", "--at-least", "0.000001")
+    assert run("bench", "models:build", *quick, "--report", "bench.json", "-q")[0] == 0
+    report = Report.from_json(Path("bench.json").read_text())
+    assert [(x.engine, x.against, x.threads) for x in report.latencies] == [("onnxruntime-optimized", "onnxruntime", 1)]
+    assert report.latencies[0].low <= report.latencies[0].speedup <= report.latencies[0].high
+    assert report.norms_before == {"batch_norm": 1}
+    assert run("export", "models:build", "-o", "fast.onnx", "--report", "export.json", "-q")[0] == 0
+    assert len(Report.from_json(Path("export.json").read_text()).latencies) == 1
+    assert run("export", "models:build", "-o", "b.onnx", "--report", "b.json", "-q", "--no-speed-check")[0] == 0
+    assert not Report.from_json(Path("b.json").read_text()).latencies
+
+
 def test_quiet_prints_nothing(run: Run) -> None:
     assert run("optimize", "models:build", "-o", "fast.pt2", "-q") == (0, "", "")
 
@@ -320,6 +335,10 @@ def test_quiet_prints_nothing(run: Run) -> None:
         pytest.param("export models:build -o x.onnx --target phone", "unknown target", id="unknown target"),
         pytest.param("export models:build -o x.onnx --opset 5", "opset 5", id="impossible opset"),
         pytest.param("export models:build -o x.tflite", "ends in .onnx", id="export to another kind"),
+        pytest.param(
+            "bench models:build --engine eager --against eager --report r.html", "eager runs none", id="report of nothing"
+        ),
+        pytest.param("bench models:build --report there.json", "exists already", id="existing report of bench"),
         pytest.param("bench models:build --against magic", "unknown engine", id="unknown engine"),
         pytest.param("bench models:build --seconds 0 --against eager --engine eager", "seconds", id="no time"),
         pytest.param("verify models:build x.txt", "expected an .onnx or .pt2", id="comparison with another kind"),

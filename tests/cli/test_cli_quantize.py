@@ -10,9 +10,6 @@ import pytest
 import torch
 from safetensors.numpy import save_file
 
-from normfuse import ShiftQuant
-from normfuse.cli.quantization import parse_quantize
-from normfuse.errors import UsageError
 from normfuse.pt2 import load_program
 from normfuse.reports.report import Report
 from tests.cli_runner import Run, runner
@@ -54,43 +51,6 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     """Run the command in this process, in a folder with `models.py`; (exit code, standard output, standard error)."""
     with runner("models", MODELS, tmp_path, monkeypatch, capsys) as found:
         yield found
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        pytest.param("w4a8", ShiftQuant(), id="widths"),
-        pytest.param("w6", ShiftQuant(weight_bits=6), id="weights"),
-        pytest.param("w8a8,static,groups=1", ShiftQuant(weight_bits=8, activations="static", groups=1), id="words and numbers"),
-        pytest.param(
-            " w4a8 , gptq, percentile=99.5 ,migration=off",
-            ShiftQuant(rounding="gptq", percentile=99.5, migration=False),
-            id="blanks",
-        ),
-        pytest.param("w4a8,embedding_bits=none,size_budget=0.2", ShiftQuant(embedding_bits=None, size_budget=0.2), id="none"),
-        pytest.param("prefer=size", ShiftQuant(prefer="size"), id="no widths"),
-    ],
-)
-def test_specification(text: str, expected: ShiftQuant) -> None:
-    assert parse_quantize(text) == expected
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        pytest.param("w9a8", r"weight_bits=9.*from 2 to 8", id="too wide"),
-        pytest.param("int8", r"'int8' is not understood.*e\.g\. w4a8", id="another notation"),
-        pytest.param("w4a8,sttic", r"did you mean 'static'", id="misspelt word"),
-        pytest.param("w4a8,group=2", r"has no 'group'.*did you mean 'groups'", id="misspelt name"),
-        pytest.param("w4a8,groups=two", r"groups=two: expected a number", id="no number"),
-        pytest.param("w4a8,migration=maybe", r"expected true or false", id="no bool"),
-        pytest.param("w4a8,keep=head", r"set it with --keep", id="keep"),
-        pytest.param("w4a8,observer=best", r"expected one of 'minmax'", id="no such value"),
-    ],
-)
-def test_specifications_that_are_wrong(text: str, message: str) -> None:
-    with pytest.raises(UsageError, match=message):
-        parse_quantize(text)
 
 
 def test_optimize_writes_a_program_that_loads_and_runs_alike(run: Run) -> None:

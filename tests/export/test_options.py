@@ -10,20 +10,28 @@ import pytest
 import torch
 from torch import nn
 
+from normfuse.app.decoders import DecoderKeywords, DecoderOptions
 from normfuse.errors import UsageError
 from normfuse.export import EngineOptions, ExportOptions, to_onnx, to_tensorrt
 from normfuse.export.onnx.lower import STEPS
 from normfuse.export.onnx.quantized.forms import FORMS
-from normfuse.export.options import EngineKeywords, ExportKeywords, FileKeywords
+from normfuse.export.options import EngineKeywords, ExportKeywords, FileKeywords, PluginName
 from normfuse.export.server import write_repository
 from normfuse.export.server.options import ServeKeywords, ServeOptions
 from normfuse.export.targets import ATTENTION_FORMS, NATIVE_ATTENTION, QUANTIZED_FORMS, TARGETS
 from normfuse.export.tensorrt import build_onnx
+from normfuse.export.tensorrt.plugins.plans import PLUGINS
 from tests.export.models import attention, exported
 
 
 @pytest.mark.parametrize(
-    ("options", "keywords"), [(ExportOptions, ExportKeywords), (EngineOptions, EngineKeywords), (ServeOptions, ServeKeywords)]
+    ("options", "keywords"),
+    [
+        (ExportOptions, ExportKeywords),
+        (EngineOptions, EngineKeywords),
+        (ServeOptions, ServeKeywords),
+        (DecoderOptions, DecoderKeywords),
+    ],
 )
 def test_keywords_are_the_fields_and_have_their_types(options: Any, keywords: Any) -> None:
     known = {"torch": torch}
@@ -40,6 +48,10 @@ def test_help_shows_every_keyword_with_its_default(function: Any, options: Any) 
     assert all(shown[f.name].default == f.default for f in dataclasses.fields(options))
     assert not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in shown.values())
     assert all(f"        {f.name}: " in function.__doc__ for f in dataclasses.fields(options))
+
+
+def test_names_of_plugins_are_typed() -> None:
+    assert set(typing.get_args(PluginName)) == set(PLUGINS)
 
 
 def test_a_file_that_is_built_as_it_is_has_fewer() -> None:

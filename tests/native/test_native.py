@@ -95,7 +95,15 @@ def test_switched_off() -> None:
 def test_every_function_of_the_header_is_known() -> None:
     text = re.sub(r"//[^\n]*", "", (ROOT / "native" / "normfuse.h").read_text(encoding="utf-8"))
     found = {name: arguments.count(",") + 1 for name, arguments in re.findall(r"NF_EXPORT[^;(]*?\b(nf_\w+)\(([^)]*)\)", text)}
-    plain = {"nf_packed_bytes": 4, "nf_isa_available": 1, "nf_isa": 1, "nf_force_isa": 1, "nf_operators": 1, "nf_pool": 1}
+    plain = {
+        "nf_codes_bytes": 1,
+        "nf_packed_bytes": 4,
+        "nf_isa_available": 1,
+        "nf_isa": 1,
+        "nf_force_isa": 1,
+        "nf_operators": 1,
+        "nf_pool": 1,
+    }
     stated = {f.name: len(f.arguments) + 1 for operator in OPERATORS.values() for f in operator.functions}
     assert found == {**stated, **plain}
 
@@ -104,7 +112,12 @@ def test_every_function_of_the_header_is_known() -> None:
 @pytest.mark.checkout
 def test_structures_and_words_are_those_of_the_headers(tmp_path: Path) -> None:
     lines = []
-    for name, structure in (("nf_weight", native.Weight), ("nf_conv", native.Conv), ("nf_attention", native.Attention)):
+    for name, structure in (
+        ("nf_weight", native.Weight),
+        ("nf_conv", native.Conv),
+        ("nf_codes_conv", native.CodesConv),
+        ("nf_attention", native.Attention),
+    ):
         lines.append(f"static_assert(sizeof({name}) == {ctypes.sizeof(structure)});")
         for field, *_ in structure._fields_:
             lines.append(f"static_assert(offsetof({name}, {field}) == {getattr(structure, field).offset});")

@@ -91,7 +91,7 @@ def test_without_quantization_there_is_no_table() -> None:
 
 def test_html_tells_reasons_and_sensitivities() -> None:
     text = page(REPORT)
-    assert "kept in float by keep=&#x27;head&#x27;" in text
+    assert "kept in float by keep=&#39;head&#39;" in text
     assert "<th>8 bits</th><th>4 bits</th>" in text or "<th>4 bits</th><th>8 bits</th>" in text
     assert "40.0 dB" in text
 

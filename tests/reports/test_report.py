@@ -12,8 +12,11 @@ from hypothesis import strategies as st
 
 from normfuse.errors import UsageError
 from normfuse.reports.answer import norms_in_words
+from normfuse.reports.cards import cards
+from normfuse.reports.chips import before_and_after
 from normfuse.reports.html import page
-from normfuse.reports.model import Calibration, Error, Origin, PassReport, Site
+from normfuse.reports.model import Block, Calibration, Error, Latency, NormFate, Origin, PassReport, Site
+from normfuse.reports.norms import norm_reasons
 from normfuse.reports.numbers import change, duration, magnitude, size
 from normfuse.reports.report import Report
 from normfuse.reports.text import compact, passes_in_rows, reasons, table
@@ -74,6 +77,10 @@ errors = st.none() | st.builds(Error, st.floats(), st.floats(), st.sampled_from(
 counts = st.integers(0, 10**15)
 norms = st.dictionaries(words, st.integers(0, 999), max_size=4)
 some_sites = st.lists(sites, max_size=4).map(tuple)
+some_words = st.lists(words, max_size=4).map(tuple)
+times = st.floats(0, 1e6)
+verdicts = st.sampled_from(["faster", "slower", "undecided"])
+latencies = st.builds(Latency, words, words, times, times, times, times, times, st.integers(1, 64), verdicts)
 reports = st.builds(
     Report,
     passes=st.lists(
@@ -93,6 +100,9 @@ reports = st.builds(
     calibration=st.none() | st.builds(Calibration, counts, counts, words),
     capture_seconds=st.floats(0, 1e6),
     verify_seconds=st.floats(0, 1e6),
+    norms=st.lists(st.builds(NormFate, paths, words, words), max_size=3).map(tuple),
+    blocks=st.lists(st.builds(Block, some_words, some_words, some_words), max_size=3).map(tuple),
+    latencies=st.lists(latencies, max_size=2).map(tuple),
 )
 
 
@@ -175,7 +185,7 @@ def test_reasons_that_differ_in_places_and_numbers_are_one() -> None:
 
 def test_older_json_is_still_read() -> None:
     data = json.loads(REPORT.to_json())
-    for key in ("origin", "calibration", "capture_seconds", "verify_seconds"):
+    for key in ("origin", "calibration", "capture_seconds", "verify_seconds", "norms", "blocks", "latencies"):
         del data[key]
     back = Report.from_json(json.dumps(data))
     assert back.passes == REPORT.passes
@@ -295,6 +305,44 @@ def test_html_escapes_and_shows_everything(tmp_path: Path) -> None:
     assert "<script" not in text
     assert "://" not in text  # nothing is loaded
     assert _parse(report).text.count(evil) == 15
+
+
+@pytest.mark.parametrize(
+    ("latencies", "said"),
+    [
+        pytest.param((), "not measured", id="none"),
+        pytest.param((Latency("a", "b", 2.0, 4.0, 2.0, 1.9, 2.1, 2, "faster"),), "2 times as fast", id="faster"),
+        pytest.param((Latency("a", "b", 4.0, 2.0, 0.5, 0.4, 0.6, 1, "slower"),), "SLOWER: 0.5 times as fast", id="slower"),
+        pytest.param((Latency("a", "b", 4.0, 4.2, 1.05, 0.9, 1.2),), "undecided: about 1.05 times as fast", id="undecided"),
+    ],
+)
+def test_how_fast_is_the_third_answer(latencies: tuple[Latency, ...], said: str) -> None:
+    *_, fast = cards(dataclasses.replace(REPORT, latencies=latencies))
+    assert (fast.question, fast.answer) == ("How fast", said)
+    for bar in fast.bars:
+        assert 0 <= bar.left <= bar.left + bar.width <= 100
+        assert 0 < bar.one < 100
+    assert said in _parse(dataclasses.replace(REPORT, latencies=latencies)).text
+
+
+def test_blocks_mark_what_is_gone_and_what_is_new() -> None:
+    block = Block(("blocks.0",), ("layer_norm", "linear", "linear", "gelu"), ("rms_norm", "linear", "normfuse::shiftquant_linear"))
+    before, after = before_and_after(block)
+    assert [(c.text, c.tone) for c in before] == [
+        ("LayerNorm", "norm gone"), ("linear", ""), ("linear", "gone"), ("gelu", "gone"),
+    ]  # fmt: skip
+    assert [(c.text, c.tone) for c in after] == [("RMSNorm", "norm new"), ("linear", ""), ("linear in integers", "int new")]
+
+
+def test_each_norm_has_its_fate_and_its_reason() -> None:
+    norms = (*(NormFate(f"norms.{i}", "layer_norm", "rms_norm") for i in range(25)),
+             NormFate("layer1.bn1", "batch_norm"), NormFate("layer1.bn2", "batch_norm", "batch_norm"))  # fmt: skip
+    found = {(r.rule, r.count): r.note for r in norm_reasons(dataclasses.replace(REPORT, norms=norms))}
+    assert found == {
+        ("LayerNorm → RMSNorm", 25): "its residual stream has no mean: the weights that write it are centered",
+        ("BatchNorm folded away", 1): "scale and shift into layer1.conv1",
+        ("BatchNorm stays", 1): "conv2 feeds 2 consumers",
+    }
 
 
 def test_html_lists_what_the_text_lists() -> None:

@@ -31,7 +31,7 @@ class Asked:
     tune: bool
     form: Any
     int4: bool
-    dtype: str | None
+    dtype: Any
     io_dtype: Any
     profiles: tuple[str, ...]
     flavour: Any
@@ -67,9 +67,10 @@ class Asked:
             raise UsageError("--runtime, --attention and --tune are for ONNX files, and what is to be written is an engine")
         if self.int4:
             raise UsageError("--int4 is for ONNX files; an engine packs 4-bit weights anyway")
+        plugins: Any = names(self.plugins)
         return EngineOptions(
             opset=self.opset, form=self.form, dtype=self.dtype, io_dtype=self.io_dtype, shapes=self.profiles,
-            flavour=self.flavour, capabilities=self.capabilities, plugins=names(self.plugins), force=force,
+            flavour=self.flavour, capabilities=self.capabilities, plugins=plugins, force=force,
             progress=not telling.quiet,
         )  # fmt: skip
 

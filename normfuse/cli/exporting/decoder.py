@@ -27,7 +27,7 @@ class DecoderFlags:
 
     with_past: bool = False
     last_logits: bool = False
-    padding: str = "both"
+    padding: Any = "both"
     max_length: int | None = None
     proof_tokens: int = 64
     no_tokenizer: bool = False
@@ -107,12 +107,13 @@ def _not_for_folders(pipeline: Pipeline, asked: Asked, place: Place, telling: Te
     return asked.engine_only() or next((flag for flag, value in flags.items() if value), None)
 
 
-def _options(flags: DecoderFlags, pipeline: Pipeline, attention: str) -> "DecoderOptions":
+def _options(flags: DecoderFlags, pipeline: Pipeline, attention: Any) -> "DecoderOptions":
     from normfuse.app.decoders import DecoderOptions
 
+    passes: Any = pipeline.passes  # names that the user wrote
     return DecoderOptions(
         attention=attention, padding=flags.padding, last_logits=flags.last_logits, max_length=flags.max_length,
-        proof_tokens=flags.proof_tokens, passes=pipeline.passes, verify=pipeline.verify,
+        proof_tokens=flags.proof_tokens, passes=passes, verify=pipeline.verify,
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Is a quantized file faster than its float original here, in a runtime as everybody has it? A few seconds of measuring."""
+"""Is a file faster than its float original here, in a runtime as everybody has it? A few seconds of measuring."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from normfuse.app.engines import export_original, onnxruntime_engine
 from normfuse.benchmark import Comparison, Schedule, Verdict, measure
 from normfuse.errors import NormfuseError
 from normfuse.export.onnx.domains import domains
+from normfuse.reports.model import Latency
 
 if TYPE_CHECKING:
     from normfuse.app.sources import Source
@@ -27,7 +28,7 @@ speed_option = click.option(
     "--speed-check/--no-speed-check",
     default=True,
     show_default=True,
-    help="With --quantize, measure the file against the float original for a few seconds.",
+    help="With --quantize or --report, measure the file against the float original for a few seconds.",
 )
 
 
@@ -36,11 +37,12 @@ class Speed:
     """What was measured, or why it was not.
 
     Attributes:
-        path: the quantized file.
+        path: the file.
         stock: the original in float against the file, both in ONNX Runtime as everybody has it; None if it was not measured.
         library: the same with normfuse's library registered; None where the file has no op of it, or it is not built.
         native: has the file ops that the library makes faster?
         why_not: why nothing was measured.
+        quantized: is it a file in integers?
     """
 
     path: Path
@@ -48,6 +50,13 @@ class Speed:
     library: Comparison | None = None
     native: bool = False
     why_not: str = ""
+    quantized: bool = True
+
+    @property
+    def latencies(self) -> tuple[Latency, ...]:
+        """What was measured, as the report shows it; the library first, which is how such a file is meant to run."""
+        told = (("ONNX Runtime with normfuse's library", self.library), ("stock ONNX Runtime", self.stock))
+        return tuple(c.latency(f"the file in {where}", "the float original in ONNX Runtime") for where, c in told if c is not None)
 
     @property
     def slower(self) -> bool:
@@ -81,17 +90,19 @@ class Speed:
             ]
         if self.native and (self.stock is None or self.slower or self.library is not None):
             lines.append("             the lines below register the library")
-        elif self.slower:
+        elif self.slower and self.quantized:
             lines += ["             integers do not pay here: keep it in float, or export --form native"]
         return "\n".join(lines)
 
 
-def speed_of(loaded: Source, path: Path) -> Speed:
+def speed_of(loaded: Source, path: Path, *, quantized: bool = True) -> Speed:
     """Measure the file at `path` against the model that it was made of, for a few seconds."""
     native = "normfuse" in domains(path)
     held = sum(t.numel() * t.element_size() for t in loaded.module.state_dict().values())
     if held > _LARGEST:
-        return Speed(path, native=native, why_not=f"the original has {held / 1e9:.1f} GB; compare with normfuse bench")
+        return Speed(
+            path, native=native, quantized=quantized, why_not=f"the original has {held / 1e9:.1f} GB; compare with normfuse bench"
+        )
     inputs: Any = loaded.kwargs if loaded.kwargs and not loaded.args else (*loaded.args, *loaded.kwargs.values())
     with tempfile.TemporaryDirectory(prefix="normfuse-speed-") as folder:
         original = Path(folder, "original.onnx")
@@ -103,8 +114,9 @@ def speed_of(loaded: Source, path: Path) -> Speed:
                 engines.append(onnxruntime_engine("the file with the library", path, inputs))
             found = measure(engines, Schedule(seconds=_SECONDS, warmup=0.2, turn=0.1, restarts=1))
         except NormfuseError as e:
-            return Speed(path, native=native, why_not=str(e).splitlines()[0][:200])
-    return Speed(path, Comparison.of(found), Comparison.of(found, b=3) if len(engines) == 4 else None, native)
+            return Speed(path, native=native, quantized=quantized, why_not=str(e).splitlines()[0][:200])
+    library = Comparison.of(found, b=3) if len(engines) == 4 else None
+    return Speed(path, Comparison.of(found), library, native, quantized=quantized)
 
 
 def _library() -> bool:

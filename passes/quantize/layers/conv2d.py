@@ -16,7 +16,7 @@ from normfuse.ir.graph import Graph, Refuse
 from normfuse.ir.views import Conv, Op
 from normfuse.passes.quantize.layers.layer import Handler, Product, read_node
 
-__all__ = ["CONV2D", "Conv2d", "Geometry"]
+__all__ = ["CONV2D", "Conv2d", "Geometry", "read_conv2d"]
 
 aten = torch.ops.aten
 
@@ -130,11 +130,20 @@ class Conv2d(Product):
 
 def _conv2d(node: fx.Node, op: Op, path: str, spec: Any) -> Conv2d:
     assert isinstance(op, Conv)
+    if op.W.ndim in (3, 4) and op.W.shape[1] < _FEWEST and op.groups > 1:
+        raise Refuse(f"{op.W.shape[1]} input channels a group are too few for integers to gain anything")
+    return read_conv2d(node, op, path, spec)
+
+
+def read_conv2d(node: fx.Node, op: Conv, path: str, spec: Any) -> Conv2d:
+    """The layer, however few channels a group has.
+
+    Raises:
+        Refuse: it is none that can be quantized.
+    """
     dims = op.W.ndim - 2
     if dims not in (1, 2):
         raise Refuse(f"there is no integer form of a convolution in {dims} dimensions")
-    if op.W.shape[1] < _FEWEST and op.groups > 1:
-        raise Refuse(f"{op.W.shape[1]} input channels a group are too few for integers to gain anything")
     if op.x.rank is not None and op.x.rank != dims + 2:
         raise Refuse(
             "it reads one image without a batch axis", remedy="unsqueeze the image: integers are scaled by image of a batch"

@@ -25,6 +25,7 @@ from normfuse.passes.quantize.layers.layer import Handler, Layer, Product
 from normfuse.passes.quantize.measure import Measured, corrected, measure
 from normfuse.passes.quantize.patterns import check_patterns
 from normfuse.passes.quantize.shiftquant.attention import attentions, attentions_into_integers
+from normfuse.passes.quantize.shiftquant.chains.chains import into_chains
 from normfuse.passes.quantize.shiftquant.coded import RULE, encode, width
 from normfuse.passes.quantize.shiftquant.finetuning import finetuned
 from normfuse.passes.quantize.shiftquant.migration import migrate
@@ -97,8 +98,8 @@ class _Quantizing:
         graph, samples, work = self.graph, self.samples, self.work
         graph.clean()
         before = constant_bytes(graph)
-        layers = self._layers()
         outputs = Outputs(graph, samples[:_BATCHES]) if samples else None
+        layers = self._layers(into_chains(work, self.spec) if self.spec.chains else ())
         layers, moved = self._calibrated(layers)
         self.choices = self._choices(layers, before)
         coded = [c for layer in layers if (c := self._coded(layer, self.choices.get(layer.node))) is not None]
@@ -116,12 +117,12 @@ class _Quantizing:
 
     # -- steps -------------------------------------------------------------------------------------------------------------
 
-    def _layers(self) -> list[Layer]:
-        """The layers that may become integers, as the specification names them."""
+    def _layers(self, chained: Sequence[str]) -> list[Layer]:
+        """The layers that may become integers, as the specification names them, besides those at paths that are in chains."""
         graph = self.graph
         layers, refused = find_layers(graph, self.spec, _HANDLERS)
         known = (*(layer.node for layer in layers), *(n for n, _, _ in refused), *attentions(graph, self.spec))
-        check_patterns(self.spec, [graph.path(n) for n in known])
+        check_patterns(self.spec, [*chained, *(graph.path(n) for n in known)])
         self.refusals = {node: (kind, refusal) for node, kind, refusal in refused}
         layers = self._worth_their_bytes(layers)
         self.original = {layer.node: [c for c in (layer.weight, layer.bias) if c is not None] for layer in layers}

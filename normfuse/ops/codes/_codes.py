@@ -1,0 +1,67 @@
+"""What all operators on codes have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from normfuse.errors import UsageError
+
+__all__ = ["check_codes", "check_range", "check_window", "coded", "single", "window"]
+
+
+def coded(value: Tensor, low: int, high: int) -> Tensor:
+    """clamp(rne(value), low, high) as uint8; NaN counts as a million."""
+    return value.nan_to_num(nan=1e6).round().clamp(low, high).to(torch.uint8)
+
+
+def single(value: float) -> Tensor:
+    """A number, rounded to float32."""
+    return torch.tensor(value, dtype=torch.float32)
+
+
+def check_codes(op: str, x: Tensor, name: str = "x") -> None:
+    """uint8 [batch, height, width, channels].
+
+    Raises:
+        UsageError: it is not.
+    """
+    if x.dtype is not torch.uint8 or x.ndim != 4:
+        raise UsageError(f"{op}: {name} {tuple(x.shape)} of {x.dtype}; expected uint8 [batch, height, width, channels]")
+
+
+def check_range(op: str, low: int, high: int, *zeros: int) -> None:
+    """Bounds of codes, and zero points."""
+    if not 0 <= low <= high <= 255:
+        raise UsageError(f"{op}: low={low}, high={high}; expected 0 <= low <= high <= 255")
+    for zero in zeros:
+        if not 0 <= zero <= 255:
+            raise UsageError(f"{op}: a zero point of {zero}; expected 0 to 255")
+
+
+def check_window(op: str, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]) -> None:
+    """(height, width), and (top, left, bottom, right)."""
+    for name, value, count, least in (
+        ("kernel", kernel, 2, 1), ("stride", stride, 2, 1), ("padding", padding, 4, 0), ("dilation", dilation, 2, 1),
+    ):  # fmt: skip
+        if len(value) != count or min(value) < least:
+            raise UsageError(f"{op}: {name}={list(value)}; expected {count} integers of at least {least}")
+
+
+def window(
+    op: str, x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+) -> tuple[int, int]:
+    """Height and width of the output of a convolution or pool.
+
+    Raises:
+        UsageError: the kernel is larger than the padded image.
+    """
+    sizes = []
+    for axis in range(2):
+        room = x.shape[1 + axis] + padding[axis] + padding[2 + axis] - dilation[axis] * (kernel[axis] - 1) - 1
+        if isinstance(room, int) and room < 0:
+            raise UsageError(f"{op}: kernel {list(kernel)} does not fit into x {tuple(x.shape)} with padding {list(padding)}")
+        sizes.append(room // stride[axis] + 1)
+    return sizes[0], sizes[1]

@@ -1,0 +1,305 @@
+"""Chains of codes: what is taken into them, what stays out, and that they compute the model."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+import normfuse
+from normfuse import native
+from normfuse.errors import UsageError
+from normfuse.export import to_onnx
+
+SIZE = (2, 3, 20, 18)
+
+
+def _spec(**given: Any) -> normfuse.ShiftQuant:
+    chosen: dict[str, Any] = {"weight_bits": 8, "activations": "static", "chains": True, "prefer": "size", "rounding": "nearest"}
+    return normfuse.ShiftQuant(**(chosen | given))
+
+
+def _data(count: int = 4) -> list[Tensor]:
+    g = torch.Generator().manual_seed(1)
+    return [torch.randn(SIZE, generator=g) for _ in range(count)]
+
+
+def _quantized(model: nn.Module, **given: Any) -> fx.GraphModule:
+    torch.manual_seed(0)
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight)
+            nn.init.normal_(module.bias, 0, 0.1)
+    data = _data()
+    return normfuse.optimize(model.eval(), (data[0],), quantize=_spec(**given), calibration=data, verify="off")
+
+
+def _operators(module: fx.GraphModule) -> Counter[str]:
+    return Counter(n.target._opname for n in module.graph.nodes if n.op == "call_function")
+
+
+def _sqnr(model: nn.Module, fast: nn.Module) -> float:
+    x = _data(5)[4]
+    with torch.no_grad():
+        y, found = model(x), fast(x)
+    return float(10 * torch.log10(y.square().sum() / (y - found).square().sum()))
+
+
+def _refused(module: fx.GraphModule) -> dict[str, str]:
+    return {s.path: s.note for p in normfuse.report(module).passes for s in p.refused if s.rule == "codes"}
+
+
+class Block(nn.Module):
+    """A residual block whose first one changes the size."""
+
+    def __init__(self, channels: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.a = nn.Conv2d(channels, outputs, 1)
+        self.b = nn.Conv2d(outputs, outputs, 3, stride, 1)
+        self.down = nn.Conv2d(channels, outputs, 1, stride) if stride > 1 else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.b(F.relu(self.a(x))) + self.down(x))
+
+
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 5, 2, 2)
+        self.blocks = nn.Sequential(Block(8, 16, 2), Block(16, 16, 1))
+        self.head = nn.Linear(16, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.max_pool2d(F.relu(self.stem(x)), 3, 2, 1)
+        return self.head(F.adaptive_avg_pool2d(self.blocks(x), 1).flatten(1))
+
+
+class Mobile(nn.Module):
+    """An inverted residual with squeeze-and-excite."""
+
+    def __init__(self, activation: Callable[[Tensor], Tensor] = F.hardswish) -> None:
+        super().__init__()
+        self.activation = activation
+        self.stem, self.up, self.depth = nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 24, 1), nn.Conv2d(24, 24, 5, 1, 2, groups=24)
+        self.squeeze, self.excite = nn.Conv2d(24, 8, 1), nn.Conv2d(8, 24, 1)
+        self.down, self.last = nn.Conv2d(24, 8, 1), nn.Conv2d(8, 16, 3, 1, 0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.activation(self.stem(x))
+        y = self.activation(self.depth(self.activation(self.up(x))))
+        y = y * self.excite(F.relu(self.squeeze(y.mean((2, 3), keepdim=True)))).sigmoid()
+        return self.last(x + self.down(y))
+
+
+def test_a_residual_network_is_one_chain() -> None:
+    model = Residual()
+    fast = _quantized(model)
+    assert _operators(fast) == {
+        "quantize_codes": 1, "codes_conv2d": 6, "codes_max_pool2d": 1, "codes_mean": 1, "flatten": 1, "shiftquant_linear": 1,
+    }  # fmt: skip
+    (site,) = [s for p in normfuse.report(fast).passes for s in p.applied if s.rule == "codes"]
+    assert site.path == "stem"
+    assert "6 convolutions" in site.note
+    assert {q.path for q in normfuse.report(fast).quantization if q.kind == "conv2d" and not q.kept} >= {"stem", "blocks.0.down"}
+    layers = _quantized(Residual(), chains=False)
+    assert _sqnr(model, fast) > max(28.0, _sqnr(model, layers) - 0.5)
+
+
+@pytest.mark.parametrize("bits", [4, 6])
+def test_fewer_bits(bits: int) -> None:
+    model = Residual()
+    chained, layers = (
+        _sqnr(model, _quantized(model, weight_bits=bits)),
+        _sqnr(model, _quantized(Residual(), weight_bits=bits, chains=False)),
+    )
+    assert chained > layers - 1.5
+
+
+@pytest.mark.parametrize("activation", [pytest.param(f, id=f.__name__) for f in (F.relu, F.relu6, F.hardswish, F.silu)])
+def test_activations_gates_and_sums(activation: Callable[[Tensor], Tensor]) -> None:
+    model = Mobile(activation)
+    fast = _quantized(model)
+    found = _operators(fast)
+    assert found["codes_conv2d"] == 5
+    assert found["codes_gate"] == found["codes_mean"] == found["quantize_codes"] == found["dequantize_codes"] == 1
+    assert not {"silu", "hardswish", "relu6", "hardtanh", "add"} & set(found)
+    assert set(_refused(fast)) == {"squeeze", "excite"}
+    assert _sqnr(model, fast) > 24
+
+
+@pytest.mark.skipif(not native.available(), reason=native.why_not() or "there")
+@pytest.mark.parametrize("model", [pytest.param(m, id=m.__name__) for m in (Residual, Mobile)])
+def test_every_instruction_set_and_the_definition_give_the_same_codes(
+    model: Callable[[], nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fast, x = _quantized(model()), _data(5)[4]
+    conv = [n for n in fast.graph.nodes if n.op == "call_function" and n.target._opname == "codes_conv2d"][-1]
+    found = []
+    for isa in native.isas():
+        native.force_isa(isa)
+        found.append(_value_of(fast, conv, x))
+    native.force_isa(None)
+    monkeypatch.setattr(native, "available", lambda: False)
+    expected = _value_of(fast, conv, x)
+    assert all(torch.equal(y, expected) for y in found)
+    assert float(expected.float().std()) > 5
+
+
+def _value_of(module: fx.GraphModule, node: fx.Node, x: Tensor) -> Tensor:
+    class _Until(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            value = super().run_node(n)
+            if n is node:
+                self.kept = value
+            return value
+
+    with torch.no_grad():
+        until = _Until(module)
+        until.run(x)
+    return until.kept
+
+
+@pytest.mark.skipif(not native.available(), reason=native.why_not() or "there")
+@pytest.mark.parametrize("model", [pytest.param(m, id=m.__name__) for m in (Residual, Mobile)])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_files_compute_the_module(model: Callable[[], nn.Module], bits: int, tmp_path: Path) -> None:
+    ort = pytest.importorskip("onnxruntime")
+    fast, x = _quantized(model(), weight_bits=bits), _data(5)[4]
+    with torch.no_grad():
+        y = fast(x)
+    for form in ("native", "integer"):
+        to_onnx(fast, tmp_path / f"{form}.onnx", form=form)
+        options = ort.SessionOptions()
+        if form == "native":
+            options.register_custom_ops_library(str(native.path()))
+        session = ort.InferenceSession(tmp_path / f"{form}.onnx", options, providers=["CPUExecutionProvider"])
+        (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+        torch.testing.assert_close(torch.from_numpy(found), y, rtol=1e-4, atol=1e-4 * float(y.abs().max()))
+
+
+class Islands(nn.Module):
+    """Something that is not understood between two chains, with a residual around it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.d = (nn.Conv2d(3 if i == 0 else 8, 8, 3, 1, 1) for i in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.b(F.relu(self.a(x))))
+        z = y + torch.cumsum(y, 2) / 20
+        return self.d(F.relu(self.c(z)))
+
+
+def test_islands_stay_in_float() -> None:
+    model = Islands()
+    fast = _quantized(model)
+    found = _operators(fast)
+    assert found["codes_conv2d"] == 4
+    assert found["cumsum"] == 1
+    assert found["codes_add"] == 1  # one of its operands is quantized for it
+    assert found["quantize_codes"] == 2
+    assert _sqnr(model, fast) > 25
+
+
+class Branches(nn.Module):
+    """Concatenated branches, one of them read by a float operator too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.a, self.b = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1), nn.Conv2d(8, 12, 3, 1, 1)
+        self.last = nn.Conv2d(20, 8, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = F.relu(self.stem(x))
+        a, b = self.a(x), F.relu(self.b(x))
+        y = torch.cat([a, b, F.max_pool2d(a, 3, 1, 1)], 1)
+        return self.last(y), b.cumsum(1)
+
+
+def test_concatenated_codes_are_worth_the_same() -> None:
+    model = Branches()
+    fast = _quantized(model)
+    found = _operators(fast)
+    assert found["cat"] == found["codes_max_pool2d"] == 1
+    assert found["dequantize_codes"] == 2
+    x = _data(5)[4]
+    with torch.no_grad():
+        for y, z in zip(model(x), fast(x), strict=True):
+            assert float((y - z).norm() / y.norm()) < 0.05
+
+
+def test_other_batches_and_sizes() -> None:
+    model, data = Residual(), _data()
+    batch = torch.export.Dim("batch")
+    fast = normfuse.optimize(
+        model.eval(), (data[0],), quantize=_spec(), calibration=data, dynamic_shapes={"x": {0: batch}}, verify="off"
+    )
+    x = torch.cat(data)
+    with torch.no_grad():
+        torch.testing.assert_close(fast(x)[2:4], fast(data[1]))
+
+
+# -- what stays out ------------------------------------------------------------------------------------------------------
+
+
+def test_a_convolution_alone_is_a_layer() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8 * 18 * 16, 4))
+    fast = _quantized(model)
+    assert _operators(fast) == {"shiftquant_conv2d": 1, "flatten": 1, "shiftquant_linear": 1}
+    assert "alone" in _refused(fast)["0"]
+
+
+def test_what_is_kept_stays_in_float() -> None:
+    fast = _quantized(Residual(), keep=("blocks.0.b",))
+    assert _operators(fast)["conv2d"] == 1
+    assert "keep='blocks.0.b'" in _refused(fast)["blocks.0.b"]
+    assert _operators(fast)["codes_conv2d"] == 5
+
+
+def test_one_layer_with_other_bits() -> None:
+    fast = _quantized(Residual(), weight_bits=4, overrides={"stem": {"weight_bits": 8}})
+    assert {q.path: q.weight_bits for q in normfuse.report(fast).quantization}["stem"] == 8
+
+
+def test_values_that_are_no_numbers_refuse_the_chain() -> None:
+    class Log(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(F.relu(self.a(x.log())))
+
+    with pytest.raises(UsageError, match="holds NaN or Inf in the calibration data"):
+        _quantized(Log())
+
+
+def test_other_dtypes_stay_out() -> None:
+    data = [x.bfloat16() for x in _data()]
+    fast = normfuse.optimize(Residual().eval().bfloat16(), (data[0],), quantize=_spec(), calibration=data, verify="off")
+    assert "float32" in _refused(fast)["stem"]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"activations": "dynamic"}, "static scales"),
+        ({"sqnr_budget": 20.0}, "sqnr_budget"),
+        ({"finetune_steps": 3}, "finetune_steps"),
+    ],
+)
+def test_what_chains_do_not_go_with(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        _spec(**given)
+
+
+@pytest.mark.parametrize("observer", ["percentile", "mse"])
+def test_observers(observer: str) -> None:
+    model = Residual()
+    assert _sqnr(model, _quantized(model, observer=observer)) > 20
