@@ -30,7 +30,7 @@ PASSES: dict[str, Pass] = {p.name: p() for p in _PASSES}
 
 PassName = Literal[
     "default", "cleanup", "bake", "recognise", "depth_scale", "huge_eps", "expose", "affine", "mean_free", "key_bias", "realise",
-    "select", "weightless", "cancel", "compress", "l1",
+    "select", "weightless", "cancel", "compress", "l1", "half_range",
 ]  # fmt: skip
 """The names in `PASSES`, for type checkers; "default" stands for the default pipeline."""
 

@@ -45,6 +45,7 @@ from normfuse.reports.model import Form
 from normfuse.surroundings import undisturbed
 
 if TYPE_CHECKING:
+    import onnx_ir as ir
     from typing_extensions import Unpack
 
 __all__ = ["to_onnx", "write_onnx"]
@@ -278,7 +279,7 @@ def _simplified(found: Program) -> None:
     one_dtype_norms(found.exported)
 
 
-def _translated(found: Program, target: Target, opset: int) -> Any:
+def _translated(found: Program, target: Target, opset: int) -> ir.Model:
     return translated(found, opset, contrib=bool(target.domains) and _is_float32(found))
 
 

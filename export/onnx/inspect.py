@@ -6,13 +6,16 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from normfuse.errors import UsageError
 from normfuse.export.onnx.tensors import check_tensors
 from normfuse.export.onnx.writer.variants import base_name
 from normfuse.export.ops import DOMAIN
 from normfuse.extras import need
+
+if TYPE_CHECKING:
+    import onnx
 
 __all__ = ["NORM_OPS", "Facts", "facts", "float_dtypes", "norm_counts", "op_counts", "provenance", "read_model"]
 
@@ -84,7 +87,7 @@ def facts(path: str | Path) -> Facts:
     )
 
 
-def _type(value: Any) -> str:
+def _type(value: onnx.ValueInfoProto) -> str:
     onnx = need("onnx", extra="onnx")
     kind = value.type.WhichOneof("value")
     if kind != "tensor_type":
@@ -96,7 +99,7 @@ def _type(value: Any) -> str:
     return f"{name}[{', '.join(sizes)}]" if tensor.HasField("shape") else name
 
 
-def op_counts(model: str | Path | Any) -> dict[str, int]:
+def op_counts(model: str | Path | onnx.ModelProto) -> dict[str, int]:
     """Number of nodes by op type, the most frequent first; subgraphs and functions count once.
 
     Ops of another domain than ONNX's own carry it: `com.microsoft.Attention`. Variants of an op of normfuse count as that op, and
@@ -111,7 +114,7 @@ def op_counts(model: str | Path | Any) -> dict[str, int]:
     return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
 
 
-def float_dtypes(model: str | Path | Any) -> frozenset[str]:
+def float_dtypes(model: str | Path | onnx.ModelProto) -> frozenset[str]:
     """Floating dtypes of inputs, outputs and weights, e.g. `float16`.
 
     Raises:
@@ -122,17 +125,17 @@ def float_dtypes(model: str | Path | Any) -> frozenset[str]:
     return frozenset(_FLOATS[t] for t in (*values, *(t.data_type for t in graph.initializer)) if t in _FLOATS)
 
 
-def norm_counts(model: str | Path | Any) -> dict[str, int]:
+def norm_counts(model: str | Path | onnx.ModelProto) -> dict[str, int]:
     """Number of normalizations by op type; one that is spelt out in primitive ops is not recognised."""
     return {op: n for op, n in op_counts(model).items() if op.rpartition(".")[2] in NORM_OPS}
 
 
-def provenance(model: str | Path | Any) -> dict[str, str]:
+def provenance(model: str | Path | onnx.ModelProto) -> dict[str, str]:
     """What normfuse wrote into the file: version, target, passes, error, hashes; empty for a file of another origin."""
     return {p.key: p.value for p in read_model(model).metadata_props if p.key.startswith("normfuse.")}
 
 
-def read_model(model: str | Path | Any) -> Any:
+def read_model(model: str | Path | onnx.ModelProto) -> onnx.ModelProto:
     """The ONNX file as a message, without weights that stand beside it; a message as it is.
 
     Raises:
@@ -151,16 +154,16 @@ def read_model(model: str | Path | Any) -> Any:
     if not proto.graph.node and not proto.graph.output:
         raise UsageError(f"{path} is not an ONNX model: it holds no graph")
     check_tensors(proto, path)
-    return proto
+    return proto  # type: ignore[no-any-return]
 
 
-def _label(node: Any) -> str:
+def _label(node: onnx.NodeProto) -> str:
     if node.domain in ("", "ai.onnx"):
         return str(node.op_type)
     return f"{node.domain}.{base_name(node.op_type) if node.domain == DOMAIN else node.op_type}"
 
 
-def _nodes(nodes: Iterable[Any]) -> Iterable[Any]:
+def _nodes(nodes: Iterable[onnx.NodeProto]) -> Iterable[onnx.NodeProto]:
     for node in nodes:
         yield node
         for attribute in node.attribute:

@@ -15,7 +15,7 @@ from normfuse.errors import ExportError, NormfuseError
 from normfuse.export.onnx.attention.attention import lower_attention
 from normfuse.export.onnx.attention.eager_attention import mark_attention
 from normfuse.export.onnx.attention.rotary import full_rotary_tables
-from normfuse.export.onnx.build import dims
+from normfuse.export.onnx.build import dims, given
 from normfuse.export.onnx.experts import grouped_products
 from normfuse.export.onnx.own_nodes import add_functions
 from normfuse.export.onnx.precision.small_numbers import kept_exact
@@ -47,7 +47,7 @@ _TRANSLATED_OPSET = 18  # the oldest one that torch translates to; below it the 
 
 def translated(
     program: Program, opset: int, *, contrib: bool = False, more: Mapping[Callable[..., Any], Callable[..., Any]] | None = None
-) -> Any:
+) -> ir.Model:
     """The program as an `onnx_ir.Model`; attention is still a marker; `contrib` allows ops of ONNX Runtime.
 
     `more` are further translations, by operator.
@@ -107,12 +107,12 @@ class Step:
     """One step from markers to a file: what it is, what it does to a draft, and for which."""
 
     name: str
-    apply: Callable[[Draft], Any]
+    apply: Callable[[Draft], object]
     when: Callable[[Draft], bool] = lambda draft: True
 
 
 def finished(
-    model: Any, program: Program, target: Target, opset: int, form: str, quantized: str | None = None, *, int4: bool = False
+    model: ir.Model, program: Program, target: Target, opset: int, form: str, quantized: str | None = None, *, int4: bool = False
 ) -> tuple[ir.Model, list[Form]]:
     """A copy of the translated `model` for `target`, with attention in `form`, quantized layers in `quantized`, and final names.
 
@@ -164,7 +164,7 @@ def _set_format(draft: Draft) -> None:
     draft.model.ir_version = format_of(draft.opset)
 
 
-def _common(name: str) -> Callable[[Draft], Any]:
+def _common(name: str) -> Callable[[Draft], object]:
     """A pass of onnx_ir."""
     return lambda draft: getattr(need("onnx_ir.passes.common", extra="onnx"), name)()(draft.model)
 
@@ -193,7 +193,7 @@ STEPS = (
 )
 
 
-def _cast_outputs(graph: Any, program: Program) -> None:
+def _cast_outputs(graph: ir.Graph, program: Program) -> None:
     """Give the outputs the dtypes of the program: of a half, torch lets sums and maxima leave the graph in float32."""
     ir = need("onnx_ir", extra="onnx")
     adapters = need("onnx_ir.tensor_adapters", extra="onnx")
@@ -220,11 +220,11 @@ def _in_one_line(what: str) -> Iterator[None]:
         raise ExportError(f"the ONNX graph cannot be {what}: {type(e).__name__}: {_cause(e)}; please report it") from e
 
 
-def _keep_constants(graph: Any) -> None:
+def _keep_constants(graph: ir.Graph) -> None:
     """Put into the graph what its nodes read: the optimizer names new constants after a value, twice if it is read twice."""
     for node in graph:
         for v in node.inputs:
-            if v is None or v.const_value is None or v.producer() is not None or graph.initializers.get(v.name) is v:
+            if v is None or v.const_value is None or v.producer() is not None or graph.initializers.get(v.name or "") is v:
                 continue
             base, count = v.name or "constant", 1
             while v.name in graph.initializers or v.name is None:
@@ -233,14 +233,14 @@ def _keep_constants(graph: Any) -> None:
             graph.register_initializer(v)
 
 
-def _drop_reshapes_to_same(model: Any) -> None:
+def _drop_reshapes_to_same(model: ir.Model) -> None:
     """Remove Reshape nodes between equal, fully known shapes."""
     for node in list(model.graph):
         if node.op_type != "Reshape" or node.domain:
             continue
         before, after = dims(node.inputs[0]), dims(node.outputs[0])
         if before is not None and before == after and None not in before and not node.outputs[0].is_graph_output():
-            node.outputs[0].replace_all_uses_with(node.inputs[0])
+            node.outputs[0].replace_all_uses_with(given(node))
             model.graph.remove(node, safe=True)
 
 

@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING
 
+from normfuse.export.onnx.build import dims
 from normfuse.export.runtimes import Release, reads
 from normfuse.export.session import Input
 from normfuse.extras import need
 
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
 __all__ = ["needs", "signature"]
 
 
-def signature(model: Any) -> tuple[Input, ...]:
+def signature(model: ir.Model) -> tuple[Input, ...]:
     """The inputs of a finished model."""
-    return tuple(
-        Input(v.name, v.dtype.numpy().name, tuple(d if isinstance(d, int) else str(d.value or "?") for d in v.shape.dims))
-        for v in model.graph.inputs
+    return tuple(_input(v) for v in model.graph.inputs)
+
+
+def _input(value: ir.Value) -> Input:
+    assert value.dtype is not None
+    return Input(
+        value.name or "", value.dtype.numpy().name, tuple(d if isinstance(d, int) else d or "?" for d in dims(value) or ())
     )
 
 
-def needs(model: Any) -> Iterator[tuple[Release, str]]:
+def needs(model: ir.Model) -> Iterator[tuple[Release, str]]:
     """What the file needs, and the release that has it first."""
     opset = model.opset_imports[""]
     yield reads(opset, model.ir_version), f"opset {opset} in version {model.ir_version} of the format"
@@ -30,7 +38,7 @@ def needs(model: Any) -> Iterator[tuple[Release, str]]:
                 yield from _kernel(node, opset)
 
 
-def _kernel(node: Any, opset: int) -> Iterator[tuple[Release, str]]:
+def _kernel(node: ir.Node, opset: int) -> Iterator[tuple[Release, str]]:
     since = need("onnx", extra="onnx").defs.get_schema(node.op_type, opset, "").since_version
     value = node.outputs[0] if node.op_type in ("ConstantOfShape", "Where") else node.inputs[0]
     dtype = None if value is None or value.dtype is None else value.dtype.name.lower()

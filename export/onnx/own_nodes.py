@@ -5,13 +5,17 @@ ONNX Runtime takes the kernel of a registered library where there is one and the
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from normfuse.errors import ExportError
 from normfuse.export.onnx.build import Build, dims
 from normfuse.export.ops import DOMAIN, OPS, FunctionBody, Op
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 __all__ = ["MIN_NATIVE_OPSET", "add_functions", "facts_of", "native_node"]
 
@@ -21,7 +25,9 @@ _FACTS = "normfuse.facts."
 _ZERO_IS_NONE = ("input_scale", "bits")  # left out where they are 0
 
 
-def native_node(at: Build, name: str, inputs: tuple[Any, ...], facts: dict[str, Any], *, count: int) -> tuple[Any, ...]:
+def native_node(
+    at: Build, name: str, inputs: Sequence[ir.Value | None], facts: dict[str, Any], *, count: int
+) -> tuple[ir.Value, ...]:
     """One node of `DOMAIN` with its first `count` outputs; `facts` are its attributes and the `structure` of its op."""
     op = OPS[name]
     inputs = _without_gaps(at, op, inputs)
@@ -35,7 +41,7 @@ def native_node(at: Build, name: str, inputs: tuple[Any, ...], facts: dict[str, 
     return tuple(node.outputs)
 
 
-def _without_gaps(at: Build, op: Op, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+def _without_gaps(at: Build, op: Op, inputs: Sequence[ir.Value | None]) -> tuple[ir.Value | None, ...]:
     """Ones and zeros for what is missing in front of what is there: tools drop inputs of a function that its body does not read,
     and then pass the wrong ones."""
     names = [n.removesuffix("?") for n in op.inputs]
@@ -54,7 +60,7 @@ def _without_gaps(at: Build, op: Op, inputs: tuple[Any, ...]) -> tuple[Any, ...]
 _NEUTRAL = {"gain": 1, "shift": 0, "bias": 0}
 
 
-def facts_of(node: Any) -> dict[str, Any]:
+def facts_of(node: ir.Node) -> dict[str, Any]:
     """Attributes and structure of a node of `DOMAIN`."""
     op = OPS[node.op_type]
     given = {k: a.value for k, a in node.attributes.items()}
@@ -62,7 +68,7 @@ def facts_of(node: Any) -> dict[str, Any]:
     return facts | {k: int(node.metadata_props[_FACTS + k]) for k in op.structure}
 
 
-def add_functions(model: Any, opset: int) -> None:
+def add_functions(model: ir.Model, opset: int) -> None:
     """Put the body of every node of `DOMAIN` beside the graph, one for each variant, and the words for it on the node: as its
     overload, for which `normfuse.export.onnx.writer.variants` gives it a name of its own when the file is written.
 

@@ -9,7 +9,7 @@ import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -22,6 +22,9 @@ from normfuse.export.onnx.quantized.forms import FORMS
 from normfuse.export.options import ExportOptions
 from normfuse.extras import need
 from normfuse.reports.model import Error
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 __all__ = ["Proof", "Proven", "tensor_dtypes"]
 
@@ -71,7 +74,7 @@ class Proof:
     kept: Sequence[str]
     medium: OnnxFile
 
-    def bound(self, model: Any) -> float:
+    def bound(self, model: ir.Model) -> float:
         """What the largest deviation is held to; infinite where an SQNR is asked for instead."""
         if self.options.tolerance is not None:
             return self.options.tolerance
@@ -154,7 +157,7 @@ def tensor_dtypes(found: Program) -> set[torch.dtype]:
     }
 
 
-def _dtypes(model: Any) -> list[torch.dtype]:
+def _dtypes(model: ir.Model) -> list[torch.dtype]:
     """Floating dtypes of the values of the graph."""
     ir = need("onnx_ir", extra="onnx")
     known = {

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
+
+from normfuse.export.onnx.build import given
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 __all__ = ["keep_layer_norm_apart"]
 
 
-def keep_layer_norm_apart(model: Any) -> int:
+def keep_layer_norm_apart(model: ir.Model) -> int:
     """Write `Add -> LayerNormalization` as `Sum -> LayerNormalization`; returns the number of additions.
 
     ONNX Runtime's SkipLayerNormFusion merges the pair into SkipLayerNormalization, whose CPU kernel takes about 8 times
@@ -18,8 +23,9 @@ def keep_layer_norm_apart(model: Any) -> int:
     for node in model.graph:
         if node.op_type != "LayerNormalization" or node.domain:
             continue
-        add = node.inputs[0].producer()
-        if add is not None and add.op_type == "Add" and not add.domain and node.inputs[0].dtype is not None:
+        x = given(node)
+        add = x.producer()
+        if add is not None and add.op_type == "Add" and not add.domain and x.dtype is not None:
             # Sum takes floating point alone; LayerNormalization does so too
             add.op_type = "Sum"
             found += 1

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 import mmap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any
+from typing import TYPE_CHECKING
 
 from normfuse.errors import UsageError
 from normfuse.extras import need
+
+if TYPE_CHECKING:
+    import onnx
 
 __all__ = ["check_file", "check_tensors", "mentions"]
 
@@ -29,7 +32,7 @@ def check_file(path: Path) -> None:
         check_tensors(proto, path)
 
 
-def check_tensors(proto: Any, path: Path) -> None:
+def check_tensors(proto: onnx.ModelProto, path: Path) -> None:
     """As `check_file`, for the message that was read from `path`."""
     for tensor in _tensors(proto.graph):
         _check(tensor, path)
@@ -49,7 +52,7 @@ def mentions(file: Path, text: bytes) -> bool:
         return True
 
 
-def _check(tensor: Any, path: Path) -> None:
+def _check(tensor: onnx.TensorProto, path: Path) -> None:
     name = tensor.name[:80]
     if any(d < 0 for d in tensor.dims):
         raise UsageError(f"{path} is broken: tensor {name!r} has the shape {tuple(tensor.dims)}")
@@ -91,14 +94,14 @@ def _is_inside(where: str, path: Path) -> bool:
     return any(found.is_relative_to(folder) for folder in (path.parent.resolve(), path.resolve().parent))
 
 
-def _tensors(graph: Any) -> Iterator[Any]:
+def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
     yield from graph.initializer
     for sparse in graph.sparse_initializer:
         yield from (sparse.values, sparse.indices)
     yield from _in_nodes(graph.node)
 
 
-def _in_nodes(nodes: Any) -> Iterator[Any]:
+def _in_nodes(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.TensorProto]:
     for node in nodes:
         for attribute in node.attribute:
             if attribute.HasField("t"):

@@ -1,6 +1,8 @@
 """`normfuse optimize`."""
 
+import dataclasses
 from pathlib import Path
+from typing import Literal
 
 import click
 
@@ -26,13 +28,17 @@ __all__ = ["optimize"]
 @model_options
 @pipeline_options
 @output_option("the optimized model (.pt2, an ExportedProgram)")
+@click.option(
+    "--target", type=click.Choice(("pytorch",)), help="Run normfuse's kernels in the module, where it measures faster with them."
+)
 @report_option
 @force_option
 @json_option
 @verbosity
 def optimize(
-    model: Model, pipeline: Pipeline, output: Path, report_path: Path | None, force: bool, as_json: bool, quiet: bool
-) -> None:
+    model: Model, pipeline: Pipeline, output: Path, target: Literal["pytorch"] | None, report_path: Path | None, force: bool,
+    as_json: bool, quiet: bool,
+) -> None:  # fmt: skip
     """Optimize SOURCE and save it as an ExportedProgram (.pt2) with its report inside."""
     if output.suffix != ".pt2":
         raise UsageError(f"-o {output}: expected a name that ends in .pt2; `normfuse export` writes .onnx")
@@ -43,7 +49,7 @@ def optimize(
     from normfuse.pt2 import save_program
     from normfuse.reports.record import report
 
-    fast = pipeline.run(model, loaded)
+    fast = dataclasses.replace(pipeline, target=target).run(model, loaded)
     save_program(fast, output, force=force)
     write_report(report(fast), report_path, force=force)
     if as_json:

@@ -133,6 +133,7 @@ class Pipeline:
     random_calibration: bool = False
     words: str | None = None  # what --quantize says
     reading: Reading | None = None
+    target: Literal["pytorch"] | None = None
 
     def run(self, model: Model, loaded: Source, *, dynamic_shapes: Any = None) -> "fx.GraphModule":
         """Optimize it; what may vary in its inputs is `dynamic_shapes`, or what --dynamic says."""
@@ -158,6 +159,7 @@ class Pipeline:
                     verify=self.verify,
                     partial=partial,
                     allow_random_calibration=True,  # checked above, in the words of the command line
+                    target=self.target,
                 )
                 return _told(made, model, loaded, self.calibration)
 

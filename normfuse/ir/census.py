@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 
+import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
@@ -58,7 +59,7 @@ def placed(graph: Graph) -> list[tuple[str, str]]:
     for node in _computed(graph):
         view = graph.view(node, 1)
         # a norm whose weight is computed or cast is opaque to rules, and a norm all the same
-        kind = _KINDS.get(type(view) if isinstance(view, Op) else VIEWS.get(node.target))  # type: ignore[arg-type]
+        kind = _KINDS.get(type(view) if isinstance(view, Op) else VIEWS.get(node.target)) or _kernel(node)  # type: ignore[arg-type]
         layer = _layer(node)
         if kind is not None:
             operators.append((path_of(node), kind, layer))
@@ -66,6 +67,14 @@ def placed(graph: Graph) -> list[tuple[str, str]]:
             layers[layer] = None
     found = [(path, name) for name, path in layers] + [(path, kind) for path, kind, layer in operators if layer not in layers]
     return [*found, *(norm for _, body in regions(graph) for norm in placed(body))]
+
+
+def _kernel(node: fx.Node) -> str | None:
+    """Of an operator of `torch.ops.normfuse` that has one of PyTorch's normalizations inside."""
+    name = node.target._schema.name if isinstance(node.target, torch._ops.OpOverload) else ""
+    if name == "normfuse::norm_quantize":
+        return {"layer": "layer_norm", "rms": "rms_norm"}.get(str(node.args[4]))
+    return "rms_norm" if name in ("normfuse::rms_norm", "normfuse::add_rms_norm", "normfuse::rms_norm_linear") else None
 
 
 def regions(graph: Graph) -> Iterator[tuple[fx.Node, Graph]]:

@@ -10,6 +10,7 @@ example inputs; k leaves room for others.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 from functools import partial
 from typing import Any
@@ -26,6 +27,8 @@ from normfuse.numerics.observe import observe
 from normfuse.passes.streams.scaled import NORMS, Scaled, closed
 
 __all__ = ["HalfRange"]
+
+log = logging.getLogger(__name__)
 
 aten = torch.ops.aten
 
@@ -66,9 +69,19 @@ def _sizes(graph: Graph, samples: Samples) -> dict[fx.Node, float]:
     exact = any(c.dtype in _HALVES for c in graph.constants.values())
     found: dict[fx.Node, float] = {}
     for values in samples:
-        for node, largest in observe(graph, nodes, values, exact=exact, reduce=_largest).items():
+        for node, largest in _observed(graph, nodes, values, exact).items():
             found[node] = max(found.get(node, 0.0), float(largest))
     return found
+
+
+def _observed(graph: Graph, nodes: list[fx.Node], values: list[Any], exact: bool) -> dict[fx.Node, Tensor]:
+    """In the model's own dtypes where it has no float64 form: what is Inf there is not counted, what leads to it is."""
+    if exact:
+        try:
+            return observe(graph, nodes, values, exact=True, reduce=_largest)
+        except Exception as e:
+            log.info("no run in float64: %s", e)
+    return observe(graph, nodes, values, reduce=_largest)
 
 
 def _is_float(node: fx.Node) -> bool:

@@ -106,6 +106,16 @@ def test_saved_model_can_be_optimized_again(run: Run) -> None:
     assert run("verify", "models:build", "twice.pt2")[0] == 0
 
 
+def test_a_module_for_pytorch_says_what_was_measured(run: Run) -> None:
+    code, out, _ = run("optimize", "models:normed", "-o", "here.pt2", "--target", "pytorch", "--json")
+    assert code == 0
+    names = [p["name"] for p in json.loads(out)["passes"]]
+    assert names[-7:] == [
+        "rms_norm_linear", "add_rms_norm", "rms_norm", "add_crms_norm", "crms_norm", "l1_norm", "two_pass_softmax",
+    ]  # fmt: skip
+    assert run("verify", "models:normed", "here.pt2")[0] == 0
+
+
 def test_export_explains_each_site(run: Run) -> None:
     pytest.importorskip("onnxruntime")
     code, out, _ = run("export", "models:normed", "-o", "explained.onnx", "--opset", "20", "--explain")

@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from normfuse.export.onnx.attention.linear import Linear, linear_of
 from normfuse.export.onnx.attention.masks import Bias, bias_of
 from normfuse.export.onnx.attention.views import Heads, heads
-from normfuse.export.onnx.build import Build, const_of, dims, module_of, same_size, take_over
+from normfuse.export.onnx.build import Build, Shared, const_of, dims, given, module_of, same_size, take_over
 from normfuse.export.onnx.own_nodes import native_node
 from normfuse.export.onnx.writer.translate import MARKER_DOMAIN, SDPA
 from normfuse.ir.graph import Refuse
@@ -107,7 +107,7 @@ def lower_attention(model: ir.Model, form: str) -> list[Form]:
     Returns: what each site got, and why it is not `form`.
     """
     found: list[Form] = []
-    shared: dict[Any, Any] = {}
+    shared: Shared = {}
     for node in [n for n in model.graph if _is_marker(n)]:
         site, refusal = _site(node), None
         for name, write in _fallbacks(form):
@@ -223,7 +223,7 @@ def _qkv(site: Site, at: Build) -> None:
         biases.append(np.zeros(columns.size, linear.weight.dtype) if linear.bias is None else linear.bias[columns])
     heads_, width, out_width = site.sizes
     bias = _full_bias(site, at)
-    inputs = [x, at.const(np.concatenate(kernels, 1)), at.const(np.concatenate(biases))]
+    inputs: list[ir.Value | None] = [x, at.const(np.concatenate(kernels, 1)), at.const(np.concatenate(biases))]
     if bias.values is not None:
         inputs += [None, None, bias.values]  # mask_index, past, attention_bias
     out = at.op(
@@ -255,6 +255,7 @@ def _native(site: Site, at: Build) -> None:
         raise Refuse("queries, keys and values have not provably one batch size")
     bias = _full_bias(site, at)
     packed = _side_by_side(site)
+    operands: tuple[ir.Value | None, ...]
     if packed is None:
         operands = tuple(_heads_last(v, at) for v in (site.query, site.key, site.value))
     else:  # no gap in front of a mask: see `native_node`
@@ -268,7 +269,7 @@ def _native(site: Site, at: Build) -> None:
         "bits": site.bits,
     }
     (y,) = native_node(at, "Attention", (*operands, bias.values), facts, count=1)
-    y.dtype = site.query.dtype
+    y.dtype = site.dtype
     _finish_heads_last(site, y, bias, at)
 
 
@@ -281,7 +282,7 @@ def in_kernel(site: Site, at: Build) -> bool:
     return True
 
 
-def _side_by_side(site: Site) -> Any:
+def _side_by_side(site: Site) -> ir.Value | None:
     """The tensor whose columns are those of q, k and v, one behind the other."""
     for q, k, v in itertools.product(heads(site.query), heads(site.key), heads(site.value)):
         width = dims(q.root)
@@ -331,7 +332,7 @@ def _projections(site: Site) -> tuple[tuple[Linear, Heads], ...] | None:
     return next((found for found in itertools.product(*options) if len({id(linear.x) for linear, _ in found}) == 1), None)
 
 
-def _heads_last(value: Any, at: Build) -> Any:
+def _heads_last(value: ir.Value, at: Build) -> ir.Value:
     """(B, H, L, D) as (B, L, H·D): the tensor that it is a view of, or a transposed copy."""
     for found in heads(value):
         width = dims(found.root)
@@ -349,7 +350,7 @@ def _heads_last(value: Any, at: Build) -> Any:
     return at.op("Reshape", flat, shape, dtype=value.dtype)
 
 
-def _column_split(found: Heads, at: Build) -> Any:
+def _column_split(found: Heads, at: Build) -> ir.Value | None:
     """The stretch of columns as one output of a Split into equal parts; one Split serves q, k and v."""
     sizes = dims(found.root)
     assert sizes is not None
@@ -370,10 +371,11 @@ def _column_split(found: Heads, at: Build) -> Any:
         else:
             at.graph.insert_before(at.before, [node])
         at.shared[key] = node.outputs
-    return at.shared[key][start // each]
+    parts_: Sequence[ir.Value] = at.shared[key]
+    return parts_[start // each]
 
 
-def _repeated(site: Site, value: Any, at: Build) -> Any:
+def _repeated(site: Site, value: ir.Value, at: Build) -> ir.Value:
     """Keys or values with as many heads as the queries: head j serves the queries j·g … j·g + g − 1."""
     q, k = dims(site.query), dims(value)
     if q is None or k is None or len(q) != 4 or same_size(q[1], k[1]) or not (isinstance(q[1], int) and isinstance(k[1], int)):
@@ -386,12 +388,12 @@ def _repeated(site: Site, value: Any, at: Build) -> Any:
     return at.op("Reshape", wide, at.const(np.array([0, q[1], -1, k[3]], np.int64)), dtype=value.dtype)
 
 
-def _transposed(value: Any, perm: tuple[int, ...], at: Build) -> Any:
+def _transposed(value: ir.Value, perm: tuple[int, ...], at: Build) -> ir.Value:
     """`value` transposed; through a Transpose that made it, so that there is one and not two."""
     node = value.producer()
     if node is not None and node.op_type == "Transpose" and not node.domain and "perm" in node.attributes:
         inner = node.attributes["perm"].value
-        value, perm = node.inputs[0], tuple(inner[i] for i in perm)
+        value, perm = given(node), tuple(inner[i] for i in perm)
     return at.op("Transpose", value, perm=list(perm), dtype=value.dtype)
 
 
@@ -418,16 +420,16 @@ def _full_bias(site: Site, at: Build, *, causal: bool = False) -> Bias:
     return Bias(at.shared[key], bias.alive)
 
 
-def _masked(out: Any, bias: Bias, at: Build) -> Any:
+def _masked(out: ir.Value, bias: Bias, at: Build) -> ir.Value:
     """A query that may see no key at all gives zero, as in torch."""
     return out if bias.alive is None else at.op("Mul", out, bias.alive, dtype=out.dtype)
 
 
-def _finish(site: Site, out: Any) -> None:
+def _finish(site: Site, out: ir.Value) -> None:
     take_over(site.node.outputs[0], out)
 
 
-def _finish_heads_last(site: Site, out: Any, bias: Bias, at: Build) -> None:
+def _finish_heads_last(site: Site, out: ir.Value, bias: Bias, at: Build) -> None:
     """Connect `out` (B, L, H·E); where the model transposes right behind the attention, its reshape reads `out` directly."""
     q = dims(site.query)
     head, _, width = site.sizes
@@ -443,14 +445,14 @@ def _finish_heads_last(site: Site, out: Any, bias: Bias, at: Build) -> None:
                 reshape.replace_input_with(0, out)
 
 
-def _alive_tokens(out: Any, bias: Bias, head: int, width: int, at: Build) -> Any:
+def _alive_tokens(out: ir.Value, bias: Bias, head: int, width: int, at: Build) -> ir.Value:
     four = at.op("Reshape", out, at.const(np.array([0, 0, head, width], np.int64)), dtype=out.dtype)
     alive = at.op("Transpose", bias.alive, perm=list(_HEADS_LAST), dtype=out.dtype)
     shape = at.const(np.array([0, 0, head * width], np.int64))
     return at.op("Reshape", at.op("Mul", four, alive, dtype=out.dtype), shape, dtype=out.dtype, shape=dims(out))
 
 
-def _readers(value: Any) -> list[Any]:
+def _readers(value: ir.Value) -> list[ir.Node]:
     """Nodes that read `value`; one that reshapes (B, H, L, E) to itself, as Hugging Face models do, is looked through."""
     out = []
     for user, _ in list(value.uses()):
@@ -459,7 +461,7 @@ def _readers(value: Any) -> list[Any]:
     return out
 
 
-def _undoes(node: Any) -> bool:
+def _undoes(node: ir.Node) -> bool:
     """(B, H, L, E) back to (B, L, H, E), read only by reshapes; in memory these are the rows of (B, L, H·E)."""
     if node.op_type != "Transpose" or node.domain or tuple(node.attributes["perm"].value) != _HEADS_LAST:
         return False

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from normfuse.export.onnx.build import const_of, dims, same_size
+from normfuse.export.onnx.build import Numbers, const_of, dims, given, same_size
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 __all__ = ["Linear", "linear_of"]
 
@@ -22,15 +25,15 @@ class Linear:
         bias: (N,) or None.
     """
 
-    x: Any
-    weight: np.ndarray[Any, Any]
-    bias: np.ndarray[Any, Any] | None
+    x: ir.Value
+    weight: Numbers
+    bias: Numbers | None
 
 
-def linear_of(value: Any) -> Linear | None:
+def linear_of(value: ir.Value | None) -> Linear | None:
     """The linear that makes `value` (B, L, N); None when something else does, or when its weight is computed."""
-    node = value.producer()
-    if node is None or node.domain:
+    node = None if value is None else value.producer()
+    if value is None or node is None or node.domain:
         return None
     if node.op_type == "Add":
         for product, bias in (node.inputs, reversed(node.inputs)):
@@ -42,16 +45,16 @@ def linear_of(value: Any) -> Linear | None:
         return _scaled(node)
     if node.op_type == "MatMul":
         weight = _matrix(node.inputs[1])
-        x = node.inputs[0]
+        x = given(node)
         if weight is None or weight.ndim != 2 or x.shape is None or len(x.shape) != 3:
             return None
         return Linear(x, weight, None)
     if node.op_type == "Reshape":
-        return _flattened(value, node.inputs[0])
+        return _flattened(value, given(node))
     return None
 
 
-def _scaled(node: Any) -> Linear | None:
+def _scaled(node: ir.Node) -> Linear | None:
     """(x W + b) s = x (W s) + b s for a number s"""
     for product, factor in (node.inputs, reversed(node.inputs)) if node.op_type == "Mul" else (node.inputs,):
         s = const_of(factor)
@@ -61,14 +64,14 @@ def _scaled(node: Any) -> Linear | None:
     return None
 
 
-def _flattened(value: Any, inner: Any) -> Linear | None:
+def _flattened(value: ir.Value, inner: ir.Value) -> Linear | None:
     """(B, L, C) -> (B·L, C) -> Gemm or MatMul + Add -> (B·L, N) -> (B, L, N)."""
     node, bias = inner.producer(), None
     if node is not None and node.op_type == "Add" and not node.domain:
         for product, other in (node.inputs, reversed(node.inputs)):
             bias = const_of(other)
             if bias is not None and bias.ndim == 1:
-                node = product.producer()
+                node = None if product is None else product.producer()
                 break
     if node is None or node.domain or node.op_type not in ("Gemm", "MatMul"):
         return None
@@ -85,10 +88,10 @@ def _flattened(value: Any, inner: Any) -> Linear | None:
             if bias is not None or own is None:
                 return None
             bias = np.broadcast_to(own.reshape(-1), (weight.shape[1],))
-    flat = node.inputs[0].producer()
+    flat = given(node).producer()
     if flat is None or flat.op_type != "Reshape" or flat.domain:
         return None
-    x = flat.inputs[0]
+    x = given(flat)
     before, after = dims(x), dims(value)
     if before is None or after is None or len(before) != 3 or len(after) != 3:
         return None
@@ -102,7 +105,7 @@ def _flattened(value: Any, inner: Any) -> Linear | None:
     return Linear(x, weight, bias)
 
 
-def _matrix(value: Any) -> np.ndarray[Any, Any] | None:
+def _matrix(value: ir.Value | None) -> Numbers | None:
     constant = const_of(value)
     if constant is not None:
         return np.asarray(constant)

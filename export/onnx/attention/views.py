@@ -12,11 +12,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from normfuse.export.onnx.build import Size, const_of, dims
+from normfuse.export.onnx.build import Size, const_of, dims, given
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 __all__ = ["Heads", "View", "heads"]
 
@@ -47,7 +50,7 @@ class Heads:
         columns: (H, D), the column of `root` that head h shows as channel d.
     """
 
-    root: Any
+    root: ir.Value
     columns: np.ndarray[Any, np.dtype[np.int64]]
 
     @property
@@ -57,9 +60,9 @@ class Heads:
         return bool(np.array_equal(flat, np.arange(flat[0], flat[0] + flat.size)))
 
 
-def heads(value: Any) -> Iterator[Heads]:
+def heads(value: ir.Value) -> Iterator[Heads]:
     """Every tensor (B, L, C) that `value` (B, H, L, D) is a view of, the nearest first."""
-    chain: list[Any] = []
+    chain: list[tuple[ir.Node, ir.Value]] = []
     root = value
     while True:
         view = _forward(root, chain)
@@ -69,10 +72,10 @@ def heads(value: Any) -> Iterator[Heads]:
         if node is None or node.op_type not in _STEPS or node.domain:
             return
         chain.insert(0, (node, root))
-        root = node.inputs[0]
+        root = given(node)
 
 
-def _forward(root: Any, chain: list[Any]) -> View | None:
+def _forward(root: ir.Value, chain: list[tuple[ir.Node, ir.Value]]) -> View | None:
     sizes = dims(root)
     if sizes is None or any(s is None or s == 0 for s in sizes):  # of no values no order can be told
         return None
@@ -86,7 +89,7 @@ def _forward(root: Any, chain: list[Any]) -> View | None:
     return view
 
 
-def _as_heads(root: Any, view: View) -> Heads | None:
+def _as_heads(root: ir.Value, view: View) -> Heads | None:
     sizes = dims(root)
     if sizes is None or len(sizes) != 3 or len(view.dims) != 4 or not isinstance(sizes[2], int):
         return None
@@ -103,8 +106,7 @@ def _whole(group: tuple[Atom, ...], axis: int, size: Size | None) -> bool:
     """The group runs through all of `axis` in order."""
     if size == 1:
         return not group
-    stride: Any = 1
-    total: Any = 1
+    stride, total = 1, 1
     for atom in reversed(group):
         if atom.axis != axis or atom.stride != stride:
             return False
@@ -121,7 +123,7 @@ def _steps(group: tuple[Atom, ...]) -> np.ndarray[Any, np.dtype[np.int64]]:
     return out
 
 
-def _reshape(view: View, node: Any, output: Any) -> View | None:
+def _reshape(view: View, node: ir.Node, output: ir.Value) -> View | None:
     sizes = dims(output)
     if sizes is None:
         return None
@@ -155,13 +157,13 @@ def _reshape(view: View, node: Any, output: Any) -> View | None:
     return View(tuple(groups), view.offset) if not rest else None
 
 
-def _transpose(view: View, node: Any, output: Any) -> View | None:
+def _transpose(view: View, node: ir.Node, output: ir.Value) -> View | None:
     perm = node.attributes.get("perm")
     order = tuple(perm.value) if perm is not None else tuple(reversed(range(len(view.dims))))
     return View(tuple(view.dims[i] for i in order), view.offset)
 
 
-def _slice(view: View, node: Any, output: Any) -> View | None:
+def _slice(view: View, node: ir.Node, output: ir.Value) -> View | None:
     starts, ends, axes, steps = (const_of(v) for v in (*node.inputs[1:], None, None)[:4])
     if starts is None or ends is None or (len(node.inputs) > 2 and axes is None) or (len(node.inputs) > 4 and steps is None):
         return None
@@ -195,7 +197,7 @@ def _cut(view: View, axis: int, start: int, end: int) -> View | None:
     return View((*view.dims[:axis], cut, *view.dims[axis + 1 :]), tuple(offset))
 
 
-def _squeeze(view: View, node: Any, output: Any) -> View | None:
+def _squeeze(view: View, node: ir.Node, output: ir.Value) -> View | None:
     axes = const_of(node.inputs[1]) if len(node.inputs) > 1 else None
     if axes is None:
         return None
@@ -205,7 +207,7 @@ def _squeeze(view: View, node: Any, output: Any) -> View | None:
     return View(tuple(g for i, g in enumerate(view.dims) if i not in drop), view.offset)
 
 
-def _unsqueeze(view: View, node: Any, output: Any) -> View | None:
+def _unsqueeze(view: View, node: ir.Node, output: ir.Value) -> View | None:
     axes = const_of(node.inputs[1]) if len(node.inputs) > 1 else None
     if axes is None:
         return None
@@ -215,7 +217,7 @@ def _unsqueeze(view: View, node: Any, output: Any) -> View | None:
     return View(tuple(() if i in new else next(old) for i in range(rank)), view.offset)
 
 
-def _split(view: View, node: Any, output: Any) -> View | None:
+def _split(view: View, node: ir.Node, output: ir.Value) -> View | None:
     axis = node.attributes["axis"].value if "axis" in node.attributes else 0
     sizes = const_of(node.inputs[1]) if len(node.inputs) > 1 else None
     index = list(node.outputs).index(output)
@@ -230,7 +232,7 @@ def _split(view: View, node: Any, output: Any) -> View | None:
     return _cut(view, axis, start, start + int(sizes.reshape(-1)[index]))
 
 
-def _gather(view: View, node: Any, output: Any) -> View | None:
+def _gather(view: View, node: ir.Node, output: ir.Value) -> View | None:
     index = const_of(node.inputs[1])
     axis = (node.attributes["axis"].value if "axis" in node.attributes else 0) % len(view.dims)
     if index is None or index.ndim:
@@ -242,7 +244,7 @@ def _gather(view: View, node: Any, output: Any) -> View | None:
     return View((*cut.dims[:axis], *cut.dims[axis + 1 :]), cut.offset)
 
 
-def _identity(view: View, node: Any, output: Any) -> View | None:
+def _identity(view: View, node: ir.Node, output: ir.Value) -> View | None:
     return view
 
 

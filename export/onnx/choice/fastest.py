@@ -6,7 +6,6 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -66,7 +65,7 @@ def fastest(
 
 
 def _turns(
-    a: Callable[[], Any], b: Callable[[], Any], seconds: float, step: Callable[[int], None]
+    a: Callable[[], object], b: Callable[[], object], seconds: float, step: Callable[[int], None]
 ) -> tuple[list[float], list[float]]:
     """Times of the turns of a and of b."""
     start = time.perf_counter()

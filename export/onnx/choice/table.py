@@ -16,17 +16,20 @@ Latency of the plain form over that of each other, fp32, ONNX Runtime 1.32, two 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from normfuse.export.onnx.attention.attention import lower_attention, widths
 from normfuse.export.targets import NATIVE_ATTENTION
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 __all__ = ["attention_by_table", "layers_by_table"]
 
 _NARROW = 192
 
 
-def attention_by_table(model: Any, forms: tuple[str, ...]) -> str:
+def attention_by_table(model: ir.Model, forms: tuple[str, ...]) -> str:
     """One of `forms`, the plain one first, for the attention markers of the translated `model`, which stays as it is."""
     if NATIVE_ATTENTION in forms:  # offered where the layers around it are in the kernels, too
         return NATIVE_ATTENTION

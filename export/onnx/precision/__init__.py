@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING
 
 from normfuse.errors import UsageError
+from normfuse.export.onnx.build import given
 from normfuse.export.onnx.precision.islands import plan
 from normfuse.export.onnx.precision.ops import COMMON_DOMAINS, infer_dtypes
 from normfuse.export.onnx.precision.rewrite import Rewrite
@@ -13,12 +14,15 @@ from normfuse.export.onnx.precision.spelling import DTYPES, spelled_dtype
 from normfuse.export.options import IO_DTYPES
 from normfuse.extras import need
 
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
 __all__ = ["DTYPES", "IO_DTYPES", "to_precision"]
 
 _WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
 
-def to_precision(model: Any, dtype: str, *, io_dtype: str = "fp32", own_in_fp32: bool = False) -> tuple[str, ...]:
+def to_precision(model: ir.Model, dtype: str, *, io_dtype: str = "fp32", own_in_fp32: bool = False) -> tuple[str, ...]:
     """Change the float32 `onnx_ir.Model`, in place, to compute in `dtype` wherever that keeps its results.
 
     Weights, products, activations and the data of normalizations become half. What half cannot hold stays float32, between
@@ -64,7 +68,7 @@ def to_precision(model: Any, dtype: str, *, io_dtype: str = "fp32", own_in_fp32:
     return tuple(made.notes)
 
 
-def _nodes(graph: Any) -> Iterator[Any]:
+def _nodes(graph: ir.Graph) -> Iterator[ir.Node]:
     """All nodes; those of a subgraph before the node that it belongs to."""
     ir = need("onnx_ir", extra="onnx")
     for node in graph:
@@ -77,7 +81,7 @@ def _nodes(graph: Any) -> Iterator[Any]:
         yield node
 
 
-def _plain_casts(nodes: list[Any]) -> None:
+def _plain_casts(nodes: list[ir.Node]) -> None:
     """CastLike as Cast: what it is like may get another dtype."""
     ir = need("onnx_ir", extra="onnx")
     for node in nodes:
@@ -87,7 +91,7 @@ def _plain_casts(nodes: list[Any]) -> None:
             node.resize_inputs(1)
 
 
-def _refuse_double(model: Any, nodes: list[Any]) -> None:
+def _refuse_double(model: ir.Model, nodes: list[ir.Node]) -> None:
     ir = need("onnx_ir", extra="onnx")
     values = [*model.graph.inputs, *model.graph.initializers.values(), *(out for node in nodes for out in node.outputs)]
     double = next((v for v in values if v.dtype == ir.DataType.DOUBLE), None)
@@ -98,11 +102,11 @@ def _refuse_double(model: Any, nodes: list[Any]) -> None:
         )
 
 
-def _half(nodes: list[Any]) -> Any:
+def _half(nodes: list[ir.Node]) -> ir.DataType | None:
     """The half dtype that products of the model compute in; None for a float32 model."""
     ir = need("onnx_ir", extra="onnx")
     half = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
-    found = [n.inputs[1].dtype for n in nodes if n.op_type in _WEIGHTED and n.domain in COMMON_DOMAINS]
+    found = [given(n, 1).dtype for n in nodes if n.op_type in _WEIGHTED and n.domain in COMMON_DOMAINS]
     if ir.DataType.FLOAT in found:
         return None
     return next((dtype for dtype in found if dtype in half), None)

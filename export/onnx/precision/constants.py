@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from normfuse.export.onnx.build import Numbers
 from normfuse.export.onnx.precision.ops import CHEAP, MOVES, SELECTS
 from normfuse.extras import need
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 __all__ = ["Fit", "Range", "fit_of", "in_range", "leads_to_softmax", "range_of"]
 
@@ -48,8 +52,9 @@ class Fit:
     refused: str | None = None
 
 
-def range_of(value: Any, low: Any) -> Range:
+def range_of(value: ir.Value, low: ir.DataType) -> Range:
     """The range of the initializer `value`."""
+    assert value.const_value is not None
     numbers = value.const_value.numpy()
     top, negative, first, uniform = 0.0, True, None, True
     limit = float(low.max)
@@ -63,13 +68,13 @@ def range_of(value: Any, low: Any) -> Range:
     return Range(top, int(numbers.size), uniform, negative)
 
 
-def _pieces(numbers: Any, length: int = 1 << 22) -> Iterator[Any]:
+def _pieces(numbers: Numbers, length: int = 1 << 22) -> Iterator[Numbers]:
     """The numbers in runs: weights of billions of numbers would need several copies at once."""
     flat = numbers.reshape(-1)
     return (flat[i : i + length] for i in range(0, len(flat), length))
 
 
-def fit_of(node: Any, place: int, numbers: Range, low: Any) -> Fit:
+def fit_of(node: ir.Node, place: int, numbers: Range, low: ir.DataType) -> Fit:
     """What `node` can do with a constant of range `numbers` as its input number `place`, were it to compute in `low`."""
     limit, normal, op = float(low.max), float(low.tiny), node.op_type
     if (op, place) in _SCALES:
@@ -87,9 +92,9 @@ def fit_of(node: Any, place: int, numbers: Range, low: Any) -> Fit:
     return Fit()
 
 
-def _exact_enough(scale: Any, low: Any) -> bool:
+def _exact_enough(scale: ir.Value | None, low: ir.DataType) -> bool:
     """max |low(s) − s| / |s| is that of normal numbers: every code is multiplied by s."""
-    if scale.const_value is None:
+    if scale is None or scale.const_value is None:
         return False
     numbers = scale.const_value.numpy()
     numbers = numbers[numbers != 0]
@@ -98,7 +103,7 @@ def _exact_enough(scale: Any, low: Any) -> bool:
     return not numbers.size or bool(error.max() <= float(low.eps))
 
 
-def leads_to_softmax(node: Any, place: int) -> bool:
+def leads_to_softmax(node: ir.Node, place: int) -> bool:
     """What `node` reads at `place` reaches a softmax through ops on single numbers."""
     ends = ("Softmax", "LogSoftmax", "Exp", "Hardmax")
     found, todo = {node}, [(node, place)]
@@ -115,11 +120,11 @@ def leads_to_softmax(node: Any, place: int) -> bool:
     return False
 
 
-def in_range(numbers: Any, dtype: Any, bound: float | None) -> Any:
+def in_range(numbers: Numbers, dtype: ir.DataType, bound: float | None) -> ir.TensorProtocol:
     """`numbers` as a tensor of `dtype`; finite ones beyond its range become ± `bound`."""
     ir = need("onnx_ir", extra="onnx")
     if bound is not None:
         beyond = np.isfinite(numbers) & (np.abs(numbers) > float(dtype.max))
         numbers = np.where(beyond, np.sign(numbers) * np.float32(bound), numbers)
     with np.errstate(over="ignore"):
-        return ir.tensor(np.asarray(numbers).astype(dtype.numpy(), order="C"), dtype=dtype)
+        return ir.tensor(np.asarray(numbers).astype(dtype.numpy(), order="C"), dtype=dtype)  # type: ignore[no-any-return]

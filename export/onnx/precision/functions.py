@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from normfuse.export.ops import DOMAIN
 from normfuse.extras import need
 
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
 __all__ = ["as_low"]
 
 
-def as_low(model: Any, node: Any, places: tuple[frozenset[int], frozenset[int]], low: Any) -> None:
+def as_low(model: ir.Model, node: ir.Node, places: tuple[frozenset[int], frozenset[int]], low: ir.DataType) -> None:
     """Give `node`, whose inputs and outputs at `places` are of dtype `low`, a body that casts them: an overload of its own."""
     ir = need("onnx_ir", extra="onnx")
     body = model.functions.get((DOMAIN, node.op_type, node.overload))

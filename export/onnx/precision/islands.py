@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import Any
+from typing import TYPE_CHECKING
 
+from normfuse.export.onnx.build import given
 from normfuse.export.onnx.precision.constants import Fit, Range, fit_of, range_of
 from normfuse.export.onnx.precision.ops import (
     CHEAP,
@@ -23,6 +24,9 @@ from normfuse.export.onnx.precision.ops import (
 )
 from normfuse.export.ops import DOMAIN
 from normfuse.extras import need
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 __all__ = ["Plan", "plan"]
 
@@ -47,25 +51,25 @@ class Plan:
         notes: what the user should know.
     """
 
-    low: Any
-    high: set[Any] = field(default_factory=set)
-    places: dict[Any, tuple[frozenset[int], frozenset[int]]] = field(default_factory=dict)
-    fits: dict[tuple[Any, int], Fit] = field(default_factory=dict)
-    huge: set[Any] = field(default_factory=set)
+    low: ir.DataType
+    high: set[ir.Node] = field(default_factory=set)
+    places: dict[ir.Node, tuple[frozenset[int], frozenset[int]]] = field(default_factory=dict)
+    fits: dict[tuple[ir.Node, int], Fit] = field(default_factory=dict)
+    huge: set[ir.Value] = field(default_factory=set)
     notes: list[str] = field(default_factory=list)
 
-    def is_low(self, node: Any) -> bool:
+    def is_low(self, node: ir.Node) -> bool:
         return node in self.places and node not in self.high
 
 
-def plan(model: Any, nodes: list[Any], low: Any, *, own_in_fp32: bool = False) -> Plan:
+def plan(model: ir.Model, nodes: list[ir.Node], low: ir.DataType, *, own_in_fp32: bool = False) -> Plan:
     """Decide for `nodes`, in topological order, those of subgraphs before the node that they belong to; `own_in_fp32` keeps the ops
     of normfuse in float32."""
     return _Planner(model, nodes, low, own_in_fp32).run()
 
 
 class _Planner:
-    def __init__(self, model: Any, nodes: list[Any], low: Any, own_in_fp32: bool) -> None:
+    def __init__(self, model: ir.Model, nodes: list[ir.Node], low: ir.DataType, own_in_fp32: bool) -> None:
         self.ir = need("onnx_ir", extra="onnx")
         self.nodes = nodes
         self.inputs = set(model.graph.inputs)
@@ -75,12 +79,12 @@ class _Planner:
             places = flexible(node, opset, low)
             if (places[0] or places[1]) and not (own_in_fp32 and node.domain == DOMAIN):
                 self.made.places[node] = places
-        self.origin: dict[Any, Origin] = {}
+        self.origin: dict[ir.Value, Origin] = {}
         #: statistics: few numbers each of which stands for many
-        self.stat: set[Any] = set()
+        self.stat: set[ir.Value] = set()
         #: numbers that half cannot hold: powers, exponentials, sums with a tiny eps
-        self.wide: set[Any] = set()
-        self.ranges: dict[Any, Range] = {}
+        self.wide: set[ir.Value] = set()
+        self.ranges: dict[ir.Value, Range] = {}
 
     def run(self) -> Plan:
         for node in self.nodes:
@@ -105,7 +109,7 @@ class _Planner:
 
     # --- where values come from -----------------------------------------------------------------------------------------
 
-    def _of(self, value: Any) -> Origin:
+    def _of(self, value: ir.Value) -> Origin:
         if value in self.origin:
             return self.origin[value]
         if value.is_initializer():
@@ -113,21 +117,21 @@ class _Planner:
         # graph inputs: integers are positions, tokens and masks; those of a loop body may be anything
         return Origin.INTEGER if value in self.inputs and not self._is_float(value) else Origin.ACTIVATION
 
-    def _is_float(self, value: Any) -> bool:
+    def _is_float(self, value: ir.Value) -> bool:
         return value.dtype is None or value.dtype.is_floating_point()
 
-    def _originate(self, node: Any, at_least: Origin = Origin.CONSTANT) -> None:
+    def _originate(self, node: ir.Node, at_least: Origin = Origin.CONSTANT) -> None:
         origin = max([at_least, *(self._of(v) for v in node.inputs if v is not None)])
         if node.op_type in ("Shape", "Size") and not node.domain:
             origin = Origin.INTEGER
-        elif node.op_type == "Gather" and self._of(node.inputs[0]) == Origin.CONSTANT and self._is_float(node.inputs[0]):
+        elif node.op_type == "Gather" and self._of(given(node)) == Origin.CONSTANT and self._is_float(given(node)):
             origin = Origin.ACTIVATION  # an embedding
         elif node.op_type.startswith("Random") or node.op_type in ("Bernoulli", "If", "Loop", "Scan"):
             origin = Origin.ACTIVATION
         for out in node.outputs:
             self.origin[out] = origin
 
-    def _pull_arguments(self, node: Any) -> None:
+    def _pull_arguments(self, node: ir.Node) -> None:
         """Keep in float32 what an angle is computed from, back to integers, a graph input, a product or an activation."""
         todo = [node]
         while todo:
@@ -148,11 +152,12 @@ class _Planner:
 
     # --- forward --------------------------------------------------------------------------------------------------------
 
-    def _floats(self, node: Any) -> list[Any]:
+    def _floats(self, node: ir.Node) -> list[ir.Value]:
         """Computed float inputs whose dtype is free."""
-        return [v for i, v in enumerate(node.inputs) if i in self.made.places[node][0] and not v.is_initializer()]
+        read = [v for i, v in enumerate(node.inputs) if i in self.made.places[node][0] and v is not None]
+        return [v for v in read if not v.is_initializer()]
 
-    def _decide(self, node: Any) -> None:
+    def _decide(self, node: ir.Node) -> None:
         op, made = node.op_type, self.made
         if node not in made.places:
             self._decide_fixed(node)
@@ -182,10 +187,10 @@ class _Planner:
         if "overflow" in refused or (spreads and any(v in made.huge for v in inputs)):
             made.huge.update(node.outputs)
 
-    def _of_floats(self, floats: list[Any]) -> Origin:
+    def _of_floats(self, floats: list[ir.Value]) -> Origin:
         return max(self._of(v) for v in floats)
 
-    def _stays_wide(self, node: Any, ordinary: bool) -> bool:
+    def _stays_wide(self, node: ir.Node, ordinary: bool) -> bool:
         op = node.op_type
         if op in ("Add", "Sub", "Sum", "Mean"):
             return not ordinary
@@ -193,11 +198,11 @@ class _Planner:
             return node.inputs[1] not in self.wide and node.inputs[1] not in self.stat
         return op in _SPREADING or op in MOVES
 
-    def _decide_fixed(self, node: Any) -> None:
+    def _decide_fixed(self, node: ir.Node) -> None:
         """Float32 that comes out of ops with a dtype of their own."""
         ir, made = self.ir, self.made
         if node.op_type == "Cast" and not node.domain:
-            from_accumulator = node.inputs[0].dtype in (ir.DataType.INT32, ir.DataType.INT64, ir.DataType.UINT32)
+            from_accumulator = given(node).dtype in (ir.DataType.INT32, ir.DataType.INT64, ir.DataType.UINT32)
             if self._of(node.outputs[0]) == Origin.ACTIVATION and from_accumulator:
                 self.wide.update(node.outputs)
         elif node.op_type == "DynamicQuantizeLinear":
@@ -207,11 +212,11 @@ class _Planner:
             if abs(number) != float("inf") and abs(number) > float(made.low.max):
                 made.huge.update(node.outputs)
 
-    def _refusals(self, node: Any) -> list[str]:
+    def _refusals(self, node: ir.Node) -> list[str]:
         """Why constants that `node` reads do not go into half."""
         found = []
         for i in self.made.places[node][0]:
-            value = node.inputs[i]
+            value = given(node, i)
             if not value.is_initializer():
                 if node.op_type in ("QuantizeLinear", "DequantizeLinear") and i == 1:
                     found.append("underflow")  # a computed scale
@@ -226,28 +231,28 @@ class _Planner:
 
     # --- backward -------------------------------------------------------------------------------------------------------
 
-    def _readers(self, node: Any) -> list[Any] | None:
+    def _readers(self, node: ir.Node) -> list[ir.Node] | None:
         """Nodes that read the floats of `node`; None where the graph itself does."""
         outs = [node.outputs[i] for i in self.made.places[node][1]]
         if not outs or any(out.is_graph_output() for out in outs):
             return None
         return [user for out in outs for user, _ in out.uses()]
 
-    def _between(self, node: Any) -> bool:
+    def _between(self, node: ir.Node) -> bool:
         """A cheap node that reads float32 and whose readers all do: two casts for nothing."""
         if (node.op_type not in CHEAP and node.op_type not in MOVES) or not self._readers(node):
             return False
         above = any(v.producer() in self.made.high for v in self._floats(node))
         return above and all(user in self.made.high for user in self._readers(node) or ())
 
-    def _feeds_sum(self, node: Any) -> bool:
+    def _feeds_sum(self, node: ir.Node) -> bool:
         """Arithmetic of which nothing but a sum, a power, an exponential or a logarithm is left: its roundings would add up."""
         readers = self._readers(node)
         if not readers or node.op_type not in ("Sub", "Mul", "Div", "Neg", "Add"):
             return False
         if node.op_type == "Add" and not any(v is not None and v.is_initializer() for v in node.inputs):
             return False  # the sum of a residual
-        gated = any(v.producer() is not None and v.producer().op_type in _GATES for v in self._floats(node))
+        gated = any(maker is not None and maker.op_type in _GATES for maker in (v.producer() for v in self._floats(node)))
         adds_up = {"CumSum", "Exp", "Log", "Pow", "ReduceL2", "ReduceLogSumExp", "ReduceSum", "ReduceSumSquare"}
         if node.op_type != "Add":
             adds_up |= {"ReduceMean"}
@@ -261,7 +266,7 @@ class _Planner:
         why = {"overflow": "numbers beyond its range", "underflow": "only numbers that it rounds away"}
         seen = set()
         for (node, i), fit in self.made.fits.items():
-            value = node.inputs[i]
+            value = given(node, i)
             if fit.refused is None or self.ranges[value].size == 1 or value in seen:
                 continue
             seen.add(value)

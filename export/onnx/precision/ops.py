@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from normfuse.export.ops import DOMAIN, OPS
 from normfuse.extras import need
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 __all__ = [
     "CHEAP",
@@ -69,7 +72,7 @@ _NOT_IN_BFLOAT16 = frozenset({"ConvTranspose", "HardSwish"})
 _STATISTICS = {"BatchNormalization": (1, 2, 3, 4)}
 
 
-def flexible(node: Any, opset: int, low: Any) -> tuple[frozenset[int], frozenset[int]]:
+def flexible(node: ir.Node, opset: int, low: ir.DataType) -> tuple[frozenset[int], frozenset[int]]:
     """Places of the float32 inputs and outputs of `node` that may be of dtype `low` instead; the others stay float32.
 
     An op that nobody describes has none.
@@ -96,7 +99,7 @@ def flexible(node: Any, opset: int, low: Any) -> tuple[frozenset[int], frozenset
     return inputs, outputs
 
 
-def carries_activations(node: Any) -> tuple[frozenset[int], frozenset[int]]:
+def carries_activations(node: ir.Node) -> tuple[frozenset[int], frozenset[int]]:
     """Places of the float32 inputs and outputs of an op of normfuse that its kernels take in half as well."""
     ir = need("onnx_ir", extra="onnx")
     op = OPS.get(node.op_type)
@@ -118,7 +121,7 @@ def carries_activations(node: Any) -> tuple[frozenset[int], frozenset[int]]:
     return inputs, outputs
 
 
-def infer_dtypes(nodes: list[Any], opset: int) -> None:
+def infer_dtypes(nodes: list[ir.Node], opset: int) -> None:
     """Fill in dtypes of values that the exporter left open, in topological order, from the schemas of the ops."""
     ir = need("onnx_ir", extra="onnx")
     for node in nodes:
@@ -139,7 +142,7 @@ def infer_dtypes(nodes: list[Any], opset: int) -> None:
                 out.dtype = getattr(ir.DataType, formal[len("tensor(") : -1].upper())
 
 
-def _schema(node: Any, opset: int) -> Any:
+def _schema(node: ir.Node, opset: int) -> Any:
     defs = need("onnx", extra="onnx").defs
     if node.domain not in COMMON_DOMAINS or not defs.has(node.op_type, ""):
         return None

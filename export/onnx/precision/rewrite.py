@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from normfuse.export.onnx.build import given
 from normfuse.export.onnx.precision.constants import Fit, in_range, leads_to_softmax
 from normfuse.export.onnx.precision.functions import as_low
 from normfuse.export.onnx.precision.islands import Plan
 from normfuse.export.ops import DOMAIN
 from normfuse.extras import need
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 __all__ = ["Rewrite"]
 
@@ -16,14 +20,14 @@ __all__ = ["Rewrite"]
 class Rewrite:
     """Carries out a plan on a model, in place: every float32 input of a node gets the dtype that its node computes in."""
 
-    def __init__(self, model: Any, nodes: list[Any], plan: Plan) -> None:
+    def __init__(self, model: ir.Model, nodes: list[ir.Node], plan: Plan) -> None:
         self.ir = need("onnx_ir", extra="onnx")
         self.model, self.nodes, self.plan = model, nodes, plan
         self.full, self.low = self.ir.DataType.FLOAT, plan.low
         # values that are float32 now, and the dtype that each will have
-        self.dtype: dict[Any, Any] = {}
-        self.casts: dict[tuple[Any, Any, float | None], Any] = {}
-        self.constants: dict[tuple[Any, Any, float | None], Any] = {}
+        self.dtype: dict[ir.Value, ir.DataType] = {}
+        self.casts: dict[tuple[ir.Value, ir.DataType, float | None], ir.Value] = {}
+        self.constants: dict[tuple[None, ir.DataType, float | None], ir.Value] = {}
         self.graphs = [model.graph, *model.graph.subgraphs()]
         self.names = {n.name for n in nodes} | {v.name for g in self.graphs for v in (*g.inputs, *g.initializers.values())}
         self.names |= {out.name for n in nodes for out in n.outputs}
@@ -39,7 +43,8 @@ class Rewrite:
                     self.dtype[out] = self.low
                 elif out.dtype == self.full:
                     self.dtype[out] = self.full
-        wanted = [(node, i, v, self._wanted(node, i)) for node in self.nodes for i, v in enumerate(node.inputs) if self._counts(v)]
+        read = [(node, i, v) for node in self.nodes for i, v in enumerate(node.inputs) if v is not None]
+        wanted = [(node, i, v, self._wanted(node, i)) for node, i, v in read if self._counts(v)]
         self._place_constants([w for w in wanted if w[2].is_initializer()])
         for node, i, value, dtype in wanted:
             if dtype is not None and not value.is_initializer() and self.dtype[value] != dtype:
@@ -55,17 +60,17 @@ class Rewrite:
                 self._tell(node)
         self._fold_casts()
 
-    def _counts(self, value: Any) -> bool:
-        return value is not None and (value in self.dtype or (value.is_initializer() and value.dtype == self.full))
+    def _counts(self, value: ir.Value) -> bool:
+        return value in self.dtype or (value.is_initializer() and value.dtype == self.full)
 
-    def _wanted(self, node: Any, place: int) -> Any:
+    def _wanted(self, node: ir.Node, place: int) -> ir.DataType | None:
         """The dtype that `node` reads there; None: any."""
         if node.op_type == "Cast" and not node.domain:
             return None
         low = self.plan.is_low(node) and place in self.plan.places[node][0]
         return self.low if low else self.full
 
-    def _tell(self, node: Any) -> None:
+    def _tell(self, node: ir.Node) -> None:
         """Make what a node says of its own dtype agree."""
         if node.op_type == "DequantizeLinear" and "output_dtype" in node.attributes:
             node.attributes["output_dtype"] = self.ir.AttrInt64("output_dtype", int(self.low))
@@ -74,9 +79,9 @@ class Rewrite:
 
     # --- constants ------------------------------------------------------------------------------------------------------
 
-    def _place_constants(self, readers: list[tuple[Any, int, Any, Any]]) -> None:
+    def _place_constants(self, readers: list[tuple[ir.Node, int, ir.Value, ir.DataType | None]]) -> None:
         """Convert weights; one that is read in several dtypes becomes several, and the plain low one keeps the name."""
-        needs: dict[Any, dict[tuple[Any, float | None], list[tuple[Any, int]]]] = {}
+        needs: dict[ir.Value, dict[tuple[ir.DataType, float | None], list[tuple[ir.Node, int]]]] = {}
         for node, i, value, dtype in readers:
             fit = self.plan.fits.get((node, i), Fit())
             bound = fit.bound if dtype == self.low else None
@@ -85,6 +90,9 @@ class Rewrite:
             if value.is_graph_output():
                 variants.setdefault((self.full, None), [])
             keep = (self.full, None) if value.is_graph_output() else min(variants, key=lambda v: (v[0] != self.low, v[1] or 0.0))
+            graph = value.graph
+            assert value.const_value is not None
+            assert graph is not None
             numbers = value.const_value.numpy()
             for (dtype, bound), places in variants.items():
                 if (dtype, bound) == (self.full, None) == keep:
@@ -97,13 +105,13 @@ class Rewrite:
                 tensor.name = holder.name
                 holder.const_value, holder.type = tensor, self.ir.TensorType(dtype)
                 if holder is not value:
-                    value.graph.register_initializer(holder)
+                    graph.register_initializer(holder)
                     for node, i in places:
                         node.replace_input_with(i, holder)
 
     # --- casts ----------------------------------------------------------------------------------------------------------
 
-    def _cast(self, value: Any, dtype: Any, reader: Any, place: int) -> Any:
+    def _cast(self, value: ir.Value, dtype: ir.DataType, reader: ir.Node | None, place: int) -> ir.Value:
         """`value` in `dtype`, cast once for all readers; what constants blew up beyond its range is cut first."""
         bound = None
         if dtype == self.low and value in self.plan.huge:
@@ -118,7 +126,7 @@ class Rewrite:
             self.casts[key] = self._node("Cast", [source], value, owner, dtype, to=int(dtype))
         return self.casts[key]
 
-    def _clipped(self, value: Any, bound: float, reader: Any) -> Any:
+    def _clipped(self, value: ir.Value, bound: float, reader: ir.Node | None) -> ir.Value:
         import numpy as np
 
         ends = []
@@ -133,9 +141,11 @@ class Rewrite:
             ends.append(self.constants[key])
         return self._node("Clip", [value, *ends], value, value.producer() or reader, self.full)
 
-    def _node(self, op: str, inputs: list[Any], value: Any, owner: Any, dtype: Any, **attributes: Any) -> Any:
+    def _node(
+        self, op: str, inputs: list[ir.Value], value: ir.Value, owner: ir.Node | None, dtype: ir.DataType, **attributes: Any
+    ) -> ir.Value:
         """A new node behind the one that makes `value`, or behind the clip of it, named after the module of `owner`."""
-        node = self.ir.node(op, inputs, attributes, num_outputs=1)
+        node: ir.Node = self.ir.node(op, inputs, attributes, num_outputs=1)
         path = (owner.name or "").rpartition("/")[0] if owner is not None else ""
         node.name = self._unique(f"{path}/{op}", "_")
         out = node.outputs[0]
@@ -143,8 +153,12 @@ class Rewrite:
         out.dtype, out.shape = dtype, value.shape
         last = inputs[0].producer()
         if last is not None:
+            assert last.graph is not None
             last.graph.insert_after(last, node)
-        elif len(graph := value.graph):
+            return out
+        graph = value.graph
+        assert graph is not None
+        if len(graph):
             graph.insert_before(graph[0], node)
         else:
             graph.append(node)
@@ -157,7 +171,7 @@ class Rewrite:
         self.names.add(found)
         return found
 
-    def _give_out(self, graph: Any, k: int, value: Any, dtype: Any) -> None:
+    def _give_out(self, graph: ir.Graph, k: int, value: ir.Value, dtype: ir.DataType) -> None:
         """Make output `k` of `graph` a `dtype`; the output keeps its name, and what was called so gets that of its node."""
         if value not in self.dtype or self.dtype[value] == dtype:
             return
@@ -172,13 +186,16 @@ class Rewrite:
     def _fold_casts(self) -> None:
         """Cast(Cast(integers)) is one Cast; a cast that nothing reads any more goes."""
         for cast in {out.producer() for out in self.casts.values()}:
-            first = cast.inputs[0].producer()
+            assert cast is not None
+            first = given(cast).producer()
             if first is None or first.op_type != "Cast" or first.domain:
                 continue
-            if first.inputs[0].dtype is None or first.inputs[0].dtype.is_floating_point():
+            source = given(first)
+            if source.dtype is None or source.dtype.is_floating_point():
                 continue
-            cast.replace_input_with(0, first.inputs[0])
+            cast.replace_input_with(0, source)
         for node in reversed(self.nodes):
             unread = not any(out.uses() or out.is_graph_output() for out in node.outputs)
             if node.op_type == "Cast" and not node.domain and unread:
+                assert node.graph is not None
                 node.graph.remove(node, safe=True)

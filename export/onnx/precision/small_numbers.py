@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING
 
-from normfuse.export.onnx.build import const_of
+from normfuse.export.onnx.build import const_of, given
 from normfuse.export.onnx.writer.translate import MARKER_DOMAIN
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 __all__ = ["kept_exact"]
 
@@ -17,7 +20,7 @@ _CASTS = ("Cast", "CastLike", "Identity")
 
 
 @contextlib.contextmanager
-def kept_exact(model: Any) -> Iterator[None]:
+def kept_exact(model: ir.Model) -> Iterator[None]:
     """Hide additions of tiny numbers and factors near one from the optimizer that runs in the block.
 
     It would drop them as no-ops, among them the eps of a norm or of a division: BERT's is 1e-12, that of float64 2e-16,
@@ -35,11 +38,11 @@ def kept_exact(model: Any) -> Iterator[None]:
                 node.domain = ""
 
 
-def _nearly(op: str, value: Any) -> bool:
+def _nearly(op: str, value: ir.Value | None) -> bool:
     """A number close to the neutral one of `op`, but another."""
     node = value.producer() if value is not None else None
     while node is not None and not node.domain and node.op_type in _CASTS:
-        value = node.inputs[0]
+        value = given(node)
         node = value.producer()
     number = const_of(value)
     if number is None or number.size != 1 or number.dtype.kind not in "f":

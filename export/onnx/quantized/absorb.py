@@ -7,22 +7,25 @@ With powers of two for factors nothing is rounded, and no node is left.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from normfuse.export.onnx.build import Build, const_of, dims
+from normfuse.export.onnx.build import Build, Numbers, const_of, dims
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 __all__ = ["absorbed"]
 
 _NORMS = ("LayerNormalization", "RMSNormalization")
 _HOMOGENEOUS = ("Relu", "MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool")
 #: A constant to replace: the node that reads it, which of its inputs it is, and the new numbers.
-Edit = tuple[Any, int, "np.ndarray[Any, Any]"]
+Edit = tuple["ir.Node", int, Numbers]
 
 
-def absorbed(model: Any, value: Any, factor: np.ndarray[Any, Any], axis: int) -> bool:
+def absorbed(model: ir.Model, value: ir.Value, factor: Numbers, axis: int) -> bool:
     """Multiply `value` by `factor` along `axis` by changing constants in front of it; False, and nothing changes, where that would
     need a node, or where something else reads what would change.
 
@@ -40,9 +43,9 @@ def absorbed(model: Any, value: Any, factor: np.ndarray[Any, Any], axis: int) ->
     return True
 
 
-def _edits(value: Any, factor: np.ndarray[Any, Any], axis: int) -> list[Edit] | None:
-    node = value.producer()
-    if node is None or node.domain or value.is_graph_output() or len(list(value.uses())) != 1:
+def _edits(value: ir.Value | None, factor: Numbers, axis: int) -> list[Edit] | None:
+    node = None if value is None else value.producer()
+    if value is None or node is None or node.domain or value.is_graph_output() or len(list(value.uses())) != 1:
         return None
     if node.op_type in _NORMS:
         return _norm(node, factor) if axis == -1 else None
@@ -52,7 +55,7 @@ def _edits(value: Any, factor: np.ndarray[Any, Any], axis: int) -> list[Edit] | 
     return None if rule is None else rule(node, factor, axis)
 
 
-def _norm(node: Any, factor: np.ndarray[Any, Any]) -> list[Edit] | None:
+def _norm(node: ir.Node, factor: Numbers) -> list[Edit] | None:
     """f ⊙ norm(x, g, b) = norm(x, f ⊙ g, f ⊙ b), over the last axis."""
     last = node.attributes["axis"].value if "axis" in node.attributes else -1
     rank = dims(node.inputs[0])
@@ -62,7 +65,7 @@ def _norm(node: Any, factor: np.ndarray[Any, Any]) -> list[Edit] | None:
     return _scaled(node, found, factor)
 
 
-def _scaled(node: Any, found: list[tuple[int, Any]], factor: np.ndarray[Any, Any]) -> list[Edit] | None:
+def _scaled(node: ir.Node, found: Sequence[tuple[int, ir.Value | None]], factor: Numbers) -> list[Edit] | None:
     """The constants `found` of `node`, each times `factor`."""
     edits: list[Edit] = []
     for i, v in found:
@@ -73,11 +76,11 @@ def _scaled(node: Any, found: list[tuple[int, Any]], factor: np.ndarray[Any, Any
     return edits
 
 
-def _times(numbers: np.ndarray[Any, Any], factor: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+def _times(numbers: Numbers, factor: Numbers) -> Numbers:
     return np.asarray(numbers * factor.astype(numbers.dtype), numbers.dtype)
 
 
-def _product(node: Any, factor: np.ndarray[Any, Any], axis: int) -> list[Edit] | None:
+def _product(node: ir.Node, factor: Numbers, axis: int) -> list[Edit] | None:
     """f ⊙ (a · b) = (f ⊙ a) · b"""
     shaped, rank = _shaped(factor, axis), dims(node.outputs[0])
     for i, v in enumerate(node.inputs):
@@ -93,7 +96,7 @@ def _product(node: Any, factor: np.ndarray[Any, Any], axis: int) -> list[Edit] |
     return None
 
 
-def _sum(node: Any, factor: np.ndarray[Any, Any], axis: int) -> list[Edit] | None:
+def _sum(node: ir.Node, factor: Numbers, axis: int) -> list[Edit] | None:
     """f ⊙ (a + b) = f ⊙ a + f ⊙ b"""
     every: list[Edit] = []
     for i, v in enumerate(node.inputs):
@@ -108,7 +111,7 @@ def _sum(node: Any, factor: np.ndarray[Any, Any], axis: int) -> list[Edit] | Non
     return every
 
 
-def _matmul(node: Any, factor: np.ndarray[Any, Any], axis: int) -> list[Edit] | None:
+def _matmul(node: ir.Node, factor: Numbers, axis: int) -> list[Edit] | None:
     """f ⊙ (x W) = x (W ⊙ f), W [K, N]"""
     weight = node.inputs[1]
     size = dims(weight)
@@ -122,7 +125,7 @@ def _matmul(node: Any, factor: np.ndarray[Any, Any], axis: int) -> list[Edit] | 
     return _scaled(maker, [(1, maker.inputs[1])], factor)  # [N] or [blocks, N]
 
 
-def _conv(node: Any, factor: np.ndarray[Any, Any], axis: int) -> list[Edit] | None:
+def _conv(node: ir.Node, factor: Numbers, axis: int) -> list[Edit] | None:
     """f ⊙ conv(x, W, b) = conv(x, f ⊙ W, f ⊙ b), one f for each output channel"""
     weight = node.inputs[1]
     if axis != -3 or len(dims(weight) or ()) != 4:
@@ -141,25 +144,25 @@ def _conv(node: Any, factor: np.ndarray[Any, Any], axis: int) -> list[Edit] | No
     return None if mine is None else mine + rest
 
 
-def _dequantize(weight: Any) -> Any:
+def _dequantize(weight: ir.Value | None) -> ir.Node | None:
     """The DequantizeLinear that makes `weight` for one reader, with a scale for each output."""
-    node = weight.producer()
-    if node is None or node.op_type != "DequantizeLinear" or node.domain or len(list(weight.uses())) != 1:
+    node = None if weight is None else weight.producer()
+    if weight is None or node is None or node.op_type != "DequantizeLinear" or node.domain or len(list(weight.uses())) != 1:
         return None
     scale = const_of(node.inputs[1])
     return node if scale is not None and scale.ndim and "axis" in node.attributes else None
 
 
-def _has_channels(value: Any, size: int, axis: int) -> bool:
+def _has_channels(value: ir.Value | None, size: int, axis: int) -> bool:
     shape = dims(value)
     return shape is not None and len(shape) >= -axis and shape[axis] == size
 
 
-def _shaped(factor: np.ndarray[Any, Any], axis: int) -> np.ndarray[Any, Any]:
+def _shaped(factor: Numbers, axis: int) -> Numbers:
     return factor.reshape(-1, *[1] * (-axis - 1))
 
 
-_RULES: dict[str, Callable[[Any, np.ndarray[Any, Any], int], list[Edit] | None]] = {
+_RULES: dict[str, Callable[[ir.Node, Numbers, int], list[Edit] | None]] = {
     "Add": _sum,
     "Conv": _conv,
     "MatMul": _matmul,

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from normfuse.export.onnx.attention.attention import Site as AttentionSite
 from normfuse.export.onnx.attention.attention import in_kernel
-from normfuse.export.onnx.build import Build, const_of, dims
+from normfuse.export.onnx.build import Build, Shared, const_of, dims
 from normfuse.export.onnx.quantized.sites import sites
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 __all__ = ["float_masks", "place_attention"]
 
 
-def float_masks(model: Any) -> None:
+def float_masks(model: ir.Model) -> None:
     """A mask of bools becomes 0 and -inf, as in the definition: a query that sees no key gives 0. Shared masks stay shared."""
-    shared: dict[Any, Any] = {}
+    shared: Shared = {}
     for site in sites(model):
         mask = site.inputs[3] if site.op.name == "Attention" else None
         if mask is None:
@@ -34,10 +37,10 @@ def float_masks(model: Any) -> None:
             site.node.replace_input_with(3, shared[key])
 
 
-def place_attention(model: Any) -> int:
+def place_attention(model: ir.Model) -> int:
     """Sites whose operands are views of projections as a node that reads these, without copies; returns their number. The others
     stay markers."""
-    shared: dict[Any, Any] = {}
+    shared: Shared = {}
     count = 0
     for site in sites(model):
         if site.op.name != "Attention":

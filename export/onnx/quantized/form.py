@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from normfuse.export.lowering.layers import Layer
 from normfuse.export.onnx.program import Program
 from normfuse.export.targets import QuantizedForm, Target
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 __all__ = ["INT4_OPSET", "Form", "Wanted"]
 
@@ -61,14 +64,14 @@ class Form:
         """`auto` considers it on this machine."""
         return True
 
-    def before_attention(self, model: Any) -> None:
+    def before_attention(self, model: ir.Model) -> None:
         """What must be done to the markers, in place, before attention in float gets its form."""
 
-    def write(self, model: Any, wanted: Wanted) -> None:
+    def write(self, model: ir.Model, wanted: Wanted) -> None:
         """Write every marker of the model in this form, in place."""
         raise NotImplementedError
 
-    def at_last(self, model: Any) -> None:
+    def at_last(self, model: ir.Model) -> None:
         """What must be done, in place, after constants that are alike have become one."""
 
     def meant(self, program: Program, target: Target, kept: Collection[str] = ()) -> Program:

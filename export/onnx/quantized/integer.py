@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from normfuse.export.onnx.build import Build, take_over
+from normfuse.export.onnx.build import Build, Shared, take_over
 from normfuse.export.onnx.quantized.form import Form, Wanted
 from normfuse.export.onnx.quantized.sites import Site, sites
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 __all__ = ["Integer", "expand"]
 
@@ -18,13 +21,13 @@ class Integer(Form):
 
     name = "integer"
 
-    def write(self, model: Any, wanted: Wanted) -> None:
-        shared: dict[Any, Any] = {}
+    def write(self, model: ir.Model, wanted: Wanted) -> None:
+        shared: Shared = {}
         for site in sites(model):
             expand(model, site, shared, int4=wanted.int4)
 
 
-def expand(model: Any, site: Site, shared: dict[Any, Any], *, int4: bool = False) -> None:
+def expand(model: ir.Model, site: Site, shared: Shared, *, int4: bool = False) -> None:
     """Replace one marker by its definition, computed in float32 (float64 if its input is that)."""
     at = Build(model, site.node, shared)
     types = at.ir.DataType

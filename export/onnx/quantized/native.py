@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 from normfuse import native
 from normfuse.export.lowering.layers import Layer
-from normfuse.export.onnx.build import Build, dims, take_over
+from normfuse.export.onnx.build import Build, Shared, dims, take_over
 from normfuse.export.onnx.own_nodes import MIN_NATIVE_OPSET, native_node
 from normfuse.export.onnx.quantized.attention import place_attention
 from normfuse.export.onnx.quantized.form import Form, Wanted
 from normfuse.export.onnx.quantized.integer import expand
 from normfuse.export.onnx.quantized.sites import Site, sites
 from normfuse.extras import need
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 __all__ = ["Native", "keep_nodes"]
 
@@ -35,9 +38,9 @@ class Native(Form):
     def offers_itself(self) -> bool:
         return native.available()
 
-    def write(self, model: Any, wanted: Wanted) -> None:
+    def write(self, model: ir.Model, wanted: Wanted) -> None:
         place_attention(model)
-        shared: dict[Any, Any] = {}
+        shared: Shared = {}
         for site in sites(model):
             if _takes(site):
                 _place(model, site, shared)
@@ -45,7 +48,7 @@ class Native(Form):
                 expand(model, site, shared)
 
 
-def keep_nodes(model: Any, names: Sequence[str]) -> Counter[str]:
+def keep_nodes(model: ir.Model, names: Sequence[str]) -> Counter[str]:
     """Write the markers of `torch.ops.normfuse.<name>` for these names as nodes of `DOMAIN` in the dtype that they have, in place;
     returns how many of each. What a kernel of another runtime is to take; see `normfuse.export.tensorrt.plugins`."""
     kept: Counter[str] = Counter()
@@ -69,7 +72,7 @@ def _takes(site: Site) -> bool:
     return site.x.dtype != ir.DataType.DOUBLE and not grouped and not one_scale
 
 
-def _place(model: Any, site: Site, shared: dict[Any, Any]) -> None:
+def _place(model: ir.Model, site: Site, shared: Shared) -> None:
     at = Build(model, site.node, shared)
     half = (at.ir.DataType.FLOAT16, at.ir.DataType.BFLOAT16)
     inputs = tuple(

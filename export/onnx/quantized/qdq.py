@@ -11,13 +11,13 @@ DequantizeLinear that has one reader only.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from normfuse.errors import ExportError
 from normfuse.export.lowering.layers import Layer
-from normfuse.export.onnx.build import Build, const_of, dims, take_over
+from normfuse.export.onnx.build import Build, Numbers, Shared, const_of, dims, take_over
 from normfuse.export.onnx.program import Program
 from normfuse.export.onnx.quantized.as_coded import as_coded
 from normfuse.export.onnx.quantized.between import chain_of, narrowed
@@ -31,6 +31,9 @@ from normfuse.export.ops.products import activated
 from normfuse.export.ops.shiftquant_conv2d import conv_codes, conv_parts
 from normfuse.export.ops.weights import SAFE, parts, stored, unit_of
 from normfuse.export.targets import Target
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 __all__ = ["Qdq"]
 
@@ -76,8 +79,8 @@ class Qdq(Form):
             )
         return None
 
-    def write(self, model: Any, wanted: Wanted) -> None:
-        shared: dict[Any, Any] = {}
+    def write(self, model: ir.Model, wanted: Wanted) -> None:
+        shared: Shared = {}
         unsigned = wanted.target.unsigned_codes
         if wanted.program is not None and wanted.target.codes_between:
             write_pairs(model, chain_of(wanted.program))
@@ -105,7 +108,7 @@ class Qdq(Form):
         said = "layers hand on codes of 8 bits, which use all 255 steps behind a ReLU, and weights are one int8"
         return said if chain else ""
 
-    def at_last(self, model: Any) -> None:
+    def at_last(self, model: ir.Model) -> None:
         """A DequantizeLinear of its own for each node that reads one."""
         for node in list(model.graph):
             if node.op_type != "DequantizeLinear" or node.domain:
@@ -116,11 +119,11 @@ class Qdq(Form):
                 reader.replace_input_with(i, copy)
 
 
-def _axis(node: Any) -> dict[str, Any]:
+def _axis(node: ir.Node) -> dict[str, Any]:
     return {k: a.value for k, a in node.attributes.items()}
 
 
-def _codes(at: Build, site: Site, unsigned: bool) -> tuple[Any, Any, Any]:
+def _codes(at: Build, site: Site, unsigned: bool) -> tuple[ir.Value, ir.Value, ir.Value]:
     """x as codes, their scale and zero point; what reads the same x shares them.
 
     For ONNX Runtime uint8: on an x86 it fuses int8 only if nothing else reads the codes. Behind a Relu the zero point is 0, so
@@ -152,17 +155,17 @@ def _codes(at: Build, site: Site, unsigned: bool) -> tuple[Any, Any, Any]:
             if unsigned and bits == 8:
                 codes = _clipped(at, codes, 1, 255)  # no -128: the codes are those of every other form
         at.shared[key] = codes, scale, zero
-    found: tuple[Any, Any, Any] = at.shared[key]
+    found: tuple[ir.Value, ir.Value, ir.Value] = at.shared[key]
     return found
 
 
-def _clipped(at: Build, codes: Any, low: int, high: int) -> Any:
+def _clipped(at: Build, codes: ir.Value, low: int, high: int) -> ir.Value:
     """The codes, uint8, within bounds; Min and Max of bytes came to ONNX Runtime in 1.24."""
     bounds = at.const(np.uint8(low)), at.const(np.uint8(high))
     return at.op("Clip", codes, *bounds, dtype=codes.dtype, shape=dims(codes))
 
 
-def _linear(at: Build, site: Site, wanted: Wanted) -> Any:
+def _linear(at: Build, site: Site, wanted: Wanted) -> ir.Value:
     """Σ_parts DQ(codes) · DQ(operand · scale · 2^shift) + bias"""
     unsigned = wanted.target.unsigned_codes
     codes, static, point = _codes(at, site, unsigned)
@@ -180,8 +183,9 @@ def _linear(at: Build, site: Site, wanted: Wanted) -> Any:
         x = at.op("DequantizeLinear", read, static, point, dtype=full, shape=dims(read))
         y = at.op("MatMul", x, weight, dtype=full, shape=shape)
         terms.append(y if (unit == each).all() else at.op("Mul", y, at.const(each / unit), dtype=full, shape=shape))
-    if site.input("bias") is not None:
-        terms.append(_float(at, site.input("bias")))
+    bias = _float(at, site.input("bias"))
+    if bias is not None:
+        terms.append(bias)
     return terms[0] if len(terms) == 1 else at.op("Sum", *terms, dtype=full, shape=shape)
 
 
@@ -191,7 +195,7 @@ def _is_gemm(site: Site) -> bool:
     return read_pair(site) is not None and shape is not None and len(shape) == 2
 
 
-def _gemm(at: Build, site: Site) -> Any:
+def _gemm(at: Build, site: Site) -> ir.Value:
     """DQ(codes) · DQ(operand)ᵀ + DQ(bias), which runtimes know as the last layer of a classifier."""
     codes, static, point = _codes(at, site, unsigned=True)
     scale, full, shape = site.array("scale"), at.ir.DataType.FLOAT, dims(site.node.outputs[0])
@@ -211,7 +215,7 @@ def _gemm(at: Build, site: Site) -> Any:
     return at.op("Gemm", x, weight, *([] if bias is None else [bias]), transB=1, dtype=full, shape=shape)
 
 
-def _conv(at: Build, site: Site, unsigned: bool) -> Any:
+def _conv(at: Build, site: Site, unsigned: bool) -> ir.Value:
     if read_pair(site) is not None:
         return _conv_of_codes(at, site)
     codes, static, point = _codes(at, site, unsigned)
@@ -221,7 +225,7 @@ def _conv(at: Build, site: Site, unsigned: bool) -> Any:
     attributes = _attributes(site)
     unit = scale * np.float32(const_of(static))
     bias = _conv_bias(at, site, unit) if unsigned else _float(at, site.input("bias"))
-    terms: list[Any] = []
+    terms: list[ir.Value] = []
     for operand, shift in conv_parts(*values, facts["bits"]):
         zero = 128 if unsigned and np.abs(operand).max(initial=0) > SAFE else 0
         weight = at.const((operand + zero).astype(np.uint8 if zero else np.int8))
@@ -230,7 +234,7 @@ def _conv(at: Build, site: Site, unsigned: bool) -> Any:
     return terms[0] if len(terms) == 1 else at.op("Sum", *terms, dtype=full, shape=shape)
 
 
-def _conv_of_codes(at: Build, site: Site) -> Any:
+def _conv_of_codes(at: Build, site: Site) -> ir.Value:
     """DQ(codes) * DQ(operand) + DQ(bias), the operand one int8."""
     codes, static, point = _codes(at, site, unsigned=True)
     scale, facts, full = site.array("scale"), site.facts, at.ir.DataType.FLOAT
@@ -250,14 +254,14 @@ def _attributes(site: Site) -> dict[str, Any]:
     return {new: site.facts[old] for old, new in names.items()}
 
 
-def _conv_bias(at: Build, site: Site, unit: np.ndarray[Any, Any]) -> Any:
+def _conv_bias(at: Build, site: Site, unit: Numbers) -> ir.Value | None:
     """In float; in units of the sums, rounded by at most half of one, where that makes a QLinearConv of it: in front of a Q, with
     a Relu or nothing between."""
     into_codes = site.facts["epilogue"] in ("none", "relu") and _read_as_codes(site.node.outputs[0])
     return _bias_in_units(at, site, unit) if into_codes else _float(at, site.input("bias"))
 
 
-def _bias_in_units(at: Build, site: Site, unit: np.ndarray[Any, Any]) -> Any:
+def _bias_in_units(at: Build, site: Site, unit: Numbers) -> ir.Value | None:
     """The bias as int32 in units of the sums; in float where it does not fit."""
     value = site.input("bias")
     if value is None:
@@ -269,12 +273,12 @@ def _bias_in_units(at: Build, site: Site, unit: np.ndarray[Any, Any]) -> Any:
     return at.op("DequantizeLinear", at.const(units.astype(np.int32)), at.const(unit), axis=0, dtype=at.ir.DataType.FLOAT)
 
 
-def _float(at: Build, value: Any) -> Any:
+def _float(at: Build, value: ir.Value | None) -> ir.Value | None:
     """`value` in float32, in which the form computes."""
     return value if value is None or value.dtype == at.ir.DataType.FLOAT else at.op("Cast", value, to=1, dtype=at.ir.DataType.FLOAT)
 
 
-def _read_as_codes(value: Any) -> bool:
+def _read_as_codes(value: ir.Value) -> bool:
     """Every reader is a quantized layer of 8 bits that is still to be written."""
     readers = list(value.uses())
     return bool(readers) and not value.is_graph_output() and all(
@@ -284,7 +288,7 @@ def _read_as_codes(value: Any) -> bool:
     )  # fmt: skip
 
 
-def _dequantized(at: Build, codes: Any, scale: np.ndarray[Any, Any], zero: int, axis: int) -> Any:
+def _dequantized(at: Build, codes: ir.Value, scale: Numbers, zero: int, axis: int) -> ir.Value:
     points = [at.const(np.full(scale.shape, zero, np.uint8))] if zero else []
     how: dict[str, Any] = {"axis": axis} if scale.ndim else {}
     return at.op("DequantizeLinear", codes, at.const(scale), *points, **how, dtype=at.ir.DataType.FLOAT, shape=dims(codes))

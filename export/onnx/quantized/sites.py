@@ -10,7 +10,7 @@ import numpy as np
 
 from normfuse.errors import ExportError
 from normfuse.export.lowering.layers import Layer, facts_of_call
-from normfuse.export.onnx.build import const_of, dims, module_of
+from normfuse.export.onnx.build import Numbers, const_of, dims, module_of
 from normfuse.export.onnx.writer.translate import MARKER_DOMAIN
 from normfuse.export.ops import OP_OF
 from normfuse.ops import OPERATORS
@@ -61,7 +61,7 @@ class Site(Layer):
         names = [n.removesuffix("?") for n in self.op.inputs]
         return self.inputs[names.index(name)]
 
-    def array(self, name: str) -> np.ndarray[Any, Any]:
+    def array(self, name: str) -> Numbers:
         """The input of that name as numbers.
 
         Raises:
@@ -88,7 +88,7 @@ class _Call:
     tensors: dict[str, ir.Value | None]
     attributes: dict[str, Any]
 
-    def array(self, name: str) -> np.ndarray[Any, Any]:
+    def array(self, name: str) -> Numbers:
         found = const_of(self.tensors[name])
         if found is None:
             raise ExportError(f"{self.node.name}: {name} of {self.node.op_type} is no constant; quantized weights must be")

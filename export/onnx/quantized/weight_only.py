@@ -15,14 +15,14 @@ This is another function than the module's, whose activations are rounded: `quan
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from normfuse.errors import ExportError
 from normfuse.export.lowering.layers import Layer
-from normfuse.export.onnx.build import Build, dims, take_over
+from normfuse.export.onnx.build import Build, Numbers, Shared, dims, take_over
 from normfuse.export.onnx.program import Program
 from normfuse.export.onnx.quantized.absorb import absorbed
 from normfuse.export.onnx.quantized.form import INT4_OPSET, Form, Wanted
@@ -35,6 +35,9 @@ from normfuse.export.ops.shiftquant_conv2d import conv_codes
 from normfuse.export.ops.weights import unit_of
 from normfuse.export.targets import Target
 from normfuse.quant.packing import unpack, unpack_rows
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 __all__ = ["WeightOnly", "block_size"]
 
@@ -75,7 +78,7 @@ class WeightOnly(Form):
             f"codes: export what normfuse.optimize(quantize=...) returned{remedy}"
         )
 
-    def before_attention(self, model: Any) -> None:
+    def before_attention(self, model: ir.Model) -> None:
         """Attention with quantized queries and keys as the marker of attention in float.
 
         A causal one with other numbers of queries and of keys stays: its convention is not that of the marker.
@@ -94,8 +97,8 @@ class WeightOnly(Form):
             old.replace_all_uses_with(new, replace_graph_outputs=True)
             model.graph.remove(site.node, safe=True)
 
-    def write(self, model: Any, wanted: Wanted) -> None:
-        shared: dict[Any, Any] = {}
+    def write(self, model: ir.Model, wanted: Wanted) -> None:
+        shared: Shared = {}
         for site in sites(model):
             make = _MAKE.get(site.op.name)
             if make is None:
@@ -112,7 +115,7 @@ class WeightOnly(Form):
         return weights_alone(program, kept)
 
 
-def _linear(at: Build, model: Any, site: Site, opset: int) -> Any:
+def _linear(at: Build, model: ir.Model, site: Site, opset: int) -> ir.Value:
     scale, e, bits = site.array("scale"), site.array("exponents").astype(np.int32), site.facts["bits"]
     codes = unpack(torch.tensor(site.array("weight")), bits, torch.tensor(e), scale.size).numpy().T  # (K, N)
     block = block_size(*codes.shape) if _is_int4(bits, opset) else 0
@@ -136,7 +139,7 @@ def _linear(at: Build, model: Any, site: Site, opset: int) -> Any:
     return y
 
 
-def _conv(at: Build, model: Any, site: Site, opset: int) -> Any:
+def _conv(at: Build, model: ir.Model, site: Site, opset: int) -> ir.Value:
     scale, e, facts = site.array("scale"), site.array("exponents").astype(np.int32), site.facts
     codes, shifts = conv_codes(site.array("weight"), e, scale.size, facts["bits"], facts["group"], facts["kernel"])
     wide, scale, factor = _spread(codes, shifts, scale, e, 127, facts["group"])
@@ -146,10 +149,11 @@ def _conv(at: Build, model: Any, site: Site, opset: int) -> Any:
     bias = [] if site.input("bias") is None else [_as(at, site.input("bias"), x.dtype)]
     attributes = {new: facts[old] for old, new in names.items()}
     y = at.op("Conv", x, weight, *bias, dtype=x.dtype, shape=dims(site.node.outputs[0]), **attributes)
-    return activated(at, y, facts["epilogue"])
+    out: ir.Value = activated(at, y, facts["epilogue"])
+    return out
 
 
-def _embedding(at: Build, model: Any, site: Site, opset: int) -> Any:
+def _embedding(at: Build, model: ir.Model, site: Site, opset: int) -> ir.Value:
     """TensorRT makes one kernel of both, which unpacks the rows that are asked for."""
     codes, bits = unpack_rows(torch.tensor(site.array("codes")), site.facts["dim"], site.facts["bits"]).numpy(), site.facts["bits"]
     dtype = site.node.outputs[0].dtype
@@ -165,9 +169,9 @@ def _is_int4(bits: int, opset: int) -> bool:
 
 
 def _spread(
-    codes: np.ndarray[Any, Any], shifts: np.ndarray[Any, Any], scale: np.ndarray[Any, Any], e: np.ndarray[Any, Any], top: int,
+    codes: Numbers, shifts: Numbers, scale: Numbers, e: Numbers, top: int,
     group: int = 1,
-) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], np.ndarray[Any, Any] | None]:  # fmt: skip
+) -> tuple[Numbers, Numbers, Numbers | None]:  # fmt: skip
     """The codes and scales of the file, and the factors of the input channels.
 
     Codes are shifted where that fits; else the factors are 2^(-e), at most 1, so that no half overflows, and the scales 2^E larger.
@@ -179,9 +183,7 @@ def _spread(
     return codes, np.ldexp(scale, highest), np.exp2(-e.astype(np.float32))
 
 
-def _dequantized(
-    at: Build, codes: np.ndarray[Any, Any], scale: np.ndarray[Any, Any], dtype: Any, *, int4: bool = False, **how: Any
-) -> Any:
+def _dequantized(at: Build, codes: Numbers, scale: Numbers, dtype: Any, *, int4: bool = False, **how: Any) -> ir.Value:
     if int4:
         import ml_dtypes
 
@@ -191,7 +193,7 @@ def _dequantized(
     return at.op("DequantizeLinear", stored, _as(at, scale, dtype), dtype=dtype, shape=codes.shape, **how)
 
 
-def _times(at: Build, model: Any, site: Site, factor: np.ndarray[Any, Any] | None, axis: int) -> Any:
+def _times(at: Build, model: ir.Model, site: Site, factor: Numbers | None, axis: int) -> ir.Value:
     """f ⊙ x; layers with the same exponents share it."""
     x = site.x
     if x.dtype == at.ir.DataType.DOUBLE:
@@ -204,11 +206,14 @@ def _times(at: Build, model: Any, site: Site, factor: np.ndarray[Any, Any] | Non
     if key not in at.shared:
         vector = _as(at, factor.reshape(-1, *[1] * (-axis - 1)), x.dtype)
         at.shared[key] = at.op("Mul", x, vector, dtype=x.dtype, shape=dims(x))
-    return at.shared[key]
+    scaled: ir.Value = at.shared[key]
+    return scaled
 
 
-def _as(at: Build, value: Any, dtype: Any) -> Any:
+def _as(at: Build, value: ir.Value | Numbers | None, dtype: ir.DataType | None) -> ir.Value:
     """A constant, or a value, in the dtype that the layer computes in."""
+    assert dtype is not None
     if isinstance(value, np.ndarray):
         return at.const(np.ascontiguousarray(value, dtype.numpy()))
+    assert value is not None
     return value if value.dtype == dtype else at.op("Cast", value, to=int(dtype), dtype=dtype, shape=dims(value))

@@ -57,14 +57,14 @@ class _Floats(TorchDispatchMode):
         return product(SimpleNamespace(**given | (kwargs or {})))
 
 
-def _linear(a: Any) -> Tensor:
+def _linear(a: SimpleNamespace) -> Tensor:
     """act(Σ_k x[m, k] · scale[n] · (C[n, k] << (E − e[k])) + bias[n])"""
     w = _weight(a, operand_of(a.weight, a.exponents, a.scale.numel(), a.bits))
     y = activation(F.linear(a.x, w.to(a.x.dtype), _bias(a)), a.epilogue)
     return y if a.residual is None else y + a.residual
 
 
-def _conv2d(a: Any) -> Tensor:
+def _conv2d(a: SimpleNamespace) -> Tensor:
     outputs = a.scale.numel()
     # (groups, O / groups, taps · C)
     operands = conv_operands(a.weight, a.exponents, outputs, a.bits, a.groups, a.kernel[0] * a.kernel[1])
@@ -75,17 +75,17 @@ def _conv2d(a: Any) -> Tensor:
     return activation(y, a.epilogue)
 
 
-def _weight(a: Any, operand: Tensor) -> Tensor:
+def _weight(a: SimpleNamespace, operand: Tensor) -> Tensor:
     """The shifted codes [N, K] as floats, as the layer's own or as what `a.weights` makes of them."""
     w: Tensor = a.weights(operand) if hasattr(a, "weights") else operand.to(a.scale.dtype) * a.scale[:, None]
     return w
 
 
-def _bias(a: Any) -> Tensor | None:
+def _bias(a: SimpleNamespace) -> Tensor | None:
     return None if a.bias is None else a.bias.to(a.x.dtype)
 
 
-def _attention(a: Any) -> Tensor:
+def _attention(a: SimpleNamespace) -> Tensor:
     return attention(a.q, a.k, a.v, a.mask, a.scale, a.causal)
 
 

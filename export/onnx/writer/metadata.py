@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -17,10 +17,13 @@ from normfuse.export.targets import Target
 from normfuse.extras import need
 from normfuse.reports.record import record
 
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
 __all__ = ["append_metadata", "origin"]
 
 
-def origin(gm: nn.Module, found: Program, model: Any, target: Target, opset: int) -> dict[str, str]:
+def origin(gm: nn.Module, found: Program, model: ir.Model, target: Target, opset: int) -> dict[str, str]:
     """Versions, hashes of weights and example inputs, and what `normfuse.optimize` did and found."""
     facts = {
         "version": normfuse.__version__,

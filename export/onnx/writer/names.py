@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING
 
 from normfuse.export.onnx.writer.dims import readable
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 __all__ = ["name_graph"]
 
 _SCOPES = "pkg.torch.onnx.name_scopes"
 
 
-def name_graph(model: Any, inputs: tuple[str, ...], outputs: tuple[str, ...], axes: Mapping[str, str]) -> None:
+def name_graph(model: ir.Model, inputs: tuple[str, ...], outputs: tuple[str, ...], axes: Mapping[str, str]) -> None:
     """Name everything by module path: node `/blocks/3/norm1/RMSNormalization`, its value `…/RMSNormalization_output_0`.
 
     Weights keep their parameter names, graph inputs and outputs get the given names, symbolic axes those of `axes`.
@@ -43,9 +46,9 @@ def name_graph(model: Any, inputs: tuple[str, ...], outputs: tuple[str, ...], ax
     for node in graph:
         for i, out in enumerate(node.outputs):
             wanted.setdefault(out, f"{node.name}_output_{i}")
-        for i, value in enumerate(node.inputs):
-            if value is not None and value.is_initializer() and _anonymous(value.name):
-                wanted.setdefault(value, f"{node.name}_const_{i}")
+        for i, read in enumerate(node.inputs):
+            if read is not None and read.is_initializer() and _anonymous(read.name):
+                wanted.setdefault(read, f"{node.name}_const_{i}")
     for i, value in enumerate(wanted):
         value.name = f"normfuse.renaming.{i}"
     for value, name in wanted.items():
@@ -62,9 +65,9 @@ def _unlike(name: str, taken: set[str]) -> str:
     return f"{name}_{n}"
 
 
-def _paths(graph: Any) -> dict[Any, str]:
+def _paths(graph: ir.Graph) -> dict[ir.Node, str]:
     """Module path of each node; one without its own takes that of what it reads, else of what reads it."""
-    paths: dict[Any, str] = {}
+    paths: dict[ir.Node, str] = {}
     for node in graph:
         scopes = node.metadata_props.get(_SCOPES)
         if scopes:
@@ -73,13 +76,14 @@ def _paths(graph: Any) -> dict[Any, str]:
             paths[node] = "/" + modules[-1].replace(".", "/") if modules and modules[-1] else ""
     for node in graph:
         if node not in paths:
-            before = [v.producer() for v in node.inputs if v is not None and v.producer() in paths]
+            makers = [v.producer() for v in node.inputs if v is not None]
+            before = [maker for maker in makers if maker is not None and maker in paths]
             after = [u for out in node.outputs for u, _ in out.uses() if u in paths]
             paths[node] = paths[(before or after)[0]] if before or after else ""
     return paths
 
 
-def _values(graph: Any) -> list[Any]:
+def _values(graph: ir.Graph) -> list[ir.Value]:
     return [*graph.inputs, *graph.initializers.values(), *(out for node in graph for out in node.outputs)]
 
 
@@ -88,5 +92,5 @@ def _anonymous(name: str | None) -> bool:
     return name is None or name.startswith(("val_", "const_", "_tensor_constant", "lifted_tensor_"))
 
 
-def _named(shape: Any, axes: Mapping[str, str]) -> Any:
+def _named(shape: ir.Shape, axes: Mapping[str, str]) -> ir.Shape:
     return type(shape)([d if isinstance(d, int) else (None if d.value is None else readable(d.value, axes)) for d in shape.dims])

@@ -7,7 +7,7 @@ ops of another domain, or with weights above 2 GiB, so the changes are undone he
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
 
@@ -15,10 +15,13 @@ from normfuse.errors import ExportError
 from normfuse.export.onnx.build import Build, const_of, dims
 from normfuse.extras import need
 
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
 __all__ = ["to_opset_17"]
 
 
-def to_opset_17(model: Any) -> None:
+def to_opset_17(model: ir.Model) -> None:
     """Rewrite `model` from opset 18 to 17, in place.
 
     Raises:
@@ -44,7 +47,7 @@ def to_opset_17(model: Any) -> None:
     model.opset_imports[""] = 17
 
 
-def _axes_to_attribute(model: Any, node: Any) -> None:
+def _axes_to_attribute(model: ir.Model, node: ir.Node) -> None:
     """Reduce*: the axes were an attribute."""
     ir = need("onnx_ir", extra="onnx")
     keep_all = node.attributes.pop("noop_with_empty_axes", None)
@@ -59,7 +62,7 @@ def _axes_to_attribute(model: Any, node: Any) -> None:
     node.attributes["axes"] = ir.AttrInt64s("axes", [int(a) for a in axes.reshape(-1)])
 
 
-def _split(model: Any, node: Any) -> None:
+def _split(model: ir.Model, node: ir.Node) -> None:
     """Split: a number of equal parts was not yet an attribute."""
     parts = node.attributes.pop("num_outputs", None)
     if parts is None:
@@ -74,7 +77,7 @@ def _split(model: Any, node: Any) -> None:
     node.replace_input_with(1, value)
 
 
-def _pad(model: Any, node: Any) -> None:
+def _pad(model: ir.Model, node: ir.Node) -> None:
     """Pad: there was no list of axes."""
     if len(node.inputs) > 3 and node.inputs[3] is not None:
         _refuse(model, node)
@@ -82,7 +85,7 @@ def _pad(model: Any, node: Any) -> None:
         node.resize_inputs(3)
 
 
-def _resize(model: Any, node: Any) -> None:
+def _resize(model: ir.Model, node: ir.Node) -> None:
     """Resize: no antialiasing, all axes."""
     for name, plain in (("antialias", 0), ("keep_aspect_ratio_policy", "stretch")):
         given = node.attributes.pop(name, None)
@@ -92,22 +95,22 @@ def _resize(model: Any, node: Any) -> None:
         _refuse(model, node)
 
 
-def _scatter(model: Any, node: Any) -> None:
+def _scatter(model: ir.Model, node: ir.Node) -> None:
     """Scatter*: no reduction by minimum and maximum."""
     given = node.attributes.get("reduction")
     if given is not None and given.value in ("min", "max"):
         _refuse(model, node)
 
 
-def _refuse(model: Any, node: Any) -> None:
+def _refuse(model: ir.Model, node: ir.Node) -> NoReturn:
     raise ExportError(f"{_label(node)} has no form in opset 17; use opset 18")
 
 
-def _label(node: Any) -> str:
+def _label(node: ir.Node) -> str:
     return f"{node.op_type} ({node.name})"
 
 
-_CHANGES: dict[str, Callable[[Any, Any], None]] = {
+_CHANGES: dict[str, Callable[[ir.Model, ir.Node], None]] = {
     "Split": _split,
     "Pad": _pad,
     "Resize": _resize,

@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from normfuse.export.onnx.tensors import mentions
 from normfuse.export.onnx.writer.outline import outline
@@ -17,12 +17,16 @@ from normfuse.export.onnx.writer.variants import one_name_each
 from normfuse.export.options import MAX_PROTO
 from normfuse.extras import need
 
+if TYPE_CHECKING:
+    import onnx_ir as ir
+    from torch import Tensor
+
 __all__ = ["MAX_PROTO", "data_files", "drop_stale", "save_model", "sha256_of_tensors", "weights_sha256"]
 
 log = logging.getLogger(__name__)
 
 
-def save_model(model: Any, path: Path, *, limit: int = MAX_PROTO) -> None:
+def save_model(model: ir.Model, path: Path, *, limit: int = MAX_PROTO) -> None:
     """Write `model` to `path`; weights above `limit` bytes go to `<name>.<hash>.data` beside it.
 
     The name of the data file follows from its content: a new export never overwrites the data of the file that it replaces,
@@ -66,7 +70,7 @@ def _mentioned(data: Path, path: Path) -> bool:
     return any(mentions(other, os.fsencode(data.name)) for other in path.parent.glob("*.onnx") if other.name != path.name)
 
 
-def weights_sha256(model: Any) -> str:
+def weights_sha256(model: ir.Model) -> str:
     """Hash over names and contents of all weights."""
     digest = hashlib.sha256()
     for name, value in sorted(model.graph.initializers.items()):
@@ -76,7 +80,7 @@ def weights_sha256(model: Any) -> str:
     return digest.hexdigest()
 
 
-def sha256_of_tensors(tensors: Iterable[Any]) -> str:
+def sha256_of_tensors(tensors: Iterable[Tensor]) -> str:
     """Hash over dtypes, shapes and contents of torch tensors."""
     import torch
 

@@ -8,12 +8,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
 from normfuse.errors import ExportError
 from normfuse.extras import need
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 __all__ = ["write_streamed"]
 
@@ -24,7 +27,7 @@ _GRAPH, _INITIALIZER, _RAW_DATA = 7, 5, 9
 _LENGTH_DELIMITED = 2
 
 
-def write_streamed(model: Any, path: Path) -> None:
+def write_streamed(model: ir.Model, path: Path) -> None:
     """Write an `onnx_ir.Model`; the bytes are those of `onnx_ir.save(model, path)`.
 
     Raises:
@@ -54,7 +57,7 @@ def write_streamed(model: Any, path: Path) -> None:
         f.write(after + behind)
 
 
-def _write(f: BinaryIO, weight: Any) -> None:
+def _write(f: BinaryIO, weight: ir.TensorProtocol) -> None:
     data = weight.tobytes()
     if len(data) != weight.nbytes:
         raise ExportError(f"weight {weight.name} has {len(data)} bytes and should have {weight.nbytes}; please report it")
@@ -62,7 +65,7 @@ def _write(f: BinaryIO, weight: Any) -> None:
 
 
 @contextmanager
-def _without_weights(model: Any) -> Iterator[dict[str, Any]]:
+def _without_weights(model: ir.Model) -> Iterator[dict[str, Any]]:
     """The large initializers by name, while tensors without bytes stand in the model for them."""
     ir = need("onnx_ir", extra="onnx")
     nothing = ir.tensor(np.zeros(0, np.uint8))

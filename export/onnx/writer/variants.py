@@ -13,10 +13,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from normfuse.export.ops import DOMAIN
 from normfuse.extras import need
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 __all__ = ["base_name", "load_model", "one_name_each"]
 
@@ -30,7 +33,7 @@ def base_name(op_type: str) -> str:
 
 
 @contextlib.contextmanager
-def one_name_each(model: Any) -> Iterator[None]:
+def one_name_each(model: ir.Model) -> Iterator[None]:
     """Within: nodes and functions of `model` bear the names that stand in files."""
     nodes = [node for graph in model.graphs() for node in graph if node.domain == DOMAIN]
     before = [(node.op_type, node.overload) for node in nodes]
@@ -66,9 +69,9 @@ def _names(found: list[tuple[str, str]]) -> dict[tuple[str, str], str]:
     return names
 
 
-def load_model(path: str | Path) -> Any:
+def load_model(path: str | Path) -> ir.Model:
     """The `onnx_ir.Model` of a file that normfuse wrote, with overloads as passes expect them."""
-    model = need("onnx_ir", extra="onnx").load(path)
+    model: ir.Model = need("onnx_ir", extra="onnx").load(path)
     for graph in model.graphs():
         for node in graph:
             if node.domain == DOMAIN:
@@ -82,7 +85,7 @@ def _apart(name: str, overload: str) -> tuple[str, str]:
     return base_name(name), overload or name.partition("_")[2]
 
 
-def _rename(model: Any, function: Any, name: str, overload: str, words: str | None) -> None:
+def _rename(model: ir.Model, function: ir.Function, name: str, overload: str, words: str | None) -> None:
     del model.functions[function.identifier()]
     function.name, function.overload, function.doc_string = name, overload, words
     model.functions[function.identifier()] = function

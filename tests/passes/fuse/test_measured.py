@@ -56,6 +56,7 @@ def test_a_clock_decides(clock: Any, words: str, monkeypatch: pytest.MonkeyPatch
     assert _operators(fast) == ([] if words else ["rms_norm", "two_pass_softmax"])
     assert found.exact is not None
     assert found.exact.max_rel < 1e-12
+    assert found.norms_after == {"rms_norm": 1}  # whatever computes it
     assert not found.undone
     torch.testing.assert_close(fast(X), model(X))
     if words:
