@@ -21,7 +21,8 @@ __all__ = ["FOLDER", "OpenVinoFolder"]
 
 # The ONNX model in between. Its frontend spells Attention-23 with a Select against rows that are masked whole, which its CPU plugin
 # does not fuse; MatMul, Softmax and MatMul become one kernel there, and Power, ReduceMean, Sqrt one RMS. Codes are int8 with a zero
-# point of 0: with one of 128 it multiplies convolutions in float.
+# point of 0: with one of 128 it multiplies convolutions in float. Between convolutions it takes pairs around additions and pools,
+# as bytes from 0 on.
 _OPENVINO = Target(
     "openvino",
     20,
@@ -30,6 +31,7 @@ _OPENVINO = Target(
     "its frontend reads the standard ops of opset 20, and its CPU plugin fuses them",
     runtime="OpenVINO",
     lacks=("bf16", "fp64"),
+    codes_between=True,
 )
 
 
