@@ -1,15 +1,13 @@
 """What people use today to run a model in few bits on a CPU: the engines that ShiftQuant is measured against.
 
-Each is made from the original's default ONNX export with the tool's own recommended call, and calibrated on the same inputs.
+Each is made from the original's default ONNX export with the tool's own recommended call, and calibrated on the same inputs;
+`normfuse.app.baselines` has those that `normfuse bench --against` knows, too.
 Libraries beyond the extra `benchmarks` (openvino, nncf, torchao) are named in the error of the engine that needs them.
 """
 
 from __future__ import annotations
 
-import logging
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -18,10 +16,19 @@ from typing import Any
 import numpy as np
 
 from benchmarks.models import MODELS
+from normfuse.app.baselines import (
+    Material,
+    onnxruntime_dynamic,
+    onnxruntime_static,
+    openvino_engine,
+    openvino_int8,
+    prepared,
+    quiet,
+)
 from normfuse.app.engines import onnxruntime_engine
 from normfuse.benchmark import Engine
 
-__all__ = ["BASELINES", "Baseline", "nncf_file", "openvino_engine"]
+__all__ = ["BASELINES", "Baseline", "openvino_engine"]
 
 Arrays = dict[str, np.ndarray[Any, Any]]
 
@@ -45,48 +52,17 @@ def _plain(_: str, original: Path, inputs: Arrays, __: list[Arrays], ___: Path) 
     return onnxruntime_engine("ort fp32", original, inputs)
 
 
-def _prepared(original: Path, folder: Path) -> Path:
-    """The file as the quantizers of ONNX Runtime want it: shapes inferred, constants folded, weights inside."""
-    import onnx
-    from onnxruntime.quantization.shape_inference import quant_pre_process
-
-    path, whole = folder / "prepared.onnx", folder / "whole.onnx"
-    if not path.exists():
-        onnx.save(onnx.load(str(original)), str(whole))  # external data is looked for beside a temporary copy
-        with _quiet():
-            quant_pre_process(str(whole), str(path), skip_symbolic_shape=True)
-    return path
+def _material(original: Path, inputs: Arrays, calibration: list[Arrays], folder: Path) -> Material:
+    return Material(original, inputs, calibration, folder)
 
 
-def _dynamic(_: str, original: Path, inputs: Arrays, __: list[Arrays], folder: Path) -> Engine:
-    from onnxruntime.quantization import QuantType, quantize_dynamic
-
-    path = folder / "ort_dynamic.onnx"
-    with _quiet():
-        # convolutions of ConvInteger are far slower than in float, so that people leave them out
-        quantize_dynamic(
-            str(_prepared(original, folder)), str(path), op_types_to_quantize=["MatMul", "Gemm"], per_channel=True,
-            weight_type=QuantType.QInt8,
-        )  # fmt: skip
+def _dynamic(_: str, original: Path, inputs: Arrays, calibration: list[Arrays], folder: Path) -> Engine:
+    path = onnxruntime_dynamic(_material(original, inputs, calibration, folder))
     return onnxruntime_engine("ort int8 dynamic", path, inputs)
 
 
 def _static(reduce_range: bool, _: str, original: Path, inputs: Arrays, calibration: list[Arrays], folder: Path) -> Engine:
-    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
-
-    class Reader(CalibrationDataReader):  # type: ignore[misc]
-        def __init__(self) -> None:
-            self.batches = iter(calibration)
-
-        def get_next(self) -> Arrays | None:
-            return next(self.batches, None)
-
-    path = folder / f"ort_static_{reduce_range}.onnx"
-    with _quiet():
-        quantize_static(
-            str(_prepared(original, folder)), str(path), Reader(), quant_format=QuantFormat.QDQ, per_channel=True,
-            reduce_range=reduce_range, activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
-        )  # fmt: skip
+    path = onnxruntime_static(_material(original, inputs, calibration, folder), reduce_range=reduce_range)
     return onnxruntime_engine("ort int8 QDQ", path, inputs)
 
 
@@ -95,10 +71,9 @@ def _n_bits(block: int, _: str, original: Path, inputs: Arrays, __: list[Arrays]
     from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
     path = folder / f"ort_nbits_{block}.onnx"
-    with _quiet():
-        quantizer = MatMulNBitsQuantizer(
-            onnx.load(str(_prepared(original, folder))), bits=4, block_size=block, is_symmetric=True, accuracy_level=4
-        )
+    source = prepared(_material(original, inputs, [], folder))
+    with quiet():
+        quantizer = MatMulNBitsQuantizer(onnx.load(str(source)), bits=4, block_size=block, is_symmetric=True, accuracy_level=4)
         quantizer.process()
         quantizer.model.save_model_to_file(str(path), use_external_data_format=False)
     return onnxruntime_engine(f"ort MatMulNBits 4 bit, block {block}", path, inputs)
@@ -108,44 +83,9 @@ def _openvino(precision: str, _: str, original: Path, inputs: Arrays, __: list[A
     return openvino_engine(f"openvino {precision}", original, inputs, precision)
 
 
-def _openvino_int8(precision: str, name: str, original: Path, inputs: Arrays, calibration: list[Arrays], folder: Path) -> Engine:
-    path = folder / "openvino_int8.xml"
-    if not path.exists():
-        nncf_file(original, [list(each.values()) for each in calibration], path, convolutional=MODELS[name].convolutional)
+def _openvino_int8(precision: str, _: str, original: Path, inputs: Arrays, calibration: list[Arrays], folder: Path) -> Engine:
+    path = openvino_int8(_material(original, inputs, calibration, folder))
     return openvino_engine(f"openvino int8, {precision} rest", path, inputs, precision)
-
-
-def nncf_file(original: Path, calibration: list[list[Any]], path: Path, *, convolutional: bool) -> None:
-    """What NNCF makes of a model that OpenVINO reads, by its own recommended call; inputs in the order of the model."""
-    import nncf
-    import openvino
-
-    with _quiet():
-        model = openvino.Core().read_model(str(original))
-        names = [port.any_name for port in model.inputs]
-        seen = [{n: np.asarray(v) for n, v in zip(names, each, strict=True)} for each in calibration]
-        quantized = nncf.quantize(
-            model, nncf.Dataset(seen), subset_size=len(seen), model_type=None if convolutional else nncf.ModelType.TRANSFORMER,
-            preset=nncf.QuantizationPreset.MIXED,
-        )  # fmt: skip
-    openvino.save_model(quantized, str(path), compress_to_fp16=False)
-
-
-def openvino_engine(name: str, path: Path, inputs: Arrays, precision: str) -> Engine:
-    """OpenVINO on the CPU with the file at `path`; `precision` (f32, bf16) is that of what is not quantized."""
-    return Engine(name, partial(_open_openvino, str(path.resolve()), inputs, precision))
-
-
-def _open_openvino(path: str, inputs: Arrays, precision: str, threads: int) -> Callable[[], Any]:
-    import openvino
-
-    compiled = openvino.Core().compile_model(
-        path, "CPU",
-        {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1, "INFERENCE_PRECISION_HINT": precision},
-    )  # fmt: skip
-    request = compiled.create_infer_request()
-    values = list(inputs.values())
-    return partial(request.infer, values, share_inputs=True, share_outputs=True)
 
 
 def _torchao(name: str, _: Path, __: Arrays, ___: list[Arrays], ____: Path) -> Engine:
@@ -161,22 +101,9 @@ def _open_torchao(name: str, threads: int) -> Callable[[], Any]:
     torch.set_num_threads(threads)
     source = MODELS[name].build()
     module = source.module.requires_grad_(False)
-    with _quiet():
+    with quiet():
         quantize_(module, Int8DynamicActivationInt8WeightConfig())
     return callable_engine("torchao", compiled(module), source.example_inputs).open(threads)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Tools that log and warn on every layer."""
-    level = logging.root.manager.disable
-    logging.disable(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(level)
 
 
 BASELINES: dict[str, Baseline] = {

@@ -22,10 +22,10 @@ import torch
 from rich.console import Console
 
 import normfuse
-from benchmarks.baselines import nncf_file
 from benchmarks.command import exit_code
 from benchmarks.models import MODELS, Entry
 from benchmarks.quantized import like
+from normfuse.app.baselines import nncf_file
 from normfuse.app.engines import file_engine
 from normfuse.app.sources import Source
 from normfuse.benchmark import Comparison, Engine, Schedule, measure
@@ -126,7 +126,7 @@ def _prepare(entry: Entry, folder: Path, threads: int, *, integers: bool) -> Pre
     seen = [inputs, *(like(source, i) for i in range(1, max(2, _SEEN // batch)))]
     _console.print(f"{entry.title}: quantizing, {len(seen)} batches")
     try:
-        nncf_file(folder / "own.xml", [_tensors(each) for each in seen], folder / "nncf.xml", convolutional=entry.convolutional)
+        nncf_file(folder / "own.xml", [_tensors(each) for each in seen], folder / "nncf.xml", transformer=not entry.convolutional)
         add("nncf", "OpenVINO, int8 (NNCF)", folder / "nncf.xml")
     except Exception as e:  # a tool of others may fail in any way; the row says so
         ready.failed["nncf"] = f"{type(e).__name__}: {' '.join(str(e).split())[:300]}"

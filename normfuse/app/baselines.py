@@ -29,7 +29,7 @@ from normfuse.extras import need
 from normfuse.files import spelled
 
 __all__ = [
-    "BASELINES", "Baseline", "Made", "Material", "is_transformer", "named_arrays", "onnxruntime_dynamic", "onnxruntime_static",
+    "BASELINES", "Baseline", "Made", "Material", "is_transformer", "named_arrays", "nncf_file", "onnxruntime_dynamic", "onnxruntime_static",
     "openvino_engine", "openvino_int8", "prepared", "quiet",
 ]  # fmt: skip
 
@@ -202,19 +202,26 @@ def _openvino_int8(material: Material) -> Made:
 
 def openvino_int8(material: Material) -> Path:
     """`nncf.quantize`, told whether it is a transformer."""
-    nncf, ov = need("nncf", extra=EXTRA), need("openvino", extra=EXTRA)
     path = material.folder / "openvino_int8.xml"
     if not path.exists():
-        with quiet():
-            nncf.set_log_level(logging.ERROR)
-            model = ov.Core().read_model(spelled(material.original))
-            quantized = nncf.quantize(
-                model, nncf.Dataset(list(material.calibration)), subset_size=len(material.calibration),
-                model_type=nncf.ModelType.TRANSFORMER if is_transformer(material.original) else None,
-                preset=nncf.QuantizationPreset.MIXED,
-            )  # fmt: skip
-            ov.save_model(quantized, str(path), compress_to_fp16=False)
+        seen = [list(batch.values()) for batch in material.calibration]
+        nncf_file(material.original, seen, path, transformer=is_transformer(material.original))
     return path
+
+
+def nncf_file(original: Path, calibration: Sequence[Sequence[Any]], path: Path, *, transformer: bool) -> None:
+    """Write what NNCF makes of a model that OpenVINO reads, by its own recommended call; inputs in the order of the model."""
+    nncf, ov = need("nncf", extra=EXTRA), need("openvino", extra=EXTRA)
+    with quiet():
+        nncf.set_log_level(logging.ERROR)
+        model = ov.Core().read_model(spelled(original))
+        names = [port.any_name for port in model.inputs]
+        seen = [{n: np.asarray(v) for n, v in zip(names, each, strict=True)} for each in calibration]
+        quantized = nncf.quantize(
+            model, nncf.Dataset(seen), subset_size=len(seen), model_type=nncf.ModelType.TRANSFORMER if transformer else None,
+            preset=nncf.QuantizationPreset.MIXED,
+        )  # fmt: skip
+        ov.save_model(quantized, str(path), compress_to_fp16=False)
 
 
 def openvino_engine(name: str, path: Path, inputs: Arrays, precision: str = "f32") -> Engine:

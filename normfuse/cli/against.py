@@ -96,7 +96,8 @@ class Against:
 
     def _row(self, name: str, median: float, width: int, speedup: str) -> str:
         label = name if len(name) <= width else name[: width - 1] + "…"
-        quality = _decibels(self.sqnr[name]) if name in self.sqnr else ""
+        known = name in self.sqnr and not math.isnan(self.sqnr[name])
+        quality = _decibels(self.sqnr[name]) if known else ""
         return f"{label:<{width}} {median:>10.3f} {quality:>8}  {speedup}".rstrip()
 
 
