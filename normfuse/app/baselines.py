@@ -29,8 +29,8 @@ from normfuse.extras import need
 from normfuse.files import spelled
 
 __all__ = [
-    "BASELINES", "Baseline", "Made", "Material", "is_transformer", "named_arrays", "nncf_file", "onnxruntime_dynamic", "onnxruntime_static",
-    "openvino_engine", "openvino_int8", "prepared", "quiet",
+    "BASELINES", "Baseline", "Made", "Material", "is_transformer", "named_arrays", "nncf_file", "onnxruntime_dynamic",
+    "onnxruntime_static", "openvino_engine", "openvino_int8", "prepared", "quiet",
 ]  # fmt: skip
 
 Arrays: TypeAlias = "dict[str, np.ndarray[Any, Any]]"
