@@ -64,7 +64,7 @@ def _lines(data: dict[str, Any]) -> Iterator[str]:
     yield ""
     yield "<!-- written by python -m benchmarks.comparison; do not edit by hand -->"
     yield ""
-    yield f"Measured on {data['date']}, with {data['threads']} threads of {machine['cpu']}, Python {machine['python']}: "
+    yield f"Measured on {data['date']}, with {data['threads']} threads of {machine['cpu']}, Python {machine['python']}:"
     yield ", ".join(f"{name} {version}" for name, version in tools.items()) + "."
     yield ""
     yield "Every row is the same model with the same inputs, in a process of its own, interleaved with the others. The speedup is"
@@ -115,7 +115,13 @@ def _row(row: Row) -> str:
         _figure(row.norms, "d"),
         _figure(row.nodes, "d"),
         _figure(row.megabytes, ".1f"),
-        "0" if not row.error else f"{row.error:.1e}" if row.error < 1e-3 else f"{100 * row.error:.2g} %",
+        ""
+        if row.error is None
+        else "0"
+        if not row.error
+        else f"{row.error:.1e}"
+        if row.error < 1e-3
+        else f"{100 * row.error:.2g} %",
     )
     return f"| {row.title} | " + " | ".join(cells) + " |"
 

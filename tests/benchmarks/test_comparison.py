@@ -1,6 +1,7 @@
 """The page that compares, from figures."""
 
 import json
+import pickle
 from dataclasses import asdict
 from typing import Any
 
@@ -8,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.comparison import PAGE, RESULTS, WAYS, _apart
+from benchmarks.comparison import PAGE, RESULTS, _apart
 from benchmarks.comparison_page import Row, page
+from benchmarks.comparison_ways import WAYS, Given
+from benchmarks.models import MODELS
 from normfuse.quant.words import parse_quantize
 
 pytestmark = pytest.mark.checkout
@@ -50,6 +53,12 @@ def test_every_way_names_what_anybody_runs() -> None:
     for way in WAYS:
         if "--quantize" in way.command:
             parse_quantize(way.command.split("--quantize ")[1].split()[0])  # it is what the command line understands
+
+
+def test_what_is_compiled_is_found_by_other_processes() -> None:
+    given = Given(MODELS["vit_tiny_b1"], *[None] * 5)
+    _, engine = next(way for way in WAYS if way.title.startswith("torch.compile")).make(given)
+    assert b"benchmarks.comparison_ways" in pickle.dumps(engine)  # and not __main__
 
 
 @pytest.mark.parametrize(
