@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from normfuse.cli.export import ENGINE_SUFFIXES
+from normfuse.cli.exporting.stated_sqnr import least_sqnr
 from normfuse.cli.help import Command
 from normfuse.cli.onnx_files import file_inputs, is_onnx
 from normfuse.cli.options import Model, Pipeline, json_option, model_options, pipeline_options, verbosity
 from normfuse.cli.running import opened_file
-from normfuse.cli.stated_sqnr import least_sqnr
 from normfuse.errors import CheckFailed, UsageError
 
 if TYPE_CHECKING:
