@@ -24,6 +24,8 @@ from normfuse.export.targets import FOLDERS, Folder, folder_written, target_name
 from normfuse.files import check_target
 
 if TYPE_CHECKING:
+    from normfuse.cli.exporting.speed import Speed
+    from normfuse.export.result import Exported
     from normfuse.reports.model import Latency
     from normfuse.reports.report import Report
 
@@ -140,15 +142,17 @@ def _to_file(
     exported = folder.write(fast, output, options)
     text, data = str(exported), {"export": dataclasses.asdict(exported)}
     rounds = exported.form is not None and FORMS[exported.form].rounds
-    latencies: tuple[Latency, ...] = ()
+    speed: Speed | None = None
     if original is not None and where.runs_here and (telling.report_path or (rounds and not telling.quiet)):
         from normfuse.cli.exporting.speed import speed_of
 
         speed = speed_of(original, output, quantized=rounds)
-        text, data, latencies = f"{text}\n{speed}", data | {"speed": speed.to_dict()}, speed.latencies
+        text, data = f"{text}\n{speed}", data | {"speed": speed.to_dict()}
+    text += f"\n\n{_before_and_after(report(fast), exported, speed)}"
     if explain:
-        text = f"{text}\n\nwhat became of each site:\n\n{textwrap.indent(exported.explained, '    ')}"
-    text = f"{text}\n\nrun it:\n\n{textwrap.indent(exported.how_to_run.rstrip(), '    ')}"
+        text += f"\n\nwhat became of each site:\n\n{textwrap.indent(exported.explained, '    ')}"
+    text += f"\n\nrun it:\n\n{textwrap.indent(exported.how_to_run.rstrip(), '    ')}"
+    latencies: tuple[Latency, ...] = () if speed is None else speed.latencies
     found = dataclasses.replace(report(fast), files=(text,), latencies=latencies)
     write_report(found, telling.report_path, force=telling.force)
     _tell(found, data, text, telling)
@@ -159,13 +163,26 @@ def _tell(found: "Report | None", data: dict[str, Any], text: str, telling: Tell
         told = {"schema": 1, **data} | ({} if found is None else {"report": found.to_dict()})
         click.echo(json.dumps(told, indent=2, default=str))
     elif not telling.quiet:
-        click.echo(text if found is None else f"{found}\n\n{_operators(found)}{text}")
+        click.echo(text if found is None else f"{found}\n\n{text}")
 
 
-def _operators(found: "Report") -> str:
-    """Operators of the graph that there are more or fewer of; nothing where they are as before."""
-    rows = differences(found.operators_before, found.operators_after)
-    if not rows:
-        return ""
-    rows.append(("all", str(sum(found.operators_before.values())), str(sum(found.operators_after.values()))))
-    return "\n".join(columns(("operators in PyTorch", "before", "after"), rows)) + "\n\n"
+def _before_and_after(found: "Report", exported: "Exported", speed: "Speed | None") -> str:
+    """A table of what the file has for what the model had."""
+    from normfuse.reports.numbers import size
+
+    before, after = found.operators_before, found.operators_after
+    rows = [
+        ("normalizations", str(sum(found.norms_before.values())), str(sum(found.norms_after.values()))),
+        ("operators in PyTorch", str(sum(before.values())), str(sum(after.values()))),
+        *((f"  {name}", left, right) for name, left, right in differences(before, after)),
+        ("weights", size(found.bytes_before), size(found.bytes_after)),
+        ("file", "-", size(exported.bytes)),
+    ]
+    if exported.sqnr is not None:
+        rows.append(("SQNR of the outputs", "-", f"{exported.sqnr:.1f} dB"))
+    elif exported.error is not None:
+        rows.append(("relative error", "-", f"{exported.error.max_rel:.1e}"))
+    for name, measured in (("in stock ONNX Runtime", speed and speed.stock), ("with the library", speed and speed.library)):
+        if measured:
+            rows.append((f"ms {name}", f"{measured.a.median:.3g}", f"{measured.b.median:.3g}"))
+    return "\n".join(columns(("", "before", "after"), rows))

@@ -214,6 +214,10 @@ def test_quantized_file_says_what_it_is(run: Run) -> None:
     code, out, _ = run("export", "models:build", "-o", "q.onnx", *SIZE, *quick, "--report", "q.html")
     assert code == 0
     assert "speed      " not in out
+    table = out[out.index("normalizations") :]
+    assert "SQNR of the outputs" in table
+    assert table.index("weights  ") < table.index("file  ") < table.index("run it:")
+    assert max(map(len, out.splitlines())) <= 80
     assert out.count(" dB against") == 1
     assert "q.onnx: onnxruntime" in Path("q.html").read_text(encoding="utf-8")
     code, out, _ = run("inspect", "q.onnx")
