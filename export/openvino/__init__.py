@@ -6,5 +6,6 @@ api.py        to_openvino
 medium.py     the file: from the ONNX model that the rest of the exporter makes, read by OpenVINO's own frontend
 runtime.py    runs one, and its errors in one line
 graph.py      what is in a file, and what OpenVINO makes of it
+result.py     what is told of a file
 original.py   the model as OpenVINO converts it itself
 """
