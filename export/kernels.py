@@ -1,43 +1,22 @@
-"""ATen arithmetic becomes operators that have a kernel of their own on a GPU: `torch.ops.normfuse.*`.
-
-    γ x / √(mean x² + ε)                          =  rms_norm(x, γ)
-    x / √((Σ x² + (Σ x)²) / (d + 1) + ε)          =  crms_norm(x),            d features
-    γ (x − μ) / (c mean|x − μ| + ε) + β           =  l1_norm(x, γ, β),        μ = mean x
-    N(x + r), with x + r for whoever reads it     =  add_N(x, r),             N = rms_norm, crms_norm
-    act(W (γ x / √(mean x² + ε)) + b)             =  rms_norm_linear(x, W diag(γ), b, act)
-    exp(x) / Σ exp(x)                             =  two_pass_softmax(x)
-
-Each rule holds over the last axis only, and what is not exactly its left side stays. `max(c mean|x − μ|, √ε)`, which the pass `l1`
-writes, is no l1_norm: the two differ where a row hardly varies.
-"""
+"""Operators of `torch.ops.normfuse` in the place of their arithmetic, for kernels on a GPU: see `normfuse.passes.fuse.kernels`."""
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import fx
 
 from normfuse.errors import UsageError, did_you_mean
-from normfuse.export.norm_patterns import Norm, crms_norm, dtype_of, is_row, l1_norm, over_last_axis, rms_norm, settled
-from normfuse.ir.constants import Constant
 from normfuse.ir.graph import Graph
-from normfuse.ir.views import Add, Linear, Relu, Softmax, Value
-from normfuse.passes.patterns.moments import is_cast
+from normfuse.ir.passes import Run
+from normfuse.passes.fuse.kernels import KERNELS as PASSES
 from normfuse.reports.record import record
 
 __all__ = ["KERNELS", "with_kernels"]
 
-aten = torch.ops.aten
-
 #: What can be asked for, in the order in which it is tried. Quantized layers have their operators already.
-KERNELS = (
-    "rms_norm_linear", "add_rms_norm", "rms_norm", "add_crms_norm", "crms_norm", "l1_norm", "two_pass_softmax", "shiftquant_linear",
-)  # fmt: skip
-
-Rule = Callable[[Graph, fx.Node], None]
+KERNELS = (*(each.name for each in PASSES), "shiftquant_linear")
 
 
 def with_kernels(gm: fx.GraphModule, ops: Sequence[str] = KERNELS) -> fx.GraphModule:
@@ -55,16 +34,11 @@ def with_kernels(gm: fx.GraphModule, ops: Sequence[str] = KERNELS) -> fx.GraphMo
         UsageError: there is no such kernel.
     """
     _check(ops)
-    import normfuse.ops  # noqa: F401 - registers the operators
-
     graph = Graph.of(gm)
-    for check in graph.fx.find_nodes(op="call_function", target=aten._assert_tensor_metadata.default):
+    for check in graph.fx.find_nodes(op="call_function", target=torch.ops.aten._assert_tensor_metadata.default):
         graph.fx.erase_node(check)  # it would count as a reader
-    for name in (k for k in KERNELS if k in ops and k in _RULES):
-        for node in graph:
-            if node.op == "call_function" and node.users:
-                _RULES[name](graph, node)
-        graph.clean()
+    for each in (p for p in PASSES if p.name in ops):
+        each(graph, Run())
     made = graph.to_module(type(gm).__name__)
     found = record(gm)
     return made if found is None else found.attach(made)
@@ -77,130 +51,3 @@ def _check(ops: Sequence[str]) -> None:
         if name not in KERNELS:
             hint = did_you_mean(name, KERNELS)
             raise UsageError(f"there is no kernel {name!r}: expected {', '.join(KERNELS)}{hint}")
-
-
-# -- norms -------------------------------------------------------------------------------------------------------------
-
-
-def _alone(find: Callable[[Graph, fx.Node], Norm | None]) -> Rule:
-    """N(x)"""
-
-    def rule(graph: Graph, node: fx.Node) -> None:
-        found = find(graph, node)
-        norm = None if found is None else settled(graph, found)
-        if norm is None:
-            return
-        vectors = [norm.gain, norm.shift] if norm.op == "l1_norm" else [norm.gain]
-        args = [None if v is None else graph.emit_constant(_named(graph, v, norm.last), norm.last) for v in vectors]
-        rest = (norm.eps, norm.scale_const) if norm.op == "l1_norm" else (norm.eps,)
-        norm.last.replace_all_uses_with(graph.call(_op(norm.op), (norm.x, *args, *rest), norm.last, norm.last))
-
-    return rule
-
-
-def _with_sum(find: Callable[[Graph, fx.Node], Norm | None]) -> Rule:
-    """N(x + r), and x + r"""
-
-    def rule(graph: Graph, node: fx.Node) -> None:
-        found = find(graph, node)
-        norm = None if found is None else settled(graph, found)
-        if norm is None:
-            return
-        add = graph.view(norm.x, 1)
-        if isinstance(add, Add) and _addends(add, norm.x):
-            _place_with_sum(graph, norm, add)
-
-    return rule
-
-
-def _place_with_sum(graph: Graph, norm: Norm, add: Add) -> None:
-    """The operator stands where the sum stood: others may read the sum before the norm comes."""
-    total = norm.x
-    assert isinstance(add.x, Value)
-    assert isinstance(add.y, Value)
-    gain = None if norm.gain is None else graph.emit_constant(_named(graph, norm.gain, norm.last), total)
-    both = graph.call(_op(f"add_{norm.op}"), (add.x.node, add.y.node, gain, norm.eps), total, norm.last)
-    y, s = (graph.call(operator.getitem, (both, i), total, like) for i, like in ((0, norm.last), (1, total)))
-    norm.last.replace_all_uses_with(y)
-    total.replace_all_uses_with(s)
-
-
-def _addends(add: Add, total: fx.Node) -> bool:
-    """Do both have the shape and the dtype of the sum?"""
-    return all(
-        isinstance(v, Value) and v.node is not None and is_row(v.node) and _signature(v.node) == _signature(total)
-        for v in (add.x, add.y)
-    )
-
-
-def _named(graph: Graph, c: Constant, like: fx.Node) -> Constant:
-    return c if c.name else c.named(f"{graph.path(like)}.gain" if graph.path(like).replace(".", "_").isidentifier() else "gain")
-
-
-# -- products and softmax ----------------------------------------------------------------------------------------------
-
-
-def _rms_linear(graph: Graph, node: fx.Node) -> None:
-    """act(W (γ x / √(mean x² + ε)) + b)  =  act((W diag(γ) x) / √(mean x² + ε) + b)"""
-    op = graph.view(node, 2)
-    if not isinstance(op, Linear) or op.x.node is None or not op.x.sole_use:
-        return
-    norm = rms_norm(graph, op.x.node)
-    if norm is None or not dtype_of(norm.x) == op.W.dtype == dtype_of(node):
-        return
-    weight = op.W
-    if norm.gain is not None:
-        if graph.shared(weight) or norm.gain.dtype != weight.dtype:
-            return
-        weight = weight * norm.gain
-    last, epilogue = _epilogue(graph, node)
-    w = graph.emit_constant(weight, last)
-    b = None if op.b is None else graph.emit_constant(op.b, last)
-    last.replace_all_uses_with(graph.call(_op("rms_norm_linear"), (norm.x, w, b, norm.eps, epilogue), last, node))
-
-
-def _epilogue(graph: Graph, node: fx.Node) -> tuple[fx.Node, str]:
-    """The activation that alone reads a product, and its name; the product itself and "none"."""
-    user = next(iter(node.users)) if len(node.users) == 1 else node
-    if isinstance(graph.view(user, 1), Relu):
-        return user, "relu"
-    if user.target is aten.silu.default:
-        return user, "silu"
-    if user.target is aten.gelu.default:
-        how = user.kwargs.get("approximate", user.args[1] if len(user.args) > 1 else "none")
-        return (user, "gelu") if how == "none" else (user, "gelu_tanh") if how == "tanh" else (node, "none")
-    return node, "none"
-
-
-def _softmax(graph: Graph, node: fx.Node) -> None:
-    """exp(x) / Σ exp(x); a cast to a wider dtype inside and back behind it is what the operator does anyway"""
-    op = graph.view(node, 2)
-    if not isinstance(op, Softmax) or op.x.node is None or not is_row(op.x.node) or not over_last_axis(op.dim, op.x.node):
-        return
-    x, last = op.x.node, node
-    if dtype_of(node) != dtype_of(x):
-        last = next(iter(node.users)) if len(node.users) == 1 else node
-        if not is_cast(last) or dtype_of(last) != dtype_of(x):
-            return
-    last.replace_all_uses_with(graph.call(_op("two_pass_softmax"), (x,), last, node))
-
-
-_RULES: dict[str, Rule] = {
-    "rms_norm_linear": _rms_linear,
-    "add_rms_norm": _with_sum(rms_norm),
-    "rms_norm": _alone(rms_norm),
-    "add_crms_norm": _with_sum(crms_norm),
-    "crms_norm": _alone(crms_norm),
-    "l1_norm": _alone(l1_norm),
-    "two_pass_softmax": _softmax,
-}
-
-
-def _op(name: str) -> Any:
-    return getattr(torch.ops.normfuse, name).default
-
-
-def _signature(node: fx.Node) -> tuple[str, ...]:
-    """Shape and dtype; sizes as text, because comparing symbols would fix them."""
-    val = node.meta["val"]
-    return (str(val.dtype), *map(str, val.shape))

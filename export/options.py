@@ -32,12 +32,15 @@ __all__ = [
     "FORMS",
     "IO_DTYPES",
     "MAX_PROTO",
+    "Common",
     "DtypeName",
     "EngineKeywords",
     "EngineOptions",
     "ExportKeywords",
     "ExportOptions",
     "FileKeywords",
+    "IoDtype",
+    "ModuleKeywords",
     "PluginName",
     "Shapes",
 ]  # fmt: skip
@@ -63,8 +66,8 @@ _INLINE = 2**20  # the file that an engine is made of keeps its weights beside i
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Common:
-    """What an ONNX file and an engine are asked alike."""
+class Common:
+    """What every kind of file is asked alike."""
 
     dtype: DtypeName | torch.dtype | None = None
     io_dtype: IoDtype = "fp32"
@@ -92,7 +95,7 @@ class _Common:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExportOptions(_Common):
+class ExportOptions(Common):
     """How a module becomes an ONNX file: the keyword arguments of `normfuse.export.to_onnx`, which says what each means.
 
     Raises:
@@ -123,7 +126,7 @@ class ExportOptions(_Common):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EngineOptions(_Common):
+class EngineOptions(Common):
     """How a module becomes a TensorRT engine: the keyword arguments of `normfuse.export.to_tensorrt`, which says what each means.
 
     Raises:
@@ -192,7 +195,9 @@ class FileKeywords(TypedDict, total=False):
     progress: bool
 
 
-class _ModuleKeywords(TypedDict, total=False):
+class ModuleKeywords(TypedDict, total=False):
+    """Of what starts from a module."""
+
     opset: int | None
     attention: Attention
     form: Form
@@ -200,13 +205,13 @@ class _ModuleKeywords(TypedDict, total=False):
     tolerance: float | None
 
 
-class EngineKeywords(FileKeywords, _ModuleKeywords, total=False):
+class EngineKeywords(FileKeywords, ModuleKeywords, total=False):
     """The fields of `EngineOptions`."""
 
     plugins: Sequence[PluginName]
 
 
-class ExportKeywords(_ModuleKeywords, total=False):
+class ExportKeywords(ModuleKeywords, total=False):
     """The fields of `ExportOptions`."""
 
     dtype: DtypeName | torch.dtype | None

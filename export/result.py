@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from normfuse.export.onnx.oldest import Input
+from normfuse.export.session import Input
 from normfuse.reports.model import Error, Form
 
 __all__ = ["Exported", "note_lines"]
@@ -90,13 +90,22 @@ class Exported:
         if kernels:
             lines.append("options.register_custom_ops_library(str(native.path()))")
         lines += ["session = ort.InferenceSession(", f"    {str(self.path)!r}, options, providers=['CPUExecutionProvider']", ")"]
-        lines.append("outputs = session.run(None, {")
+        return "\n".join([*lines, "outputs = session.run(None, {", *self._zeros(), "})", ""])
+
+    def _zeros(self) -> list[str]:
+        """A line for each input: its name, and zeros."""
+        lines = []
         for value in self.signature:
             free = [n for n in value.sizes if isinstance(n, str)]
             sizes = tuple(n if isinstance(n, int) else 1 for n in value.sizes)
             comment = f"  # {', '.join(free)}: any size" if free else ""
             lines.append(f"    {value.name!r}: np.zeros({sizes}, {value.dtype!r}),{comment}")
-        return "\n".join([*lines, "})", ""])
+        return lines
+
+    def _head(self) -> list[str]:
+        """What file it is, and what it needs."""
+        lines = [f"{self.path}: {self.target}, opset {self.opset}, {self.bytes / 1e6:.1f} MB, {sum(self.ops.values())} nodes"]
+        return [*lines, f"  needs      ONNX Runtime {self.runtime} or newer"] if self.runtime else lines
 
     @property
     def explained(self) -> str:
@@ -111,9 +120,7 @@ class Exported:
 
     def __str__(self) -> str:
         """A few lines of at most 80 columns."""
-        lines = [f"{self.path}: {self.target}, opset {self.opset}, {self.bytes / 1e6:.1f} MB, {sum(self.ops.values())} nodes"]
-        if self.runtime:
-            lines.append(f"  needs      ONNX Runtime {self.runtime} or newer")
+        lines = self._head()
         norms = ", ".join(f"{n} {k}" for k, n in self.norms.items()) or "none"
         lines.append(f"  norms      {norms}")
         if self.attention is not None:

@@ -89,16 +89,20 @@ NF_EXPORT const char* nf_conv2d(const nf_threads*, const nf_conv*, const nf_weig
 // Tensors of u8 codes, [batch][h][w][c]; a code u is worth (u - zero) · scale. Scales are those of the files that plan
 // a chain; what stands here is in units of the codes that are written.
 //
-//   y = table[clamp(rne(float(Σ (x - zero) · W) · scale[o] + bias[o] + float(residual) · residual_scale), low, high)]
+//   v = float(Σ (x - zero) · W) · scale[o] + bias[o] + float(residual) · residual_scale
+//   y = table[clamp(rne(v), low, high)],   or with a function in the place of v: f(v) · gain + offset
 //
 // every product and sum of floats rounded by itself, to float32. Padding counts as x = zero. `outputs` are those of all
 // groups of channels. A pool reads no weights, and its padding counts as nothing.
+enum nf_codes_function { NF_CODES_NONE = 0, NF_CODES_HARDSWISH = 1, NF_CODES_SILU = 2 };
 struct nf_codes_conv {
   int64_t batch, c, h, w, outputs, kh, kw;
   int64_t stride[2], pad_begin[2], pad_end[2], dilation[2];
   int64_t groups;
   int32_t zero, low, high;
   float residual_scale;
+  int32_t function;
+  float gain, offset;
 };
 // Bytes of packed weights, whatever the batch and the size of the image; -1 where an argument is wrong.
 NF_EXPORT int64_t nf_codes_bytes(const nf_codes_conv*);

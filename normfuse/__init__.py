@@ -63,17 +63,19 @@ _HOMES = {
 }
 
 
-def __getattr__(name: str) -> Any:
-    """Public names load on first use, so that `normfuse --help` need not wait for PyTorch."""
-    import importlib
+if not TYPE_CHECKING:  # where names are known, so that a misspelt one is found
 
-    if name in ("export", "nn", "passes"):
-        return importlib.import_module(f"normfuse.{name}")
-    if name in _HOMES:
-        value = getattr(importlib.import_module(_HOMES[name]), name)
-        globals()[name] = value
-        return value
-    raise AttributeError(f"module 'normfuse' has no attribute {name!r}")
+    def __getattr__(name: str) -> Any:
+        """Public names load on first use, so that `normfuse --help` need not wait for PyTorch."""
+        import importlib
+
+        if name in ("export", "nn", "passes"):
+            return importlib.import_module(f"normfuse.{name}")
+        if name in _HOMES:
+            value = getattr(importlib.import_module(_HOMES[name]), name)
+            globals()[name] = value
+            return value
+        raise AttributeError(f"module 'normfuse' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -15,7 +15,9 @@ from normfuse.capture.capture import Captured, arguments, as_given, calls_of, ca
 from normfuse.errors import UsageError, did_you_mean
 from normfuse.given.extra_entries import taken
 from normfuse.given.original import Call
+from normfuse.given.ranges import out_of_range
 from normfuse.ir.graph import Graph
+from normfuse.ir.guards import guarded_inputs
 from normfuse.ir.passes import Pass, Run, Samples
 from normfuse.numerics.batches import Batches
 from normfuse.passes import DEFAULT, PASSES, PassName
@@ -60,6 +62,7 @@ def optimize(
     verify: Verify = "end",
     partial: bool = False,
     allow_random_calibration: bool = False,
+    target: Literal["pytorch"] | None = None,
 ) -> fx.GraphModule:
     """A new module that computes the same function without what normalization costs at inference.
 
@@ -81,6 +84,9 @@ def optimize(
             in which submodules that can be captured are optimized and the rest stays as it is; the report has a part for each.
         allow_random_calibration: static scales of a `ShiftQuant` come from data and stay for good, so that without `calibration=`
             they are refused; True takes them from the example inputs, whatever these are.
+        target: "pytorch": the module is for PyTorch on this CPU. Operators side by side become one of our kernels, kind by kind,
+            where the model measures faster with it on the example inputs; the report has the others with what was measured. Such a
+            module has no backward. None leaves that to whoever exports it.
 
     Returns:
         An `fx.GraphModule` with the call signature of the model. `normfuse.report` says what was done to it.
@@ -90,7 +96,13 @@ def optimize(
         UsageError: an argument is wrong, or `quantize` has quantized no layer at all; the message says why.
     """
     scheme = None if quantize is None else scheme_of(quantize)
-    options = {"passes": passes, "quantize": scheme, "verify": verify, "allow_random_calibration": allow_random_calibration}
+    options = {
+        "passes": passes,
+        "quantize": scheme,
+        "verify": verify,
+        "allow_random_calibration": allow_random_calibration,
+        "target": target,
+    }
     made = (whole_or_parts if partial else _whole)(_optimize, model, example_inputs, dynamic_shapes, calibration, options)
     if quantize is not None:
         check_quantized(report_of(made))
@@ -104,9 +116,10 @@ def _whole(optimize: Any, model: Any, example_inputs: Any, dynamic_shapes: Any, 
 def _optimize(
     model: Any, example_inputs: Any = None, *, dynamic_shapes: Any = None, passes: Sequence[Named] | None = None,
     quantize: Scheme | None = None, calibration: Any = None, verify: str = "end", allow_random_calibration: bool = False,
+    target: str | None = None,
 ) -> fx.GraphModule:  # fmt: skip
     start = perf_counter()
-    pipeline = [*_pipeline(passes), *_quantization(quantize)]
+    pipeline = [*_pipeline(passes), *_quantization(quantize), *_kernels(target)]
     if verify not in VERIFY:
         raise UsageError(f"verify={verify!r}: expected one of {', '.join(map(repr, VERIFY))}{did_you_mean(verify, VERIFY)}")
     needs = "" if quantize is None else quantize.needs_data
@@ -201,6 +214,19 @@ def _quantization(spec: Scheme | None) -> list[Pass]:
     return [getattr(importlib.import_module(module), name)(spec)]
 
 
+def _kernels(target: str | None) -> list[Pass]:
+    """What makes one operator of several where that is faster: the last passes, since no other looks into such an operator."""
+    if target is None:
+        return []
+    if target != "pytorch":
+        raise UsageError(f"target={target!r}: expected 'pytorch' or None; files for other runtimes are written by normfuse.export")
+    from normfuse.passes.fuse import FUSED
+    from normfuse.passes.fuse.kernels import KERNELS
+    from normfuse.passes.fuse.measured import Measured
+
+    return [Measured(each) for each in (*FUSED, *KERNELS)]
+
+
 def _on_all_ranks(read: Callable[[], T], together: bool) -> T:
     """What this rank reads; where ranks calibrate together, an error of one is an error of all, so that none waits for ever."""
     if not together or not several_ranks():
@@ -231,6 +257,9 @@ def _samples(graph: Graph, captured: Captured, calibration: Any, inputs: list[An
         batches += fit.fitted(batch, i)
     if not batches:
         raise UsageError("calibration: the loader gave no batch")
+    if unlike := out_of_range(guarded_inputs(captured.gm), inputs, batches):
+        log.warning("calibration: %s", unlike)
+        told += (f"calibration: {unlike}",)
     return batches, told
 
 

@@ -29,13 +29,14 @@ from normfuse.errors import NormfuseError, UsageError
 from normfuse.native_library import SWITCH, library_file, switched_off
 
 __all__ = [
-    "ATTENTION", "CODES_CONV", "CONV", "EPILOGUES", "F32", "F32_OR_NONE", "FLOAT", "I8", "I32", "INT", "KINDS", "LONG", "STRIDED",
-    "STRIDED_OR_NONE", "U8", "U8_OR_NONE", "WEIGHT", "WEIGHTS", "Attention", "CodesConv", "Conv", "Function", "Weight", "available",
-    "call", "codes_bytes", "declare", "force_isa", "isa", "isas", "library", "operators", "path", "sorted_channels", "threads",
-    "weight", "why_not",
+    "ATTENTION", "CODES_CONV", "CONV", "EPILOGUES", "F32", "F32_OR_NONE", "FLOAT", "FUNCTIONS", "I8", "I32", "INT", "KINDS",
+    "LONG", "STRIDED", "STRIDED_OR_NONE", "U8", "U8_OR_NONE", "WEIGHT", "WEIGHTS", "Attention", "CodesConv", "Conv", "Function",
+    "Weight", "available", "call", "codes_bytes", "declare", "force_isa", "isa", "isas", "library", "operators", "path",
+    "sorted_channels", "threads", "weight", "why_not",
 ]  # fmt: skip
 
 EPILOGUES = {word: number for number, word in enumerate(words.EPILOGUES)}
+FUNCTIONS = {word: number for number, word in enumerate(words.FUNCTIONS)}
 KINDS = {word: number for number, word in enumerate(words.KINDS)}
 _REBUILD = "then install normfuse again (in a checkout: pip install -e .)"
 
@@ -69,6 +70,9 @@ class CodesConv(ctypes.Structure):
         ("groups", c_int64),
         *((name, c_int32) for name in ("zero", "low", "high")),
         ("residual_scale", c_float),
+        ("function", c_int32),
+        ("gain", c_float),
+        ("offset", c_float),
     ]
 
 

@@ -19,6 +19,7 @@ from normfuse.passes.affine.weightless import Weightless as Weightless
 from normfuse.passes.cancel import Cancel as Cancel
 from normfuse.passes.streams.compress import Compress as Compress
 from normfuse.passes.l1 import L1 as L1
+from normfuse.passes.streams.half_range import HalfRange as HalfRange
 
 from normfuse.passes.streams.pre_rms import pre_rms as pre_rms
 

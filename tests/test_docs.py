@@ -6,6 +6,8 @@ block, in the same empty folder. What follows `$ ` lines in a console block is a
 A block that cannot run here is preceded by a line `<!-- not run: the reason -->`.
 """
 
+import importlib.util
+import json
 import os
 import re
 import subprocess
@@ -17,6 +19,7 @@ from typing import Any
 
 import pytest
 
+from normfuse.passes import PASSES
 from tests.places import ROOT
 
 pytestmark = pytest.mark.checkout
@@ -25,6 +28,7 @@ FRONT = (ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md")
 PAGES = [p for p in (*FRONT, *sorted((ROOT / "docs").rglob("*.md"))) if p.exists()]
 RUNNABLE = ("python", "console", "sh", "bash")
 LIMIT_S = 300
+SLOW = ("tensorrt.md", "start.md", "encoder.md", "vit-w8a8.md")  # they build engines, or run many commands
 
 _FENCE = re.compile(r"^(?P<indent> *)```(?P<language>[\w+-]*)[^\n]*\n(?P<body>.*?)^(?P=indent)```[ ]*$", re.MULTILINE | re.DOTALL)
 _NOT_RUN = re.compile(r"<!-- not run: \S[^\n]*-->\s*\Z")
@@ -87,7 +91,7 @@ def run_page(page: Path, folder: Path) -> int:
 
 def _pages() -> Iterator[Any]:
     for page in PAGES:
-        slow = [pytest.mark.slow] if page.name == "tensorrt.md" else []  # it builds engines
+        slow = [pytest.mark.slow] if page.name in SLOW else []
         yield pytest.param(page, id=str(page.relative_to(ROOT)), marks=slow)
 
 
@@ -120,6 +124,51 @@ def _anchors(page: Path) -> set[str]:
     text = re.sub(_FENCE, "", page.read_text(encoding="utf-8"))
     slugs = {re.sub(r"[^\w\- ]", "", h.strip().lower()).replace(" ", "-") for h in re.findall(r"^#+ (.*)$", text, re.MULTILINE)}
     return slugs | set(re.findall(r"<a (?:id|name)=\"([^\"]+)\"", text))
+
+
+# --- the site ---------------------------------------------------------------------------------------------------------
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    named = set(re.findall(r"[\w/-]+\.md", (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:")[2]))
+    there = {str(p.relative_to(ROOT / "docs")) for p in (ROOT / "docs").rglob("*.md")}
+    assert there <= named
+
+
+def test_every_pass_has_its_reference() -> None:
+    text = (ROOT / "docs" / "api" / "passes.md").read_text(encoding="utf-8")
+    assert not [p for p in PASSES.values() if f"::: {type(p).__module__}.{type(p).__name__}\n" not in text]
+
+
+def _notebook(markdown: str) -> dict[str, Any]:
+    spec = importlib.util.spec_from_file_location("as_notebook", ROOT / "docs" / "_site" / "as_notebook.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    found: dict[str, Any] = json.loads(module.notebook(markdown))
+    return found
+
+
+@pytest.mark.parametrize("page", [pytest.param(p, id=p.name) for p in sorted((ROOT / "docs" / "howto").glob("*.md"))])
+def test_a_page_is_a_notebook_with_the_same_code(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    made = _notebook(text)
+    code = ["".join(cell["source"]) for cell in made["cells"] if cell["cell_type"] == "code"]
+    assert len(code) == len(list(blocks(text)))
+    assert [c.strip() for c in code if not c.startswith(("!", "%%"))] == [
+        b.body.strip() for b in blocks(text) if b.language == "python"
+    ]
+    assert made["nbformat"] == 4
+    assert len({cell["id"] for cell in made["cells"]}) == len(made["cells"])
+
+
+def test_commands_of_a_page_are_commands_of_its_notebook() -> None:
+    made = _notebook(
+        "# A\n\n```console\n$ normfuse passes\noutput\n```\n\n```sh\necho a\n```\n<!-- not run: why -->\n```python\n1 / 0\n```\n"
+    )
+    code = ["".join(cell["source"]) for cell in made["cells"] if cell["cell_type"] == "code"]
+    assert code == ["!normfuse passes", "%%bash\necho a"]
 
 
 # --- the runner itself ------------------------------------------------------------------------------------------------

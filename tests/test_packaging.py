@@ -67,6 +67,11 @@ def test_version_can_be_read_without_importing() -> None:
     assert [ast.literal_eval(v) for v in values] == [normfuse.__version__]
 
 
+def test_citation_names_this_version() -> None:
+    text = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert f"\nversion: {normfuse.__version__}\n" in text
+
+
 def test_changelog_begins_with_this_version() -> None:
     headings = re.findall(r"^## (Unreleased|\d+\.\d+\.\d+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
     releases = [h for h in headings if h != "Unreleased"]

@@ -10,7 +10,7 @@ from torch.export import ExportedProgram
 
 from normfuse.export.lowering.graphs import graph_of, with_graph
 from normfuse.ir.operators import CHECKS
-from normfuse.ir.passes import Pass, Run
+from normfuse.ir.passes import Pass, Run, Samples
 from normfuse.reports.model import PassReport
 
 __all__ = ["Lowered", "lowered"]
@@ -30,9 +30,15 @@ class Lowered:
     exported: ExportedProgram
     passes: tuple[PassReport, ...] = ()
 
+    def notes(self, name: str) -> tuple[str, ...]:
+        """What the pass of that name did, and what it left and why, a line a site."""
+        found = [p for p in self.passes if p.name == name]
+        done = [f"{s.path}: {s.note}" for p in found for s in p.applied]
+        return (*done, *(f"{s.path} stays as large as it is: {s.note}" for p in found for s in p.refused))
 
-def lowered(exported: ExportedProgram, passes: Sequence[Pass]) -> Lowered:
-    """What `passes` make of a program, which stays as it is.
+
+def lowered(exported: ExportedProgram, passes: Sequence[Pass], samples: Samples = ()) -> Lowered:
+    """What `passes` make of a program, which stays as it is; `samples` are inputs of it, flat.
 
     A pass that fails is taken back as a whole, and its report says so: a file is then slower, not wrong.
     """
@@ -45,7 +51,7 @@ def lowered(exported: ExportedProgram, passes: Sequence[Pass]) -> Lowered:
     for each in passes:
         before = graph.copy()
         try:
-            reports.append(each(graph, Run()))
+            reports.append(each(graph, Run(samples)))
         except Exception as e:
             log.warning("%s failed and was taken back: %s: %s", each.name, type(e).__name__, e, exc_info=e)
             graph = before

@@ -21,19 +21,18 @@ from normfuse.export.lowering.lowering import lowered
 from normfuse.export.lowering.told import forms_of
 from normfuse.export.onnx.attention.static_masks import simplify_masks
 from normfuse.export.onnx.choice.candidates import Chosen, choose
-from normfuse.export.onnx.inspect import norm_counts, op_counts
 from normfuse.export.onnx.lower import finished, translated
+from normfuse.export.onnx.medium import OnnxFile
 from normfuse.export.onnx.oldest import needs, signature
 from normfuse.export.onnx.precision import to_precision
 from normfuse.export.onnx.precision.mixed_norms import one_dtype_norms
 from normfuse.export.onnx.precision.other_dtype import in_another_dtype
 from normfuse.export.onnx.program import Program, program
-from normfuse.export.onnx.proven import Proof, Proven, check, tensor_dtypes
+from normfuse.export.onnx.proven import Proof, Proven, tensor_dtypes
 from normfuse.export.onnx.quantized.forms import FORMS, passes_of, possible_forms
 from normfuse.export.onnx.quantized.native import keep_nodes
 from normfuse.export.onnx.runtime import session
-from normfuse.export.onnx.writer.metadata import append_metadata, origin
-from normfuse.export.onnx.writer.outline import outline
+from normfuse.export.onnx.writer.metadata import origin
 from normfuse.export.onnx.writer.save import MAX_PROTO, data_files, drop_stale, save_model
 from normfuse.export.options import ExportKeywords, ExportOptions
 from normfuse.export.result import Exported
@@ -41,6 +40,7 @@ from normfuse.export.runtimes import Release, parse_runtime, spelled_runtime
 from normfuse.export.targets import MIN_OPSET, Target
 from normfuse.extras import need
 from normfuse.files import atomic, check_target
+from normfuse.passes.streams.half_range import HalfRange
 from normfuse.reports.model import Form
 from normfuse.surroundings import undisturbed
 
@@ -48,6 +48,8 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 __all__ = ["to_onnx", "write_onnx"]
+
+_ONNX = OnnxFile()
 
 #: Operators that round what they read to integers.
 _ROUNDS = ("shiftquant_linear",)
@@ -121,26 +123,33 @@ def write_onnx(
     example_inputs: Any = None,
     dynamic_shapes: Any = None,
     kept: Sequence[str] = (),
+    medium: OnnxFile = _ONNX,
 ) -> tuple[Exported, Program]:
     """`to_onnx`, and the program that was written.
 
     Args:
         kept: names in `torch.ops.normfuse` that stay nodes of the domain `normfuse`, each with a function body.
+        medium: the kind of file.
     """
     path = check_target(path, force=options.force)
-    for module in ("onnx", "onnxscript", "onnxruntime"):
-        need(module, extra="onnx")
+    for module in medium.libraries:
+        need(module, extra=medium.extra)
     found = _captured(gm, example_inputs, dynamic_shapes, options)
     changed = in_another_dtype(found, options.where, options.computes_in, verify=options.verify)
     replaced = data_files(path) if path.exists() else ()
     with atomic(path, force=options.force) as temporary:
         draft = _lowered(found, options, kept, temporary.parent)
-        proof = Proof(found, options, draft.chosen.layers, draft.rounds, kept)
-        proven, bound = _written(draft, proof, temporary)
+        proof = Proof(found, options, draft.chosen.layers, draft.rounds, kept, medium)
+        try:
+            proven, bound = _written(draft, proof, temporary)
+        except ExportError as e:
+            if not draft.ranges:
+                raise
+            raise ExportError(f"{e}; {'; '.join(draft.ranges)}") from e
         facts = origin(gm, found, draft.chosen.model, options.where, draft.opset)
-        append_metadata(temporary, facts | _facts(draft, proven, bound))
+        medium.tell(temporary, facts | _facts(draft, proven, bound))
         result = _result(temporary, draft, proof, proven, bound)
-        result = dataclasses.replace(result, path=path, notes=(*found.notes, *changed, *proven.notes))
+        result = dataclasses.replace(result, path=path, notes=(*found.notes, *changed, *draft.ranges, *proven.notes))
     drop_stale(replaced, path)
     return result, found
 
@@ -164,12 +173,13 @@ def _captured(gm: nn.Module, example_inputs: Any, dynamic_shapes: Any, options: 
 
 @dataclass(frozen=True)
 class _Draft:
-    """A model in its forms; `rounds`: to integers, on its way; `forms`: of each site."""
+    """A model in its forms; `rounds`: to integers, on its way; `forms`: of each site; `ranges`: what was scaled."""
 
     chosen: Chosen
     opset: int
     rounds: bool
     forms: tuple[Form, ...] = ()
+    ranges: tuple[str, ...] = ()
 
 
 def _lowered(found: Program, options: ExportOptions, kept: Sequence[str], folder: Path) -> _Draft:
@@ -179,7 +189,8 @@ def _lowered(found: Program, options: ExportOptions, kept: Sequence[str], folder
         _simplified(found)
         layers = [each for each in quantized_layers(found.exported) if each.operator not in kept]
         forms = possible_forms(layers, options.where, opset, options.form, int4=options.int4_initializers)
-        fused = lowered(found.exported, passes_of(forms))
+        half = (HalfRange(),) if _computes_in_half(found, options) else ()
+        fused = lowered(found.exported, (*half, *passes_of(forms)), [list(found.flat_inputs())])
         model = _translated(dataclasses.replace(found, exported=fused.exported), options.where, opset)
         nodes = keep_nodes(model, kept)
         chosen = choose(model, found, opset, options, forms, folder)
@@ -188,7 +199,8 @@ def _lowered(found: Program, options: ExportOptions, kept: Sequence[str], folder
         if options.runtime is None or oldest <= parse_runtime(options.runtime):
             rounds = chosen.layers is not None and FORMS[chosen.layers].rounds
             rounds = rounds or any(nodes[name] for name in _ROUNDS)
-            return _Draft(chosen, opset, rounds, (*chosen.sites, *forms_of(fused, chosen.layers, opset)))
+            sites = (*chosen.sites, *forms_of(fused, chosen.layers, opset))
+            return _Draft(chosen, opset, rounds, sites, fused.notes(HalfRange.name))
     raise _too_new(options.runtime, oldest, reason)
 
 
@@ -197,21 +209,21 @@ def _written(draft: _Draft, proof: Proof, file: Path) -> tuple[Proven, float]:
 
     ONNX Runtime has no kernels for bfloat16: there what is converted is proven.
     """
-    options, model = proof.options, draft.chosen.model
+    options, model, medium = proof.options, draft.chosen.model, proof.medium
     low = options.computes_in or "fp32"
     proven = Proven()
     if low == "bf16" and options.verify:
         with tempfile.TemporaryDirectory(dir=file.parent) as folder:
-            plain = Path(folder, "float32.onnx")
-            save_model(model, plain, limit=options.external_data_above)
-            check(plain)
+            plain = Path(folder, file.name)
+            medium.save(model, plain, limit=options.external_data_above)
+            medium.check(plain)
             proven = proof.of(plain, proof.bound(model)).noting("compared in float32, before the conversion to bfloat16")
     proven = proven.noting(*to_precision(model, low, io_dtype=options.io_dtype, own_in_fp32=options.where.own_in_float32))
     oldest, reason = max(needs(model))
     if options.runtime is not None and oldest > parse_runtime(options.runtime):
         raise _too_new(options.runtime, oldest, reason)
-    save_model(model, file, limit=options.external_data_above)
-    check(file)
+    medium.save(model, file, limit=options.external_data_above)
+    medium.check(file)
     bound = proof.bound(model)
     if not options.verify:
         return proven.noting("not run: verify=False"), bound
@@ -236,7 +248,8 @@ def _facts(draft: _Draft, proven: Proven, bound: float) -> dict[str, str]:
 
 def _result(file: Path, draft: _Draft, proof: Proof, proven: Proven, bound: float) -> Exported:
     chosen = draft.chosen
-    model, error, graph = chosen.model, proven.error, outline(file)
+    model, error = chosen.model, proven.error
+    ops, norms = proof.medium.counts(file)
     return Exported(
         path=file,
         target=proof.options.target,
@@ -245,8 +258,8 @@ def _result(file: Path, draft: _Draft, proof: Proof, proven: Proven, bound: floa
         signature=signature(model),
         bytes=sum(f.stat().st_size for f in file.parent.iterdir()),
         weight_bytes=sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None),
-        ops=op_counts(graph),
-        norms=norm_counts(graph),
+        ops=ops,
+        norms=norms,
         inputs=proof.found.inputs,
         outputs=proof.found.outputs,
         error=error,
@@ -286,6 +299,12 @@ def _lacks_double(found: Program, target: Target, opset: int) -> str | None:
         except ExportError as e:
             return str(e) if "NOT_IMPLEMENTED" in str(e) else None
     return None
+
+
+def _computes_in_half(found: Program, options: ExportOptions) -> bool:
+    """The file's products and sums are in float16, whose range ends at 65504."""
+    asked = options.computes_in
+    return asked == "fp16" or (asked is None and torch.float16 in tensor_dtypes(found))
 
 
 def _too_new(runtime: str | None, oldest: Release, reason: str) -> UsageError:

@@ -15,7 +15,7 @@ from normfuse.described import described, dtype_name
 from normfuse.errors import ExportError
 from normfuse.export.onnx.out_of_range import finite, within_range
 from normfuse.export.onnx.program import Program
-from normfuse.export.onnx.runtime import run
+from normfuse.export.session import Session
 from normfuse.numerics.compare import TOLERANCE, distance, like, magnitude, resembling
 from normfuse.numerics.compare import sqnr as in_decibels
 from normfuse.numerics.modes import Stirred
@@ -59,7 +59,9 @@ class Comparison:
     fault: str = ""
 
 
-def compare(program: Program, session: Any, *, quantized: bool = False, half: bool = False, bound: float = math.inf) -> Comparison:
+def compare(
+    program: Program, session: Session, *, quantized: bool = False, half: bool = False, bound: float = math.inf
+) -> Comparison:
     """How far the file in `session` is from the module: on the example inputs, on random ones like them, and, where axes may vary,
     at another size; on standard normal ones too, if the module gave no finite value on the others.
 
@@ -83,7 +85,7 @@ def compare(program: Program, session: Any, *, quantized: bool = False, half: bo
     torch.manual_seed(0)
     worst: Error | None = None
     rounding = _ROUNDING_HALF if half else _ROUNDING
-    taken = {i.name: i.type for i in session.get_inputs()} if half else {}
+    taken = {i.name: i.dtype for i in session.inputs} if half else {}
     quality, wanted = math.inf, MIN_SQNR
     left_out, fault = "", ""
     compared: list[str] = []  # trials with a value that can be
@@ -97,8 +99,8 @@ def compare(program: Program, session: Any, *, quantized: bool = False, half: bo
                 raise
             log.info("the module itself does not run on %s inputs: %s", label, e)
             continue
-        feeds = {k: v.half() if taken.get(k) == "tensor(float16)" else v for k, v in program.feeds(flat).items()}
-        got = run(session, feeds)
+        feeds = {k: v.half() if taken.get(k) == "float16" else v for k, v in program.feeds(flat).items()}
+        got = session.outputs(feeds)
         found = [got[name].to(want.dtype) if half else got[name] for name, want in zip(program.outputs, expected, strict=True)]
         error = deviation(expected, found, program.outputs, label)
         compared += [label] if finite(expected) else []

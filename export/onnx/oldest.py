@@ -3,22 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 from normfuse.export.runtimes import Release, reads
+from normfuse.export.session import Input
 from normfuse.extras import need
 
-__all__ = ["Input", "needs", "signature"]
-
-
-@dataclass(frozen=True)
-class Input:
-    """One input of a file: its name, element type as in NumPy, and sizes, names for those that may vary."""
-
-    name: str
-    dtype: str
-    sizes: tuple[int | str, ...]
+__all__ = ["needs", "signature"]
 
 
 def signature(model: Any) -> tuple[Input, ...]:

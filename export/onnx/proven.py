@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import math
 import operator
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,18 +16,14 @@ import torch
 from normfuse import native
 from normfuse.errors import ExportError
 from normfuse.export.onnx.compare import compare, tolerance_for
+from normfuse.export.onnx.medium import OnnxFile
 from normfuse.export.onnx.program import Program
 from normfuse.export.onnx.quantized.forms import FORMS
-from normfuse.export.onnx.quantized.weights_alone import AS_WRITTEN
-from normfuse.export.onnx.runtime import session
-from normfuse.export.onnx.writer.outline import outline
 from normfuse.export.options import ExportOptions
-from normfuse.export.targets import MAX_OPSET
 from normfuse.extras import need
-from normfuse.files import spelled
 from normfuse.reports.model import Error
 
-__all__ = ["Proof", "Proven", "check", "tensor_dtypes"]
+__all__ = ["Proof", "Proven", "tensor_dtypes"]
 
 _SATURATES = (
     "compared as it is written: on this CPU, without VNNI, ONNX Runtime adds two products of int8 in 16 bits and clips what is too "
@@ -66,6 +61,7 @@ class Proof:
         layers: form of its quantized layers; None without any.
         rounds: it rounds to integers on its way, so that an SQNR is asked of it, unless a tolerance is stated.
         kept: names in `torch.ops.normfuse` that are nodes of the domain `normfuse`.
+        medium: the kind of file that it is, and who runs it.
     """
 
     found: Program
@@ -73,6 +69,7 @@ class Proof:
     layers: str | None
     rounds: bool
     kept: Sequence[str]
+    medium: OnnxFile
 
     def bound(self, model: Any) -> float:
         """What the largest deviation is held to; infinite where an SQNR is asked for instead."""
@@ -93,11 +90,11 @@ class Proof:
         """
         form = None if self.layers is None else FORMS[self.layers]
         try:
-            sessions = self._sessions(file)
+            sessions = self.medium.sessions(file, self.options, self.layers, as_written=self._saturates())
         except ExportError as e:
             return self._cannot_run(e)
         meant = self.found if form is None else form.meant(self.found, self.options.where, self.kept)
-        proofs = [compare(meant, opened, quantized=self.rounds, half=half, bound=bound) for opened in sessions]
+        proofs = [compare(meant, session, quantized=self.rounds, half=half, bound=bound) for session in sessions]
         error, worst = functools.reduce(operator.or_, (p.error for p in proofs)), min(proofs, key=lambda p: p.sqnr - p.wanted)
         sqnr, wanted = worst.sqnr, worst.wanted
         notes = tuple(dict.fromkeys(note for p in proofs for note in p.notes))
@@ -125,17 +122,6 @@ class Proof:
             notes = (*notes, f"activations {which}stay floats: {sqnr:.0f} dB against the module, which rounds them")
         return Proven(error, sqnr, notes)
 
-    def _sessions(self, file: Path) -> list[Any]:
-        """With the kernels and without. Nodes that wait for plugins come in any form and type; our CPU kernels take float32."""
-        threads = self.options.threads
-        as_it_runs = self.layers is None or (self.options.where.runs_here and not self._saturates())
-        config = {} if as_it_runs else AS_WRITTEN
-        kernels = self.layers is not None and FORMS[self.layers].kernels
-        sessions = [session(file, threads=threads, config=config, kernels=kernels)]
-        if kernels and native.available():
-            sessions.append(session(file, threads=threads, kernels=False))
-        return sessions
-
     def _saturates(self) -> bool:
         """The runtime's own product of the file's bytes is not exact on this CPU."""
         form = None if self.layers is None else FORMS[self.layers]
@@ -151,41 +137,6 @@ class Proof:
             other = "float32" if lacking == "float64" else "float32 or float16"
             raise ExportError(f"{has_none} ({e}); export it in {other}, or pass verify=False to write it for another device") from e
         return Proven(notes=(f"not run: {has_none}",))
-
-
-def check(file: Path) -> None:
-    """The file is valid ONNX, with shapes and types that fit. Its weights are not read for that.
-
-    Raises:
-        ExportError: it is not.
-    """
-    onnx = need("onnx", extra="onnx")
-    beside = file.with_name(f"{file.name}.outline")  # by path: the checker then looks for external data
-    try:
-        beside.write_bytes(outline(file).SerializeToString())
-        onnx.checker.check_model(spelled(beside), full_check=True)
-    except Exception as e:
-        raise _invalid(e) from e
-    finally:
-        beside.unlink(missing_ok=True)
-
-
-def _invalid(e: Exception) -> ExportError:
-    """What the checker says; most of the time that operators of an older opset do not take a dtype."""
-    said = " ".join(str(e).split())[:500]
-    dtype = re.search(r"unsupported type: (tensor\((\w+)\))", said)
-    if dtype is None:
-        return ExportError(f"the exported model is not valid ONNX: {said}")
-    op = re.search(r"op_type:\s*(\w+)", said)
-    newer = "with opset=23, or " if op is not None and _takes(op[1], dtype[1]) else ""
-    return ExportError(f"an operator of this ONNX opset does not take {dtype[2]} ({said}); export {newer}in float32")
-
-
-def _takes(op: str, dtype: str) -> bool:
-    """The newest opset that is written takes it."""
-    onnx = need("onnx", extra="onnx")
-    schema = onnx.defs.get_schema(op, MAX_OPSET) if onnx.defs.has(op) else None
-    return schema is not None and any(dtype in c.allowed_type_strs for c in schema.type_constraints)
 
 
 def _without_kernels(found: Program, e: ExportError) -> str | None:

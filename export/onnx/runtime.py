@@ -15,10 +15,13 @@ from normfuse import native
 from normfuse.errors import ExportError
 from normfuse.export.onnx.domains import domains
 from normfuse.export.onnx.tensors import check_file
+from normfuse.export.session import Input
 from normfuse.extras import need
 from normfuse.files import spelled
 
-__all__ = ["default_threads", "run", "session"]
+__all__ = ["OnnxSession", "default_threads", "opened", "run", "session"]
+
+_TYPES = {"float": "float32", "double": "float64"}  # names of ONNX Runtime that are not those of NumPy
 
 
 def default_threads() -> int:
@@ -94,6 +97,32 @@ def run(session: Any, feeds: Mapping[str, Tensor | np.ndarray[Any, Any]]) -> dic
     except Exception as e:
         raise ExportError(f"ONNX Runtime fails on the inputs: {_message(e)}") from e
     return {o.name: _to_torch(v) for o, v in zip(session.get_outputs(), values, strict=True)}
+
+
+class OnnxSession:
+    """An `onnxruntime.InferenceSession` as a `normfuse.export.session.Session`."""
+
+    def __init__(self, opened: Any) -> None:
+        self._opened = opened
+        self.inputs = tuple(Input(i.name, _dtype(i.type), tuple(_size(d) for d in i.shape)) for i in opened.get_inputs())
+
+    def outputs(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return run(self._opened, feeds)
+
+
+def opened(model: str | Path | bytes, **how: Any) -> OnnxSession:
+    """`session(model, **how)`, to be compared with others."""
+    return OnnxSession(session(model, **how))
+
+
+def _dtype(stated: str) -> str:
+    """NumPy's name of `tensor(float)`; what is no tensor keeps its own."""
+    name = stated.removeprefix("tensor(").removesuffix(")") if stated.startswith("tensor(") else stated
+    return _TYPES.get(name, name)
+
+
+def _size(stated: Any) -> int | str:
+    return stated if isinstance(stated, int) else str(stated or "?")
 
 
 def _to_ort(value: Tensor | np.ndarray[Any, Any], ort: Any) -> Any:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from normfuse.cache import cache_folder
 from normfuse.errors import ExportError, UsageError
+from normfuse.export.session import Input
 from normfuse.export.tensorrt.engine import sha256
 from normfuse.export.tensorrt.plugins import register
 from normfuse.gpu.device import find_gpu
@@ -20,7 +21,7 @@ from normfuse.gpu.device import find_gpu
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Session", "open_engine"]
+__all__ = ["EngineSession", "Session", "open_engine"]
 
 _DEVICE = "cuda"
 _DTYPES = {
@@ -162,6 +163,10 @@ class Session:
         self._keep_cache()
         return found
 
+    def dtype_of(self, name: str) -> str:
+        """Of an input or output, by torch's name."""
+        return str(self._types[name]).removeprefix("torch.")
+
     def layers(self) -> str:
         """What the engine inspector says, as JSON."""
         inspector = self._engine.create_engine_inspector()
@@ -205,6 +210,19 @@ class Session:
             partial.replace(self._cache_file)
         except OSError as e:
             _log.info("what TensorRT compiled for %s is not kept: %s", self.name, e)
+
+
+class EngineSession:
+    """An opened engine as a `normfuse.export.session.Session`."""
+
+    def __init__(self, opened: Session) -> None:
+        self._opened = opened
+        self.inputs = tuple(Input(name, opened.dtype_of(name), ()) for name in opened.inputs)
+
+    def outputs(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """On the CPU, in the dtypes that the engine gives."""
+        run = self._opened.run({i.name: feeds[i.name] for i in self.inputs})
+        return {name: value.cpu() for name, value in run.items()}
 
 
 def _logger(trt: Any) -> Any:

@@ -29,7 +29,7 @@ NF_INLINE inline void dot(__m512i& sum, __m512i codes, __m512i weights) {
 inline __mmask64 first_bytes(int64_t n) { return n >= 64 ? ~__mmask64{0} : (__mmask64{1} << n) - 1; }
 
 // Rounded to codes, saturated to 0..255, in the order of a, b, c, d.
-NF_INLINE inline __m512i codes_of(__m512 a, __m512 b, __m512 c, __m512 d) {
+NF_INLINE inline __m512i packed_codes(__m512 a, __m512 b, __m512 c, __m512 d) {
   const __m512i x = _mm512_packs_epi32(_mm512_cvtps_epi32(a), _mm512_cvtps_epi32(b));
   const __m512i y = _mm512_packs_epi32(_mm512_cvtps_epi32(c), _mm512_cvtps_epi32(d));
   return _mm512_packus_epi16(x, y);
@@ -89,7 +89,10 @@ inline void tile_of(const CodesTile& t, int64_t pixel, int64_t panel) {
       }
       r += t.stride;
     }
-    __m512i codes = in_order(codes_of(f[0], f[V > 1 ? 1 : 0], f[V > 2 ? 2 : 0], f[V > 3 ? 3 : 0]));
+    if (t.function) {
+      NF_UNROLL for (int v = 0; v < V; ++v) f[v] = behind_function(t.function, F32{f[v]}, t.gain, t.offset).v;
+    }
+    __m512i codes = in_order(packed_codes(f[0], f[V > 1 ? 1 : 0], f[V > 2 ? 2 : 0], f[V > 3 ? 3 : 0]));
     codes = _mm512_min_epu8(_mm512_max_epu8(codes, low), high);
     _mm512_mask_storeu_epi8(y, mask, codes);
   }
@@ -176,7 +179,10 @@ inline void depthwise_row(const CodesDepthwise& d, int64_t oy, int64_t block) {
     __m512 f[4];
     NF_UNROLL for (int i = 0; i < 4; ++i) f[i] = _mm512_add_ps(
         _mm512_mul_ps(_mm512_cvtepi32_ps(acc[i]), _mm512_loadu_ps(scale + 16 * i)), _mm512_loadu_ps(bias + 16 * i));
-    const __m512i codes = _mm512_min_epu8(_mm512_max_epu8(codes_of(f[0], f[1], f[2], f[3]), low), high);
+    if (v.function) {
+      NF_UNROLL for (int i = 0; i < 4; ++i) f[i] = behind_function(v.function, F32{f[i]}, v.gain, v.offset).v;
+    }
+    const __m512i codes = _mm512_min_epu8(_mm512_max_epu8(packed_codes(f[0], f[1], f[2], f[3]), low), high);
     _mm512_mask_storeu_epi8(y, mask, codes);
     if (d.table) look_up(d.table, y, n);
   };

@@ -62,14 +62,29 @@ struct Convolution {
       pixels = shifted;
     }
     const int64_t to = output_pixel * v.outputs + output;
-    kernels.tile(
-        {pixels, count, taps, p.taps, p.quads,
-         reinterpret_cast<const int8_t*>(packed + p.at_weights) + at * p.taps * p.quads * 64, packed + p.at_narrow + at,
-         last - panel, std::min(p.outputs, last * kCodesPanel) - panel * kCodesPanel,
-         reinterpret_cast<const int32_t*>(packed + p.at_start) + at * kCodesPanel,
-         reinterpret_cast<const float*>(packed + p.at_scale) + at * kCodesPanel,
-         reinterpret_cast<const float*>(packed + p.at_bias) + at * kCodesPanel, residual ? residual + to : nullptr,
-         v.residual_scale, y + to, v.outputs, static_cast<uint8_t>(v.low), static_cast<uint8_t>(v.high), table});
+    kernels.tile({pixels,
+                  count,
+                  taps,
+                  p.taps,
+                  p.quads,
+                  reinterpret_cast<const int8_t*>(packed + p.at_weights) + at * p.taps * p.quads * 64,
+                  packed + p.at_narrow + at,
+                  packed + p.at_spans + at * p.taps * p.quads,
+                  last - panel,
+                  std::min(p.outputs, last * kCodesPanel) - panel * kCodesPanel,
+                  reinterpret_cast<const int32_t*>(packed + p.at_start) + at * kCodesPanel,
+                  reinterpret_cast<const float*>(packed + p.at_scale) + at * kCodesPanel,
+                  reinterpret_cast<const float*>(packed + p.at_bias) + at * kCodesPanel,
+                  residual ? residual + to : nullptr,
+                  v.residual_scale,
+                  y + to,
+                  v.outputs,
+                  static_cast<uint8_t>(v.low),
+                  static_cast<uint8_t>(v.high),
+                  table,
+                  v.function,
+                  v.gain,
+                  v.offset});
   }
 
   // Output rows first..last of an image (of a single row of pixels where they lie as they are read).
@@ -160,6 +175,7 @@ NF_EXPORT const char* nf_codes_conv2d(const nf_threads* threads, const nf_codes_
   if (const char* wrong = codes_check(conv, true)) return wrong;
   if (conv->batch == 0) return nullptr;
   if (!packed || !x || !y) return "codes: packed, x or y is missing";
+  if (reinterpret_cast<uintptr_t>(packed) % 4) return "codes: packed must be aligned to 4 bytes";
   CodesPlan plan;
   plan.of(*conv);
   const bool depthwise = plan.way == CodesPlan::kDepthwise;

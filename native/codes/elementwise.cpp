@@ -6,6 +6,7 @@
 
 #include "codes/codes.h"
 #include "codes/plan.h"
+#include "conv/transpose.h"
 #include "isa/isa.h"
 #include "linear/linear.h"
 #include "parallel.h"
@@ -15,6 +16,7 @@ namespace {
 
 constexpr int64_t kTask = 1 << 15;  // bytes
 struct Factors;
+struct Planes;
 
 bool is_code(int32_t n) { return n >= 0 && n <= 255; }
 
@@ -29,6 +31,42 @@ const char* check_sizes(int64_t batch, int64_t c, int64_t pixels) {
 const char* check_bounds(float bias, int32_t low, int32_t high) {
   if (!is_code(low) || !is_code(high) || low > high) return "codes: low and high must be 0..255, low not above high";
   return std::fabs(bias) <= 1e6f ? nullptr : "codes: bias must be within a million";
+}
+
+struct Steps {
+  float scale;
+  int32_t zero, top;
+};
+
+// Pixels of planes that lie `plane` floats apart, to channels beside each other. False: no memory.
+bool quantize_band(const float* x, int64_t plane, int64_t c, int64_t pixels, Steps s, uint8_t* y) {
+  constexpr int64_t kChannels = 64;  // that are turned together
+  const CodesKernels& kernels = active_kernels().codes;
+  const int64_t pitch = pixels + kCodesSlack;
+  int8_t* codes = thread_scratch<Planes>().of<int8_t>(kChannels * (pitch + pixels));
+  if (!codes) return false;
+  int32_t order[kChannels];
+  for (int32_t i = 0; i < kChannels; ++i) order[i] = i;
+  for (int64_t first = 0; first < c; first += kChannels) {
+    const int64_t n = std::min(kChannels, c - first);
+    for (int64_t i = 0; i < n; ++i)
+      kernels.quantize(x + (first + i) * plane, pixels, s.scale, s.zero, s.top,
+                       reinterpret_cast<uint8_t*>(codes + i * pitch));
+    if (c == 3) {
+      const int8_t *red = codes, *green = red + pitch, *blue = green + pitch;
+      for (int64_t p = 0; p < pixels; ++p, y += 3) {
+        y[0] = static_cast<uint8_t>(red[p]);
+        y[1] = static_cast<uint8_t>(green[p]);
+        y[2] = static_cast<uint8_t>(blue[p]);
+      }
+      return true;
+    }
+    int8_t* turned = n == c ? reinterpret_cast<int8_t*>(y) : codes + kChannels * pitch;
+    transpose_bytes(codes, codes, pitch, order, n, pixels, turned);
+    for (int64_t p = 0; p < pixels && n < c; ++p)
+      std::memcpy(y + p * c + first, turned + p * n, static_cast<size_t>(n));
+  }
+  return true;
 }
 
 // Pixels of a task.
@@ -69,13 +107,13 @@ NF_EXPORT const char* nf_codes_quantize(const nf_threads* threads, const float* 
   if (!is_code(zero) || !is_code(top) || zero > top) return "codes: zero and top must be 0..255, zero not above top";
   if (batch && (!x || !y)) return "codes: x or y is missing";
   const int64_t step = pixels_of(c, pixels), tasks = ceil_div(pixels, step);
-  const CodesKernels& kernels = active_kernels().codes;
+  std::atomic<bool> full{false};
   parallel(threads, batch * tasks, [&](int64_t i) {
-    const int64_t image = i / tasks, first = i % tasks * step;
-    kernels.quantize(x + image * c * pixels + first, pixels, c, std::min(step, pixels - first), scale, zero, top,
-                     y + (image * pixels + first) * c);
+    const int64_t image = i / tasks, first = i % tasks * step, count = std::min(step, pixels - first);
+    full = full | !quantize_band(x + image * c * pixels + first, pixels, c, count, {scale, zero, top},
+                                 y + (image * pixels + first) * c);
   });
-  return nullptr;
+  return full ? kNoMemory : nullptr;
 }
 
 NF_EXPORT const char* nf_codes_dequantize(const nf_threads* threads, const uint8_t* x, int64_t batch, int64_t c,

@@ -2,6 +2,7 @@
 // Included after simd.h. Floats are rounded after every product and sum: that is what the definition in PyTorch does.
 #pragma once
 #include "codes/codes.h"
+#include "codes/vectors.h"
 
 namespace nf::NF_ARCH {
 namespace {
@@ -12,17 +13,25 @@ inline uint8_t code_of(float v, int32_t low, int32_t high) {
   return static_cast<uint8_t>(c < low ? low : c > high ? high : c);
 }
 
+// Codes of up to kCodesBlock values, of which there is memory for whole vectors.
+inline void codes_of(float* v, int64_t count, int32_t function, float gain, float offset, int32_t low, int32_t high,
+                     const uint8_t* table, uint8_t* y) {
+  if (function)
+    for (int64_t i = 0; i < count; i += F32::N) behind_function(function, F32::load(v + i), gain, offset).store(v + i);
+  for (int64_t i = 0; i < count; ++i) y[i] = code_of(v[i], low, high);
+  if (table)
+    for (int64_t i = 0; i < count; ++i) y[i] = table[y[i]];
+}
+
 inline void finish_codes(const CodesTile& t, const int32_t* acc, int64_t output, int64_t count, int64_t pixel) {
-  uint8_t* y = t.y + pixel * t.stride + output;
   const float *scale = t.scale + output, *bias = t.bias + output;
   const uint8_t* r = t.residual ? t.residual + pixel * t.stride + output : nullptr;
+  float v[kCodesPanel] = {};
   for (int64_t o = 0; o < count; ++o) {
-    float v = static_cast<float>(acc[o]) * scale[o] + bias[o];
-    if (r) v = v + static_cast<float>(r[o]) * t.residual_scale;
-    y[o] = code_of(v, t.low, t.high);
+    v[o] = static_cast<float>(acc[o]) * scale[o] + bias[o];
+    if (r) v[o] = v[o] + static_cast<float>(r[o]) * t.residual_scale;
   }
-  if (t.table)
-    for (int64_t o = 0; o < count; ++o) y[o] = t.table[y[o]];
+  codes_of(v, count, t.function, t.gain, t.offset, t.low, t.high, t.table, t.y + pixel * t.stride + output);
 }
 
 inline void tile_codes(const CodesTile& t) {
@@ -65,16 +74,21 @@ inline void depthwise_codes(const CodesDepthwise& d) {
             const int8_t* w = d.weights + (ky * v.kw + kx) * v.c + c0;
             for (int64_t c = 0; c < n; ++c) acc[c] += a[c] * w[c];
           }
-        uint8_t* y = d.y + (oy * d.ow + ox) * v.c + c0;
-        for (int64_t c = 0; c < n; ++c)
-          y[c] = code_of(static_cast<float>(acc[c]) * d.scale[c0 + c] + d.bias[c0 + c], v.low, v.high);
-        if (d.table)
-          for (int64_t c = 0; c < n; ++c) y[c] = d.table[y[c]];
+        float f[kCodesBlock] = {};
+        for (int64_t c = 0; c < n; ++c) f[c] = static_cast<float>(acc[c]) * d.scale[c0 + c] + d.bias[c0 + c];
+        codes_of(f, n, v.function, v.gain, v.offset, v.low, v.high, d.table, d.y + (oy * d.ow + ox) * v.c + c0);
       }
 }
 
+// Locals, because a byte that is written may be anything that is read through a pointer.
+inline void largest(const uint8_t* __restrict a, int64_t c, bool first, uint8_t* __restrict y) {
+  if (first) std::memcpy(y, a, static_cast<size_t>(c));
+  else
+    for (int64_t i = 0; i < c; ++i) y[i] = a[i] > y[i] ? a[i] : y[i];
+}
+
 inline void max_pool_codes(const CodesPool& p) {
-  const nf_codes_conv& v = *p.conv;
+  const nf_codes_conv v = *p.conv;
   for (int64_t oy = p.first; oy < p.last; ++oy)
     for (int64_t ox = 0; ox < p.ow; ++ox) {
       uint8_t* y = p.y + (oy * p.ow + ox) * v.c;
@@ -84,32 +98,20 @@ inline void max_pool_codes(const CodesPool& p) {
           const int64_t iy = oy * v.stride[0] + ky * v.dilation[0] - v.pad_begin[0];
           const int64_t ix = ox * v.stride[1] + kx * v.dilation[1] - v.pad_begin[1];
           if (iy < 0 || iy >= v.h || ix < 0 || ix >= v.w) continue;
-          const uint8_t* a = p.x + (iy * v.w + ix) * v.c;
-          if (first) std::memcpy(y, a, static_cast<size_t>(v.c));
-          else
-            for (int64_t c = 0; c < v.c; ++c) y[c] = a[c] > y[c] ? a[c] : y[c];
+          largest(p.x + (iy * v.w + ix) * v.c, v.c, first, y);
           first = false;
         }
     }
 }
 
-inline void quantize_codes(const float* x, int64_t plane, int64_t c, int64_t pixels, float scale, int32_t zero,
-                           int32_t top, uint8_t* y) {
-  const float low = static_cast<float>(-zero), high = static_cast<float>(top - zero);
-  constexpr int64_t kStep = 64;
-  uint8_t codes[kStep];
-  for (int64_t i = 0; i < c; ++i)
-    for (int64_t p0 = 0; p0 < pixels; p0 += kStep) {
-      const int64_t n = pixels - p0 < kStep ? pixels - p0 : kStep;
-      const float* from = x + i * plane + p0;
-      for (int64_t p = 0; p < n; ++p) {
-        float v = from[p] / scale;
-        v = v == v ? v : 0.f;
-        v = v < low ? low : v > high ? high : v;
-        codes[p] = static_cast<uint8_t>(static_cast<int32_t>(std::lrintf(v)) + zero);
-      }
-      for (int64_t p = 0; p < n; ++p) y[(p0 + p) * c + i] = codes[p];
-    }
+inline void quantize_codes(const float* x, int64_t count, float scale, int32_t zero, int32_t top, uint8_t* y) {
+  constexpr int N = F32::N;
+  const F32 by = F32::set(scale), nothing = F32::set(0.f), offset = F32::set(static_cast<float>(zero));
+  const F32 low = F32::set(static_cast<float>(-zero)), high = F32::set(static_cast<float>(top - zero));
+  for (int64_t i = 0; i < count; i += N) {
+    const F32 v = (count - i < N ? F32::load(x + i, count - i) : F32::load(x + i)) / by;
+    save_codes(y + i, round(max(low, min(select(ordered(v), v, nothing), high))) + offset);
+  }
 }
 
 inline void dequantize_codes(const uint8_t* x, int64_t c, int64_t pixels, float scale, int32_t zero, float* y,
@@ -124,8 +126,14 @@ inline void dequantize_codes(const uint8_t* x, int64_t c, int64_t pixels, float 
 
 inline void add_codes(const uint8_t* a, const uint8_t* b, int64_t count, float a_scale, float b_scale, float bias,
                       int32_t low, int32_t high, uint8_t* y) {
-  for (int64_t i = 0; i < count; ++i)
-    y[i] = code_of(static_cast<float>(a[i]) * a_scale + static_cast<float>(b[i]) * b_scale + bias, low, high);
+  if (count < F32::N) {  // vectors would read beyond
+    for (int64_t i = 0; i < count; ++i)
+      y[i] = code_of(static_cast<float>(a[i]) * a_scale + static_cast<float>(b[i]) * b_scale + bias, low, high);
+    return;
+  }
+  const F32 by = F32::set(a_scale), too = F32::set(b_scale), offset = F32::set(bias);
+  each_code(count, low, high, y,
+            [&](int64_t i) NF_INLINE { return load_codes(a + i) * by + load_codes(b + i) * too + offset; });
 }
 
 inline void sum_codes(const uint8_t* x, int64_t c, int64_t pixels, int32_t* sums) {
@@ -133,15 +141,21 @@ inline void sum_codes(const uint8_t* x, int64_t c, int64_t pixels, int32_t* sums
     for (int64_t i = 0; i < c; ++i) sums[i] += x[i];
 }
 
+// A gate comes from the model when it runs: each_code bounds what is no number, or too large, before it is rounded.
 inline void gate_codes(const uint8_t* x, const float* factor, int64_t c, int64_t pixels, int32_t zero, float bias,
                        int32_t low, int32_t high, uint8_t* y) {
-  for (int64_t p = 0; p < pixels; ++p, x += c, y += c)
+  const F32 offset = F32::set(bias), nothing = F32::set(static_cast<float>(zero));
+  for (int64_t p = 0; p < pixels; ++p, x += c, y += c) {
+    if (c >= F32::N) {
+      each_code(c, low, high, y,
+                [&](int64_t i) NF_INLINE { return (load_codes(x + i) - nothing) * F32::load(factor + i) + offset; });
+      continue;
+    }
     for (int64_t i = 0; i < c; ++i) {
       const float v = static_cast<float>(x[i] - zero) * factor[i] + bias;
-      // a gate comes from the model when it runs: what is no number, or too large, must not leave 32 bits
-      const float bounded = v < 1e6f ? v > -1e6f ? v : -1e6f : 1e6f;
-      y[i] = code_of(bounded, low, high);
+      y[i] = code_of(v < 1e6f ? v > -1e6f ? v : -1e6f : 1e6f, low, high);
     }
+  }
 }
 
 }  // namespace

@@ -38,6 +38,10 @@ const char* codes_check(const nf_codes_conv* v, bool image) {
     if (n < 0 || n > 255) return "codes: zero, low and high must be 0..255";
   if (v->low > v->high) return "codes: low must not be above high";
   if (!std::isfinite(v->residual_scale)) return "codes: residual_scale must be finite";
+  if (v->function < NF_CODES_NONE || v->function > NF_CODES_SILU)
+    return "codes: function must be one of nf_codes_function";
+  if (!(std::fabs(v->gain) <= 1e6f) || !(std::fabs(v->offset) <= 1e6f))
+    return "codes: gain and offset must be within a million";
   if (!fits({v->kh, v->kw, v->c, v->outputs / v->groups + 64}) || v->kh > kMost / v->dilation[0] ||
       v->kw > kMost / v->dilation[1])
     return "codes: the kernel does not fit in memory";
@@ -89,7 +93,8 @@ const char* CodesPlan::of(const nf_codes_conv& v) {
   at_scale = at_start + lanes * 4;
   at_bias = at_scale + lanes * 4;
   at_narrow = at_bias + lanes * 4;
-  at_weights = at_narrow + round_up(lanes / kCodesPanel, kLines);
+  at_spans = at_narrow + round_up(lanes / kCodesPanel, kLines);
+  at_weights = at_spans + (way == kDepthwise ? 0 : round_up(lanes / kCodesPanel * taps * quads, kLines));
   at_natural = at_weights + bytes;
   size = at_natural;
   // A depthwise convolution of any shape takes the plain loops, which read the weights and the rest as they lie.
@@ -109,6 +114,23 @@ bool is_narrow(const int8_t* w, int64_t pairs) {
   return narrow;
 }
 
+// How many quads of a panel, up to `most`, add up in 16 bits: of the weights of each output at an even and at an odd
+// pair of bytes, what is positive is 128 at most, and what is negative.
+int64_t span_of(const int8_t* w, int64_t most) {
+  int up[kCodesPanel * 2] = {0}, down[kCodesPanel * 2] = {0};
+  int64_t length = 0;
+  for (; length < most && length < 255; ++length) {
+    bool inside = true;
+    for (int64_t i = 0; i < kCodesPanel * 4; ++i, ++w) {
+      int& sum = *w > 0 ? up[i / 2] : down[i / 2];
+      sum += *w > 0 ? *w : -*w;
+      inside = inside && sum <= 128;
+    }
+    if (!inside) break;
+  }
+  return length;
+}
+
 struct Packing {
   const nf_codes_conv& v;
   const CodesPlan& p;
@@ -125,11 +147,22 @@ struct Packing {
   void panel(int64_t index) const {
     const int64_t group = index / p.panels, first = index % p.panels * kCodesPanel;
     int8_t* out = reinterpret_cast<int8_t*>(to + p.at_weights) + index * p.taps * p.quads * 64;
+    bool wide = false;
     for (int64_t tap = 0; tap < p.taps; ++tap)
       for (int64_t q = 0; q < p.quads; ++q)
         for (int64_t o = first; o < first + kCodesPanel; ++o)
           for (int64_t j = 0; j < 4; ++j) *out++ = o < p.outputs ? weight(group * p.outputs + o, tap, q * 4 + j) : 0;
-    to[p.at_narrow + index] = is_narrow(out - p.taps * p.quads * 64, p.taps * p.quads * 32);
+    const int8_t* w = out - p.taps * p.quads * 64;
+    uint8_t* spans = to + p.at_spans + index * p.taps * p.quads;
+    int64_t count = 0;
+    for (int64_t tap = 0; tap < p.taps; ++tap)
+      for (int64_t q = 0; q < p.quads; ++count) {
+        const int64_t length = span_of(w + (tap * p.quads + q) * 64, p.quads - q);
+        spans[count] = static_cast<uint8_t>(length);
+        q += length ? length : 1;
+        wide = wide || !length;
+      }
+    to[p.at_narrow + index] = wide ? kCodesWide : 2 * count <= p.taps * p.quads ? kCodesSpans : kCodesPairs;
   }
 
   void block(int64_t index) const {
@@ -139,14 +172,12 @@ struct Packing {
       for (int64_t kx = 0; kx < v.kw; ++kx)
         for (int64_t i = 0; i < kCodesBlock; ++i) {
           const int64_t c = index * kCodesBlock + codes_lane(i);
-          int8_t column[5] = {0, 0, 0, 0, 0};
+          int8_t column[4] = {0, 0, 0, 0};
           for (int64_t r = 0; r < 4 && g * 4 + r < v.kh && c < v.c; ++r)
             column[r] = from[(c * v.kh + g * 4 + r) * v.kw + kx];
           std::memcpy(out, column, 4);
           out += 4;
-          // as they lie, and a row lower, for two output rows at once
-          const int8_t lower[4] = {0, column[0], column[1], column[2]};
-          narrow = narrow && is_narrow(column, 2) && is_narrow(lower, 2);
+          narrow = narrow && is_narrow(column, 2);
         }
     to[p.at_narrow + index] = narrow;
   }
@@ -190,7 +221,8 @@ NF_EXPORT const char* nf_codes_pack(const nf_threads* threads, const nf_codes_co
     const double most = 255.0 * static_cast<double>(size) * std::fabs(static_cast<double>(scale[o])) +
                         std::fabs(static_cast<double>(bias[o])) +
                         255.0 * std::fabs(static_cast<double>(v.residual_scale));
-    outside = outside || !(most < 1e9) || size * 255 >= INT32_MAX;
+    outside =
+        outside || !(most * (v.function ? std::fabs(static_cast<double>(v.gain)) : 1) < 1e9) || size * 255 >= INT32_MAX;
     const int32_t start = static_cast<int32_t>(-sum * v.zero);
     int64_t lane = o / p.outputs * p.panels * kCodesPanel + o % p.outputs;
     if (depthwise) {

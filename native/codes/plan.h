@@ -16,7 +16,7 @@ struct CodesPlan {
   int64_t oh, ow;
   int64_t lanes;  // floats of each of start, scale, bias: outputs padded to whole panels
   // Bytes in packed memory.
-  int64_t at_start, at_scale, at_bias, at_narrow, at_weights, at_natural, size;
+  int64_t at_start, at_scale, at_bias, at_narrow, at_spans, at_weights, at_natural, size;
 
   // nullptr, or what is wrong.
   const char* of(const nf_codes_conv&);

@@ -173,6 +173,9 @@ struct Conv {
     conv.low = code(info, "low");
     conv.high = code(info, "high");
     conv.residual_scale = info.number("residual_scale", 0);
+    conv.function = info.one_of("function", kFunctions, "none");
+    conv.gain = info.number("gain", 1);
+    conv.offset = info.number("offset", 0);
     Tensor t[4];
     for (size_t i = 0; i < 4; ++i) constant = info.constant(1 + i, &t[i]) && constant;
     if (constant) packed = pack(nullptr, t, info.at(""));

@@ -3,6 +3,7 @@
 // write beyond them is found. Integers are compared with a plain computation.
 //
 //   fuzz [cases] [seed]
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -404,6 +405,170 @@ void conv() {
   if (c.batch > 0) expect(message, right);
 }
 
+// -- codes ----------------------------------------------------------------------------------------
+
+void fill(Buffer<uint8_t>& b) {
+  for (int64_t i = 0; i < b.size(); ++i) b[i] = uint8_t(next());
+}
+int32_t some_code() { return int32_t(between(0, 255)); }
+int64_t places(const nf_codes_conv& c, int axis) {
+  const int64_t size = axis ? c.w : c.h, kernel = axis ? c.kw : c.kh;
+  return (size + c.pad_begin[axis] + c.pad_end[axis] - c.dilation[axis] * (kernel - 1) - 1) / c.stride[axis] + 1;
+}
+
+nf_codes_conv some_window(bool pool) {
+  nf_codes_conv c{};
+  c.batch = some_size(2);
+  c.h = between(1, 12);
+  c.w = between(1, 12);
+  c.kh = between(1, 5);
+  c.kw = one_in(2) ? c.kh : between(1, 5);
+  for (int i = 0; i < 2; ++i) {
+    c.stride[i] = between(1, 3);
+    c.dilation[i] = pool || one_in(2) ? 1 : between(1, 2);
+    const int64_t reach = (i ? c.kw : c.kh) * c.dilation[i];
+    c.pad_begin[i] = one_in(2) ? 0 : between(0, pool ? std::min<int64_t>(3, reach - 1) : 3);
+    c.pad_end[i] = one_in(2) ? 0 : between(0, pool ? std::min<int64_t>(3, reach - 1) : 3);
+  }
+  if (one_in(3)) c.stride[1] = c.stride[0] = between(1, 2);
+  c.groups = 1;
+  c.high = 255;
+  return c;
+}
+
+bool fits(const nf_codes_conv& c) {
+  return c.h + c.pad_begin[0] + c.pad_end[0] > c.dilation[0] * (c.kh - 1) &&
+         c.w + c.pad_begin[1] + c.pad_end[1] > c.dilation[1] * (c.kw - 1);
+}
+
+uint8_t rounded(float v, int32_t low, int32_t high) {
+  const float r = std::nearbyint(v);
+  return uint8_t(r < float(low) ? low : r > float(high) ? high : int32_t(r));
+}
+
+void codes_conv() {
+  current_call = "nf_codes_conv2d";
+  nf_codes_conv c = some_window(false);
+  const int64_t kind = between(0, 3);
+  c.groups = kind == 0 ? between(1, 80) : kind == 1 ? between(1, 3) : 1;
+  const int64_t channels = kind == 0 ? 1 : one_in(2) ? 4 * between(1, 5) : between(1, 9);
+  const int64_t outputs = kind == 0 && !one_in(4) ? 1 : between(1, one_in(3) ? 150 : 20);
+  c.c = channels * c.groups;
+  c.outputs = outputs * c.groups;
+  c.zero = some_code();
+  c.low = int32_t(between(0, 100));
+  c.high = int32_t(between(100, 255));
+  c.residual_scale = one_in(2) ? 0.f : 0.375f;
+  c.function = one_in(2) ? 0 : int32_t(between(1, 2));
+  c.gain = 1.5f;
+  c.offset = 7.f;
+  const int64_t k = c.kh * c.kw * channels;
+  Buffer<int8_t> weights(c.outputs * k);
+  Buffer<float> scale(c.outputs), bias(c.outputs);
+  const int64_t top = one_in(2) ? 128 : 60;
+  for (int64_t i = 0; i < weights.size(); ++i) weights[i] = int8_t(between(-top, top - 1));
+  for (int64_t i = 0; i < c.outputs; ++i) {
+    scale[i] = 1.f / float(k * between(10, 200));
+    bias[i] = float(between(-1000, 3000)) / 10;
+  }
+  const int64_t bytes = nf_codes_bytes(&c);
+  check(bytes > 0, "nf_codes_bytes refuses a convolution");
+  std::vector<uint8_t> memory(size_t(bytes + 64));
+  uint8_t* packed = memory.data() + (-reinterpret_cast<uintptr_t>(memory.data()) & 63);
+  expect(nf_codes_pack(some_threads(), &c, weights.data(), scale.data(), bias.data(), packed), true);
+  const bool right = fits(c), depthwise = channels == 1 && outputs == 1 && c.groups > 1;
+  const int64_t oh = right ? places(c, 0) : 0, ow = right ? places(c, 1) : 0;
+  Buffer<uint8_t> x(c.batch * c.h * c.w * c.c), y(c.batch * oh * ow * c.outputs), residual(y.size()), table(256);
+  fill(x), fill(residual), fill(table);
+  const bool adds = one_in(3), looks = one_in(3);
+  nf_codes_conv wrong = c;
+  if (one_in(25)) {
+    switch (between(0, 5)) {
+      case 0: wrong.groups = between(-1, 0); break;
+      case 1: wrong.zero = one_in(2) ? -1 : 256; break;
+      case 2: wrong.low = wrong.high + 1; break;
+      case 3: wrong.stride[between(0, 1)] = between(-2, 0); break;
+      case 4: wrong.pad_begin[between(0, 1)] = one_in(2) ? -1 : std::numeric_limits<int64_t>::max(); break;
+      default: wrong.h = between(-1, 0);
+    }
+    return expect(nf_codes_conv2d(some_threads(), &wrong, packed, x.data(), nullptr, nullptr, y.data()), false);
+  }
+  const char* message = nf_codes_conv2d(some_threads(), &c, packed, x.data(), adds ? residual.data() : nullptr,
+                                        looks ? table.data() : nullptr, y.data());
+  if (c.batch == 0) return;
+  expect(message, right && !(depthwise && adds));
+  if (message || c.function == NF_CODES_SILU) return;
+  for (int64_t i = 0; i < y.size(); ++i) {
+    const int64_t o = i % c.outputs, ox = i / c.outputs % ow, oy = i / c.outputs / ow % oh, b = i / c.outputs / ow / oh;
+    int64_t sum = 0;
+    for (int64_t ky = 0; ky < c.kh; ++ky)
+      for (int64_t kx = 0; kx < c.kw; ++kx)
+        for (int64_t j = 0; j < channels; ++j) {
+          const int64_t iy = oy * c.stride[0] + ky * c.dilation[0] - c.pad_begin[0];
+          const int64_t ix = ox * c.stride[1] + kx * c.dilation[1] - c.pad_begin[1];
+          if (iy < 0 || iy >= c.h || ix < 0 || ix >= c.w) continue;
+          const int64_t code = x[((b * c.h + iy) * c.w + ix) * c.c + o / outputs * channels + j];
+          sum += (code - c.zero) * weights[o * k + (ky * c.kw + kx) * channels + j];
+        }
+    volatile float v = float(int32_t(sum)) * scale[o];  // each rounded by itself
+    v = v + bias[o];
+    volatile float more = adds ? float(residual[i]) * c.residual_scale : 0.f;
+    if (adds) v = v + more;
+    if (c.function) {
+      volatile float gate = v * 0.16666667f;
+      gate = gate + 0.5f;
+      gate = gate < 0.f ? 0.f : gate > 1.f ? 1.f : gate;
+      v = v * gate;
+      v = v * c.gain;
+      v = v + c.offset;
+    }
+    const uint8_t code = rounded(v, c.low, c.high);
+    check(y[i] == (looks ? table[code] : code), "a code differs");
+  }
+}
+
+void codes_pool() {
+  current_call = "nf_codes_max_pool";
+  nf_codes_conv c = some_window(true);
+  c.c = c.outputs = between(1, 40);
+  const bool right = fits(c);
+  const int64_t oh = right ? places(c, 0) : 0, ow = right ? places(c, 1) : 0;
+  Buffer<uint8_t> x(c.batch * c.h * c.w * c.c), y(c.batch * oh * ow * c.c);
+  fill(x);
+  const char* message = nf_codes_max_pool(some_threads(), &c, x.data(), y.data());
+  if (c.batch) expect(message, right);
+}
+
+void codes_others() {
+  current_call = "nf_codes_*";
+  const int64_t batch = some_size(2), c = between(1, 70), pixels = between(1, one_in(4) ? 300 : 20),
+                count = batch * c * pixels;
+  Buffer<float> x(count), gate(batch * c), mean(batch * c);
+  Buffer<uint8_t> a(count), b(count), y(count);
+  fill(x), fill(gate), fill(a), fill(b);
+  const int32_t zero = some_code(), top = int32_t(between(zero, 255));
+  const nf_threads* t = some_threads();
+  switch (between(0, 6)) {
+    case 0:
+      expect(nf_codes_quantize(t, x.data(), batch, c, pixels, 0.02f, zero, top, y.data()), true);
+      for (int64_t i = 0; i < count; ++i) check(y[i] <= top, "a code is out of range");
+      break;
+    case 1: expect(nf_codes_dequantize(t, a.data(), batch, c, pixels, 0.02f, zero, x.data()), true); break;
+    case 2:
+      expect(nf_codes_add(t, a.data(), b.data(), count, 0.5f, 0.75f, -3.f, 2, 250, y.data()), true);
+      for (int64_t i = 0; i < count; ++i)
+        check(y[i] == rounded(float(a[i]) * 0.5f + float(b[i]) * 0.75f - 3.f, 2, 250), "a sum differs");
+      break;
+    case 3: expect(nf_codes_mean(t, a.data(), batch, c, pixels, 0.02f, zero, mean.data()), true); break;
+    case 4:
+      expect(nf_codes_gate(t, a.data(), gate.data(), batch, c, pixels, 0.7f, zero, 9.f, 3, 200, y.data()), true);
+      for (int64_t i = 0; i < count; ++i) check(y[i] >= 3 && y[i] <= 200, "a code is out of range");
+      break;
+    case 5: expect(nf_codes_add(t, a.data(), b.data(), count, 1e9f, 1.f, 0.f, 0, 255, y.data()), false); break;
+    default: expect(nf_codes_quantize(t, x.data(), batch, c, pixels, 0.f, zero, top, y.data()), false);
+  }
+}
+
 void norms() {
   const int64_t rows = some_size(9), d = some_size(one_in(5) ? 1000 : 70);
   const int32_t kind = int32_t(one_in(25) ? between(-2, 9) : between(0, 3));
@@ -507,8 +672,9 @@ int main(int argc, char** argv) {
   std::string names = nf_isa_available();
   for (size_t at; !names.empty(); names.erase(0, at == std::string::npos ? at : at + 1))
     isas.push_back(names.substr(0, at = names.find(' ')));
-  void (*const calls[])() = {quantize_rows, quantize_static, products, products,  products,  mistakes,    conv,
-                             norms,         norms,           softmax,  attention, attention, packed_bytes};
+  void (*const calls[])() = {quantize_rows, quantize_static, products,   products,   products,     mistakes,
+                             conv,          codes_conv,      codes_conv, codes_pool, codes_others, norms,
+                             norms,         softmax,         attention,  attention,  packed_bytes};
   for (current_case = 0; current_case < cases; ++current_case) {
     state = seed * 0x2545f4914f6cdd1du + current_case;  // a case can be run alone
     const std::string& isa = isas[next() % isas.size()];

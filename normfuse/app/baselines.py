@@ -30,7 +30,7 @@ from normfuse.files import spelled
 
 __all__ = [
     "BASELINES", "Baseline", "Made", "Material", "is_transformer", "named_arrays", "onnxruntime_dynamic", "onnxruntime_static",
-    "openvino_engine", "openvino_int8", "prepared", "quiet",
+    "openvino_engine", "openvino_int8", "prepared", "quiet", "write_nncf",
 ]  # fmt: skip
 
 Arrays: TypeAlias = "dict[str, np.ndarray[Any, Any]]"
@@ -202,19 +202,22 @@ def _openvino_int8(material: Material) -> Made:
 
 def openvino_int8(material: Material) -> Path:
     """`nncf.quantize`, told whether it is a transformer."""
-    nncf, ov = need("nncf", extra=EXTRA), need("openvino", extra=EXTRA)
     path = material.folder / "openvino_int8.xml"
     if not path.exists():
-        with quiet():
-            nncf.set_log_level(logging.ERROR)
-            model = ov.Core().read_model(spelled(material.original))
-            quantized = nncf.quantize(
-                model, nncf.Dataset(list(material.calibration)), subset_size=len(material.calibration),
-                model_type=nncf.ModelType.TRANSFORMER if is_transformer(material.original) else None,
-                preset=nncf.QuantizationPreset.MIXED,
-            )  # fmt: skip
-            ov.save_model(quantized, str(path), compress_to_fp16=False)
+        write_nncf(material.original, material.calibration, path, transformer=is_transformer(material.original))
     return path
+
+
+def write_nncf(original: Path, calibration: Sequence[Arrays], path: Path, *, transformer: bool) -> None:
+    """What NNCF makes of a model that OpenVINO reads, by its own recommended call, as an `.xml` file."""
+    nncf, ov = need("nncf", extra=EXTRA), need("openvino", extra=EXTRA)
+    with quiet():
+        nncf.set_log_level(logging.ERROR)
+        quantized = nncf.quantize(
+            ov.Core().read_model(spelled(original)), nncf.Dataset(list(calibration)), subset_size=len(calibration),
+            model_type=nncf.ModelType.TRANSFORMER if transformer else None, preset=nncf.QuantizationPreset.MIXED,
+        )  # fmt: skip
+        ov.save_model(quantized, str(path), compress_to_fp16=False)
 
 
 def openvino_engine(name: str, path: Path, inputs: Arrays, precision: str = "f32") -> Engine:

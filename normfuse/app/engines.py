@@ -1,4 +1,4 @@
-"""The runtimes that can be compared, and `bench`, which compares what users hold: modules, callables, `.onnx` files.
+"""The runtimes that can be compared, and `bench`, which compares what users hold: modules, callables, files.
 
 Stands beside `api.py` above the rooms: it may know every target. Nothing heavy is imported before an engine is opened:
 the process of an ONNX Runtime engine holds ONNX Runtime and not torch, as it would in production.
@@ -6,7 +6,7 @@ the process of an ONNX Runtime engine holds ONNX Runtime and not torch, as it wo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -15,13 +15,10 @@ from normfuse.app.cuda import CPU, Placement, in_dtype, on_device, to_device
 from normfuse.app.source_options import Options
 from normfuse.app.sources import Source, load_source
 from normfuse.benchmark import Comparison, Engine, Schedule, measure
-from normfuse.errors import ExportError, NormfuseError, UsageError
-from normfuse.export.onnx.domains import domains
-from normfuse.export.onnx.tensors import check_file
+from normfuse.errors import ExportError, UsageError
+from normfuse.export.targets import FOLDERS, folder_of
 from normfuse.extras import need
-from normfuse.files import spelled
 from normfuse.gpu.device import DeviceCall, as_graph, find_gpu
-from normfuse.native_library import library_file, switched_off
 from normfuse.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -29,12 +26,11 @@ if TYPE_CHECKING:
     from torch import nn
 
 __all__ = [
-    "bench", "callable_engine", "compiled", "export_original", "onnxruntime_engine", "program_engine", "source_engine",
-    "tensorrt_engine",
+    "bench", "callable_engine", "compiled", "export_original", "file_engine", "onnxruntime_engine", "program_engine",
+    "source_engine", "tensorrt_engine",
 ]  # fmt: skip
 
 Call = Callable[[], Any]
-_FLOATS = {"tensor(float16)": "float16", "tensor(float)": "float32", "tensor(double)": "float64"}
 Inputs = Any  # a tensor, a tuple of positional inputs or a dict of keyword inputs
 Arrays: TypeAlias = "dict[str, np.ndarray[Any, Any]] | tuple[np.ndarray[Any, Any], ...]"
 
@@ -57,8 +53,8 @@ def bench(
     """Is `b` faster than `a`? Interleaved latency comparison with a confidence interval.
 
     Args:
-        a, b: modules in eval mode, callables, paths of `.onnx` files (run by ONNX Runtime) or `.engine` files (by TensorRT),
-            or `Engine`s.
+        a, b: modules in eval mode, callables, paths of files that a target writes (`.onnx` is run by ONNX Runtime, `.xml` by
+            OpenVINO, `.engine` by TensorRT), or `Engine`s.
         inputs: a tensor, a tuple of positional inputs or a dict of keyword inputs; given to both. For an `.onnx` file
             positional inputs are taken in the order of its graph inputs.
         names: how the two are called in the table.
@@ -95,19 +91,33 @@ def bench(
             before()
 
 
-def onnxruntime_engine(name: str, path: str | Path, inputs: Inputs, *, kernels: bool = True) -> Engine:
-    """ONNX Runtime on the CPU with its default session, running the file at `path`.
+def file_engine(name: str, path: str | Path, inputs: Inputs, **how: Any) -> Engine:
+    """The file at `path` in the runtime that it is for (`normfuse.export.targets`), opened in its own process without torch.
 
     Args:
         name: shown in tables.
-        path: an `.onnx` file.
-        inputs: tensors or arrays; positional ones in the order of the graph's inputs, or a dict by name.
-        kernels: register normfuse's library, where it is built, for a file that has ops of it; False runs the file as anybody does.
+        path: e.g. an `.onnx`, `.xml` or `.engine` file.
+        inputs: tensors or arrays; positional ones in the order of the file's inputs, or a dict by name.
+        how: more for its runtime: `graph` for those on a GPU.
+
+    Raises:
+        UsageError: there is no such file, or it is of no target.
     """
     path = Path(path)
+    if folder_of(path) is None:
+        raise UsageError(f"{path}: only {_suffixes()} files can be measured by path; load the model and pass the module")
     if not path.is_file():
         raise UsageError(f"{path} does not exist")
-    return Engine(name, partial(_open_onnxruntime, str(path.resolve()), _arrays(inputs), kernels))
+    return Engine(name, partial(_open_file, str(path.resolve()), _arrays(inputs), how))
+
+
+def onnxruntime_engine(name: str, path: str | Path, inputs: Inputs, *, kernels: bool = True) -> Engine:
+    """`file_engine` for ONNX Runtime on the CPU with its default session.
+
+    Args:
+        kernels: register normfuse's library, where it is built, for a file that has ops of it; False runs the file as anybody does.
+    """
+    return file_engine(name, path, inputs, kernels=kernels)
 
 
 def callable_engine(name: str, call: Callable[..., Any], inputs: Inputs) -> Engine:
@@ -144,18 +154,11 @@ def program_engine(name: str, path: str | Path, *, compile: bool = False, place:
 
 
 def tensorrt_engine(name: str, path: str | Path, inputs: Inputs, *, graph: bool = True) -> Engine:
-    """The TensorRT engine at `path`, timed by the device, with a CUDA graph unless told otherwise.
+    """`file_engine` for TensorRT, timed by the device, with a CUDA graph unless told otherwise.
 
-    Args:
-        name: shown in tables.
-        path: an `.engine` file; what built it stands in the manifest beside it, else it is the TensorRT that is installed.
-        inputs: tensors or arrays; positional ones in the order of the engine's inputs, or a dict by name.
-        graph: replay a CUDA graph.
+    What built the engine stands in the manifest beside it; else it is the TensorRT that is installed.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise UsageError(f"{path} does not exist")
-    return Engine(name, partial(_open_tensorrt, name, str(path.resolve()), _arrays(inputs), graph))
+    return file_engine(name, path, inputs, graph=graph)
 
 
 def export_original(source: Source, path: str | Path, *, dynamic_shapes: Any = None, opset: int | None = None) -> None:
@@ -210,15 +213,10 @@ def _open_source(name: str, source: str, options: Options, compile: bool, place:
     return DeviceCall(as_graph(name, run) if place.graph else run)
 
 
-def _open_tensorrt(name: str, path: str, arrays: Arrays, graph: bool, threads: int) -> Call:
-    from normfuse.export.tensorrt.engine import read_manifest
-    from normfuse.export.tensorrt.flavour import find, load
-    from normfuse.export.tensorrt.runtime import open_engine
-
-    manifest = read_manifest(Path(path))
-    session = open_engine(path, load(find(None if manifest is None else manifest.module)))
-    session.bind(_feed(session.inputs, arrays, path))
-    return DeviceCall(as_graph(name, session.launch) if graph else session.launch)
+def _open_file(path: str, arrays: Arrays, how: Mapping[str, Any], threads: int) -> Call:
+    folder = folder_of(path)
+    assert folder is not None
+    return folder.timed(path, arrays, threads, **how)
 
 
 def _engine(x: Any, inputs: Inputs, name: str) -> Engine:
@@ -226,11 +224,7 @@ def _engine(x: Any, inputs: Inputs, name: str) -> Engine:
         return x
     if isinstance(x, (str, Path)):
         label = name if name not in ("a", "b") else Path(x).name
-        if Path(x).suffix == ".engine":
-            return tensorrt_engine(label, x, inputs)
-        if Path(x).suffix != ".onnx":
-            raise UsageError(f"{x}: only .onnx and .engine files can be measured by path; load the model and pass the module")
-        return onnxruntime_engine(label, x, inputs)
+        return file_engine(label, x, inputs)
     return callable_engine(name, x, inputs)
 
 
@@ -254,37 +248,9 @@ def _open_callable(call: Callable[..., Any], inputs: Inputs, threads: int) -> Ca
     return run_and_wait
 
 
-def _open_onnxruntime(path: str, arrays: Arrays, registered: bool, threads: int) -> Call:
-    ort = need("onnxruntime", extra="onnx")
-    check_file(Path(path))
-    settings = ort.SessionOptions()
-    settings.intra_op_num_threads = threads
-    settings.inter_op_num_threads = 1
-    settings.log_severity_level = 3
-    kernels = library_file()  # normfuse.native would import torch
-    if registered and kernels.is_file() and not switched_off() and "normfuse" in domains(path):
-        settings.register_custom_ops_library(str(kernels))
-    try:
-        session = ort.InferenceSession(spelled(path), settings, providers=["CPUExecutionProvider"])
-    except Exception as e:
-        raise NormfuseError(f"ONNX Runtime cannot load {path}: {e}") from e
-    wanted = {i.name: _FLOATS.get(i.type) for i in session.get_inputs()}
-    feed = _feed(list(wanted), arrays, path)
-    return partial(session.run, None, {n: _as_taken(x, wanted[n]) for n, x in feed.items()})
-
-
-def _as_taken(array: Any, dtype: str | None) -> Any:
-    """Floats in the dtype that the file takes, which need not be that of the model that it was made of."""
-    return array.astype(dtype, copy=False) if dtype is not None and array.dtype.kind == "f" else array
-
-
-def _feed(names: Sequence[str], arrays: Arrays, path: str) -> dict[str, Any]:
-    if isinstance(arrays, dict) and set(names) <= set(arrays):
-        return {n: arrays[n] for n in names}
-    values = tuple(arrays.values()) if isinstance(arrays, dict) else arrays
-    if len(values) != len(names):
-        raise UsageError(f"{path} takes {len(names)} inputs ({', '.join(names)}), got {len(values)}")
-    return dict(zip(names, values, strict=True))
+def _suffixes() -> str:
+    *first, last = (suffix for folder in FOLDERS.values() for suffix in folder.suffixes)
+    return f"{', '.join(first)} and {last}"
 
 
 def _arrays(inputs: Inputs) -> Arrays:

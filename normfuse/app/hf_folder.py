@@ -6,14 +6,16 @@ sees it.
 """
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from normfuse.errors import UsageError
+from normfuse.extras import need
 
-__all__ = ["check_folder", "model_class", "offline"]
+__all__ = ["check_folder", "local_folder", "model_class", "offline"]
 
 _LONGEST = 2**26  # bytes of a JSON file; tables of labels and shards are long
 _ATTENTION = frozenset((None, "eager", "sdpa", "flex_attention"))
@@ -34,6 +36,29 @@ _REFUSED = {
 _FETCHES = frozenset(("pretrained", "use_pretrained_backbone", "use_pretrained", "trust_remote_code"))
 #: Fields that name a model of another library.
 _NAMES = frozenset(("architecture", "backbone", "model_name"))
+
+
+def local_folder(name: str) -> Path:
+    """The folder that `hf:NAME` names: a folder of that name, else the newest copy of the model in the local cache.
+
+    Nothing is fetched.
+
+    Raises:
+        UsageError: there is neither.
+    """
+    path = Path(name)
+    if (path / "config.json").is_file():
+        return path
+    if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) and not path.exists():
+        hub = need("huggingface_hub", extra="hf")
+        found = hub.try_to_load_from_cache(name, "config.json")
+        if isinstance(found, str):
+            return Path(found).parent
+        raise UsageError(
+            f"hf:{name} is not a local Hugging Face folder, and the local cache has no such model: "
+            f"download it first (hf download {name}), or name its folder"
+        )
+    raise UsageError(f"hf:{name} is not a local Hugging Face folder: expected {path / 'config.json'}; download it first")
 
 
 def check_folder(folder: Path) -> None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from normfuse.app.checkpoints import load_weights
 from normfuse.app.example_inputs import inputs_for
 from normfuse.app.factories import find, here_on_path
-from normfuse.app.hf_folder import check_folder, model_class, offline
+from normfuse.app.hf_folder import check_folder, local_folder, model_class, offline
 from normfuse.app.random_norms import randomise_norms
 from normfuse.app.source_options import Options
 from normfuse.errors import CaptureError, NormfuseError, UsageError, did_you_mean
@@ -166,9 +166,8 @@ def _torchvision(name: str, options: Options) -> _Loaded:
 
 def _hugging_face(folder: str, options: Options) -> _Loaded:
     transformers = need("transformers", extra="hf")
-    path = Path(folder)
-    if not (path / "config.json").is_file():
-        raise UsageError(f"hf:{folder} is not a local Hugging Face folder: expected {path / 'config.json'}; download it first")
+    path = local_folder(folder)
+    transformers.utils.logging.disable_progress_bar()
     if not options.trust:
         check_folder(path)
     safe = {"local_files_only": True, "trust_remote_code": options.trust}

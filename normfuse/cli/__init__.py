@@ -19,12 +19,14 @@ import click
 from normfuse import __version__
 from normfuse.cli.bench import bench
 from normfuse.cli.demo import demo
+from normfuse.cli.evaluate import evaluate
 from normfuse.cli.export import export
 from normfuse.cli.generate import generate
 from normfuse.cli.inspect import inspect
 from normfuse.cli.messages import concise
 from normfuse.cli.optimize import optimize
 from normfuse.cli.passes import passes
+from normfuse.cli.run import run
 from normfuse.cli.verify import verify
 from normfuse.cli.wording import in_options
 from normfuse.errors import CheckFailed, NormfuseError, Undecided
@@ -56,7 +58,7 @@ def cli(context: click.Context) -> None:
     context.meta["normfuse.args"] = _arguments
 
 
-for command in (optimize, export, generate, bench, verify, inspect, passes, demo):
+for command in (optimize, export, run, generate, bench, verify, evaluate, inspect, passes, demo):
     cli.add_command(command)
 
 

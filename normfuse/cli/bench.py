@@ -12,19 +12,20 @@ import click
 
 from normfuse.app.baselines import BASELINES, Material, named_arrays
 from normfuse.app.cuda import CPU, DTYPES, Placement, for_onnxruntime, in_dtype
-from normfuse.app.engines import export_original, onnxruntime_engine, program_engine, source_engine, tensorrt_engine
+from normfuse.app.engines import export_original, file_engine, program_engine, source_engine
 from normfuse.app.rivals import bench_each, float_outputs, sqnr_of
 from normfuse.app.sources import Source
 from normfuse.benchmark import Comparison, Engine, Schedule, Verdict
+from normfuse.benchmark.against import Against
 from normfuse.benchmark.decided import MORE
-from normfuse.cli.against import Against
 from normfuse.cli.bundled import Telling, bundled, telling_options
-from normfuse.cli.onnx_files import file_inputs, is_onnx
+from normfuse.cli.help import Command
+from normfuse.cli.onnx_files import file_inputs, is_file
 from normfuse.cli.options import Model, Pipeline, model_options, names, pipeline_options, spelled
 from normfuse.cli.quantization import calibration_batches
 from normfuse.cli.reports import check_report, write_report
 from normfuse.errors import CheckFailed, Undecided, UsageError, did_you_mean
-from normfuse.export.targets import target_named
+from normfuse.export.targets import FOLDERS, Folder, folder_of, opset_for, target_named
 from normfuse.gpu.device import Gpu, find_gpu
 
 if TYPE_CHECKING:
@@ -36,11 +37,11 @@ __all__ = ["ENGINES", "Settings", "Workshop", "bench"]
 
 _log = logging.getLogger(__name__)
 
+_RUNTIMES = {folder.engine: folder for folder in FOLDERS.values()}
 ENGINES = (
-    "eager", "compile", "onnxruntime", "tensorrt", "eager-optimized", "compile-optimized", "kernels-optimized",
-    "onnxruntime-optimized", "tensorrt-optimized", *BASELINES,
+    "eager", "compile", *_RUNTIMES, "eager-optimized", "compile-optimized", "kernels-optimized",
+    *(f"{name}-optimized" for name in _RUNTIMES), *BASELINES,
 )  # fmt: skip
-_FILES = (".onnx", ".engine")
 _RESTARTS = 3  # of all processes
 
 
@@ -85,7 +86,8 @@ _claim_options = bundled(
     click.option(
         "--against",
         metavar="ENGINE[,ENGINE]",
-        help="What to beat, e.g. onnxruntime-int8,openvino-int8.  [default: onnxruntime; on a GPU compile or tensorrt]",
+        help="What to beat, e.g. onnxruntime-int8,openvino-int8.  [default: the runtime of --engine with the original; on a GPU "
+        "compile, or tensorrt for TensorRT]",
     ),
     click.option("--engine", "challenger", metavar="ENGINE", help="What should be faster.  [default: see above; SOURCE for .onnx]"),
     click.option("--at-least", type=float, metavar="RATIO", help="Demanded speedup.  [default: 1 minus the measured noise]"),
@@ -104,7 +106,7 @@ _making_options = bundled(
         type=click.Choice(("auto", *target_named("onnxruntime").quantized)),
         default="auto",
         show_default=True,
-        help="What --quantize becomes in onnxruntime-optimized.",
+        help="What --quantize becomes in onnxruntime-optimized; in the others it is what their runtime likes best.",
     ),
 )
 _timing_options = bundled(
@@ -123,7 +125,7 @@ _timing_options = bundled(
 )
 
 
-@click.command(short_help="Measure optimized against original; exit 1 if slower, 3 if undecided.")
+@click.command(cls=Command, short_help="Measure optimized against original; exit 1 if slower, 3 if undecided.")
 @model_options
 @pipeline_options
 @_claim_options
@@ -133,10 +135,11 @@ _timing_options = bundled(
 def bench(model: Model, pipeline: Pipeline, claim: Claim, making: Making, timing: Timing, telling: Telling) -> None:
     """Measure the optimized SOURCE against another engine, interleaved, each in a process of its own.
 
-    Engines: eager, compile (torch.compile), onnxruntime and tensorrt run the original. With -optimized they run
-    the result, and kernels-optimized runs it with normfuse's own kernels in PyTorch. An .onnx or .engine file is
-    an engine too. What should be faster is by default onnxruntime-optimized, tensorrt-optimized where --against is
-    tensorrt, and kernels-optimized with --device cuda. On a GPU the device is the clock.
+    Engines: eager, compile (torch.compile), onnxruntime, openvino (as it converts the model itself, in float32) and tensorrt
+    run the original. With -optimized they run the result, and kernels-optimized runs it with normfuse's own kernels in
+    PyTorch. An .onnx, .xml or .engine file is an engine too. What should be faster is by default onnxruntime-optimized,
+    openvino-optimized or tensorrt-optimized where --against is openvino or tensorrt, and kernels-optimized with --device
+    cuda. On a GPU the device is the clock.
 
     onnxruntime-int8 and openvino-int8 are what a model is quantized with otherwise: ONNX Runtime's own quantizer (dynamic, or
     static where that is faster) and NNCF's, with the data of --calibration. How close each engine is to the float model stands
@@ -205,9 +208,10 @@ def _known(name: str) -> None:
     """Raise `UsageError` where nothing is called that, or a library that it needs is missing."""
     if name in BASELINES:
         BASELINES[name].check()
-    elif name not in ENGINES and Path(name).suffix not in _FILES:
+    elif name not in ENGINES and folder_of(name) is None:
+        known = " or ".join(folder.suffixes[0] for folder in FOLDERS.values())
         raise UsageError(
-            f"unknown engine {name!r}{did_you_mean(name, ENGINES)}: expected {', '.join(ENGINES)} or an .onnx or .engine file"
+            f"unknown engine {name!r}{did_you_mean(name, ENGINES)}: expected {', '.join(ENGINES)} or a file that ends in {known}"
         )
 
 
@@ -256,23 +260,28 @@ def _chosen(model: Model, claim: Claim, device: str) -> tuple[tuple[str, ...], s
     """What to beat, and what should be faster, with defaults where they are not named."""
     against, challenger = tuple(dict.fromkeys(names(claim.against))), claim.challenger
     if challenger is None:
-        file = is_onnx(model.source)
-        tensorrt = any(map(_is_tensorrt, against))
+        runtime = next((r for r in map(_runtime, against) if r is not None), None)
         challenger = (
-            model.source if file else "tensorrt-optimized" if tensorrt else "kernels-optimized" if device == "cuda"
-            else "onnxruntime-optimized"
+            model.source if is_file(model.source) else f"{runtime.engine}-optimized" if runtime is not None
+            else "kernels-optimized" if device == "cuda" else "onnxruntime-optimized"
         )  # fmt: skip
-    default = "tensorrt" if _is_tensorrt(challenger) else "compile" if device == "cuda" else "onnxruntime"
-    return against or (default,), challenger
+    if not against:
+        runtime = _runtime(challenger)
+        on_gpu = device == "cuda" and (runtime is None or not runtime.on_gpu)
+        against = ("compile" if on_gpu else "onnxruntime" if runtime is None else runtime.engine,)
+    return against, challenger
 
 
-def _is_tensorrt(name: str) -> bool:
-    return name.startswith("tensorrt") or Path(name).suffix == ".engine"
+def _runtime(name: str) -> Folder | None:
+    """The target whose runtime an engine of ours is, by its name or that of a file; None for PyTorch and for tools of others."""
+    return None if name in BASELINES else folder_of(name) or _RUNTIMES.get(name.partition("-")[0])
 
 
 def _on_gpu(name: str, device: str) -> bool:
-    own = device == "cuda" and not is_onnx(name) and not name.startswith("onnxruntime") and name not in BASELINES
-    return _is_tensorrt(name) or own
+    if name in BASELINES:
+        return False
+    runtime = _runtime(name)
+    return device == "cuda" if runtime is None else runtime.on_gpu
 
 
 def _clock(gpu: Gpu | None, settings: "Settings") -> str:
@@ -318,22 +327,18 @@ class Workshop:
             UsageError: nothing is called that, or the model is an `.onnx` file and the engine needs the PyTorch model.
         """
         place = self._settings.place
-        if is_onnx(name):
-            return onnxruntime_engine(Path(name).name, name, self._inputs(Path(name)))
-        if Path(name).suffix == ".engine":
-            return tensorrt_engine(Path(name).name, name, self._inputs(Path(self._model.source)), graph=place.graph)
+        if (folder := folder_of(name)) is not None:
+            source = self._model.source if folder.on_gpu else name
+            return file_engine(Path(name).name, name, self._inputs(Path(source)), graph=place.graph)
         _known(name)
-        if is_onnx(self._model.source):
-            raise UsageError(f"{name} starts from the PyTorch model; {self._model.source} is exported: name another .onnx file")
+        if is_file(self._model.source):
+            raise UsageError(f"{name} starts from the PyTorch model; {self._model.source} is exported: name another file")
         if name in BASELINES:
             return self._baseline(name)
         kind, _, optimized = name.partition("-")
-        if kind == "onnxruntime":
-            path = self._optimized_onnx() if optimized else self._original_onnx()
-            return onnxruntime_engine(name, path, self._inputs(path))
-        if kind == "tensorrt":
-            path = self._optimized_engine() if optimized else self._original_engine()
-            return tensorrt_engine(name, path, self._inputs(path), graph=place.graph)
+        if kind in _RUNTIMES:
+            path = self._optimized_file(kind) if optimized else self._original_file(kind)
+            return file_engine(name, path, self._inputs(path), graph=place.graph)
         if optimized:
             # the program in the file is in its dtype already
             return program_engine(
@@ -364,7 +369,7 @@ class Workshop:
 
     def qualities(self, engines: Sequence[Engine]) -> dict[str, float]:
         """The SQNR of each engine on the example inputs in dB against the float model; {} where nothing is quantized."""
-        if is_onnx(self._model.source) or not (self.how or self._pipeline.quantize is not None):
+        if is_file(self._model.source) or not (self.how or self._pipeline.quantize is not None):
             return {}
         loaded = self._load()
         expected = float_outputs(loaded.module, loaded.args, loaded.kwargs)
@@ -387,7 +392,7 @@ class Workshop:
 
     def _inputs(self, path: Path) -> Any:
         """What the file at `path` is fed with: the model's own example inputs, so that all engines get the same."""
-        if is_onnx(self._model.source):
+        if is_file(self._model.source):
             return file_inputs(path, self._model.options)
         loaded = self._load()
         return loaded.kwargs if loaded.kwargs and not loaded.args else (*loaded.args, *loaded.kwargs.values())
@@ -406,30 +411,34 @@ class Workshop:
             self._model.vary(original, lambda shapes: export_original(original, path, dynamic_shapes=shapes, opset=opset))
         return path
 
-    def _optimized_onnx(self) -> Path:
-        from normfuse.export import to_onnx
-
-        path = self._folder / "optimized.onnx"
+    def _original_file(self, runtime: str) -> Path:
+        """The original as everybody gives it to a runtime."""
+        made = {"onnxruntime": self._original_onnx, "tensorrt": self._original_engine}
+        if runtime in made:
+            return made[runtime]()
+        folder = _RUNTIMES[runtime]
+        path = self._folder / f"original{folder.suffixes[0]}"
         if not path.exists():
-            to_onnx(self._optimized(), path, target="onnxruntime", form=self._form)
+            source = self._load()
+            self._model.vary(source, lambda shapes: folder.original(source.model, source.args, source.kwargs, path, shapes))
+        return path
+
+    def _optimized_file(self, runtime: str) -> Path:
+        folder = _RUNTIMES[runtime]
+        path = self._folder / f"optimized{folder.suffixes[0]}"
+        if not path.exists():
+            own = {"onnxruntime": {"form": self._form}, "tensorrt": {"plugins": self._settings.plugins}}
+            asked: dict[str, Any] = {"dtype": self._settings.place.dtype} if folder.on_gpu else {}
+            folder.write(self._optimized(), path, folder.options(**asked, **own.get(runtime, {})))
         return path
 
     def _original_engine(self) -> Path:
-        from normfuse.export.targets import opset_for, target_named
         from normfuse.export.tensorrt import build_onnx
 
         path = self._folder / "original.engine"
         if not path.exists():
             file = self._original_onnx(opset_for(target_named("tensorrt"), None))
             build_onnx(file, path, dtype=self._settings.place.dtype)
-        return path
-
-    def _optimized_engine(self) -> Path:
-        from normfuse.export.tensorrt import to_tensorrt
-
-        path = self._folder / "optimized.engine"
-        if not path.exists():
-            to_tensorrt(self._optimized(), path, dtype=self._settings.place.dtype, plugins=self._settings.plugins)
         return path
 
     def _program(self, *, kernels: bool) -> Path:

@@ -13,12 +13,14 @@ from normfuse.cli.columns import columns, differences
 from normfuse.cli.exporting.asked import Asked, Place, asked_options, place_options
 from normfuse.cli.exporting.decoder import DecoderFlags, decoder_options, to_folder
 from normfuse.cli.exporting.speed import speed_option
+from normfuse.cli.help import Command
 from normfuse.cli.onnx_files import is_onnx
 from normfuse.cli.options import Model, Pipeline, model_options, pipeline_options
 from normfuse.cli.reports import check_report, write_report
 from normfuse.errors import UsageError
 from normfuse.export.options import ExportOptions
 from normfuse.export.runtimes import parse_runtime
+from normfuse.export.targets import FOLDERS, Folder, folder_written, target_named
 from normfuse.files import check_target
 
 if TYPE_CHECKING:
@@ -28,26 +30,30 @@ if TYPE_CHECKING:
 __all__ = ["ENGINE_SUFFIXES", "export"]
 
 #: Names that stand for a TensorRT engine.
-ENGINE_SUFFIXES = (".engine", ".plan", ".trt")
+ENGINE_SUFFIXES = FOLDERS["tensorrt"].suffixes
 
 
-@click.command(short_help="Optimize SOURCE and export it to ONNX or TensorRT.")
+@click.command(cls=Command, short_help="Optimize SOURCE and export it to ONNX, TensorRT or OpenVINO.")
 @model_options
 @pipeline_options
 @place_options
 @asked_options
 @decoder_options
 @speed_option
+@click.option("--explain", is_flag=True, help="List what each attention, norm and quantized layer is in the file, and why.")
 @telling_options
 def export(
-    model: Model, pipeline: Pipeline, asked: Asked, place: Place, decoder: DecoderFlags, speed_check: bool, telling: Telling
-) -> None:
+    model: Model, pipeline: Pipeline, asked: Asked, place: Place, decoder: DecoderFlags, speed_check: bool, explain: bool,
+    telling: Telling,
+) -> None:  # fmt: skip
     """Optimize SOURCE, export it, and prove the file in its runtime.
 
-    The name behind -o says what is written: an ONNX file, or a TensorRT engine, which is built without a GPU where TensorRT
-    for RTX is installed. An .onnx file as SOURCE becomes an engine as it is.
+    The name behind -o says what is written: an ONNX file, a model of OpenVINO, or a TensorRT engine, which is built without a GPU
+    where TensorRT for RTX is installed. An .onnx file as SOURCE becomes an engine as it is.
     """
     decoder.check_unused()
+    if explain and (decoder.with_past or place.output is None or place.output.suffix != ".onnx"):
+        raise UsageError("--explain is for an ONNX file: pass -o NAME.onnx")
     if decoder.with_past:
         to_folder(model, pipeline, decoder, asked, place, telling)
         return
@@ -60,19 +66,30 @@ def export(
         if telling.report_path is not None:
             raise UsageError("--report goes with -o; --json tells what --repository wrote")
         deploy(model, pipeline, asked, place, telling)
-    elif place.output is not None and place.output.suffix in ENGINE_SUFFIXES:
-        _to_engine(model, pipeline, asked, place, telling)
     elif place.output is not None:
-        stray = asked.engine_only() or ("--dry-run" if place.dry_run else None)
-        if place.output.suffix != ".onnx":
-            raise UsageError(
-                f"-o {place.output}: expected a name that ends in .onnx, or in {', '.join(ENGINE_SUFFIXES)} for a TensorRT engine"
-            )
-        if stray:
-            raise UsageError(f"{stray} is for TensorRT engines, and -o {place.output} is an ONNX file")
-        if is_onnx(model.source):
-            raise UsageError(f"{model.source} is an ONNX file already; name an engine (-o NAME.engine) to build one of it")
-        _to_onnx(model, pipeline, asked.file(telling, force=telling.force), place.output, telling, speed_check=speed_check)
+        _to_path(model, pipeline, asked, place, telling, speed_check=speed_check, explain=explain)
+
+
+def _to_path(
+    model: Model, pipeline: Pipeline, asked: Asked, place: Place, telling: Telling, *, speed_check: bool, explain: bool
+) -> None:
+    """What the name of the file says."""
+    assert place.output is not None
+    folder = folder_written(place.output)
+    if place.output.suffix in ENGINE_SUFFIXES:
+        _to_engine(model, pipeline, asked, place, telling)
+        return
+    stray = asked.engine_only() or ("--dry-run" if place.dry_run else None)
+    if stray:
+        raise UsageError(f"{stray} is for TensorRT engines, and -o {place.output} is {folder.what}")
+    if is_onnx(model.source):
+        raise UsageError(f"{model.source} is an ONNX file already; name an engine (-o NAME.engine) to build one of it")
+    options = asked.of(folder, telling, force=telling.force)
+    if asked.target is not None and "target" not in {f.name for f in dataclasses.fields(options)}:
+        own = target_named(asked.target)
+        if own not in folder.targets:
+            raise UsageError(f"-o {place.output} is {folder.what}, and --target is {asked.target}: leave --target out")
+    _to_file(model, pipeline, folder, options, place.output, telling, speed_check=speed_check, explain=explain)
 
 
 def _to_engine(model: Model, pipeline: Pipeline, asked: Asked, place: Place, telling: Telling) -> None:
@@ -95,32 +112,42 @@ def _to_engine(model: Model, pipeline: Pipeline, asked: Asked, place: Place, tel
     _tell(found, {"engine": built.manifest() | {"path": str(built.path)}}, str(built), telling)
 
 
-def _to_onnx(
-    model: Model, pipeline: Pipeline, options: ExportOptions, output: Path, telling: Telling, *, speed_check: bool
+def _to_file(
+    model: Model,
+    pipeline: Pipeline,
+    folder: Folder,
+    options: Any,
+    output: Path,
+    telling: Telling,
+    *,
+    speed_check: bool,
+    explain: bool,
 ) -> None:
     check_target(output, force=telling.force)
     check_report(telling.report_path, force=telling.force)
 
-    from normfuse.export import to_onnx
     from normfuse.export.onnx.precision.other_dtype import check_double
     from normfuse.export.onnx.quantized.forms import FORMS
     from normfuse.reports.record import report
 
     loaded = model.load(inputs_needed=True)
-    check_double(loaded.model, options.computes_in, options.where)
+    where = target_named(options.target) if isinstance(options, ExportOptions) else folder.targets[0]
+    check_double(loaded.model, options.computes_in, where)
     fast = pipeline.run(model, loaded)
     measured = speed_check and (pipeline.quantize is not None or telling.report_path is not None)
     original = loaded if measured else None  # a copy of the weights, kept where it is measured
     del loaded
-    exported = to_onnx(fast, output, options)
+    exported = folder.write(fast, output, options)
     text, data = str(exported), {"export": dataclasses.asdict(exported)}
     rounds = exported.form is not None and FORMS[exported.form].rounds
     latencies: tuple[Latency, ...] = ()
-    if original is not None and options.where.runs_here and (telling.report_path or (rounds and not telling.quiet)):
+    if original is not None and where.runs_here and (telling.report_path or (rounds and not telling.quiet)):
         from normfuse.cli.exporting.speed import speed_of
 
         speed = speed_of(original, output, quantized=rounds)
         text, data, latencies = f"{text}\n{speed}", data | {"speed": speed.to_dict()}, speed.latencies
+    if explain:
+        text = f"{text}\n\nwhat became of each site:\n\n{textwrap.indent(exported.explained, '    ')}"
     text = f"{text}\n\nrun it:\n\n{textwrap.indent(exported.how_to_run.rstrip(), '    ')}"
     found = dataclasses.replace(report(fast), files=(text,), latencies=latencies)
     write_report(found, telling.report_path, force=telling.force)

@@ -5,13 +5,14 @@ from pathlib import Path
 
 import click
 
+from normfuse.cli.help import Command
 from normfuse.cli.options import json_option, verbosity
 from normfuse.errors import UsageError
 
 __all__ = ["generate"]
 
 
-@click.command(short_help="Write on from a prompt with the folder of a decoder.")
+@click.command(cls=Command, short_help="Write on from a prompt with the folder of a decoder.")
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--prompt", help="The text to write on from.")
 @click.option("--ids", metavar="N,N,...", help="The same as ids of tokens, for a folder without a tokenizer.")

@@ -11,6 +11,7 @@ import click
 
 from normfuse.cli.columns import columns, differences
 from normfuse.cli.export import ENGINE_SUFFIXES
+from normfuse.cli.help import Command
 from normfuse.cli.onnx_files import is_onnx
 from normfuse.cli.options import Model, Pipeline, json_option, model_options, partial_option, verbosity
 from normfuse.errors import UsageError
@@ -23,7 +24,7 @@ from normfuse.reports.report import Report
 __all__ = ["inspect"]
 
 
-@click.command(short_help="Dry run: what would happen to each norm, and why not; what is in a file.")
+@click.command(cls=Command, short_help="Dry run: what would happen to each norm, and why not; what is in a file.")
 @model_options
 @click.argument("other", required=False)
 @click.option("--passes", metavar="NAMES", help="Run these passes only, separated by commas; see `normfuse passes`.")

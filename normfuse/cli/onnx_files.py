@@ -1,4 +1,4 @@
-"""`.onnx` files given where a model is expected."""
+"""Files of a target given where a model is expected."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -6,21 +6,27 @@ from typing import TYPE_CHECKING, Any
 from normfuse.app.example_inputs import draw, parse_shape, read_inputs
 from normfuse.app.source_options import Options
 from normfuse.errors import UsageError
+from normfuse.export.targets import folder_of
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["file_inputs", "is_onnx", "run_file"]
+    from normfuse.export.session import Session
 
-_TYPES = {
-    "float": "float32", "float16": "float16", "bfloat16": "bfloat16", "double": "float64", "int64": "int64", "int32": "int32",
-    "bool": "bool",
-}  # fmt: skip
+__all__ = ["by_name", "file_inputs", "is_file", "is_onnx", "session_of", "type_of"]
+
+_TYPES = ("float32", "float16", "bfloat16", "float64", "int64", "int32", "bool")
 
 
 def is_onnx(source: str) -> bool:
     """Is the source named as an ONNX file is?"""
     return Path(source).suffix == ".onnx"
+
+
+def is_file(source: str) -> bool:
+    """Is the source named as a file is that some target writes and the CPU runs?"""
+    folder = folder_of(source)
+    return folder is not None and not folder.on_gpu
 
 
 def file_inputs(path: Path, options: Options) -> "dict[str, torch.Tensor]":
@@ -31,13 +37,11 @@ def file_inputs(path: Path, options: Options) -> "dict[str, torch.Tensor]":
     """
     import torch
 
-    from normfuse.export.onnx.runtime import session
-
     if not path.is_file():
         raise UsageError(f"{path} does not exist")
-    wanted = session(path, threads=1, optimized=False).get_inputs()
+    wanted = session_of(path, threads=1).inputs
     if options.input is not None:
-        return _by_name(path, [i.name for i in wanted], read_inputs(options.input))
+        return by_name(path, [i.name for i in wanted], read_inputs(options.input))
     stated = [parse_shape(text) for text in options.shapes]
     named = {name: sizes for name, sizes, _ in stated if name is not None}
     unnamed = [sizes for name, sizes, _ in stated if name is None]
@@ -45,47 +49,28 @@ def file_inputs(path: Path, options: Options) -> "dict[str, torch.Tensor]":
     inputs = {}
     for position, wants in enumerate(wanted):
         sizes = named.get(wants.name) or (unnamed[position] if position < len(unnamed) else _declared(path, wants, options))
-        kind = _type_of(wants)
+        kind = type_of(wants)
         if kind is None:
-            raise UsageError(f"{path}: input {wants.name} is a {wants.type}; pass its values with --input")
+            raise UsageError(f"{path}: input {wants.name} is a {wants.dtype}; pass its values with --input")
         # a file does not say how many ids it knows, but it knows two
         inputs[wants.name] = draw(f"--shape {wants.name}", sizes, getattr(torch, kind), generator, below=2)
     return inputs
 
 
-def run_file(path: Path, inputs: Any) -> "list[torch.Tensor]":
-    """Outputs of the file at `path` in ONNX Runtime, in the order of its graph outputs.
-
-    Args:
-        path: an `.onnx` file.
-        inputs: tensors by name, or in the order of the graph inputs; flags that are no tensors are left out. Floats are given in
-            the dtype that the file takes, which need not be that of the model that it was made of.
-    """
-    import torch
-
-    from normfuse.export.onnx.runtime import run, session
-
-    opened = session(path)
-    types = {i.name: _type_of(i) for i in opened.get_inputs()}
-    tensors: Any
-    if isinstance(inputs, dict):
-        tensors = {k: v for k, v in inputs.items() if isinstance(v, torch.Tensor)}
-    else:
-        tensors = tuple(v for v in inputs if isinstance(v, torch.Tensor))
-    feeds = _by_name(path, list(types), tensors)
-    for name, value in feeds.items():
-        wanted = getattr(torch, types[name] or "", value.dtype)
-        if value.is_floating_point() and wanted.is_floating_point:
-            feeds[name] = value.to(wanted)
-    return list(run(opened, feeds).values())
+def session_of(path: Path, *, threads: int | None = None) -> "Session":
+    """The file of a target at `path`, in its runtime."""
+    folder = folder_of(path)
+    assert folder is not None
+    return folder.open(path, threads=threads)
 
 
-def _type_of(value: Any) -> str | None:
+def type_of(value: Any) -> str | None:
     """Torch's name of the dtype of an input; None for one that torch does not have."""
-    return _TYPES.get(value.type.removeprefix("tensor(").removesuffix(")"))
+    return value.dtype if value.dtype in _TYPES else None
 
 
-def _by_name(path: Path, names: list[str], inputs: Any) -> "dict[str, torch.Tensor]":
+def by_name(path: Path, names: list[str], inputs: Any) -> "dict[str, torch.Tensor]":
+    """The inputs, positional or named, by the names that the file has for them."""
     if isinstance(inputs, dict) and set(names) <= set(inputs):
         return {n: inputs[n] for n in names}
     values = tuple(inputs.values()) if isinstance(inputs, dict) else tuple(inputs)
@@ -96,7 +81,7 @@ def _by_name(path: Path, names: list[str], inputs: Any) -> "dict[str, torch.Tens
 
 def _declared(path: Path, wants: Any, options: Options) -> tuple[int, ...]:
     sizes = []
-    for axis, size in enumerate(wants.shape):
+    for axis, size in enumerate(wants.sizes):
         if isinstance(size, int):
             sizes.append(size)
         elif axis == 0:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import click
 
+from normfuse.cli.help import Command
 from normfuse.cli.options import (
     Model,
     Pipeline,
@@ -21,7 +22,7 @@ from normfuse.files import check_target
 __all__ = ["optimize"]
 
 
-@click.command(short_help="Optimize SOURCE and save it as .pt2.")
+@click.command(cls=Command, short_help="Optimize SOURCE and save it as .pt2.")
 @model_options
 @pipeline_options
 @output_option("the optimized model (.pt2, an ExportedProgram)")

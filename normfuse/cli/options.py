@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import click
 
+from normfuse.app.data.samples import Reading
 from normfuse.app.dynamic_axes import Axis, free_axes, parse_axes
 from normfuse.app.source_options import Options
 from normfuse.app.sources import Source, load_source
+from normfuse.cli.help import completed_source
 from normfuse.cli.messages import unless_it_fails
 from normfuse.cli.quantization import calibration_batches
 from normfuse.cli.wording import report_in_options
@@ -35,6 +37,7 @@ __all__ = [
     "output_option",
     "partial_option",
     "pipeline_options",
+    "preprocess_option",
     "spelled",
     "verbosity",
 ]
@@ -129,6 +132,7 @@ class Pipeline:
     partial: bool = False
     random_calibration: bool = False
     words: str | None = None  # what --quantize says
+    reading: Reading | None = None
 
     def run(self, model: Model, loaded: Source, *, dynamic_shapes: Any = None) -> "fx.GraphModule":
         """Optimize it; what may vary in its inputs is `dynamic_shapes`, or what --dynamic says."""
@@ -136,7 +140,8 @@ class Pipeline:
         from normfuse.capture.explained import decides_by_values
 
         passes: Any = self.passes  # names that the user wrote
-        batches = None if self.calibration is None else calibration_batches(self.calibration, loaded)
+        how = dataclasses.replace(self.reading or Reading(), trust=model.options.trust)
+        batches = None if self.calibration is None else calibration_batches(self.calibration, loaded, how)
         _log.info("optimizing %s", model.source)
         if self.quantize is not None and batches is None:
             self._check_data(loaded)
@@ -207,7 +212,7 @@ def _command() -> str:
 def model_options(f: F) -> F:
     """SOURCE and how it is loaded, handed to the command as `model`."""
 
-    @click.argument("source")
+    @click.argument("source", shell_complete=completed_source)
     @click.option("--shape", "shapes", multiple=True, metavar="[NAME=]SIZES[:DTYPE]", help=_SHAPE)
     @click.option("--input", type=click.Path(path_type=Path), help="Inputs from a .npz, .npy, .pt or .safetensors file.")
     @click.option("--batch", type=int, help="Batch size of the inputs that the model declares itself.  [default: 1]")
@@ -248,6 +253,14 @@ partial_option = click.option(
 )
 
 
+preprocess_option = click.option(
+    "--preprocess",
+    metavar="HOW",
+    help="How images are prepared: imagenet, unit, symmetric, bytes, timm:NAME, torchvision:NAME, hf:DIR, or mean=0.5,std=0.5,"
+    "crop=0.9,...  [default: as the model's configuration says]",
+)
+
+
 def pipeline_options(f: F) -> F:
     """Which passes run and how they are proven, handed to the command as `pipeline`."""
 
@@ -261,8 +274,13 @@ def pipeline_options(f: F) -> F:
     @click.option(
         "--calibration",
         metavar="DATA",
-        help="Samples in a .npz, .npy or .safetensors file, or batches from package.module:factory or FILE.py:factory.",
+        help="Samples for --quantize: a folder of images, a data set on disk, a .txt or .jsonl file, a .npz, .npy or .safetensors "
+        "file, or batches from package.module:factory or FILE.py:factory.",
     )
+    @click.option(
+        "--calibration-samples", "samples", type=click.IntRange(1), help="At most so many of a folder or text file.  [default: 256]"
+    )
+    @preprocess_option
     @click.option(
         "--allow-random-calibration",
         "random_calibration",
@@ -277,17 +295,28 @@ def pipeline_options(f: F) -> F:
         quantize: str | None,
         keep: tuple[str, ...],
         calibration: str | None,
+        samples: int | None,
+        preprocess: str | None,
         random_calibration: bool,
         **rest: Any,
     ) -> Any:
         if keep and quantize is None:
             raise UsageError("--keep says what --quantize leaves in float: pass --quantize as well, e.g. --quantize w4a8")
-        for flag, given in (("--calibration", calibration is not None), ("--allow-random-calibration", random_calibration)):
+        about_data = {
+            "--calibration": calibration is not None,
+            "--allow-random-calibration": random_calibration,
+            "--calibration-samples": samples is not None,
+            "--preprocess": preprocess is not None,
+        }
+        for flag, given in about_data.items():
             if given and quantize is None:
                 raise UsageError(f"{flag} is about the data of --quantize: pass --quantize as well, e.g. --quantize w8a8,static")
+            if given and calibration is None and flag in ("--calibration-samples", "--preprocess"):
+                raise UsageError(f"{flag} is about --calibration: pass --calibration FOLDER as well")
         spec = _spec(quantize, keep)
         chosen = names(passes) if passes is not None else None
-        return f(pipeline=Pipeline(chosen, verify, spec, calibration, partial, random_calibration, quantize), **rest)
+        reading = Reading(preprocess, samples or Reading.most)
+        return f(pipeline=Pipeline(chosen, verify, spec, calibration, partial, random_calibration, quantize, reading), **rest)
 
     return wrapped  # type: ignore[return-value]
 

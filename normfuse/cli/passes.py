@@ -6,12 +6,13 @@ import textwrap
 
 import click
 
+from normfuse.cli.help import Command
 from normfuse.cli.options import json_option, verbosity
 
 __all__ = ["passes"]
 
 
-@click.command(short_help="List the passes.")
+@click.command(cls=Command, short_help="List the passes.")
 @click.option("--list", "_list", is_flag=True, hidden=True, help="What the command does anyway.")
 @json_option
 @verbosity

@@ -1,15 +1,17 @@
 """--calibration: files or factories into batches."""
 
 import dataclasses
-import inspect
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from normfuse.app.data.inputs import as_call, named_example
+from normfuse.app.data.samples import Reading, batches_of, is_collection
+from normfuse.app.data.texts import TEXT_SUFFIXES
 from normfuse.app.factories import find
 from normfuse.app.sources import Source
-from normfuse.errors import NormfuseError, UsageError, did_you_mean
+from normfuse.errors import MissingExtra, NormfuseError, UsageError, did_you_mean
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,19 +23,30 @@ _FILES = (".npz", ".npy", ".safetensors")
 _FACTORY = "package.module:factory or FILE.py:factory"
 
 
-def calibration_batches(text: str, loaded: Source) -> Iterable[Any]:
-    """Batches of inputs from a file, whose leading axis counts samples, or from a factory that returns an iterable.
+def calibration_batches(text: str, loaded: Source, how: Reading | None = None) -> Iterable[Any]:
+    """Batches of inputs from what `--calibration` names.
 
-    Samples of a file are cut into batches of the example's batch size; what is left over is not used.
+    That is a folder of images, a data set on disk, a file of texts, a file of arrays whose leading axis counts samples, or a
+    factory that returns an iterable. All but the last are cut into batches of the example's size; what is left over is not used.
 
     Raises:
         UsageError: there is no such file or factory, or what it holds does not fit the model's inputs.
     """
     path = Path(text)
+    if path.exists() and is_collection(path):
+        try:
+            return _Loader(text, batches_of(path, loaded, how or Reading()))
+        except MissingExtra:
+            raise
+        except UsageError as e:
+            said = str(e) if str(e).startswith("--") else f"--calibration {text}: {str(e).removeprefix(f'{text}: ')}"
+            raise UsageError(said) from e
     if path.suffix in _FILES or path.exists():
         return _from_file(path, loaded)
     if ":" not in text:
-        raise UsageError(f"--calibration {text}: expected a file ({', '.join(_FILES)}), {_FACTORY}")
+        raise UsageError(
+            f"--calibration {text}: expected a folder of images, a file ({', '.join((*_FILES, *TEXT_SUFFIXES))}), {_FACTORY}"
+        )
     found = _called(text)
     if isinstance(found, Mapping) or not isinstance(found, Iterable):
         raise UsageError(f"--calibration {text}: the factory returned a {type(found).__name__}; expected an iterable of batches")
@@ -52,6 +65,8 @@ class _Loader:
         try:
             for i, batch in enumerate(self.batches, 1):  # noqa: B007 (counts for the message)
                 yield batch
+        except NormfuseError:
+            raise
         except Exception as e:
             raise UsageError(f"--calibration {self.text}: batch {i} could not be loaded: {type(e).__name__}: {e}") from e
 
@@ -86,7 +101,7 @@ def _from_file(path: Path, loaded: Source) -> list[Any]:
         raise UsageError(str(e).replace("--input", "--calibration", 1)) from e
     if not loaded.has_inputs:
         raise UsageError(f"--calibration {path}: the batch size is that of the example inputs: pass --shape or --input")
-    example = _example(loaded)
+    example = named_example(loaded)
     tensors = {k: v for k, v in example.items() if hasattr(v, "shape")}
     given = _for_inputs(path, data, list(tensors))
     flat = [str(k) for k, t in given.items() if not t.ndim]
@@ -101,7 +116,7 @@ def _from_file(path: Path, loaded: Source) -> list[Any]:
             f"--calibration {path}: it holds {samples} samples, one batch of the example inputs has {size}; pass --batch 1"
         )
     return [
-        _call({**example, **{k: t[i : i + size] for k, t in given.items()}}, len(loaded.args))
+        as_call({**example, **{k: t[i : i + size] for k, t in given.items()}}, len(loaded.args))
         for i in range(0, samples - size + 1, size)
     ]
 
@@ -120,13 +135,6 @@ def _batch_size(path: Path, given: dict[str, "Tensor"], example: dict[str, "Tens
             )
         given[k] = t.to(example[k].dtype)
     return int(next(iter(sizes)))
-
-
-def _example(loaded: Source) -> dict[str, Any]:
-    """The example inputs by the names of the model's parameters."""
-    names = list(inspect.signature(loaded.module.forward).parameters)
-    names += [f"arr_{i}" for i in range(len(names), len(loaded.args))]
-    return dict(zip(names, loaded.args, strict=False)) | loaded.kwargs
 
 
 def _for_inputs(path: Path, data: Any, wanted: list[str]) -> dict[str, Any]:
@@ -148,8 +156,3 @@ def _for_inputs(path: Path, data: Any, wanted: list[str]) -> dict[str, Any]:
         f"{'is' if len(missing) == 1 else 'are'} missing{did_you_mean(missing[0], data, most=3)}; "
         f"name the arrays as the inputs: {save}"
     )
-
-
-def _call(batch: dict[str, Any], positional: int) -> Any:
-    """A tuple where the model is called by position, else a dictionary."""
-    return tuple(batch.values())[:positional] if positional == len(batch) else batch

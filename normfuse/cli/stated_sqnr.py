@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from normfuse.cli.onnx_files import is_onnx
 from normfuse.errors import CheckFailed
+from normfuse.export.targets import folder_of
 
 __all__ = ["least_sqnr"]
 
@@ -19,7 +19,7 @@ def least_sqnr(path: str) -> float | None:
     """
     from normfuse.export.onnx.compare import MARGIN, MIN_SQNR
 
-    quantized, stated = _of_onnx(path) if is_onnx(path) else _of_program(path) if Path(path).suffix == ".pt2" else (False, None)
+    quantized, stated = _of_program(path) if Path(path).suffix == ".pt2" else _of_file(path)
     if not quantized:
         return None
     if stated is None:
@@ -30,10 +30,9 @@ def least_sqnr(path: str) -> float | None:
     return max(0.0, min(MIN_SQNR, max(stated - MARGIN, stated / 2)))
 
 
-def _of_onnx(path: str) -> tuple[bool, float | None]:
-    from normfuse.export.onnx.inspect import provenance
-
-    facts = provenance(path)
+def _of_file(path: str) -> tuple[bool, float | None]:
+    folder = folder_of(path)
+    facts = {} if folder is None else folder.facts(Path(path))
     stated = facts.get("normfuse.sqnr")  # "29.7 dB"
     return "normfuse.form" in facts or stated is not None, None if stated is None else float(stated.removesuffix("dB"))
 

@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from normfuse.cli.export import ENGINE_SUFFIXES
-from normfuse.cli.onnx_files import file_inputs, is_onnx, run_file
+from normfuse.cli.help import Command
+from normfuse.cli.onnx_files import file_inputs, is_file
 from normfuse.cli.options import Model, Pipeline, json_option, model_options, pipeline_options, verbosity
+from normfuse.cli.running import opened_file
 from normfuse.cli.stated_sqnr import least_sqnr
 from normfuse.errors import CheckFailed, UsageError
+from normfuse.export.targets import FOLDERS, folder_of
 
 if TYPE_CHECKING:
     import torch
@@ -25,7 +27,7 @@ __all__ = ["verify"]
 _UNBROKEN: dict[str, Any] = {"subsequent_indent": "  ", "break_long_words": False, "break_on_hyphens": False}
 
 
-@click.command(short_help="Prove an optimized or exported model.")
+@click.command(cls=Command, short_help="Prove an optimized or exported model.")
 @model_options
 @click.argument("other", required=False)
 @pipeline_options
@@ -33,7 +35,7 @@ _UNBROKEN: dict[str, Any] = {"subsequent_indent": "  ", "break_long_words": Fals
 @json_option
 @verbosity
 def verify(model: Model, other: str | None, pipeline: Pipeline, tolerance: float | None, as_json: bool, quiet: bool) -> None:
-    """Optimize SOURCE and prove the result; with OTHER (.onnx, .pt2, or an engine on a GPU) compare that file with SOURCE.
+    """Optimize SOURCE and prove the result; with OTHER (.onnx, .xml, .pt2, or an engine on a GPU) compare that file with SOURCE.
 
     A quantized OTHER is held to the SQNR that it states, less 10 dB, unless --tolerance is given.
 
@@ -42,7 +44,7 @@ def verify(model: Model, other: str | None, pipeline: Pipeline, tolerance: float
     if other is not None:
         _compare(model, other, tolerance, as_json, quiet)
         return
-    if is_onnx(model.source):
+    if is_file(model.source):
         raise UsageError(f"{model.source} is exported already; compare it with its source: normfuse verify SOURCE {model.source}")
     if pipeline.verify == "off":
         raise UsageError("verify --verify off would verify nothing")
@@ -85,31 +87,28 @@ def _bound(error: "Error", tolerance: float | None) -> float:
 
 
 def _compare(model: Model, other: str, tolerance: float | None, as_json: bool, quiet: bool) -> None:
-    from normfuse.export.onnx.inspect import float_dtypes
     from normfuse.numerics.compare import decibels, measure, nothing_in, tolerance_of
 
-    if not is_onnx(other) and Path(other).suffix not in (".pt2", *ENGINE_SUFFIXES):
-        raise UsageError(f"{other}: expected an .onnx or .pt2 file, or an engine, to compare with {model.source}")
+    folder = folder_of(other)
+    if folder is None and Path(other).suffix != ".pt2":
+        known = ", ".join(f.suffixes[0] for f in FOLDERS.values())
+        raise UsageError(f"{other}: expected a file that ends in {known} or .pt2 to compare with {model.source}")
     wanted = least_sqnr(other) if tolerance is None else None
-    if is_onnx(model.source):
+    if is_file(model.source):
         weights = ""
         inputs: Any = file_inputs(Path(model.source), model.options)
-        expected = run_file(Path(model.source), inputs)
+        expected = list(opened_file(Path(model.source))(inputs).values())
     else:
         loaded = model.load(inputs_needed=True)
         inputs = loaded.kwargs if loaded.kwargs and not loaded.args else (*loaded.args, *loaded.kwargs.values())
         expected = _run(loaded.module, loaded.args, loaded.kwargs)
         weights = loaded.weights
-    engine = Path(other).suffix in ENGINE_SUFFIXES
-    if engine:
-        found = _run_engine(Path(other), inputs)
-    else:
-        found = run_file(Path(other), inputs) if is_onnx(other) else _run_program(other, inputs, trust=model.options.trust)
+    found = list(opened_file(Path(other), trust=model.options.trust)(inputs).values())
     if len(found) != len(expected):
         raise CheckFailed(f"{other} has {len(found)} outputs and {model.source} has {len(expected)}")
     dtype = next((str(t.dtype).removeprefix("torch.") for t in expected if t.is_floating_point()), "float32")
-    coarsest = max((dtype, *float_dtypes(other)), key=tolerance_of) if is_onnx(other) else dtype
-    error = measure(expected, found, _computes_in(Path(other)) if engine else coarsest)
+    coarsest = max((dtype, *(folder.dtypes(Path(other)) if folder is not None else ())), key=tolerance_of)
+    error = measure(expected, found, coarsest)
     bound = _bound(error, tolerance)
     if wanted is None:
         failures = [] if error.max_rel <= bound else [f"the relative error is {error.max_rel:.1e}, above {bound:.0e}"]
@@ -139,28 +138,3 @@ def _run(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> "list[to
 
     with torch.inference_mode():
         return [t for t in pytree.tree_leaves(module(*args, **kwargs)) if isinstance(t, torch.Tensor)]
-
-
-def _run_engine(path: Path, inputs: Any) -> "list[torch.Tensor]":
-    """Outputs of an engine on the GPU of this machine, in the dtypes that the engine gives."""
-    from normfuse.export.tensorrt.flavour import find, load
-    from normfuse.export.tensorrt.inspect import header
-    from normfuse.export.tensorrt.runtime import open_engine
-
-    session = open_engine(path, load(find(header(path).module)))
-    return [t.cpu() for t in session.run(inputs).values()]
-
-
-def _computes_in(path: Path) -> str:
-    """The dtype of an engine's products, by its manifest."""
-    from normfuse.export.tensorrt.engine import read_manifest
-
-    made = read_manifest(path)
-    return {"fp16": "float16", "bf16": "bfloat16"}.get(made.dtype, "float32") if made is not None else "float32"
-
-
-def _run_program(path: str, inputs: Any, *, trust: bool) -> "list[torch.Tensor]":
-    from normfuse.pt2 import load_program
-
-    module = load_program(path, trust=trust).module()
-    return _run(module, (), inputs) if isinstance(inputs, dict) else _run(module, tuple(inputs), {})

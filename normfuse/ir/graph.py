@@ -131,6 +131,11 @@ class Graph:
         made._fresh, made.tree = self._fresh, self.tree
         return made
 
+    def become(self, other: Graph) -> None:
+        """Take another graph's nodes and constants, as of a copy that was made before a change."""
+        self.fx, self.constants = other.fx, other.constants
+        self._keys, self._fresh = other._keys, max(self._fresh, other._fresh)
+
     @torch.inference_mode(False)
     def to_module(self, name: str = "Optimized") -> fx.GraphModule:
         """A GraphModule of its own: constants cast once to their dtype, nothing shared with the original."""

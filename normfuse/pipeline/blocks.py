@@ -67,15 +67,15 @@ def _told(graph: Graph) -> list[tuple[str, str]]:
 
 
 def _operators(graph: Graph) -> Iterator[fx.Node]:
+    """Operators on the values of the model: not the arithmetic of sizes, of positions and of masks."""
     for node in graph:
-        of_tensors = isinstance(node.target, torch._ops.OpOverload) or node.target is affine  # not the arithmetic of sizes
+        value = node.meta.get("val")
+        if not isinstance(node.target, torch._ops.OpOverload) and node.target is not affine:
+            continue
+        if isinstance(value, torch.Tensor) and not (value.is_floating_point() or value.is_complex()):
+            continue
         name = operator_name(node)
-        if (
-            of_tensors
-            and name not in _MOVE_NAMES
-            and not name.startswith("_assert")
-            and not isinstance(graph.view(node, 1), _MOVES)
-        ):
+        if name not in _MOVE_NAMES and not name.startswith("_assert") and not isinstance(graph.view(node, 1), _MOVES):
             yield node
 
 

@@ -30,7 +30,7 @@ from normfuse.passes.quantize.layers.layer import Layer
 from normfuse.passes.quantize.probe import accumulate
 from normfuse.ranks import first_rank
 
-__all__ = ["SLOWER", "Rounds", "Speed", "Timer", "decided", "rounds", "speeds"]
+__all__ = ["SLOWER", "Rounds", "Speed", "Timer", "compared", "decided", "rounds", "speeds"]
 
 Timer = Callable[[Callable[[], Any], Callable[[], Any]], float]
 
@@ -116,6 +116,29 @@ def speeds(graph: Graph, samples: Samples, coded: Sequence[Coded], timer: Timer 
         return found
 
     return {products[i].layer: speed for i, speed in first_rank(measured).items()}
+
+
+def compared(key: Any, integers: Callable[[], Any], floats: Callable[[], Any], timer: Timer | None = None) -> Speed | None:
+    """How much faster something else than a layer is; None where there is nothing to measure it with.
+
+    Args:
+        key: what it is, of literals: a decision is kept for this machine.
+        integers, floats: both forms.
+        timer: as of `speeds`.
+    """
+    if timer is not None:
+        return Speed(timer(integers, floats), True)
+    if not native.available():
+        return None
+    asked = {**_machine(), "layer": repr(key)}
+    ratio = measurement(_KEPT, asked)
+    if isinstance(ratio, float):
+        return Speed(ratio, True)
+    with torch.inference_mode():
+        speed = _measured(integers, floats)
+    if ratio is None and speed.decided:
+        remember(_KEPT, asked, speed.ratio)
+    return speed
 
 
 def _machine() -> dict[str, Any]:

@@ -57,6 +57,9 @@ def untraceable():
 def interrupted():
     raise KeyboardInterrupt
 
+def normed():
+    return nn.Sequential(nn.RMSNorm(8)), (torch.randn(2, 8),)
+
 def large():
     return nn.Linear(256, 256), (torch.zeros(1, 256),)
 """
@@ -101,6 +104,16 @@ def test_saved_model_can_be_optimized_again(run: Run) -> None:
     assert code == 0
     assert Report.from_json(out).applied == ()
     assert run("verify", "models:build", "twice.pt2")[0] == 0
+
+
+def test_export_explains_each_site(run: Run) -> None:
+    pytest.importorskip("onnxruntime")
+    code, out, _ = run("export", "models:normed", "-o", "explained.onnx", "--opset", "20", "--explain")
+    assert code == 0
+    assert "1 of 1 sites plainer than wanted" in out
+    assert "what became of each site" in out
+    assert "arithmetic; opset 20 has no RMSNormalization (would help: opset 23 or newer)" in out
+    assert run("export", "models:normed", "-o", "explained.engine", "--explain")[0] == 2
 
 
 def test_exported_model_is_verified_and_inspected(run: Run) -> None:
@@ -328,7 +341,11 @@ def test_quiet_prints_nothing(run: Run) -> None:
         pytest.param("bench models:build --report there.json", "exists already", id="existing report of bench"),
         pytest.param("bench models:build --against magic", "unknown engine", id="unknown engine"),
         pytest.param("bench models:build --seconds 0 --against eager --engine eager", "seconds", id="no time"),
-        pytest.param("verify models:build x.txt", "expected an .onnx or .pt2", id="comparison with another kind"),
+        pytest.param(
+            "verify models:build x.txt",
+            "expected a file that ends in .onnx, .engine, .xml or .pt2",
+            id="comparison with another kind",
+        ),
         pytest.param("verify models:build --verify off", "verify nothing", id="verification of nothing"),
         pytest.param("inspect missing.onnx", "missing.onnx", id="missing onnx file"),
     ],

@@ -135,7 +135,7 @@ MISTAKES = [
     pytest.param((*SIZE, "--calibration", "nowhere.npy"), "--calibration nowhere.npy does not exist", id="no file"),
     pytest.param(
         (*SIZE, "--calibration", "nowhere"),
-        "expected a file (.npz, .npy, .safetensors), package.module:factory or FILE.py:factory",
+        "expected a folder of images, a file (.npz, .npy, .safetensors, .txt, .jsonl), package.module:factory or FILE.py:factory",
         id="no kind",
     ),
     pytest.param((*SIZE, "--calibration", "models:dta"), "models has no 'dta'; did you mean 'data'?", id="factory"),

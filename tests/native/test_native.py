@@ -123,7 +123,7 @@ def test_structures_and_words_are_those_of_the_headers(tmp_path: Path) -> None:
             lines.append(f"static_assert(offsetof({name}, {field}) == {getattr(structure, field).offset});")
     lines += [f"static_assert(NF_{name.upper()} == {value});" for name, value in (native.EPILOGUES | native.KINDS).items()]
     assert len(lines) > 40
-    for table, expected in (("kEpilogues", words.EPILOGUES), ("kNormKinds", words.KINDS)):
+    for table, expected in (("kEpilogues", words.EPILOGUES), ("kFunctions", words.FUNCTIONS), ("kNormKinds", words.KINDS)):
         lines.append(f"static_assert(sizeof nf::{table} / sizeof *nf::{table} == {len(expected)});")
         lines += [f'static_assert(std::string_view(nf::{table}[{i}]) == "{word}");' for i, word in enumerate(expected)]
     (tmp_path / "layout.cpp").write_text('#include <string_view>\n#include "words.h"\n' + "\n".join(lines))

@@ -23,6 +23,7 @@ from normfuse.ops import (
     dequantize_codes,
     quantize_codes,
 )
+from normfuse.ops.codes._codes import function_of
 from normfuse.quant.packing import pack_rows
 
 ops = torch.ops.normfuse
@@ -52,7 +53,8 @@ def _convolution(
     looked_up = torch.randperm(256, generator=g).to(torch.uint8) if table else None
     return (
         x, pack_rows(codes, bits), shifts, scale, bias, more, looked_up, bits, list(kernel), stride, padding, dilation, groups,
-        given.get("zero", 77), given.get("low", 3), given.get("high", 250), 0.4 if residual else 0.0,
+        given.get("zero", 77), given.get("low", 3), given.get("high", 250), 0.4 if residual else 0.0, given.get("function", "none"),
+        1.1, 20.0,
     )  # fmt: skip
 
 
@@ -99,6 +101,7 @@ def _cases(draw: st.DrawFn) -> tuple[Any, ...]:
         residual=kind != "depthwise" and draw(st.booleans()), table=draw(st.booleans()), dilation=dilation,
         padding=[draw(st.integers(0, 2)) for _ in range(4)] if draw(st.booleans()) else [0] * 4,
         size=[(kernel[i] - 1) * dilation[i] + draw(st.integers(1, 9)) for i in range(2)], zero=draw(st.integers(0, 255)),
+        function=draw(st.sampled_from(("none", "hardswish", "silu"))),
         low=draw(st.integers(0, 100)), high=draw(st.integers(101, 255)),
     )  # fmt: skip
 
@@ -127,6 +130,12 @@ def test_a_convolution_is_that_of_pytorch_in_float64(groups: int) -> None:
     found = codes_conv2d(*case).double()
     assert float((found - y.clamp(0, 255)).abs().max()) < 0.5001
     assert float(found.std()) > 20
+
+
+@pytest.mark.parametrize(("name", "function"), [("hardswish", F.hardswish), ("silu", F.silu)])
+def test_functions_are_those_of_pytorch(name: str, function: Any) -> None:
+    v = torch.cat([torch.linspace(-100, 100, 4001), torch.linspace(-8, 8, 4001)])
+    torch.testing.assert_close(function_of(name, v), function(v), rtol=2e-6, atol=2e-7)
 
 
 def test_weights_that_change_are_read_again() -> None:
@@ -186,7 +195,7 @@ def test_a_depthwise_convolution_takes_no_residual() -> None:
 
 @pytest.mark.parametrize("name", [pytest.param(n, id=n) for n in SAMPLES])
 def test_kernels_are_the_definitions(name: str, isa: str) -> None:
-    definition = {
+    definition: Any = {
         f.__name__: f for f in (codes_add, codes_conv2d, codes_gate, codes_max_pool2d, codes_mean, dequantize_codes, quantize_codes)
     }[name]
     assert torch.equal(getattr(ops, name)(*SAMPLES[name]), definition(*SAMPLES[name]))
@@ -194,8 +203,8 @@ def test_kernels_are_the_definitions(name: str, isa: str) -> None:
 
 def test_what_is_no_number_is_a_code(isa: str) -> None:
     x = torch.tensor([float("nan"), float("inf"), -float("inf"), 1e38, 0.0]).reshape(1, 5, 1, 1)
-    quantized: tuple[Any, ...] = (quantize_codes, ops.quantize_codes)
-    for function in quantized:
+    functions: tuple[Any, ...] = (quantize_codes, ops.quantize_codes)
+    for function in functions:
         assert function(x, 0.1, 10, 200).flatten().tolist() == [10, 200, 0, 200, 10]
     for function in (codes_gate, ops.codes_gate):
         found = function(_codes(1, 1, 1, 5), x, 1.0, 0, 5.0, 0, 255)

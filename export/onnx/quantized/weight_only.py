@@ -40,7 +40,10 @@ __all__ = ["WeightOnly", "block_size"]
 
 #: Sizes of a block of input channels that share a row of scales, the best first.
 _BLOCKS = (128, 64, 32, 16)
-_CODES = ("NormQuantize", "QuantizeRows", "ShiftQuantMatMul", "ShiftQuantMatMulQuantize")
+_CODES = (
+    "NormQuantize", "QuantizeRows", "ShiftQuantMatMul", "ShiftQuantMatMulQuantize", "QuantizeCodes", "DequantizeCodes",
+    "CodesConv2d",
+)  # fmt: skip
 
 
 def block_size(k: int, n: int) -> int:

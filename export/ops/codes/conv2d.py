@@ -34,6 +34,14 @@ def _expand(at: Emitter, inputs: tuple[Any, ...], facts: Mapping[str, Any]) -> t
     if residual is not None:
         more = at.op("Cast", at.op("Transpose", residual, perm=FIRST), to=1)
         y = at.op("Add", y, at.op("Mul", more, decimal(at, facts["residual_scale"])))
+    if facts["function"] != "none":
+        half, sixth = at.const(np.float32(0.5)), at.const(np.float32(0.16666667))
+        if facts["function"] == "silu":  # a value on a tie may be the code beside it: a runtime has a sigmoid of its own
+            gate = at.op("Sigmoid", y)
+        else:
+            bounds = at.const(np.float32(0)), at.const(np.float32(1))
+            gate = at.op("Clip", at.op("Add", at.op("Mul", y, sixth), half), *bounds)
+        y = at.op("Add", at.op("Mul", at.op("Mul", y, gate), decimal(at, facts["gain"])), decimal(at, facts["offset"]))
     y = coded(at, y, facts["low"], facts["high"])
     if table is not None:
         y = at.op("Gather", table, at.op("Cast", y, to=6), axis=0)
@@ -46,8 +54,8 @@ def _known(weight: Any, shifts: Any, facts: Mapping[str, Any]) -> np.ndarray[Any
     channels = shifts.size // group
     codes = unpack_rows(torch.tensor(weight), kernel[0] * kernel[1] * channels, facts["bits"]).numpy().astype(np.int32)
     w = codes.reshape(group, -1, kernel[0] * kernel[1], channels) << shifts.astype(np.int32).reshape(group, 1, 1, channels)
-    known: np.ndarray[Any, Any] = (w.reshape(-1, *kernel, channels).transpose(0, 3, 1, 2) + int(ZERO)).astype(np.uint8)
-    return known
+    found: np.ndarray[Any, Any] = (w.reshape(-1, *kernel, channels).transpose(0, 3, 1, 2) + int(ZERO)).astype(np.uint8)
+    return found
 
 
 def _operand(at: Emitter, weight: Any, shifts: Any, facts: Mapping[str, Any]) -> Any:
@@ -82,6 +90,9 @@ CODES_CONV2D = Op(
         "low": "INT",
         "high": "INT",
         "residual_scale": "FLOAT",
+        "function": "STRING",
+        "gain": "FLOAT",
+        "offset": "FLOAT",
     },
     _expand,
     facts={
@@ -90,6 +101,6 @@ CODES_CONV2D = Op(
         "dilations": lambda call: call.attributes["dilation"],
         "group": lambda call: call.attributes["groups"],
     },
-    words=lambda facts: (f"b{facts['bits']}",),
-    told=("bits",),
+    words=lambda facts: (f"b{facts['bits']}", "" if facts["function"] == "none" else facts["function"]),
+    told=("bits", "function"),
 )

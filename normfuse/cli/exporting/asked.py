@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,15 @@ from normfuse.cli.bundled import Telling, bundled
 from normfuse.cli.options import names, spelled
 from normfuse.errors import UsageError
 from normfuse.export.options import ATTENTION, FORMS, IO_DTYPES, EngineOptions, ExportOptions
+from normfuse.export.targets import FOLDERS, TARGETS, Folder
 from normfuse.export.tensorrt.flavour import FLAVOURS
 
 __all__ = ["BACKENDS", "Asked", "Place", "asked_options", "form_option", "place_options"]
 
 #: What runs a model in a server; with the last one its ONNX Runtime builds a TensorRT engine when the model is loaded.
 BACKENDS = ("onnxruntime", "tensorrt", "onnxruntime+tensorrt")
+_NAMES = tuple(f"NAME{folder.suffixes[0]}" for folder in FOLDERS.values())
+_WRITES = tuple(f"NAME{folder.suffixes[0]} ({folder.what})" for folder in FOLDERS.values())
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,30 @@ class Asked:
             "--shapes": self.profiles, "--flavour": self.flavour, "--capability": self.capabilities, "--plugins": self.plugins,
         }  # fmt: skip
         return next((flag for flag, value in flags.items() if value), None)
+
+    def of(self, folder: Folder, telling: Telling, *, force: bool = False) -> Any:
+        """The options of a target's folder, whose fields are flags here.
+
+        Raises:
+            UsageError: a flag is wrong, or such a file has nothing to do with it.
+        """
+        known = {field.name for field in dataclasses.fields(folder.options)}
+        flags: dict[str, tuple[str, Any]] = {
+            "target": ("--target", self.target), "opset": ("--opset", self.opset), "runtime": ("--runtime", self.runtime),
+            "attention": ("--attention", None if self.attention == "auto" else self.attention),
+            "tune": ("--tune", self.tune), "form": ("--form", None if self.form == "auto" else self.form),
+            "int4_initializers": ("--int4", self.int4), "dtype": ("--dtype", self.dtype),
+            "io_dtype": ("--io-dtype", None if self.io_dtype == "fp32" else self.io_dtype),
+            "shapes": ("--shapes", self.profiles), "flavour": ("--flavour", self.flavour),
+            "capabilities": ("--capability", self.capabilities), "plugins": ("--plugins", names(self.plugins)),
+        }  # fmt: skip
+        asked = {field: value for field, (_, value) in flags.items() if value}
+        if "target" in asked and "target" not in known:  # such a file is for one target alone
+            del asked["target"]
+        for field in asked:
+            if field not in known:
+                raise UsageError(f"{flags[field][0]} has no meaning for {folder.what}: leave it out")
+        return folder.options(**asked, force=force, progress=not telling.quiet)
 
     def file(self, telling: Telling, *, target: str | None = None, force: bool = False) -> ExportOptions:
         """As an ONNX file; for `target` unless another is asked for.
@@ -87,7 +115,9 @@ asked_options = bundled(
     "asked",
     Asked,
     click.option(
-        "--target", help="onnxruntime, tensorrt or portable (standard ops only).  [default: onnxruntime; tensorrt for engines]"
+        "--target",
+        metavar="|".join(TARGETS),
+        help="Where the file is to run; portable: standard ops alone.  [default: by the name of the file, for .onnx onnxruntime]",
     ),
     click.option("--opset", type=int, help="ONNX opset.  [default: the best one for the target]"),
     click.option("--runtime", metavar="X.Y", help="The oldest ONNX Runtime that must run the file, e.g. 1.20.  [default: any]"),
@@ -144,7 +174,7 @@ class Place:
                 if value is not None:
                     raise UsageError(f"{flag} is for --repository")
             if self.output is None:
-                raise UsageError("pass -o NAME.onnx or -o NAME.engine, or --repository DIR")
+                raise UsageError(f"pass -o {' or -o '.join(_NAMES)}, or --repository DIR")
         elif self.output is not None:
             raise UsageError("-o and --repository both say where to write: pass one of them")
         elif self.dry_run:
@@ -154,7 +184,7 @@ class Place:
 place_options = bundled(
     "place",
     Place,
-    click.option("-o", "--output", type=click.Path(path_type=Path), help="What to write: NAME.onnx, or NAME.engine for TensorRT."),
+    click.option("-o", "--output", type=click.Path(path_type=Path), help=f"What to write: {', '.join(_WRITES)}."),
     click.option("--dry-run", is_flag=True, help="Engine: say which nodes TensorRT takes, and write nothing."),
     click.option(
         "--repository",

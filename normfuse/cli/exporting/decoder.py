@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -10,7 +9,7 @@ import click
 from normfuse.cli.bundled import Telling, bundled
 from normfuse.cli.exporting.asked import Asked, Place
 from normfuse.cli.options import Model, Pipeline
-from normfuse.errors import CaptureError, UsageError
+from normfuse.errors import UsageError
 
 if TYPE_CHECKING:
     from normfuse.app.decoders import DecoderOptions
@@ -18,7 +17,6 @@ if TYPE_CHECKING:
 __all__ = ["DecoderFlags", "decoder_options", "to_folder"]
 
 _FORMS = {None: "gqa", "onnxruntime": "gqa", "portable": "portable"}  # of attention, by target
-_TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 
 
 @dataclass(frozen=True)
@@ -69,6 +67,8 @@ def to_folder(model: Model, pipeline: Pipeline, flags: DecoderFlags, asked: Aske
         UsageError: a flag is wrong or not for folders, or the source is no Hugging Face folder of a causal language model.
     """
     from normfuse.app.decoders import to_decoder
+    from normfuse.app.hf_folder import local_folder
+    from normfuse.app.tokenizers import tokenizer_in
     from normfuse.export.decoder.folder import check_place
 
     output = place.output
@@ -85,7 +85,9 @@ def to_folder(model: Model, pipeline: Pipeline, flags: DecoderFlags, asked: Aske
     check_place(output, force=telling.force)
     how = _options(flags, pipeline, _FORMS[asked.target])
     loaded = model.load()
-    tokenizer = None if flags.no_tokenizer else _tokenizer(Path(source), trust=model.options.trust)
+    tokenizer = (
+        None if flags.no_tokenizer else tokenizer_in(local_folder(source), trust=model.options.trust, without="--no-tokenizer")
+    )
     made = to_decoder(loaded.module, output, tokenizer=tokenizer, quantize=_quantize(pipeline), options=how, force=telling.force)
     if telling.as_json:
         click.echo(json.dumps({"schema": 1, "decoder": made.manifest()}, indent=2, default=str))
@@ -124,18 +126,3 @@ def _quantize(pipeline: Pipeline) -> Any:
         return None
     found = parse_blocks(pipeline.words)
     return pipeline.quantize if found is None or pipeline.quantize is None else Blocks(found.bits, pipeline.quantize.keep)
-
-
-def _tokenizer(folder: Path, *, trust: bool) -> Any:
-    from normfuse.app.hf_folder import offline
-    from normfuse.extras import need
-
-    if not any((folder / name).is_file() for name in _TOKENIZERS):
-        raise UsageError(f"hf:{folder} has no tokenizer: put its tokenizer.json there, or pass --no-tokenizer")
-    transformers = need("transformers", extra="hf")
-    try:
-        with offline():
-            return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust)
-    except Exception as e:  # of many kinds, from several libraries
-        said = " ".join(str(e).split())[:300]
-        raise CaptureError(f"the tokenizer of hf:{folder} could not be loaded: {said}; --no-tokenizer leaves it out") from e

@@ -9,12 +9,27 @@ from torch import Tensor
 
 from normfuse.errors import UsageError
 
-__all__ = ["check_codes", "check_range", "check_window", "coded", "single", "window"]
+__all__ = ["check_codes", "check_range", "check_window", "coded", "function_of", "single", "window"]
 
 
 def coded(value: Tensor, low: int, high: int) -> Tensor:
     """clamp(rne(value), low, high) as uint8; NaN counts as a million."""
     return value.nan_to_num(nan=1e6).round().clamp(low, high).to(torch.uint8)
+
+
+def function_of(name: str, v: Tensor) -> Tensor:
+    """v · clamp(v / 6 + 1/2, 0, 1), or v · σ(v), in float32, every operation rounded by itself: the kernels do the same ones."""
+    if name == "hardswish":
+        return v * (v * single(0.16666667) + 0.5).clamp(0, 1)
+    a = (-v).clamp(-87, 87)
+    n = (a * single(1.44269504)).round()
+    r = a - n * single(0.693359375) + n * single(2.12194440e-4)
+    p = torch.full_like(r, 0.001381446490995586)
+    for c in (0.008368780836462975, 0.04166839271783829, 0.1666651964187622, 0.4999999403953552):
+        p = p * r + single(c)
+    p = p * r * r + r + 1.0
+    power = ((n.to(torch.int32) + 127) << 23).view(torch.float32)  # 2^n
+    return v * (1.0 / (p * power + 1.0))
 
 
 def single(value: float) -> Tensor:

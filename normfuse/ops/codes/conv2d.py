@@ -14,9 +14,10 @@ from normfuse import native
 from normfuse.errors import UsageError
 from normfuse.ops._prepared import state
 from normfuse.ops._shapes import check_bits, check_vector
-from normfuse.ops.codes._codes import check_codes, check_range, check_window, coded, single, window
+from normfuse.ops.codes._codes import check_codes, check_range, check_window, coded, function_of, single, window
 from normfuse.ops.operator import Operator
 from normfuse.quant.packing import row_bytes, unpack_rows
+from normfuse.words import FUNCTIONS
 
 __all__ = ["CODES_CONV2D", "codes_conv2d"]
 
@@ -26,10 +27,11 @@ _OP = "codes_conv2d"
 def codes_conv2d(
     x: Tensor, weight: Tensor, shifts: Tensor, scale: Tensor, bias: Tensor, residual: Tensor | None, table: Tensor | None,
     bits: int, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int,
-    zero: int, low: int, high: int, residual_scale: float = 0.0,
+    zero: int, low: int, high: int, residual_scale: float = 0.0, function: str = "none", gain: float = 1.0, offset: float = 0.0,
 ) -> Tensor:  # fmt: skip
-    """y[b, p, o] = T( clamp(rne( float(Σ_(t, c) (x[b, p ∘ t, c] − zero) · W[o, t, c]) · scale[o] + bias[o]
-                                  + float(residual[b, p, o]) · residual_scale ), low, high) ),   W = C << shift[c].
+    """v[b, p, o] = float(Σ_(t, c) (x[b, p ∘ t, c] − zero) · W[o, t, c]) · scale[o] + bias[o]
+                 + float(residual[b, p, o]) · residual_scale
+    y = T( clamp(rne(v), low, high) ),   or with f(v) · gain + offset in the place of v;   W = C << shift[c].
 
     t runs over the taps of the kernel, c over the input channels of the group of o, the fastest; p ∘ t is the position that tap t
     of output position p reads, whose code is `zero` in the padding. The sum is an exact integer. Floats are in units of the codes
@@ -49,6 +51,8 @@ def codes_conv2d(
         zero: the code of 0 in x.
         low, high: bounds of the codes: low is their zero point behind a ReLU.
         residual_scale: of a code of the residual.
+        function: f, "hardswish" or "silu"; "none" for v itself.
+        gain, offset: behind the function; what stands in front of it is then in units of the model.
 
     Returns:
         uint8 [B, H', W', O].
@@ -58,12 +62,14 @@ def codes_conv2d(
     """
     g = _Given(
         x, weight, shifts, scale, bias, residual, table, bits, kernel, stride, padding, dilation, groups, zero, low, high,
-        residual_scale,
+        residual_scale, function, gain, offset,
     )  # fmt: skip
     _check(g)
     y = _sums(g).float() * scale.float() + bias.float()
     if residual is not None:
         y = y + residual.float() * single(residual_scale).to(x.device)
+    if function != "none":
+        y = function_of(function, y) * single(gain).to(x.device) + single(offset).to(x.device)
     codes = coded(y, low, high)
     return (codes if table is None else table[codes.long()]).contiguous()
 
@@ -88,6 +94,9 @@ class _Given(NamedTuple):
     low: int
     high: int
     residual_scale: float = 0.0
+    function: str = "none"
+    gain: float = 1.0
+    offset: float = 0.0
 
     @property
     def taps(self) -> int:
@@ -127,6 +136,8 @@ def _check(g: _Given) -> tuple[int, int]:
     check_bits(_OP, g.bits)
     check_range(_OP, g.low, g.high, g.zero)
     check_window(_OP, g.kernel, g.stride, g.padding, g.dilation)
+    if g.function not in FUNCTIONS:
+        raise UsageError(f"{_OP}: function={g.function!r}; expected one of {', '.join(FUNCTIONS)}")
     if g.scale.ndim != 1 or not g.scale.shape[0] or not g.scale.is_floating_point():
         raise UsageError(f"{_OP}: scale {tuple(g.scale.shape)} of {g.scale.dtype}; expected floats, one an output")
     check_vector(_OP, "bias", g.bias, g.scale.shape[0])
@@ -171,7 +182,7 @@ def _cpu(g: _Given) -> Tensor:
     y = torch.empty((b, *_check(g), g.scale.shape[0]), dtype=torch.uint8)
     shape = native.CodesConv(
         b, c, h, w, g.scale.shape[0], *g.kernel, tuple(g.stride), tuple(g.padding[:2]), tuple(g.padding[2:]), tuple(g.dilation),
-        g.groups, g.zero, g.low, g.high, float(g.residual_scale),
+        g.groups, g.zero, g.low, g.high, float(g.residual_scale), native.FUNCTIONS[g.function], float(g.gain), float(g.offset),
     )  # fmt: skip
     packed = _prepared(g, shape)
     residual = None if g.residual is None else g.residual.contiguous()
@@ -182,7 +193,7 @@ def _cpu(g: _Given) -> Tensor:
 
 def _prepared(g: _Given, shape: native.CodesConv) -> Tensor:
     """The weights as the kernels read them, once for each weight."""
-    places = (g.zero, g.bits, g.groups, *g.kernel, *g.padding, g.dilation[1], g.residual_scale)
+    places = (g.zero, g.bits, g.groups, *g.kernel, *g.padding, g.dilation[1], g.residual_scale, g.function, g.gain)
     key = (*(state(t) for t in (g.weight, g.shifts, g.scale, g.bias)), places)
     number = id(g.weight)
     known = _packed.get(number)

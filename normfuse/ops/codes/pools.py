@@ -59,7 +59,7 @@ def _cpu_pool(x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: 
     b, h, w, c = x.shape
     if y.numel():
         shape = native.CodesConv(
-            b, c, h, w, c, *kernel, tuple(stride), tuple(padding[:2]), tuple(padding[2:]), (1, 1), 1, 0, 0, 255, 0.0
+            b, c, h, w, c, *kernel, tuple(stride), tuple(padding[:2]), tuple(padding[2:]), (1, 1), 1, 0, 0, 255, 0.0, 0, 1.0, 0.0
         )
         native.call("nf_codes_max_pool", shape, x.contiguous(), y)
     return y

@@ -7,6 +7,7 @@ clipping.py     one static scale
 coded.py        a layer as integers
 finetuning.py   training with them
 attention.py    scores of attention
+chains/         convolutional networks whose activations stay codes
 
 Another number format is a folder beside this one: a scheme (`normfuse.quant.scheme.Scheme`), its pass, and what it makes of a layer
 (`normfuse.passes.quantize.coded`). What layers are, calibration, measurements, times and the report are shared.

@@ -100,7 +100,7 @@ class _Quantizing:
         graph.clean()
         before = constant_bytes(graph)
         outputs = Outputs(graph, samples[:_BATCHES]) if samples else None
-        layers = self._layers(into_chains(work, self.spec) if self.spec.chains else ())
+        layers = self._layers(into_chains(work, self.spec, self.timer) if self.spec.chains else ())
         layers, moved = self._calibrated(layers)
         self.choices = self._choices(layers, before)
         coded = [c for layer in layers if (c := self._coded(layer, self.choices.get(layer.node))) is not None]

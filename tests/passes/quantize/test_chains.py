@@ -14,8 +14,12 @@ from torch import Tensor, fx, nn
 
 import normfuse
 from normfuse import native
+from normfuse.capture.capture import capture
 from normfuse.errors import UsageError
 from normfuse.export import to_onnx
+from normfuse.ir.graph import Graph
+from normfuse.ir.passes import Run
+from normfuse.passes.quantize.shiftquant import ShiftQuantize
 
 SIZE = (2, 3, 20, 18)
 
@@ -37,7 +41,7 @@ def _quantized(model: nn.Module, **given: Any) -> fx.GraphModule:
             nn.init.kaiming_normal_(module.weight)
             nn.init.normal_(module.bias, 0, 0.1)
     data = _data()
-    return normfuse.optimize(model.eval(), (data[0],), quantize=_spec(**given), calibration=data, verify="off")
+    return normfuse.optimize(model.eval(), (data[0],), quantize=_spec(**given), calibration=data)
 
 
 def _operators(module: fx.GraphModule) -> Counter[str]:
@@ -245,6 +249,21 @@ def test_other_batches_and_sizes() -> None:
         torch.testing.assert_close(fast(x)[2:4], fast(data[1]))
 
 
+@pytest.mark.skipif("avx2" not in (native.isas() if native.available() else ()), reason="no AVX2")
+def test_weights_stay_within_pairs_where_products_are_taken_in_16_bits() -> None:
+    model, fast = Residual(), []
+    for isa in (None, "avx2"):
+        native.force_isa(isa)
+        fast.append(_quantized(model, prefer="speed", keep=("head",)))
+    native.force_isa(None)
+    for module, limited in zip(fast, (False, True), strict=True):
+        codes = (module.get_submodule("blocks.0.b").codes ^ 128).view(torch.int8).int()
+        pairs = codes.reshape(len(codes), -1, 2)
+        most = torch.maximum(pairs.clamp_min(0).sum(-1), -pairs.clamp_max(0).sum(-1)).max()
+        assert bool(most <= 128) is limited
+    assert abs(_sqnr(model, fast[0]) - _sqnr(model, fast[1])) < 3
+
+
 # -- what stays out ------------------------------------------------------------------------------------------------------
 
 
@@ -299,7 +318,36 @@ def test_what_chains_do_not_go_with(given: dict[str, Any], message: str) -> None
         _spec(**given)
 
 
+@pytest.mark.parametrize("ratio", [0.5, 2.0])
+def test_a_chain_that_does_not_pay_stays_out(ratio: float) -> None:
+    """The timer says that everything with a chain in it is so much faster, and every layer by itself twice as fast."""
+    data = [[x] for x in _data()]
+    graph = Graph.of(capture(Residual().eval(), (data[0][0],), None).gm)
+    told = iter([ratio])
+    report = ShiftQuantize(_spec(prefer="speed"), lambda integers, floats: next(told, 2.0))(graph, Run(data))
+    found = [n.target._opname for n in graph.fx.nodes if n.op == "call_function"]
+    assert ("codes_conv2d" in found) is (ratio > 1)
+    assert ("shiftquant_conv2d" in found) is (ratio < 1)
+    (site,) = [s for s in (*report.applied, *report.refused) if s.rule == "codes"]
+    assert f"{ratio:.2f} times as fast" in site.note
+
+
+def test_a_file_with_float_activations_holds_no_chain(tmp_path: Path) -> None:
+    fast = _quantized(Residual())
+    with pytest.raises(UsageError, match=r"leaves activations in float, and .* reads or writes their codes"):
+        to_onnx(fast, tmp_path / "model.onnx", form="weight_only", target="tensorrt")
+
+
 @pytest.mark.parametrize("observer", ["percentile", "mse"])
 def test_observers(observer: str) -> None:
     model = Residual()
     assert _sqnr(model, _quantized(model, observer=observer)) > 20
+
+
+def test_the_proof_runs_it() -> None:
+    model, data = Residual().eval(), _data()
+    fast = normfuse.optimize(model, (data[0],), quantize=_spec(), calibration=data)
+    found = normfuse.report(fast)
+    assert _operators(fast)["codes_conv2d"] > 1
+    assert found.sqnr is not None
+    assert found.sqnr > 25

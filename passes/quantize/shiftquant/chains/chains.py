@@ -13,16 +13,18 @@ from torch import Tensor, fx
 from normfuse.ir.constants import Constant
 from normfuse.ir.graph import Graph
 from normfuse.ir.passes import Rewriting, Samples
+from normfuse.numerics.evaluate import evaluate
 from normfuse.passes.quantize.layers.conv2d import Conv2d
 from normfuse.passes.quantize.shiftquant.chains.find import Chain, find_chains
-from normfuse.passes.quantize.shiftquant.chains.functions import values
+from normfuse.passes.quantize.shiftquant.chains.functions import KERNELS, values
 from normfuse.passes.quantize.shiftquant.chains.ranges import Extent, Range, common, extents, merged, range_of, single
 from normfuse.passes.quantize.shiftquant.chains.steps import Conv, Step
 from normfuse.passes.quantize.shiftquant.chains.weights import CodedConv, Integers, floats, integers
+from normfuse.passes.quantize.speed import Speed, Timer, compared
 from normfuse.passes.quantize.statistics import Statistics, collect, second_moments
 from normfuse.passes.quantize.summary import PACKED
 from normfuse.quant.spec import ShiftQuant
-from normfuse.reports.model import LayerQuantization
+from normfuse.reports.model import LayerQuantization, Site
 
 __all__ = ["RULE", "into_chains"]
 
@@ -35,29 +37,57 @@ _WIDEST = 4608  # inputs, as of `_Quantizing`
 _ROWS_AN_INPUT = 2
 
 
-def into_chains(work: Rewriting, spec: ShiftQuant) -> list[str]:
+def into_chains(work: Rewriting, spec: ShiftQuant, timer: Timer | None = None) -> list[str]:
     """Put the chains of the graph into codes, and say what became of each convolution.
+
+    With prefer="speed" a chain that makes the model slower on this machine stays out.
 
     Returns:
         The module paths of the convolutions that are now in codes.
     """
-    graph, samples = work.graph, work.run.samples
-    found = find_chains(graph, spec)
-    done: list[str] = []
+    found = find_chains(work.graph, spec)
     for node, refusal in found.refused:
         work.refuse(RULE, node, refusal)
-    for chain in found.chains:
-        first, last = chain.convolutions[0], chain.ends[-1]
-        planned = work.found(RULE, first.node, partial(_Plan, graph, samples, spec, chain))
-        if planned is None or not work.permits(RULE, first.node):
-            continue
-        count = len(chain.convolutions)
-        work.done(RULE, first.node, f"{count} convolutions hand on codes, from {first.path} to {last.path}")
-        work.quantization += [planned.entry(step) for step in chain.convolutions]
-        done += [step.path for step in chain.convolutions]
-        planned.emit()
-        graph.clean()
+    done: list[str] = []
+    seen: set[str] = set()
+    while chains := [c for c in found.chains if c.path not in seen]:  # the nodes of others may be new ones by now
+        seen.add(chains[0].path)
+        done += _into_codes(work, spec, chains[0], timer)
+        found = find_chains(work.graph, spec)
     return done
+
+
+def _into_codes(work: Rewriting, spec: ShiftQuant, chain: Chain, timer: Timer | None) -> list[str]:
+    """One chain; the paths of its convolutions, or none."""
+    graph, first = work.graph, chain.convolutions[0]
+    planned = work.found(RULE, first.node, partial(_Plan, graph, work.run.samples, spec, chain))
+    if planned is None or not work.permits(RULE, first.node):
+        return []
+    count, paths, site = len(chain.convolutions), [step.path for step in chain.convolutions], graph.site(RULE, first.node)
+    before, entries = graph.copy(), [planned.entry(step) for step in chain.convolutions]
+    note = f"{count} convolutions hand on codes, from {first.path} to {chain.ends[-1].path}"
+    planned.emit()
+    graph.clean()
+    speed = _speed(chain, before, graph, work.run.samples, timer) if spec.prefer == "speed" else None
+    if speed is not None and speed.slower:
+        graph.become(before)
+        reason = f"measured the model {speed.ratio:.2f} times as fast as in float on this machine with these {count} convolutions"
+        work.refused.append(Site(RULE, site.path, reason, "", "prefer='size' puts them into codes all the same"))
+        return []
+    if speed is not None and speed.decided:
+        note += f"; the model measured {speed.ratio:.2f} times as fast as in float"
+    work.applied.append(Site(RULE, site.path, note))
+    work.quantization += entries
+    return paths
+
+
+def _speed(chain: Chain, before: Graph, after: Graph, samples: Samples, timer: Timer | None) -> Speed | None:
+    """Of the model with the chain, on the first batch."""
+    values = samples[0]
+    layers = [(s.layer.shape, s.layer.geometry, s.function is not None, s.residual is not None) for s in chain.convolutions]
+    sizes = [tuple(v.shape) for v in values if isinstance(v, Tensor)]
+    integers, floats = (partial(evaluate, graph, values, exact=False) for graph in (after, before))
+    return compared(("chain", sizes, len(chain.steps), layers), integers, floats, timer)
 
 
 class _Plan:
@@ -71,7 +101,7 @@ class _Plan:
         self.roots = common([s.alike for s in chain.steps], self._carried())
         whole = merged(found, self.roots)
         self.ranges = {root: range_of(extent, spec, spec.activation_bits) for root, extent in whole.items()}
-        self.inner = {s: self._inner(s, found[self._before(s)]) for s in chain.steps if s.function}
+        self.inner = {s: self._inner(s, found[self._before(s)]) for s in chain.steps if s.function and not self._kernel(s)}
         self.weights = self._integers()
         self.convs = {step: self._coded(step) for step in chain.convolutions}
 
@@ -121,13 +151,23 @@ class _Plan:
         return found is not None and inputs <= _WIDEST and found.count >= _ROWS_AN_INPUT * inputs
 
     def _coded(self, step: Conv) -> CodedConv:
-        writes = self.inner[step] if step.function else self.range(step.tail)
+        writes, kernel = self.range(step.tail), self._kernel(step)
+        computed = Range(1.0, 0, writes.top) if kernel else self.inner.get(step, writes)
         residual = None if step.residual is None else self.range(step.residual)
         bias = None if step.layer.bias is None else step.layer.bias.value
-        scale, offset, by = floats(self.weights[step], bias, self.range(step.layer.x), writes, residual)
+        scale, offset, by = floats(self.weights[step], bias, self.range(step.layer.x), computed, residual)
         folder = step.layer.weight.name.rpartition(".")[0] or "quantized"
+        if kernel:
+            behind = (kernel, single(1 / writes.scale), float(writes.zero))
+            return CodedConv(folder, self.weights[step], scale, offset, None, (0, writes.top), by, *behind)
         table = self._table(step) if step.function else None
-        return CodedConv(folder, self.weights[step], scale, offset, table, writes.limits(step.bounds), by)
+        return CodedConv(folder, self.weights[step], scale, offset, table, computed.limits(step.bounds), by)
+
+    @staticmethod
+    def _kernel(step: Step) -> str:
+        """The function that kernels compute in float; empty for none, and for a table."""
+        target: Any = step.function.target if step.function else None
+        return "" if not step.bounds.none else KERNELS.get(target, "")
 
     def _table(self, step: Step) -> Tensor:
         """The code of f at what each code of the inner range is worth."""

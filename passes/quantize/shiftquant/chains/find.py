@@ -35,6 +35,11 @@ class Chain:
         return tuple(s for s in self.steps if isinstance(s, Conv))
 
     @property
+    def path(self) -> str:
+        """Where it starts."""
+        return self.convolutions[0].path
+
+    @property
     def ends(self) -> tuple[Step, ...]:
         """The steps whose values leave the codes."""
         inside = {n for s in self.steps for n in s.taken}

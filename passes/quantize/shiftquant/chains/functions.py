@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-__all__ = ["Bounds", "bounds", "is_function", "values"]
+__all__ = ["KERNELS", "Bounds", "bounds", "is_function", "values"]
 
 aten = torch.ops.aten
 
@@ -16,6 +16,10 @@ _FUNCTIONS = {
     aten.silu.default, aten.hardswish.default, aten.hardsigmoid.default, aten.sigmoid.default, aten.tanh.default,
     aten.gelu.default, aten.leaky_relu.default, aten.elu.default, aten.mish.default, aten.softplus.default,
 }  # fmt: skip
+
+
+#: Those that kernels compute in float; the others are tables.
+KERNELS = {aten.silu.default: "silu", aten.hardswish.default: "hardswish"}
 
 
 @dataclass(frozen=True)

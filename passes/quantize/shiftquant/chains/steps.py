@@ -119,7 +119,7 @@ class Conv(Step):
         return self.call(
             at, ops.codes_conv2d.default, x, weight, shifts, scale, bias, residual, table, coded.bits, list(geometry.kernel),
             list(geometry.stride), [top, left, top + below, left + right], list(geometry.dilation), geometry.groups,
-            at.range(self.layer.x).zero, *coded.limits, coded.residual_scale,
+            at.range(self.layer.x).zero, *coded.limits, coded.residual_scale, coded.function, coded.gain, coded.offset,
         )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from normfuse import native
 from normfuse.ir.constants import Constant
 from normfuse.ir.graph import Refuse
 from normfuse.passes.quantize.layers.conv2d import Conv2d
@@ -20,7 +21,9 @@ from normfuse.quant.spec import ShiftQuant
 
 __all__ = ["CodedConv", "Integers", "floats", "integers"]
 
-_WIDEST = 9  # bits of a code and different exponents: int8 behind the shift
+_WIDEST = 8  # bits of a code and different exponents: no shifted code is beyond 64, so that no pair is beyond `_PAIR`
+_FEW = 8  # channels of an image whose kernel rows are read at once (native/codes/plan.cpp)
+_PAIR = 128  # two weights of one sign beside each other: with codes up to 255 their products stay within 16 bits on AVX2
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +54,7 @@ class CodedConv:
         table: uint8 [256], or None.
         limits: the least and the largest code.
         residual_scale: of a code of the residual.
+        function, gain, offset: of `codes_conv2d`.
     """
 
     folder: str
@@ -60,6 +64,9 @@ class CodedConv:
     table: Tensor | None
     limits: tuple[int, int]
     residual_scale: float
+    function: str = "none"
+    gain: float = 1.0
+    offset: float = 0.0
 
     @property
     def bits(self) -> int:
@@ -91,7 +98,7 @@ def integers(layer: Conv2d, found: Statistics | None, second: Tensor | None) -> 
     """
     bits = layer.spec.weight_bits
     # what it reads has codes of its own: no scale is looked for
-    groups = min(layer.spec.groups, _WIDEST - bits)
+    groups = max(1, min(layer.spec.groups, _WIDEST - bits))
     spec = dataclasses.replace(layer.spec, groups=groups, observer="minmax", overrides=())
     if layer.channels == 1 and layer.groups > 1:
         return _depthwise(layer, spec)
@@ -99,20 +106,77 @@ def integers(layer: Conv2d, found: Statistics | None, second: Tensor | None) -> 
     shifts = [w.groups - 1 - w.exponents[: layer.channels].int() for w in coded.weights]
     codes = torch.cat([w.codes for w in coded.weights])
     scale = torch.cat([w.scale for w in coded.weights]).double()
-    return Integers(codes, torch.cat(shifts).to(torch.uint8), scale, bits)
+    given = Integers(codes, torch.cat(shifts).to(torch.uint8), scale, bits)
+    return _paired(given, layer) if _in_pairs(spec) else given
 
 
 def _depthwise(layer: Conv2d, spec: ShiftQuant) -> Integers:
     """All channels as the rows of one matrix."""
     spec = dataclasses.replace(spec, groups=1, exponents="range", rounding="nearest")
     weight = quantize_weight(layer.matrix().reshape(layer.outputs, -1), spec)
-    return Integers(weight.codes, torch.zeros(layer.groups, dtype=torch.uint8), weight.scale.double(), weight.bits)
+    given = Integers(weight.codes, torch.zeros(layer.groups, dtype=torch.uint8), weight.scale.double(), weight.bits)
+    return _paired(given, layer) if _in_pairs(spec) else given
+
+
+def _in_pairs(spec: ShiftQuant) -> bool:
+    """Are weights of 8 bits to be kept within pairs? Only this machine's instruction set needs it, and only for its speed."""
+    return bool(spec.weight_bits == 8 and spec.prefer == "speed" and native.available() and native.isa() == "avx2")
+
+
+def _paired(given: Integers, layer: Conv2d) -> Integers:
+    """The same with no pair of weights beyond `_PAIR`: cut, or with a larger scale for the row, whichever errs less."""
+    weight = layer.matrix().reshape(layer.outputs, -1)
+    pairs = _pairs(layer, given.codes.double())
+    beyond = (_same_sign(pairs) > _PAIR).flatten(1).any(1)
+    if not bool(beyond.any()):
+        return given
+    larger = torch.maximum(given.scale, _same_sign(_pairs(layer, weight)).flatten(1).amax(1) / (_PAIR - 1))
+    scale = torch.where(beyond, larger, given.scale).float().double()
+    cut = _cut(given.codes, layer)
+    again = _cut((weight / scale[:, None]).round().clamp(-127, 127).to(torch.int8), layer)
+    errors = [(weight - c.double() * s[:, None]).square().sum(1) for c, s in ((cut, given.scale), (again, scale))]
+    better = beyond & (errors[1] < errors[0])
+    codes = torch.where(better[:, None], again, torch.where(beyond[:, None], cut, given.codes))
+    return dataclasses.replace(given, codes=codes, scale=torch.where(better, scale, given.scale))
+
+
+def _pairs(layer: Conv2d, rows: Tensor) -> Tensor:
+    """The weights that kernels multiply in pairs (native/codes/plan.cpp): [outputs, count, 2], a copy."""
+    height, width = layer.at.kernel
+    rows = rows.reshape(len(rows), height, width, layer.channels)
+    if layer.channels == 1 and layer.groups == layer.outputs > 1:
+        rows = rows.permute(0, 2, 3, 1)  # rows of a column
+    elif layer.groups == 1 and width > 1 and layer.at.dilation[1] == 1 and layer.channels <= _FEW:
+        rows = rows.flatten(2)  # a row of the kernel at once
+    even = torch.nn.functional.pad(rows, (0, rows.shape[-1] % 2))
+    return even.reshape(len(rows), -1, 2).clone()
+
+
+def _same_sign(pairs: Tensor) -> Tensor:
+    """The larger sum of what is positive, or negative, of each pair."""
+    return torch.maximum(pairs.clamp_min(0).sum(-1), -pairs.clamp_max(0).sum(-1))
+
+
+def _cut(codes: Tensor, layer: Conv2d) -> Tensor:
+    """The larger of two codes is cut to what the other leaves."""
+    index = _pairs(layer, torch.arange(1, 1 + codes.shape[1], dtype=torch.float64).expand(1, -1))[0].long()
+    pairs = _pairs(layer, codes.double())
+    excess = (_same_sign(pairs) - _PAIR).clamp_min(0)
+    first = pairs[..., 0].abs() >= pairs[..., 1].abs()
+    pairs[..., 0] -= torch.where(first, excess * pairs[..., 0].sign(), torch.zeros_like(excess))
+    pairs[..., 1] -= torch.where(first, torch.zeros_like(excess), excess * pairs[..., 1].sign())
+    out = torch.zeros((len(codes), 1 + codes.shape[1]), dtype=torch.int8)
+    out[:, index.flatten()] = pairs.flatten(1).to(torch.int8)
+    return out[:, 1:]
 
 
 def floats(
     given: Integers, bias: Tensor | None, reads: Range, writes: Range, residual: Range | None
 ) -> tuple[Tensor, Tensor, float]:
-    """Scale, bias and the residual's scale in units of the codes that are written; the bias holds their zero points."""
+    """Scale, bias and the residual's scale in units of the codes that are written; the bias holds their zero points.
+
+    `writes` is Range(1, 0, …) where what is computed is in units of the model.
+    """
     scale = (given.scale * reads.scale / writes.scale).float()
     offset = torch.full((len(scale),), float(writes.zero), dtype=torch.float64)
     if bias is not None:
