@@ -16,8 +16,8 @@ from normfuse.app.engines import export_original, file_engine, program_engine, s
 from normfuse.app.rivals import bench_each, float_outputs, sqnr_of
 from normfuse.app.sources import Source
 from normfuse.benchmark import Comparison, Engine, Schedule, Verdict
+from normfuse.benchmark.against import Against
 from normfuse.benchmark.decided import MORE
-from normfuse.cli.against import Against
 from normfuse.cli.bundled import Telling, bundled, telling_options
 from normfuse.cli.help import Command
 from normfuse.cli.onnx_files import file_inputs, is_file

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from normfuse.benchmark import Comparison, Measurement, Schedule, Verdict
+from normfuse.benchmark.against import Against
 from normfuse.benchmark.machine import Machine
-from normfuse.cli.against import Against
 from tests.cli_runner import Run, runner
 
 MODELS = """
