@@ -19,8 +19,8 @@ from normfuse.benchmark import Comparison, Engine, Schedule, Verdict
 from normfuse.benchmark.against import Against
 from normfuse.benchmark.decided import MORE
 from normfuse.cli.bundled import Telling, bundled, telling_options
+from normfuse.cli.files.given import file_inputs, is_file
 from normfuse.cli.help import Command
-from normfuse.cli.onnx_files import file_inputs, is_file
 from normfuse.cli.options import Model, Pipeline, model_options, names, pipeline_options, spelled
 from normfuse.cli.quantization import calibration_batches
 from normfuse.cli.reports import check_report, write_report

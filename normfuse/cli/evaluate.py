@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from normfuse.cli.files.given import is_onnx
+from normfuse.cli.files.running import opened_file
 from normfuse.cli.help import Command
-from normfuse.cli.onnx_files import is_onnx
 from normfuse.cli.options import Model, json_option, model_options, preprocess_option, verbosity
-from normfuse.cli.running import opened_file
 from normfuse.errors import CheckFailed, MissingExtra, Undecided, UsageError
 from normfuse.progress import progress_bar
 

@@ -13,8 +13,8 @@ from normfuse.cli.columns import columns, differences
 from normfuse.cli.exporting.asked import Asked, Place, asked_options, place_options
 from normfuse.cli.exporting.decoder import DecoderFlags, decoder_options, to_folder
 from normfuse.cli.exporting.speed import speed_option
+from normfuse.cli.files.given import is_onnx
 from normfuse.cli.help import Command
-from normfuse.cli.onnx_files import is_onnx
 from normfuse.cli.options import Model, Pipeline, model_options, pipeline_options
 from normfuse.cli.reports import check_report, write_report
 from normfuse.errors import UsageError

@@ -11,8 +11,8 @@ import click
 
 from normfuse.cli.columns import columns, differences
 from normfuse.cli.export import ENGINE_SUFFIXES
+from normfuse.cli.files.given import is_onnx
 from normfuse.cli.help import Command
-from normfuse.cli.onnx_files import is_onnx
 from normfuse.cli.options import Model, Pipeline, json_option, model_options, partial_option, verbosity
 from normfuse.errors import UsageError
 

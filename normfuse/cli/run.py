@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from normfuse.app.source_options import Options
+from normfuse.cli.files.given import file_inputs, is_onnx
+from normfuse.cli.files.running import opened_file
 from normfuse.cli.help import Command
-from normfuse.cli.onnx_files import file_inputs, is_onnx
 from normfuse.cli.options import force_option, json_option, verbosity
-from normfuse.cli.running import opened_file
 from normfuse.errors import UsageError
 from normfuse.files import atomic, check_target
 

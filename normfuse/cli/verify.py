@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from normfuse.cli.exporting.stated_sqnr import least_sqnr
+from normfuse.cli.files.given import file_inputs, is_file
+from normfuse.cli.files.running import opened_file
 from normfuse.cli.help import Command
-from normfuse.cli.onnx_files import file_inputs, is_file
 from normfuse.cli.options import Model, Pipeline, json_option, model_options, pipeline_options, verbosity
-from normfuse.cli.running import opened_file
 from normfuse.errors import CheckFailed, UsageError
 from normfuse.export.targets import FOLDERS, folder_of
 

@@ -14,7 +14,7 @@ import click
 
 from normfuse.cli.bundled import Telling
 from normfuse.cli.exporting.asked import Asked, Place
-from normfuse.cli.onnx_files import is_onnx
+from normfuse.cli.files.given import is_onnx
 from normfuse.cli.options import Model, Pipeline
 from normfuse.errors import UsageError
 from normfuse.export.options import EngineOptions

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from normfuse.cli.exporting.profiles import fitted
-from normfuse.cli.onnx_files import is_onnx
+from normfuse.cli.files.given import is_onnx
 from normfuse.cli.options import Model, Pipeline
 from normfuse.errors import CheckFailed, UsageError
 from normfuse.export.options import EngineOptions

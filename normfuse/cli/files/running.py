@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from normfuse.cli.onnx_files import by_name, session_of, type_of
+from normfuse.cli.files.given import by_name, session_of, type_of
 from normfuse.errors import UsageError
 from normfuse.export.targets import FOLDERS
 
