@@ -76,7 +76,7 @@ MISUSES: list[Misuse] = [
     ("form", lambda: export.to_onnx(fast(), "x.onnx", form="intger"), "did you mean 'integer'"),
     ("a form without quantized layers", lambda: export.to_onnx(fast(), "x.onnx", form="qdq"), "no quantized layers"),
     ("runtime", lambda: export.to_onnx(fast(), "x.onnx", runtime="newest"), "newest"),
-    ("a keyword", lambda: export.to_onnx(fast(), "x.onnx", **{"optset": 17}), "did you mean 'opset'"),
+    ("a keyword", lambda: export.to_onnx(fast(), "x.onnx", optset=17), "did you mean 'opset'"),  # type: ignore[call-arg]
     ("a folder that is not there", lambda: export.to_onnx(fast(), "nowhere/x.onnx"), "does not exist"),
     ("a file that is there", lambda: export.to_onnx(fast(), "there.onnx"), "exists already"),
     ("no inputs are known", lambda: export.to_onnx(mlp(), "x.onnx"), "example"),
