@@ -146,8 +146,8 @@ def bench(model: Model, pipeline: Pipeline, claim: Claim, making: Making, timing
     beside its speed. Several engines are measured in one run; the claim is then about each of them:
 
     \b
-      normfuse bench timm:resnet50 --quantize w8a8,static --calibration images.npz \\
-          --against onnxruntime-int8,openvino-int8
+      normfuse bench timm:resnet50 --quantize w8a8,static \\
+          --calibration images.npz --against onnxruntime-int8,openvino-int8
 
     The claim is that the speedup is --at-least RATIO. It holds (exit code 0) where the whole 95 % interval of the speedup is
     above that, fails (1) where all of it is below, and is undecided (3) otherwise. Where the baseline differs from
@@ -260,7 +260,7 @@ def _chosen(model: Model, claim: Claim, device: str) -> tuple[tuple[str, ...], s
     """What to beat, and what should be faster, with defaults where they are not named."""
     against, challenger = tuple(dict.fromkeys(names(claim.against))), claim.challenger
     if challenger is None:
-        runtime = next((r for r in map(_runtime, against) if r is not None), None)
+        runtime = next((r for r in map(_runtime, against) if r is not None and (r.on_gpu or device != "cuda")), None)
         challenger = (
             model.source if is_file(model.source) else f"{runtime.engine}-optimized" if runtime is not None
             else "kernels-optimized" if device == "cuda" else "onnxruntime-optimized"

@@ -25,7 +25,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
 }
 EXAMPLES = {
     "optimize": "normfuse optimize torchvision:resnet18 -o resnet.pt2",
-    "export": "normfuse export timm:vit_tiny_patch16_224 --pretrained --dynamic batch -o vit.onnx",
+    "export": "normfuse export timm:vit_tiny_patch16_224 -o vit.onnx --dynamic batch",
     "run": "normfuse run vit.onnx --input images.npy -o answers.npz",
     "generate": "normfuse generate smollm --prompt 'Once upon a time'",
     "bench": "normfuse bench timm:vit_tiny_patch16_224 --against onnxruntime --at-least 1.05",

@@ -120,8 +120,8 @@ def test_help_fits_into_80_columns(run: Run) -> None:
 def test_engine_file_that_is_missing() -> None:
     with pytest.raises(UsageError, match=r"nowhere\.engine does not exist"):
         tensorrt_engine("mine", "nowhere.engine", ())
-    with pytest.raises(UsageError, match=r"only \.onnx and \.engine files"):
-        bench("model.plan", "other.plan")
+    with pytest.raises(UsageError, match=r"only \.onnx, .* files"):
+        bench("model.tflite", "other.tflite")
 
 
 # -- the GPU and its clock ---------------------------------------------------------------------------------------------
