@@ -95,7 +95,7 @@ MISUSES: list[Misuse] = [
     ("fold: verify", lambda: normfuse.fold(mlp(), (X,), verify="ends"), "did you mean 'end'"),
     ("convert", lambda: normfuse.nn.convert(mlp(), "unifed"), "did you mean 'unified'"),
     ("convert: an option", lambda: normfuse.nn.convert(mlp(), "rms", epss=1), "did you mean 'eps'"),
-    ("bench: another file", lambda: normfuse.bench("a.pt2", "b.pt2"), "only .onnx and .engine files"),
+    ("bench: another file", lambda: normfuse.bench("a.pt2", "b.pt2"), "only .onnx, .engine"),
     ("bench: no callable", lambda: normfuse.bench(3, mlp()), "expected a module, a callable"),
     ("bench: training", lambda: normfuse.bench(mlp().train(), mlp(), X), "call .eval()"),
     ("bench: no time", lambda: normfuse.bench(mlp(), mlp(), X, seconds=0), "must be positive"),

@@ -455,7 +455,7 @@ def test_original_that_the_runtime_has_no_kernels_for_is_measured_in_float32() -
         pytest.param(nn.Linear(2, 2), (), "training mode", id="training mode"),
         pytest.param(3, (), "expected a module", id="no callable"),
         pytest.param("missing.onnx", (), "does not exist", id="missing file"),
-        pytest.param("model.pt", (), "only .onnx and .engine files", id="other file"),
+        pytest.param("model.pt", (), "only .onnx, .engine", id="other file"),
     ],
 )
 def test_what_cannot_be_measured_is_an_error(a: Any, inputs: Any, message: str) -> None:
@@ -516,7 +516,7 @@ def test_command_line_says_undecided_with_an_exit_code_of_its_own(
         torch.onnx.export(nn.Linear(4, 4).eval(), (torch.randn(2, 4),), str(tmp_path / name), dynamo=True, verbose=False)
     wobbling = Comparison.of(measurement([1.5, 0.7] * 6, [0.7, 1.5] * 6, [1.0] * 12))
     module = importlib.import_module("normfuse.cli.bench")  # the package holds the command under that name
-    monkeypatch.setattr(module, "compare", lambda *_, **options: options["on_plan"](12, 90.0) or wobbling)
+    monkeypatch.setattr(module, "bench_each", lambda *_, **options: options["on_plan"](12, 90.0) or [wobbling])
     given = ["bench", str(tmp_path / "b.onnx"), "--against", str(tmp_path / "a.onnx")]
     assert main(given) == 3
     out, err = capsys.readouterr()

@@ -403,7 +403,7 @@ def test_interrupt_while_loading(run: Run) -> None:
     ("target", "args"),
     [
         pytest.param("torch.export.save", ("optimize", "models:build", "-o", "x.pt2"), id="optimize"),
-        pytest.param("normfuse.export.onnx.api.append_metadata", ("export", "models:build", "-o", "x.onnx"), id="export"),
+        pytest.param("normfuse.export.onnx.medium.append_metadata", ("export", "models:build", "-o", "x.onnx"), id="export"),
     ],
 )
 def test_interrupt_while_writing_leaves_no_file(

@@ -225,7 +225,7 @@ CASES = [
     (f"{Q} --calibration wide.npz --shape 2x9", "does not run"),
     (f"{Q} --calibration strings.npz", "cannot be read"),
     (f"{Q} --calibration no.npz", "does not exist"),
-    (f"{Q} --calibration nonsense", "expected a file"),
+    (f"{Q} --calibration nonsense", "expected a folder of images, a file"),
     (f"{Q} --calibration models.py:loader_dies", "batch 1 could not be loaded: RuntimeError: the loader died"),
     (f"{Q} --calibration syntax:batches", "importing syntax failed"),
     (f"{Q} --calibration models:loader_dies", "batch 1 could not be loaded: RuntimeError: the loader died"),
@@ -239,7 +239,7 @@ CASES = [
     ("export models:mlp", "pass -o"),
     ("export models:mlp -o x.txt", "ends in .onnx"),
     ("optimize models:mlp -o x.onnx", "ends in .pt2"),
-    ("verify models:mlp models.py", "expected an .onnx or .pt2"),
+    ("verify models:mlp models.py", "expected a file that ends in .onnx"),
     ("bench models:mlp --against nothing", "unknown engine"),
 ]
 

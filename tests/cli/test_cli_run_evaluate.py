@@ -102,7 +102,7 @@ def test_a_file_gives_what_its_model_gives(run: Run) -> None:
     ("line", "message"),
     [
         ("run nowhere.onnx", "nowhere.onnx does not exist"),
-        ("run models.py", "expected a file that a runtime runs (.onnx, .pt2"),
+        ("run models.py", "expected a file that a runtime runs (.onnx, .engine"),
         ("run timm:resnet18", "expected a file that a runtime runs"),
         ("run net.onnx --input no.npy", "--input no.npy does not exist"),
         ("run net.onnx --input two.npz", "takes 1 inputs"),

@@ -111,7 +111,7 @@ def test_arguments_that_are_wrong(tmp_path: Path) -> None:
     model = tiny("llama")
     for options, said in (
         ({"max_length": 300}, "256 positions"), ({"attention": "flash"}, "gqa or portable"), ({"padding": "no"}, "both or right"),
-        ({"quantize": "w5"}, "w4 or w8"), ({"proof_tokens": -1}, "0 or more"),
+        ({"quantize": "q4"}, "did you mean w4a8"), ({"proof_tokens": -1}, "0 or more"),
     ):  # fmt: skip
         with pytest.raises(UsageError, match=said):
             _written(model, tmp_path / "out", **options)

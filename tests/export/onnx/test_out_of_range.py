@@ -9,7 +9,6 @@ pytest.importorskip("onnxscript")
 
 from normfuse.errors import ExportError
 from normfuse.export import to_onnx
-from normfuse.export.onnx import compare as module_of_compare
 from normfuse.export.onnx import runtime
 from normfuse.export.onnx.compare import deviation
 from normfuse.export.onnx.out_of_range import finite, within_range
@@ -50,7 +49,7 @@ def test_a_file_of_infinities_is_compared_on_other_inputs(tmp_path):
 def test_where_the_module_is_finite_the_file_must_be(tmp_path, monkeypatch):
     run = runtime.run
     monkeypatch.setattr(
-        module_of_compare,
+        runtime,
         "run",
         lambda s, feeds: {k: v.index_fill(0, torch.tensor([0]), torch.inf) for k, v in run(s, feeds).items()},
     )
