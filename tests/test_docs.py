@@ -28,7 +28,15 @@ FRONT = (ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md")
 PAGES = [p for p in (*FRONT, *sorted((ROOT / "docs").rglob("*.md"))) if p.exists()]
 RUNNABLE = ("python", "console", "sh", "bash")
 LIMIT_S = 300
-SLOW = ("tensorrt.md", "start.md", "encoder.md", "vit-w8a8.md")  # they build engines, or run many commands
+SLOW = (
+    "tensorrt.md",
+    "openvino.md",
+    "quantization.md",
+    "start.md",
+    "encoder.md",
+    "vit-w8a8.md",
+    "latency-test.md",
+)  # they build engines, or run many commands
 
 _FENCE = re.compile(r"^(?P<indent> *)```(?P<language>[\w+-]*)[^\n]*\n(?P<body>.*?)^(?P=indent)```[ ]*$", re.MULTILINE | re.DOTALL)
 _NOT_RUN = re.compile(r"<!-- not run: \S[^\n]*-->\s*\Z")

@@ -126,6 +126,7 @@ def test_export_explains_each_site(run: Run) -> None:
     assert run("export", "models:normed", "-o", "explained.engine", "--explain")[0] == 2
 
 
+@pytest.mark.slow
 def test_exported_model_is_verified_and_inspected(run: Run) -> None:
     pytest.importorskip("onnxruntime")
     code, out, _ = run("export", "models:build", "-o", "fast.onnx", "--json", "--report", "report.json")

@@ -78,6 +78,7 @@ def test_verify_and_json(run: Run) -> None:
     assert [(e.path, e.kept) for e in kept] == [("4", "kept in float by --keep '4'")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["small.onnx", "small.pt2"])
 def test_verify_holds_a_quantized_file_to_the_sqnr_that_it_states(run: Run, name: str) -> None:
     if name.endswith(".onnx"):
@@ -100,6 +101,7 @@ def test_verify_holds_a_quantized_file_to_the_sqnr_that_it_states(run: Run, name
     assert "the relative error is" in err
 
 
+@pytest.mark.slow
 def test_verify_asks_for_a_bound_where_a_quantized_file_states_no_sqnr(run: Run) -> None:
     onnx = pytest.importorskip("onnx")
     assert run("export", "models:build", *SIZE, "--calibration", "models:data", "-o", "small.onnx")[0] == 0
@@ -234,6 +236,7 @@ def test_quantized_file_says_what_it_is(run: Run) -> None:
     assert run("inspect", "f.onnx", "models:build")[0] == 2
 
 
+@pytest.mark.slow
 def test_fp32_original_is_measured_against_the_file(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("onnxruntime")
     monkeypatch.setattr("normfuse.cli.exporting.speed._SECONDS", 0.05)

@@ -48,6 +48,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[torch.Tensor, list[
     return x, [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_two_ranks_are_one_batch(name: str, ranks: tuple[torch.Tensor, list[dict[str, dict[str, torch.Tensor]]]]) -> None:
     x, found = ranks

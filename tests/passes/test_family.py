@@ -95,6 +95,7 @@ def build(seed, d, image_norms, token_norms, bias):
         return trained(randomise_norms(Mixed())).eval()
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
 @given(
     seed=st.integers(0, 1000),

@@ -117,6 +117,7 @@ def test_nothing_is_measured_beside_other_tests(pytester: pytest.Pytester, monke
     found.stdout.fnmatch_lines(["*4 tests run side by side*"])
 
 
+@pytest.mark.slow
 def test_two_models_are_measured(pytester: pytest.Pytester) -> None:
     """The whole way, with a demand that no machine fails."""
     pytester.makepyfile(

@@ -35,6 +35,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
 SOURCE = "openvino_models_of_cli:build"
 
 
+@pytest.mark.slow
 def test_export_verify_and_bench(run: Run) -> None:
     code, out, err = run("export", SOURCE, "-o", "m.xml", "--target", "openvino")
     assert code == 0, err

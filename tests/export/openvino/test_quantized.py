@@ -12,6 +12,7 @@ pytest.importorskip("openvino", reason="OpenVINO is not installed")
 pytest.importorskip("onnxscript")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["vit", "resnet"])
 def test_every_product_is_in_integers(name, tmp_path):
     model, inputs = MODELS[name]()

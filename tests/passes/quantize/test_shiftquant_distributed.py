@@ -79,6 +79,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(WORLD)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIONS)
 def test_the_integers_are_those_of_one_process(ranks: list[dict[str, Any]], name: str) -> None:
     expected, told = quantized(OPTIONS[name], batches())
