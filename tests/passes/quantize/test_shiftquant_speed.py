@@ -75,3 +75,14 @@ def test_what_a_clock_kept_without_deciding_is_not_read(quantized, monkeypatch):
     monkeypatch.setattr(speed, "measurement", lambda kind, key: kinds.append(kind) or read(kind, key))
     quantized(times(2.0))
     assert set(kinds) == {"speed-2"}
+
+
+def test_a_model_that_is_slower_in_integers_stays_as_it_is(monkeypatch, caplog):
+    monkeypatch.setattr(speed, "rounds", lambda integers, floats, seconds: times(0.5))
+    model, x = nn.Sequential(nn.Linear(16, 16)).eval(), torch.randn(8, 16)
+    made = normfuse.optimize(model, (x,), quantize="w8a8")
+    torch.testing.assert_close(made(x), model(x))
+    assert [e.kept for e in normfuse.report(made).quantization if e.kind == "linear"] == [
+        "measured 0.50 times as fast as in float on this machine"
+    ]
+    assert "nothing is quantized" in caplog.text
