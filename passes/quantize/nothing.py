@@ -29,7 +29,7 @@ def check_quantized(report: Report) -> None:
         )
     if all(e.measured for e in entries):
         log.warning(
-            "nothing is quantized: every layer is slower in integers on this machine; prefer='size' takes them all the same"
+            "nothing is quantized: every layer is slower in integers on this machine; prefer='size' takes them anyway"
         )
         return
     reasons = Counter(e.kept for e in entries)
