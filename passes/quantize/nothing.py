@@ -28,9 +28,7 @@ def check_quantized(report: Report) -> None:
             "quantize= has quantized nothing: the model has no linear layer, convolution or embedding with weights; leave it out"
         )
     if all(e.measured for e in entries):
-        log.warning(
-            "nothing is quantized: every layer is slower in integers on this machine; prefer='size' takes them anyway"
-        )
+        log.warning("nothing is quantized: every layer is slower in integers on this machine; prefer='size' takes them anyway")
         return
     reasons = Counter(e.kept for e in entries)
     first = {e.kept: e.path for e in reversed(entries)}
