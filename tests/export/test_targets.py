@@ -1,9 +1,11 @@
+from typing import get_args
+
 import pytest
 import torch
 from torch import nn
 
 from normfuse.errors import UsageError
-from normfuse.export.targets import TARGETS, opset_for, target_named
+from normfuse.export.targets import TARGETS, TargetName, opset_for, target_named
 from tests.export.models import attention, exported
 
 
@@ -11,6 +13,10 @@ def test_every_target_has_a_default_opset_that_it_takes():
     for target in TARGETS.values():
         assert opset_for(target, None) == target.opset
         assert target.attention_at(target.opset)[0] == "decomposed"
+
+
+def test_type_checkers_know_every_target():
+    assert set(get_args(TargetName)) == set(TARGETS)
 
 
 def test_a_misspelt_target_names_the_closest():

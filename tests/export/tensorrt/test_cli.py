@@ -121,7 +121,7 @@ def test_an_onnx_file_becomes_an_engine(run: Run) -> None:
     ("arguments", "says"),
     [
         pytest.param((), "pass -o NAME.onnx or -o NAME.engine or -o NAME.xml", id="nowhere"),
-        pytest.param(("-o", "net.tflite"), "ends in .onnx, or in .engine, .plan, .trt", id="suffix"),
+        pytest.param(("-o", "net.tflite"), "ends in .onnx (an ONNX file), .engine or .plan or .trt", id="suffix"),
         pytest.param(("-o", "net.onnx", "--shapes", SHAPES), "--shapes is for TensorRT engines", id="shapes-of-onnx"),
         pytest.param(("-o", "net.engine", "--target", "portable"), "leave --target out", id="target"),
         pytest.param(("-o", "net.engine", "--int4"), "--int4 is for ONNX files", id="int4"),
