@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from normfuse.app.source_options import Options
-from normfuse.cli.files.given import file_inputs, is_onnx
+from normfuse.cli.files.given import file_inputs, is_file
 from normfuse.cli.files.running import opened_file
 from normfuse.cli.help import Command
 from normfuse.cli.options import force_option, json_option, verbosity
@@ -72,12 +72,12 @@ def run(
 def _inputs(file: Path, options: Options) -> Any:
     from normfuse.app.example_inputs import read_inputs
 
-    if is_onnx(str(file)):
+    if is_file(str(file)):
         return file_inputs(file, options)
     if options.input is not None:
         return read_inputs(options.input)
     if options.shapes:
-        raise UsageError(f"--shape is for .onnx files; {file} states its sizes: leave it out, or pass --input")
+        raise UsageError(f"--shape is for files that leave sizes open; {file} states its sizes: leave it out, or pass --input")
     if file.suffix != ".pt2":
         raise UsageError(f"{file}: pass its inputs with --input")
     from normfuse.pt2 import load_program

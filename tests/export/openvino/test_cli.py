@@ -61,6 +61,9 @@ def test_the_suffix_is_enough_and_json_tells_all(run: Run) -> None:
     assert told["target"] == "openvino"
     assert told["norms"] == {"RMS": 1}
     assert told["ran"]["products"] == [2, 0]
+    code, out, err = run("run", str(next(Path().glob("*.xml"))))
+    assert (code, err) == (0, "")
+    assert "float32[1, 8]" in out
 
 
 @pytest.mark.parametrize(
