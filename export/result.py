@@ -116,7 +116,7 @@ class Exported:
             why = f"; {site.why}" if site.why else ""
             remedy = f" (would help: {site.remedy})" if site.remedy else ""
             lines.append(f"{site.kind:<10} {site.path:<{wide}}  {site.form}{why}{remedy}")
-        return "\n".join(lines)
+        return "\n".join(lines) or "no attention, norm or quantized layer is in the file"
 
     def __str__(self) -> str:
         """A few lines of at most 80 columns."""

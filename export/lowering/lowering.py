@@ -8,10 +8,11 @@ from dataclasses import dataclass
 
 from torch.export import ExportedProgram
 
+from normfuse.described import first_line
 from normfuse.export.lowering.graphs import graph_of, with_graph
 from normfuse.ir.operators import CHECKS
 from normfuse.ir.passes import Pass, Run, Samples
-from normfuse.reports.model import PassReport
+from normfuse.reports.model import PassReport, Site
 
 __all__ = ["Lowered", "lowered"]
 
@@ -36,6 +37,11 @@ class Lowered:
         done = [f"{s.path}: {s.note}" for p in found for s in p.applied]
         return (*done, *(f"{s.path} stays as large as it is: {s.note}" for p in found for s in p.refused))
 
+    @property
+    def failures(self) -> tuple[str, ...]:
+        """The passes that failed and were taken back, a line each."""
+        return tuple(f"the pass {p.name} failed and was taken back ({s.note})" for p in self.passes for s in p.undone)
+
 
 def lowered(exported: ExportedProgram, passes: Sequence[Pass], samples: Samples = ()) -> Lowered:
     """What `passes` make of a program, which stays as it is; `samples` are inputs of it, flat.
@@ -55,5 +61,5 @@ def lowered(exported: ExportedProgram, passes: Sequence[Pass], samples: Samples 
         except Exception as e:
             log.warning("%s failed and was taken back: %s: %s", each.name, type(e).__name__, e, exc_info=e)
             graph = before
-            reports.append(PassReport(each.name))
+            reports.append(PassReport(each.name, undone=(Site(each.name, "", f"{type(e).__name__}: {first_line(e)}"),)))
     return Lowered(with_graph(exported, graph), tuple(reports))

@@ -144,13 +144,13 @@ def write_onnx(
         try:
             proven, bound = _written(draft, proof, temporary)
         except ExportError as e:
-            if not draft.ranges:
+            if not draft.told:
                 raise
-            raise ExportError(f"{e}; {'; '.join(draft.ranges)}") from e
+            raise ExportError(f"{e}; {'; '.join(draft.told)}") from e
         facts = origin(gm, found, draft.chosen.model, options.where, draft.opset)
         medium.tell(temporary, facts | _facts(draft, proven, bound))
         result = _result(temporary, draft, proof, proven, bound)
-        result = dataclasses.replace(result, path=path, notes=(*found.notes, *changed, *draft.ranges, *proven.notes))
+        result = dataclasses.replace(result, path=path, notes=(*found.notes, *changed, *draft.told, *proven.notes))
     drop_stale(replaced, path)
     return result, found
 
@@ -174,13 +174,13 @@ def _captured(gm: nn.Module, example_inputs: Any, dynamic_shapes: Any, options: 
 
 @dataclass(frozen=True)
 class _Draft:
-    """A model in its forms; `rounds`: to integers, on its way; `forms`: of each site; `ranges`: what was scaled."""
+    """A model in its forms; `rounds`: to integers, on its way; `forms`: of each site; `told`: what was scaled, and what failed."""
 
     chosen: Chosen
     opset: int
     rounds: bool
     forms: tuple[Form, ...] = ()
-    ranges: tuple[str, ...] = ()
+    told: tuple[str, ...] = ()
 
 
 def _lowered(found: Program, options: ExportOptions, kept: Sequence[str], folder: Path) -> _Draft:
@@ -201,7 +201,7 @@ def _lowered(found: Program, options: ExportOptions, kept: Sequence[str], folder
             rounds = chosen.layers is not None and FORMS[chosen.layers].rounds
             rounds = rounds or any(nodes[name] for name in _ROUNDS)
             sites = (*chosen.sites, *forms_of(fused, chosen.layers, opset))
-            return _Draft(chosen, opset, rounds, sites, fused.notes(HalfRange.name))
+            return _Draft(chosen, opset, rounds, sites, (*fused.notes(HalfRange.name), *fused.failures))
     raise _too_new(options.runtime, oldest, reason)
 
 

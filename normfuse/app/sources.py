@@ -21,6 +21,7 @@ from normfuse.app.hf_folder import check_folder, local_folder, model_class, offl
 from normfuse.app.random_norms import randomise_norms
 from normfuse.app.source_options import Options
 from normfuse.errors import CaptureError, NormfuseError, UsageError, did_you_mean
+from normfuse.export.targets import FOLDERS
 from normfuse.extras import need
 
 if TYPE_CHECKING:
@@ -199,11 +200,13 @@ _LOADERS = {"timm": _timm, "torchvision": _torchvision, "hf": _hugging_face}
 _REFUSED = {
     ".safetensors": "it holds weights and not what to compute with them; pass it as --weights beside what builds the model "
     "(package.module:factory, timm:NAME, ...), or name hf:DIR for a Hugging Face folder",
-    ".onnx": "it is exported already; normfuse starts from the PyTorch model (bench, inspect and verify read .onnx files)",
     ".py": "name the factory in it, as FILE.py:factory",
     ".ckpt": "checkpoints hold weights; pass it as --weights beside what builds the model (package.module:factory, timm:NAME, ...)",
     ".bin": "it holds weights and not what to compute with them; pass it as --weights beside what builds the model, or use hf:DIR",
-}
+} | dict.fromkeys(
+    (suffix for folder in FOLDERS.values() for suffix in folder.suffixes),
+    "it is exported already; normfuse starts from the PyTorch model (bench, run and verify read such files)",
+)
 
 
 def _from_file(path: Path, options: Options) -> Any:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from normfuse.cli.files.given import is_onnx
+from normfuse.cli.files.given import is_file
 from normfuse.cli.files.running import opened_file
 from normfuse.cli.help import Command
 from normfuse.cli.options import Model, json_option, model_options, preprocess_option, verbosity
@@ -42,11 +42,11 @@ def evaluate(
     model: Model, file: Path, data: Path, samples: int, classes: Path | None, max_drop: float | None, preprocess: str | None,
     as_json: bool, quiet: bool,
 ) -> None:  # fmt: skip
-    """Compare the answers of SOURCE and of FILE (.onnx, .pt2, or an engine on a GPU): accuracy before and after, agreement.
+    """Compare the answers of SOURCE and of FILE (.onnx, .xml, .pt2, or an engine on a GPU): accuracy before and after, agreement.
 
     Labels are names of folders, or numbers. Without labels only the agreement is told.
     """
-    if is_onnx(model.source):
+    if is_file(model.source):
         raise UsageError(f"{model.source} is an exported file: name the PyTorch model first, then the file that was made of it")
     from normfuse.app.data.labelled import labelled
     from normfuse.app.data.samples import Reading

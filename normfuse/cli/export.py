@@ -54,8 +54,8 @@ def export(
     where TensorRT for RTX is installed. An .onnx file as SOURCE becomes an engine as it is.
     """
     decoder.check_unused()
-    if explain and (decoder.with_past or place.output is None or place.output.suffix != ".onnx"):
-        raise UsageError("--explain is for an ONNX file: pass -o NAME.onnx")
+    if explain and (decoder.with_past or place.output is None or place.output.suffix in ENGINE_SUFFIXES):
+        raise UsageError("--explain is for a single file, and not for an engine: pass -o NAME.onnx")
     if decoder.with_past:
         to_folder(model, pipeline, decoder, asked, place, telling)
         return

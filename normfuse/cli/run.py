@@ -48,7 +48,7 @@ def run(
     file: Path, inputs: Path | None, shapes: tuple[str, ...], output: Path | None, seed: int, trust: bool, force: bool,
     as_json: bool, quiet: bool,
 ) -> None:  # fmt: skip
-    """Run FILE (.onnx, .pt2, or an engine on a GPU) and tell what comes out."""
+    """Run FILE (.onnx, .xml, .pt2, or an engine on a GPU) and tell what comes out."""
     if output is not None:
         if output.suffix != ".npz":
             raise UsageError(f"-o {output}: expected a name that ends in .npz")

@@ -105,6 +105,8 @@ def test_random_weights_repeat_and_leave_the_generator_alone() -> None:
         pytest.param("mine.py", UsageError, "FILE.py:factory", id="python file"),
         pytest.param("model.safetensors", UsageError, "holds weights", id="safetensors"),
         pytest.param("model.onnx", UsageError, "exported already", id="onnx"),
+        pytest.param("model.xml", UsageError, "exported already", id="openvino"),
+        pytest.param("model.plan", UsageError, "exported already", id="engine"),
         pytest.param("hf:nowhere", UsageError, "not a local Hugging Face folder", id="no such folder"),
     ],
 )

@@ -98,13 +98,15 @@ def chain_of(program: Program) -> Chain:
 
 class _Planning:
     def __init__(self, program: Program) -> None:
+        from networkx.utils import UnionFind
+
         self._program = program
         self._nodes = [n for n in program.exported.graph.nodes if n.op in ("call_function", "placeholder")]
         self._sites = {n: scale for n in self._nodes if (scale := self._static_scale(n)) is not None}
-        self._class: dict[fx.Node, fx.Node] = {n: n for n in self._nodes}
+        self._root = UnionFind(self._nodes)  # of values that are copies of each other
         for node in self._nodes:
-            for x in _operands(node) if node.target in _COPIES else ():
-                self._class[self._root(node)] = self._root(x)
+            if node.target in _COPIES:
+                self._root.union(node, *_operands(node))
         self._known = self._codes_of_classes()
 
     def chain(self) -> Chain:
@@ -153,13 +155,8 @@ class _Planning:
 
     # -- codes -------------------------------------------------------------------------------------------------------------
 
-    def _root(self, node: fx.Node) -> fx.Node:
-        while self._class[node] is not node:
-            node = self._class[node]
-        return node
-
     def _codes(self, node: fx.Node) -> Codes | None:
-        return self._known.get(self._root(node))
+        return self._known.get(self._root[node])
 
     def _codes_of_classes(self) -> dict[fx.Node, Codes]:
         """Of values that are copies of each other, by their root."""
@@ -168,7 +165,7 @@ class _Planning:
             scales.setdefault(self._x(site), []).append(scale)
         members: dict[fx.Node, list[fx.Node]] = {}
         for node in self._nodes:
-            members.setdefault(self._root(node), []).append(node)
+            members.setdefault(self._root[node], []).append(node)
         found = {root: _codes_of(every, scales) for root, every in members.items()}
         return {root: codes for root, codes in found.items() if codes is not None}
 

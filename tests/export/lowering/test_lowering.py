@@ -81,6 +81,7 @@ def test_a_pass_that_fails_is_taken_back(caplog: pytest.LogCaptureFixture) -> No
     got = lowered(found, (Failing(),))
     assert [p.name for p in got.passes] == ["failing"]
     assert "taken back" in caplog.text
+    assert got.failures == ("the pass failing failed and was taken back (RuntimeError: it is broken)",)
     for a, b in zip(found.module()(*inputs), got.exported.module()(*inputs), strict=True):
         torch.testing.assert_close(b, a, rtol=0, atol=0)
 
@@ -98,6 +99,8 @@ def test_the_result_says_what_each_site_became(tmp_path: Path) -> None:
     old = exported(model, None, tmp_path, form="integer", opset=20, verify=False)
     assert "3 of 10 sites plainer than wanted" in str(old)
     assert "opset 20 has no RMSNormalization (would help: opset 23 or newer)" in old.explained
+    plain = to_onnx(nn.ReLU().eval(), tmp_path / "m.onnx", example_inputs=(torch.randn(2, 3),), force=True, verify=False)
+    assert plain.explained == "no attention, norm or quantized layer is in the file"
 
 
 def test_why_attention_is_plainer(tmp_path: Path) -> None:

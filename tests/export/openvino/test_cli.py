@@ -55,7 +55,7 @@ def test_export_verify_and_bench(run: Run) -> None:
 
 
 def test_the_suffix_is_enough_and_json_tells_all(run: Run) -> None:
-    code, out, err = run("export", SOURCE, "-o", "m.xml", "--json", "--dynamic", "batch")
+    code, out, err = run("export", SOURCE, "-o", "m.xml", "--json", "--dynamic", "batch", "--explain")
     assert code == 0, err
     told = json.loads(out)["export"]
     assert told["target"] == "openvino"

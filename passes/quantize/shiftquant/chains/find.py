@@ -210,21 +210,15 @@ _READ = {
 
 def _connected(steps: Sequence[Step]) -> Iterator[list[Step]]:
     """Steps that are connected by codes, each group in the order of the graph."""
+    from networkx.utils import UnionFind
+
     by_tail = {s.tail: s for s in steps}
-    root = {s: s for s in steps}
-
-    def of(step: Step) -> Step:
-        while root[step] is not step:
-            step = root[step]
-        return step
-
+    joined = UnionFind(steps)
     for step in steps:
-        for n in step.reads:
-            if n in by_tail and by_tail[n].writes:
-                root[of(step)] = of(by_tail[n])
+        joined.union(step, *(by_tail[n] for n in step.reads if n in by_tail and by_tail[n].writes))
     groups: dict[Step, list[Step]] = {}
     for step in steps:
-        groups.setdefault(of(step), []).append(step)
+        groups.setdefault(joined[step], []).append(step)
     yield from groups.values()
 
 

@@ -111,17 +111,12 @@ def _counts(x: Tensor, low: float, high: float) -> Tensor:
 
 def common(groups: Iterable[Sequence[fx.Node]], nodes: Sequence[fx.Node]) -> dict[fx.Node, fx.Node]:
     """One node for all that must have the same range."""
-    parent = {n: n for n in nodes}
+    from networkx.utils import UnionFind
 
-    def root(n: fx.Node) -> fx.Node:
-        while parent[n] is not n:
-            n = parent[n]
-        return n
-
+    joined = UnionFind(nodes)
     for group in groups:
-        for n in group[1:]:
-            parent[root(n)] = root(group[0])
-    return {n: root(n) for n in nodes}
+        joined.union(*group)
+    return {n: joined[n] for n in nodes}
 
 
 def range_of(extent: Extent, spec: ShiftQuant, bits: int) -> Range:
