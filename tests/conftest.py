@@ -23,13 +23,16 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 torch.set_num_threads(1)
 
 
+_LOGGER = logging.getLogger("normfuse")
+_LEVEL = _LOGGER.level
+
+
 @pytest.fixture(autouse=True)
 def _level() -> Iterator[None]:
-    """The command line, called in this process, sets how much the library tells."""
-    logger = logging.getLogger("normfuse")
-    before = logger.level
+    """The command line, called in this process, sets how much the library tells; a fixture of a whole file may have called it, too."""
+    _LOGGER.setLevel(_LEVEL)
     yield
-    logger.setLevel(before)
+    _LOGGER.setLevel(_LEVEL)
 
 
 @pytest.fixture(autouse=True)
