@@ -37,10 +37,11 @@ PassName = Literal[
 DEFAULT: tuple[PassName, ...] = tuple(
     cast(PassName, p.name)
     for p in (
-        Bake, Cleanup, Recognise, HugeEps, Select, Expose, Affine, Bake, MeanFree, Affine, KeyBias,
+        Bake, Cleanup, Recognise, HugeEps, Select, Expose, Affine, Select, Bake, MeanFree, Affine, KeyBias,
         Realise, Recognise, Cleanup,
     )
 )  # fmt: skip
 """The default pipeline. `affine` runs twice: LayerScale must be in the weights before they are centered, and a β can
-leave its norm only when the norm has become an RMSNorm. `bake` runs twice: branches are one convolution only once their
-BatchNorms are in their weights. `recognise` runs twice: x ⊙ γ · σ(x) is SiLU only once γ has moved on."""
+leave its norm only when the norm has become an RMSNorm. `select` runs twice: behind a product, a selection meets the BatchNorm
+between them no more once that is in the weights. `bake` runs twice: branches are one convolution only once their BatchNorms are in
+their weights. `recognise` runs twice: x ⊙ γ · σ(x) is SiLU only once γ has moved on."""

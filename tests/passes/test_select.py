@@ -83,7 +83,41 @@ class Scaled(nn.Module):
         return self.norm(self.embedding(x))[:, 0] * 0.5
 
 
-@pytest.mark.parametrize(("make", "x"), [(ClassAttention, torch.randn(2, 5, 8)), (Scaled, torch.randint(0, 16, (3, 4)))])
+class Folded(nn.Module):
+    """The BatchNorm between the product and the selection goes into the product's weights; then the selection meets the product."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc, self.norm = nn.Linear(8, 8, bias=False), nn.BatchNorm1d(8)
+        self.gain, self.mix = nn.Parameter(torch.rand(8) + 0.5), nn.Parameter(torch.randn(8, 8))
+
+    def forward(self, x):
+        return self.mix @ (self.norm(self.fc(x))[0] * self.gain)
+
+
+class Gated(nn.Module):
+    """Both branches of a gated layer, and what goes around them, read the same token of the same value."""
+
+    def __init__(self):
+        super().__init__()
+        self.mix, self.project, self.norm = nn.Linear(5, 5), nn.Linear(8, 8), nn.LayerNorm(8)
+        self.gate, self.up, self.down = nn.Linear(8, 16), nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x):
+        x = self.project(self.mix(x.transpose(1, 2)).transpose(1, 2))
+        y = self.norm(x)
+        return (x + self.down(nn.functional.silu(self.gate(y)) * self.up(y)))[:, -1]
+
+
+@pytest.mark.parametrize(
+    ("make", "x"),
+    [
+        (ClassAttention, torch.randn(2, 5, 8)),
+        (Scaled, torch.randint(0, 16, (3, 4))),
+        (Folded, torch.randn(2, 8)),
+        (Gated, torch.randn(2, 5, 8)),
+    ],
+)
 def test_once_is_enough(make, x):
     """What a selection uncovers is found in the same run: a selection of a concatenation, a factor beside the norm."""
     torch.manual_seed(0)
@@ -92,3 +126,32 @@ def test_once_is_enough(make, x):
     assert normfuse.report(fast).applied
     assert not normfuse.report(again).applied
     assert len(again.graph.nodes) == len(fast.graph.nodes)
+
+
+def test_what_reads_one_row_twice_does_not_keep_the_others():
+    model, x = randomise_norms(Gated()).eval(), torch.randn(2, 5, 8)
+    fast = normfuse.optimize(model, (x,))
+    linears = [n for n in fast.graph.nodes if n.target is torch.ops.aten.linear.default]
+    assert [len(n.meta["val"].shape) for n in linears] == [3, 2, 2, 2, 2]
+    torch.testing.assert_close(fast(x), model(x))
+
+
+class Uneven(nn.Module):
+    """Reads one row of an image behind a norm that nothing can take."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x):
+        return self.norm(x.softmax(1))[:, :, 1].softmax(1)
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d(4), nn.InstanceNorm2d(4, affine=True, track_running_stats=True)])
+@pytest.mark.parametrize("passes", [["select"], ["expose", "select"]])
+def test_a_row_of_a_static_norm(norm, passes):
+    model, x = randomise_norms(Uneven(norm)).eval(), torch.randn(2, 4, 5, 6)
+    fast = normfuse.optimize(model, (x,), passes=passes)
+    torch.testing.assert_close(fast(x), model(x))
+    moved = [s.rule for s in normfuse.report(fast).applied]
+    assert ("selection_before_function" in moved) == (isinstance(norm, nn.BatchNorm2d) or "expose" in passes)
