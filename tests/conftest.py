@@ -29,14 +29,24 @@ _LEVEL = _LOGGER.level
 
 @pytest.fixture(autouse=True)
 def _level() -> Iterator[None]:
-    """The command line, called in this process, sets how much the library tells; a fixture of a whole file may have called it, too."""
+    """The command line, called in this process, sets how much the library tells; a fixture of a whole file may have called it."""
     _LOGGER.setLevel(_LEVEL)
     yield
     _LOGGER.setLevel(_LEVEL)
 
 
-@pytest.fixture(autouse=True)
-def _seeds() -> None:
+def _seeded() -> None:
     torch.manual_seed(0)
     np.random.seed(0)  # noqa: NPY002 -- the global state, which models read
     random.seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _seeds() -> None:
+    _seeded()
+
+
+def pytest_collectstart(collector: pytest.Collector) -> None:
+    """What a file of tests draws when it is imported must not depend on which files were collected before it."""
+    if isinstance(collector, pytest.Module):
+        _seeded()

@@ -51,7 +51,7 @@ def folded(model, *inputs, **options):
     assert not report.undone
     with torch.no_grad():
         want, got = model(*copy.deepcopy(inputs)), fast(*copy.deepcopy(inputs))
-    torch.testing.assert_close(got, want, rtol=2e-4, atol=2e-5)
+    torch.testing.assert_close(got, want, rtol=2e-4, atol=2e-5 * max(1.0, float(want.abs().max())))  # pixels are up to 255
     return fast, report
 
 
