@@ -187,44 +187,34 @@ def _blind(graph: Graph, reader: fx.Node, node: fx.Node, axis: int) -> bool:
 
 def _connected(graph: Graph, found: Streams, reads: list[tuple[fx.Node, fx.Node]]) -> Iterable[Stream]:
     """The streams: values linked by the operators that must stay consistent when one of them is centered."""
-    leader: dict[fx.Node, fx.Node] = {}
+    from networkx.utils import UnionFind
 
-    def root(n: fx.Node) -> fx.Node:
-        while leader[n] is not n:
-            leader[n] = leader[leader[n]]
-            n = leader[n]
-        return n
+    linked = UnionFind()
+    reasons: dict[fx.Node, str | None] = {}
 
-    streams: dict[fx.Node, Stream] = {}
+    def carried(node: fx.Node) -> list[fx.Node]:
+        return [] if reasons[node] is not None else [operand for operand, _ in found.edges.get(node, ())]
+
     work = [value for _, value in reads]
     while work:
         node = work.pop()
-        if node in leader:
-            continue
-        leader[node] = node
-        stream = streams[node] = Stream(values=[node])
-        why = _explicit(graph, found, node)
-        if why is not None:
-            stream.explicit[node] = why
-            continue
-        for operand, _ in found.edges.get(node, ()):
-            work.append(operand)
-    for node in list(leader):
-        if node in streams[node].explicit:
-            continue
-        for operand, _ in found.edges.get(node, ()):
-            leader[root(operand)] = root(node)
+        if node not in reasons:
+            reasons[node] = _explicit(graph, found, node)
+            linked.union(node, *carried(node))
+            work += carried(node)
     merged: dict[fx.Node, Stream] = {}
     order = {n: i for i, n in enumerate(graph)}
-    for node in sorted(leader, key=order.__getitem__):
-        stream = merged.setdefault(root(node), Stream())
+    for node in sorted(reasons, key=order.__getitem__):
+        stream = merged.setdefault(linked[node], Stream())
         stream.values.append(node)
         stream.axis[node] = found.axis[node]
-        stream.explicit.update(streams[node].explicit)
-        if node not in stream.explicit:
-            stream.carried[node] = [operand for operand, _ in found.edges.get(node, ())]
+        why = reasons[node]
+        if why is None:
+            stream.carried[node] = carried(node)
+        else:
+            stream.explicit[node] = why
     for norm, value in reads:
-        merged[root(value)].norms.append(norm)
+        merged[linked[value]].norms.append(norm)
     for stream in merged.values():
         _gather_roots(graph, found, stream)
         yield stream

@@ -17,6 +17,7 @@ from torch import Tensor, fx
 from normfuse.ir.graph import Graph, Refuse
 from normfuse.ir.passes import Samples
 from normfuse.passes.quantize.probe import accumulate
+from normfuse.passes.quantize.reach import reaches
 from normfuse.passes.quantize.shiftquant.chains.functions import Bounds
 from normfuse.quant.spec import ShiftQuant
 
@@ -80,27 +81,18 @@ def extents(graph: Graph, samples: Samples, nodes: Sequence[fx.Node]) -> dict[fx
     Raises:
         Refuse: one is NaN or infinite there.
     """
-    ends = accumulate(graph, samples, [(n, _ends) for n in nodes], torch.maximum, label="ranges")
-    if not ends:
+    found = reaches(graph, samples, nodes)
+    if not found:
         raise Refuse("ranges of codes need calibration data", remedy="pass calibration=")
-    for node, t in zip(nodes, ends, strict=True):
-        if float(t[2]):
+    for node, reach in found.items():
+        if not reach.finite:
             raise Refuse(
                 "what it computes holds NaN or Inf in the calibration data", blocker=node, remedy="look for an overflow before it"
             )
-    bounds = [(-float(t[0]), float(t[1])) for t in ends]
+    bounds = [(r.low, r.high) if r.known else (0.0, 0.0) for r in found.values()]
     probes = [(n, partial(_counts, low=low, high=high)) for n, (low, high) in zip(nodes, bounds, strict=True)]
     counts = accumulate(graph, samples, probes, label="histograms")
     return {n: Extent(*b, c) for n, b, c in zip(nodes, bounds, counts, strict=True)}
-
-
-def _ends(x: Tensor) -> Tensor:
-    """−min, max, and whether one is not finite."""
-    if not x.numel():
-        return torch.zeros(3, dtype=torch.float64)
-    low, high = torch.aminmax(x.double())
-    bad = not bool(low.isfinite() & high.isfinite())
-    return torch.tensor([0.0, 0.0, 1.0]).double() if bad else torch.stack([-low, high, torch.zeros_like(low)]).cpu()
 
 
 def _counts(x: Tensor, low: float, high: float) -> Tensor:
