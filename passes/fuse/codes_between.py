@@ -32,8 +32,10 @@ class CodesBetween(Fusion):
             Refuse: something else reads the first, it adds a residual, or its scale is static.
         """
         first = product(node)
-        found = [] if first is None else reads_codes_of(node)
-        if first is None or not found:
+        if first is None:
+            return None
+        found = reads_codes_of(node)
+        if not found:
             return None
         if first.static:
             raise Refuse("its scale is static, and the kernel that writes codes finds scales by rows")

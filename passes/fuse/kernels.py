@@ -24,7 +24,8 @@ from torch import fx
 from normfuse.ir.constants import Constant
 from normfuse.ir.graph import Graph
 from normfuse.ir.passes import Change, Pass
-from normfuse.ir.views import Add, Linear, Relu, Softmax, Value
+from normfuse.ir.views import Linear, Relu, Softmax, Value
+from normfuse.passes.fuse.alike import addends_of
 from normfuse.passes.fuse.norm_patterns import Norm, crms_norm, dtype_of, is_row, l1_norm, over_last_axis, rms_norm, settled
 from normfuse.passes.patterns.moments import is_cast
 
@@ -44,7 +45,7 @@ class Kernel(Pass):
         self.name = name
 
     def change(self, graph: Graph, node: fx.Node) -> Change | None:
-        return _RULES[self.name](graph, node) if node.op == "call_function" and node.users else None
+        return _RULES[self.name](graph, node)
 
 
 # -- norms -------------------------------------------------------------------------------------------------------------
@@ -74,32 +75,20 @@ def _with_sum(find: Callable[[Graph, fx.Node], Norm | None]) -> _Rule:
     def rule(graph: Graph, node: fx.Node) -> Change | None:
         found = find(graph, node)
         norm = None if found is None else settled(graph, found)
-        add = None if norm is None else graph.view(norm.x, 1)
-        if norm is None or not isinstance(add, Add) or not _addends(add, norm.x):
-            return None
-        return Change(do=partial(_place_with_sum, graph, norm, add))
+        addends = None if norm is None else addends_of(graph, norm.x)
+        return None if norm is None or addends is None else Change(do=partial(_place_with_sum, graph, norm, *addends))
 
     return rule
 
 
-def _place_with_sum(graph: Graph, norm: Norm, add: Add) -> None:
+def _place_with_sum(graph: Graph, norm: Norm, a: fx.Node, b: fx.Node) -> None:
     """The operator stands where the sum stood: others may read the sum before the norm comes."""
     total = norm.x
-    assert isinstance(add.x, Value)
-    assert isinstance(add.y, Value)
     gain = None if norm.gain is None else graph.emit_constant(_named(graph, norm.gain, norm.last), total)
-    both = graph.call(_op(f"add_{norm.op}"), (add.x.node, add.y.node, gain, norm.eps), total, norm.last)
+    both = graph.call(_op(f"add_{norm.op}"), (a, b, gain, norm.eps), total, norm.last)
     y, s = (graph.call(operator.getitem, (both, i), total, like) for i, like in ((0, norm.last), (1, total)))
     norm.last.replace_all_uses_with(y)
     total.replace_all_uses_with(s)
-
-
-def _addends(add: Add, total: fx.Node) -> bool:
-    """Do both have the shape and the dtype of the sum?"""
-    return all(
-        isinstance(v, Value) and v.node is not None and is_row(v.node) and _signature(v.node) == _signature(total)
-        for v in (add.x, add.y)
-    )
 
 
 def _named(graph: Graph, c: Constant, like: fx.Node) -> Constant:
@@ -112,12 +101,11 @@ def _named(graph: Graph, c: Constant, like: fx.Node) -> Constant:
 def _rms_linear(graph: Graph, node: fx.Node) -> Change | None:
     """act(W (γ x / √(mean x² + ε)) + b)  =  act((W diag(γ) x) / √(mean x² + ε) + b)"""
     op = graph.view(node, 2)
-    if not isinstance(op, Linear) or op.x.node is None or not op.x.sole_use:
+    if not isinstance(op, Linear) or not op.x.sole_use:
         return None
+    assert op.x.node is not None
     norm = rms_norm(graph, op.x.node)
-    if norm is None or not dtype_of(norm.x) == op.W.dtype == dtype_of(node):
-        return None
-    if norm.gain is not None and (graph.shared(op.W) or norm.gain.dtype != op.W.dtype):
+    if norm is None or (norm.gain is not None and (graph.shared(op.W) or norm.gain.dtype != op.W.dtype)):
         return None
     return Change(do=partial(_place_linear, graph, norm, op, node))
 
@@ -145,10 +133,11 @@ def _epilogue(graph: Graph, node: fx.Node) -> tuple[fx.Node, str]:
 
 def _softmax(graph: Graph, node: fx.Node) -> Change | None:
     """exp(x) / Σ exp(x); a cast to a wider dtype inside and back behind it is what the operator does anyway"""
-    op = graph.view(node, 2)
-    if not isinstance(op, Softmax) or op.x.node is None or not is_row(op.x.node) or not over_last_axis(op.dim, op.x.node):
-        return None
-    x, last = op.x.node, node
+    match graph.view(node, 2):
+        case Softmax(Value(node=fx.Node() as x), dim) if is_row(x) and over_last_axis(dim, x):
+            last = node
+        case _:
+            return None
     if dtype_of(node) != dtype_of(x):
         last = next(iter(node.users)) if len(node.users) == 1 else node
         if not is_cast(last) or dtype_of(last) != dtype_of(x):
@@ -177,9 +166,3 @@ KERNELS: tuple[Pass, ...] = tuple(Kernel(name) for name in _RULES)
 
 def _op(name: str) -> Any:
     return getattr(torch.ops.normfuse, name).default
-
-
-def _signature(node: fx.Node) -> tuple[str, ...]:
-    """Shape and dtype; sizes as text, because comparing symbols would fix them."""
-    val = node.meta["val"]
-    return (str(val.dtype), *map(str, val.shape))

@@ -17,9 +17,10 @@ from normfuse.ir.decode import arguments
 from normfuse.ir.dtypes import default_eps
 from normfuse.ir.graph import Graph, Refuse
 from normfuse.ir.passes import Change
-from normfuse.ir.views import Add, LayerNorm, RmsNorm
+from normfuse.ir.views import LayerNorm, RmsNorm, Value
+from normfuse.passes.fuse.alike import addends_of
 from normfuse.passes.fuse.fusion import Fusion, take_place
-from normfuse.passes.fuse.product import Product, is_float32, like, piece, reads_codes_of
+from normfuse.passes.fuse.product import Product, is_float32, piece, reads_codes_of
 
 __all__ = ["NormCodes"]
 
@@ -60,11 +61,13 @@ class NormCodes(Fusion):
         norm = _norm(graph, node, kind)
         if norm is None:
             raise Refuse("it is not over the last axis alone")
-        if not is_float32(norm.x) or not is_float32(node):
+        if not is_float32(norm.x):
             raise Refuse("the kernel computes in float32, and the norm does not", remedy="export it in float32")
-        joined = _sum(graph, norm.x)
+        joined = addends_of(graph, norm.x)
         note = f"codes of {found[0].activation_bits} bits for {', '.join(graph.path(p.node) for p in found)}"
-        return Change(note=note + (", with the sum in front of it" if joined else ""), do=partial(_write, graph, norm, found))
+        return Change(
+            note=note + (", with the sum in front of it" if joined else ""), do=partial(_write, graph, norm, found, joined)
+        )
 
 
 def _kind(graph: Graph, node: fx.Node) -> str:
@@ -78,11 +81,11 @@ def _kind(graph: Graph, node: fx.Node) -> str:
 
 def _norm(graph: Graph, node: fx.Node, kind: str) -> _Norm | None:
     match graph.view(node, 1):
-        case LayerNorm(x, normalized, gamma, beta, eps) if len(normalized) == 1 and x.node is not None:
-            return _Norm(node, x.node, kind, _gain(gamma), beta, eps)
-        case RmsNorm(x, normalized, gamma, eps) if len(normalized) == 1 and x.node is not None:
+        case LayerNorm(Value(node=fx.Node() as x), [_], gamma, beta, eps):
+            return _Norm(node, x, kind, _gain(gamma), beta, eps)
+        case RmsNorm(Value(node=fx.Node() as x), [_], gamma, eps):
             dtype = node.meta["val"].dtype
-            return _Norm(node, x.node, kind, _gain(gamma), None, default_eps(dtype) if eps is None else eps)
+            return _Norm(node, x, kind, _gain(gamma), None, default_eps(dtype) if eps is None else eps)
         case LayerNorm() | RmsNorm():
             return None
     a = arguments(node)
@@ -93,16 +96,10 @@ def _gain(gamma: Constant | None) -> Constant | None:
     return None if gamma is None or bool((gamma.native == 1).all()) else gamma
 
 
-def _sum(graph: Graph, x: fx.Node) -> bool:
-    """Is it a + b, of one shape, which the kernel can add?"""
-    return isinstance(graph.view(x, 1), Add) and len(x.args) == 2 and like(*x.args) and like(x.args[0], x)
-
-
-def _write(graph: Graph, norm: _Norm, found: list[Product]) -> None:
+def _write(graph: Graph, norm: _Norm, found: list[Product], joined: tuple[fx.Node, fx.Node] | None) -> None:
     """The operator stands where the sum stood: others may read the sum before the norm comes."""
-    joined = _sum(graph, norm.x)
     before = norm.x if joined else norm.node
-    a, b = norm.x.args if joined else (norm.x, None)
+    a, b = joined or (norm.x, None)
     gain, shift = (graph.emit_constant(c, before) if isinstance(c, Constant) else c for c in (norm.gain, norm.shift))
     args = (a, b, gain, shift, norm.kind, norm.eps, norm.scale_const, found[0].activation_bits)
     whole = graph.call(ops.norm_quantize.default, args, before, norm.node)

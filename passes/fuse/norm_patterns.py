@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from normfuse.ir.constants import Constant
+from normfuse.ir.dtypes import default_eps
 from normfuse.ir.graph import Graph
 from normfuse.ir.views import Add, Div, Mean, Mul, Pow, RmsNorm, Rsqrt, Sqrt, Square, Sub, Sum, Value
 from normfuse.passes.patterns.moments import is_cast
@@ -54,11 +55,11 @@ class Norm:
 
 def rms_norm(graph: Graph, node: fx.Node) -> Norm | None:
     """γ x / √(mean x² + ε)"""
-    op = graph.view(node, 2)
-    if not isinstance(op, RmsNorm) or op.x.node is None or not is_row(op.x.node) or len(op.normalized) != 1:
-        return None
-    eps = torch.finfo(op.x.node.meta["val"].dtype).eps if op.eps is None else op.eps
-    return Norm("rms_norm", op.x.node, node, eps, op.gamma)
+    match graph.view(node, 2):
+        case RmsNorm(Value(node=fx.Node() as x), [_], gamma, eps) if is_row(x):
+            return Norm("rms_norm", x, node, default_eps(x.meta["val"].dtype) if eps is None else eps, gamma)
+        case _:
+            return None
 
 
 def crms_norm(graph: Graph, node: fx.Node) -> Norm | None:
@@ -106,12 +107,11 @@ def l1_norm(graph: Graph, node: fx.Node) -> Norm | None:
     match size:
         case Mul(Mean() as size, float() as c) | Mul(float() as c, Mean() as size):
             pass
-    if not isinstance(size, Mean) or not size.keepdim or not over_last_axis(size.dim, x) or size.x.node is None or not c > 0:
-        return None
-    absolute = size.x.node
-    if absolute.target is not aten.abs.default or absolute.args[0] is not centred.node:
-        return None
-    return Norm("l1_norm", x, node, eps, scale_const=c)
+    match size:
+        case Mean(Value(node=fx.Node(target=aten.abs.default, args=(of,))), axis, True) if of is centred.node and c > 0:
+            return Norm("l1_norm", x, node, eps, scale_const=c) if over_last_axis(axis, x) else None
+        case _:
+            return None
 
 
 def _squares(value: Any, x: fx.Node) -> bool:
@@ -147,19 +147,17 @@ def _is_square(value: Value, x: fx.Node) -> bool:
 
 def settled(graph: Graph, norm: Norm) -> Norm | None:
     """With the γ and β that follow and the casts around it, as far as the result has the dtype of x; None if it never has."""
-    source = norm.x.args[0] if is_cast(norm.x) and norm.x.args else None
+    x, source = norm.x, norm.x.args[0] if is_cast(norm.x) else None
     narrow = source if isinstance(source, fx.Node) and is_row(source) else None
     best: Norm | None = None
-    back = False
     while True:
-        x = narrow if back else norm.x
-        if x is not None and dtype_of(norm.last) == dtype_of(x):
+        if dtype_of(norm.last) == dtype_of(x):
             best = replace(norm, x=x)
         user = next(iter(norm.last.users)) if len(norm.last.users) == 1 else None
-        if user is None or user.op != "call_function":
+        if user is None:
             return best
-        if not back and narrow is not None and is_cast(user) and user.args[0] is norm.last and dtype_of(user) == dtype_of(narrow):
-            norm, back = replace(norm, last=user), True
+        if narrow is not None and is_cast(user) and user.args[0] is norm.last and dtype_of(user) == dtype_of(narrow):
+            norm, x = replace(norm, last=user), narrow
             continue
         taken = _affine(graph, norm, user)
         if taken is None:
@@ -183,10 +181,10 @@ def _affine(graph: Graph, norm: Norm, user: fx.Node) -> Norm | None:
 # -- what values are ---------------------------------------------------------------------------------------------------
 
 
-def dtype_of(node: fx.Node) -> torch.dtype | None:
-    """The dtype of the value; None if the node has no value or no tensor."""
-    val = node.meta.get("val")
-    return val.dtype if isinstance(val, Tensor) else None
+def dtype_of(node: fx.Node) -> torch.dtype:
+    """The dtype of the tensor of a node that has one."""
+    dtype: torch.dtype = node.meta["val"].dtype
+    return dtype
 
 
 def is_row(node: fx.Node) -> bool:

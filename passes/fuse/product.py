@@ -14,7 +14,7 @@ from normfuse.ir.graph import Graph, Refuse
 from normfuse.ir.operators import CHECKS
 from normfuse.ops import OPERATORS
 
-__all__ = ["Product", "is_float32", "like", "product", "readers", "reads_codes_of", "row_codes"]
+__all__ = ["Product", "is_float32", "product", "readers", "reads_codes_of", "row_codes"]
 
 ops = torch.ops.normfuse
 _LINEAR, _MATMUL = (getattr(ops, OPERATORS[name].name).default for name in ("shiftquant_linear", "shiftquant_matmul"))
@@ -113,12 +113,3 @@ def is_float32(node: fx.Node) -> bool:
     """In which the kernels compute."""
     val = node.meta.get("val")
     return isinstance(val, Tensor) and val.dtype is torch.float32
-
-
-def like(a: Any, b: Any) -> bool:
-    """Provably the same shape, and the same dtype; sizes as text, because comparing symbols would fix them."""
-    values = [n.meta.get("val") if isinstance(n, fx.Node) else None for n in (a, b)]
-    if not all(isinstance(v, Tensor) for v in values):
-        return False
-    first, second = ((str(v.dtype), *map(str, v.shape)) for v in values if v is not None)
-    return first == second

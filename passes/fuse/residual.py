@@ -14,8 +14,9 @@ from torch import fx
 from normfuse.ir.graph import Graph, Refuse
 from normfuse.ir.passes import Change
 from normfuse.ir.views import Add
+from normfuse.passes.fuse.alike import like
 from normfuse.passes.fuse.fusion import Fusion, take_place
-from normfuse.passes.fuse.product import Product, like, product, readers
+from normfuse.passes.fuse.product import Product, product, readers
 
 __all__ = ["Residual"]
 

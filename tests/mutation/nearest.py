@@ -14,6 +14,10 @@ _STREAMS = ("passes/streams/test_guards_streams.py", "passes/streams/test_mean_f
 _PARALLEL = ("passes/affine/test_guards_parallel.py", "passes/affine/test_parallel_signs.py", "passes/test_bake.py")
 _SLICES = ("passes/affine/test_slices.py",)
 _FOLD = ("folding/test_*.py",)
+_FUSE = ("passes/fuse/test_*.py",)
+_KERNELS = ("passes/fuse/test_*.py", "export/test_kernels_lowering.py")
+_CHAINS = ("passes/quantize/test_chains.py",)
+_LOWERING = ("export/lowering/test_*.py",)
 _FILES = ("hostile/test_programs.py", "pt2/test_pt2.py")
 
 SOURCES: dict[str, tuple[str, ...]] = {
@@ -34,6 +38,19 @@ SOURCES: dict[str, tuple[str, ...]] = {
     "passes/streams/keep_layer_norm.py": _FOLD,
     "passes/streams/mean_free.py": _STREAMS,
     "passes/streams/streams.py": _STREAMS,
+    **{
+        f"passes/fuse/{name}.py": _FUSE for name in ("codes_between", "fusion", "norm_codes", "product", "residual", "shared_codes")
+    },
+    **{f"passes/fuse/{name}.py": _KERNELS for name in ("kernels", "norm_patterns")},
+    "passes/fuse/measured.py": ("passes/fuse/test_measured.py",),
+    "passes/streams/half_range.py": ("passes/streams/test_half_range.py",),
+    "passes/streams/scaled.py": ("passes/streams/test_half_range.py",),
+    "passes/quantize/between.py": ("export/onnx/quantized/test_codes_between.py",),
+    **{
+        f"passes/quantize/shiftquant/chains/{name}.py": _CHAINS
+        for name in ("chains", "find", "functions", "ranges", "steps", "weights")
+    },
+    **{f"export/lowering/{name}.py": _LOWERING for name in ("graphs", "layers", "lowering", "told")},
     "normfuse/capture/capture.py": ("capture/test_capture.py", "test_api.py"),
     "normfuse/capture/writes.py": ("capture/test_writes.py",),
     "normfuse/folding/fold.py": _FOLD,
