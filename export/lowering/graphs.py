@@ -14,8 +14,6 @@ from normfuse.ir.graph import Graph
 
 __all__ = ["graph_of", "with_graph"]
 
-_TENSORS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
-
 
 def graph_of(program: ExportedProgram) -> Graph:
     """The program's graph, its tensors as constants; the program is not changed.
@@ -28,19 +26,18 @@ def graph_of(program: ExportedProgram) -> Graph:
     for old, new in zip(program.graph.nodes, graph.nodes, strict=True):
         new.meta, new.name = dict(old.meta), old.name  # fx would give one called `input` another
     placeholders = {node.name: node for node in graph.find_nodes(op="placeholder")}
-    held = {**program.constants, **program.state_dict}
     constants: dict[str, Constant] = {}
     for spec in program.graph_signature.input_specs:
-        tensor = held.get(spec.target or "")
-        if spec.kind not in _TENSORS or spec.target is None or not isinstance(tensor, Tensor):
+        tensor = _tensor(program, spec)
+        if tensor is None:
             continue
-        old = placeholders[spec.arg.name]
+        old, target = placeholders[spec.arg.name], str(spec.target)
         with graph.inserting_before(old):
-            new = graph.create_node("get_attr", spec.target, name=f"{old.name}_")
+            new = graph.create_node("get_attr", target, name=f"{old.name}_")
         new.meta = dict(old.meta)
         old.replace_all_uses_with(new)
         graph.erase_node(old)
-        constants[spec.target] = Constant.of(tensor, spec.target)
+        constants[target] = Constant.of(tensor, target)
     return Graph(graph, constants, program.graph_module)
 
 
@@ -49,8 +46,8 @@ def with_graph(program: ExportedProgram, graph: Graph) -> ExportedProgram:
     graph = graph.copy()
     graph.clean()
     state, constants = dict(program.state_dict), dict(program.constants)
-    kept = {s.target: s for s in program.graph_signature.input_specs if s.kind in _TENSORS}
-    users = [s for s in program.graph_signature.input_specs if s.kind not in _TENSORS or not _is_tensor(program, s)]
+    kept = {s.target: s for s in program.graph_signature.input_specs}
+    users = [s for s in program.graph_signature.input_specs if _tensor(program, s) is None]
     specs: list[InputSpec] = []
     reads = [n for n in graph.fx.nodes if n.op == "get_attr" and str(n.target) in graph.constants]
     first = next(n for n in graph.fx.nodes if n not in reads)
@@ -77,9 +74,11 @@ def with_graph(program: ExportedProgram, graph: Graph) -> ExportedProgram:
     return program._update(module, signature, state_dict=state, constants=constants)
 
 
-def _is_tensor(program: ExportedProgram, spec: InputSpec) -> bool:
-    held = {**program.constants, **program.state_dict}
-    return spec.target is not None and isinstance(held.get(spec.target), torch.Tensor)
+def _tensor(program: ExportedProgram, spec: InputSpec) -> Tensor | None:
+    """The parameter, buffer or constant that an input stands for; None for an input of the user."""
+    name = spec.target or ""
+    found = program.state_dict.get(name, program.constants.get(name))
+    return found if isinstance(found, Tensor) else None
 
 
 def _give_out(signature: torch.export.ExportGraphSignature, graph: Graph) -> None:

@@ -72,10 +72,8 @@ def quantized_layers(program: ExportedProgram) -> list[Layer]:
     names = {s.arg.name: s.target for s in program.graph_signature.input_specs}
     found: list[Layer] = []
     for node in program.graph.nodes:
-        space, _, name = (
-            node.target._schema.name.partition("::") if isinstance(node.target, torch._ops.OpOverload) else ("", "", "")
-        )
-        if space == "normfuse" and name in OP_OF:
+        name = _name(node)
+        if name in OP_OF:
             call = _Call(node, arguments(node), {n: held.get(t or "") for n, t in names.items()})
             given = {n: call.given[n] for n in OPERATORS[name].tensors}
             found.append(Layer(name, OP_OF[name], facts_of_call(OP_OF[name], call, given), path_of(node)))

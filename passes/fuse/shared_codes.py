@@ -25,7 +25,7 @@ class SharedCodes(Fusion):
     def change(self, graph: Graph, node: fx.Node) -> Change | None:
         """linear_1(x), linear_2(x)  =  matmul_1(q), matmul_2(q);   q = quantize_rows(x)"""
         first = product(node)
-        if first is None or first.x is None or first.static or not is_float32(first.x):
+        if first is None or first.x is None or not is_float32(first.x):
             return None
         found = [p for user in readers(first.x) if (p := product(user)) is not None and p.x is first.x and not p.static]
         found = sorted((p for p in found if p.activation_bits == first.activation_bits), key=lambda p: p.node)

@@ -157,9 +157,9 @@ def _norm(op: Any, read: float, written: float) -> Op:
     changes: dict[str, Any] = {"eps": _eps(op) * read**2}
     for name in ("gamma", "beta"):
         c = getattr(op, name, None)
-        if c is not None and written != 1:
+        if c is not None:
             changes[name] = _of(c, written)
-    if isinstance(op, (BatchNorm, InstanceNorm)) and read != 1 and op.mean is not None and op.var is not None:
+    if isinstance(op, (BatchNorm, InstanceNorm)) and op.mean is not None and op.var is not None:
         changes |= {"mean": _of(op.mean, read), "var": _of(op.var, read**2)}
     made: Op = dataclasses.replace(op, node=None, **changes)
     return made

@@ -81,7 +81,29 @@ def test_it_is_measured_once() -> None:
     assert len(asked) == native.available()
 
 
-@pytest.mark.parametrize(("samples", "words"), [([], "no example inputs"), ([[X.to("meta")]], "on meta"), ([[X]], "no kernels")])
+def test_where_nothing_is_fused_nothing_is_measured() -> None:
+    def clock(fused: Any, apart: Any) -> Speed:
+        raise AssertionError("there is nothing to measure")
+
+    graph = Graph.of(capture(nn.Linear(16, 16).eval(), (X,), None).gm)
+    report = Measured(RMS_NORM, clock)(graph, Run([[X]]))
+    assert (report.applied, report.refused) == ((), ())
+
+
+@pytest.mark.parametrize(("sure", "times"), [((True,), [0.2]), ((False, True), [0.2, 0.8]), ((False, False), [0.2, 0.8])])
+def test_what_is_decided_is_not_measured_on(sure: tuple[bool, ...], times: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[float] = []
+    answers = iter(sure)
+    monkeypatch.setattr(measured, "rounds", lambda fused, apart, seconds: asked.append(seconds))
+    monkeypatch.setattr(measured, "decided", lambda found: Speed(1.5, True, next(answers)))
+    assert measured._clock(lambda: None, lambda: None).decided == sure[-1]
+    assert asked == times
+
+
+@pytest.mark.parametrize(
+    ("samples", "words"),
+    [([], "no example inputs"), ([[X.to("meta")]], "on meta"), ([[X]], "no kernels"), ([[X, 3]], "no kernels")],
+)
 def test_where_nothing_can_be_measured(samples: list[Any], words: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "available", lambda: False)
     monkeypatch.setattr(native, "why_not", lambda: "they were not built")
