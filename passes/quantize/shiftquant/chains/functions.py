@@ -53,7 +53,7 @@ def bounds(node: fx.Node) -> Bounds | None:
 
 def is_function(node: fx.Node) -> bool:
     """Is it a function of each value by itself, with numbers for parameters?"""
-    return node.op == "call_function" and node.target in _FUNCTIONS and len(node.all_input_nodes) == 1
+    return node.target in _FUNCTIONS and len(node.all_input_nodes) == 1
 
 
 def values(node: fx.Node, x: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from normfuse.quant.spec import ShiftQuant
 __all__ = ["Extent", "Range", "common", "extents", "range_of", "single"]
 
 _BINS = 2048
+_LEAST = float(np.finfo(np.float64).tiny)
 _CLIPS = 40  # clipping points that are tried at each end, from the whole range down to a quarter of it
 
 
@@ -68,10 +69,8 @@ class Extent:
         return Extent(low, high, self._spread(low, high) + other._spread(low, high))
 
     def _spread(self, low: float, high: float) -> Tensor:
-        if (low, high) == (self.low, self.high) or high <= low:
-            return self.counts
         middles = self.low + (torch.arange(_BINS, dtype=torch.float64) + 0.5) * (self.high - self.low) / _BINS
-        index = ((middles - low) / (high - low) * _BINS).long().clamp(0, _BINS - 1)
+        index = ((middles - low) / max(high - low, _LEAST) * _BINS).long().clamp(0, _BINS - 1)
         return torch.zeros_like(self.counts).index_add_(0, index, self.counts)
 
 

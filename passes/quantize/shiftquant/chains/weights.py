@@ -119,8 +119,8 @@ def _depthwise(layer: Conv2d, spec: ShiftQuant) -> Integers:
 
 
 def _in_pairs(spec: ShiftQuant) -> bool:
-    """Are weights of 8 bits to be kept within pairs? Only this machine's instruction set needs it, and only for its speed."""
-    return bool(spec.weight_bits == 8 and spec.prefer == "speed" and native.available() and native.isa() == "avx2")
+    """Are weights to be kept within pairs? Only this machine's instruction set needs it, and only for its speed."""
+    return bool(spec.prefer == "speed" and native.available() and native.isa() == "avx2")
 
 
 def _paired(given: Integers, layer: Conv2d) -> Integers:
@@ -146,7 +146,7 @@ def _pairs(layer: Conv2d, rows: Tensor) -> Tensor:
     rows = rows.reshape(len(rows), height, width, layer.channels)
     if layer.channels == 1 and layer.groups == layer.outputs > 1:
         rows = rows.permute(0, 2, 3, 1)  # rows of a column
-    elif layer.groups == 1 and width > 1 and layer.at.dilation[1] == 1 and layer.channels <= _FEW:
+    elif layer.groups == 1 and layer.at.dilation[1] == 1 and layer.channels <= _FEW:
         rows = rows.flatten(2)  # a row of the kernel at once
     even = torch.nn.functional.pad(rows, (0, rows.shape[-1] % 2))
     return even.reshape(len(rows), -1, 2).clone()
