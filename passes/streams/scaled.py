@@ -118,7 +118,14 @@ class _Walk:
                 self._below(node, user)
         for node in self.found.values:
             self._check_once(node)
+        for node in [n for n in self.found.writers if self._hands_on(n)]:
+            del self.found.writers[node]
         return self.found
+
+    def _hands_on(self, node: fx.Node) -> bool:
+        """A product with a constant of what is scaled itself: c x · g has the scale already."""
+        op = self.graph.view(node, 2)
+        return _has_constant(op) and any(n in self.found.values for n in node.all_input_nodes)
 
     def _check_once(self, node: fx.Node) -> None:
         """c x · c y would be c² x y: of what is multiplied, or divided, one operand is scaled and the other is not."""
@@ -132,7 +139,7 @@ class _Walk:
             case _ if (factors := _product(op)) is not None:
                 x, y_node = factors
                 others = [x if x is y_node or (x in inside and y_node in inside) else None]
-        if any(n in inside for n in others if n is not None):
+        if any(n in inside for n in others):
             raise Refuse(f"{named(self.graph, node)} multiplies or divides it by itself", blocker=node)
 
     # -- upwards -----------------------------------------------------------------------------------------------------
@@ -181,11 +188,11 @@ class _Walk:
     # -- downwards ---------------------------------------------------------------------------------------------------
 
     def _below(self, node: fx.Node, user: fx.Node) -> None:
-        if user in self.found.values:
-            return
         op = self.graph.view(user, 2)
         if (op.weight is not None and op.weight.into is not None) or isinstance(op, NORMS):
-            self.found.readers[user] = None
+            self.found.readers[user] = None  # also one that writes one of the values itself
+        elif user in self.found.values:
+            return
         elif _has_constant(op) and isinstance(op, (Mul, Div)) and self.fits(self.size.get(user, 0.0)):
             self.found.readers[user] = None  # its constant takes 1 / c: what follows is as it was
         elif _passes_on(op, node) or (_is_cast(user) and user.args[0] is node):

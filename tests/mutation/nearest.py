@@ -16,8 +16,8 @@ _SLICES = ("passes/affine/test_slices.py",)
 _FOLD = ("folding/test_*.py",)
 _FUSE = ("passes/fuse/test_*.py",)
 _KERNELS = ("passes/fuse/test_*.py", "export/test_kernels_lowering.py")
-_CHAINS = ("passes/quantize/test_chains.py",)
-_LOWERING = ("export/lowering/test_*.py",)
+_CHAINS = ("passes/quantize/test_chain_parts.py", "passes/quantize/test_chains*.py")
+_PARTS = ("passes/quantize/test_chain_parts.py",)
 _FILES = ("hostile/test_programs.py", "pt2/test_pt2.py")
 
 SOURCES: dict[str, tuple[str, ...]] = {
@@ -42,15 +42,12 @@ SOURCES: dict[str, tuple[str, ...]] = {
         f"passes/fuse/{name}.py": _FUSE for name in ("codes_between", "fusion", "norm_codes", "product", "residual", "shared_codes")
     },
     **{f"passes/fuse/{name}.py": _KERNELS for name in ("kernels", "norm_patterns")},
-    "passes/fuse/measured.py": ("passes/fuse/test_measured.py",),
-    "passes/streams/half_range.py": ("passes/streams/test_half_range.py",),
-    "passes/streams/scaled.py": ("passes/streams/test_half_range.py",),
+    **{f"passes/streams/{name}.py": ("passes/streams/test_guards_half_range.py",) for name in ("half_range", "scaled")},
     "passes/quantize/between.py": ("export/onnx/quantized/test_codes_between.py",),
-    **{
-        f"passes/quantize/shiftquant/chains/{name}.py": _CHAINS
-        for name in ("chains", "find", "functions", "ranges", "steps", "weights")
-    },
-    **{f"export/lowering/{name}.py": _LOWERING for name in ("graphs", "layers", "lowering", "told")},
+    **{f"passes/quantize/shiftquant/chains/{name}.py": _CHAINS for name in ("chains", "find", "steps")},
+    **{f"passes/quantize/shiftquant/chains/{name}.py": _PARTS for name in ("functions", "ranges", "weights")},
+    "passes/quantize/reach.py": _PARTS,
+    "export/lowering/told.py": ("export/lowering/test_lowering.py",),
     "normfuse/capture/capture.py": ("capture/test_capture.py", "test_api.py"),
     "normfuse/capture/writes.py": ("capture/test_writes.py",),
     "normfuse/folding/fold.py": _FOLD,
