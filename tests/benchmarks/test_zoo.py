@@ -1,6 +1,7 @@
 """The zoo: rows of small models, what counts as wrong, the page; the zoo itself is run by the benchmark."""
 
 import json
+import time
 from dataclasses import asdict
 
 import pytest
@@ -154,3 +155,21 @@ def test_the_page_has_counts_bars_and_reasons():
     assert "| `affine_into_producer` | feeds # consumers | 3 | 1 | 1 | 1 |" in page
     assert "* `timm:bad` (refused): CaptureError: no &lt;way>" in page
     assert "1 more do not run" in page
+
+
+def computes_for_ever(subject, told):
+    told({"status": "optimizing"})
+    while True:
+        pass
+
+
+def waits_for_ever(subject, told):
+    time.sleep(3600)
+
+
+@pytest.mark.parametrize("task", [computes_for_ever, waits_for_ever])
+def test_a_model_is_stopped_by_the_time_that_it_used_itself(task, monkeypatch):
+    monkeypatch.setattr(zoo, "_PRELOADED", ())
+    monkeypatch.setattr(zoo, "_PATIENCE", 1000 if task is computes_for_ever else 1)
+    row = zoo.run(Small("timm", "small", "small", "small"), task=task, seconds=1.0, memory=100.0)
+    assert (row["status"], row["message"]) == ("timeout", "stopped after 1 s")
