@@ -51,7 +51,7 @@ def lowered(exported: ExportedProgram, passes: Sequence[Pass], samples: Samples 
     if not passes:
         return Lowered(exported)
     graph = graph_of(exported)
-    for check in [n for n in graph.fx.nodes if n.target in CHECKS and not n.users]:
+    for check in [n for n in graph.fx.nodes if n.target in CHECKS]:
         graph.fx.erase_node(check)  # they would count as readers, and no file has them
     reports: list[PassReport] = []
     for each in passes:

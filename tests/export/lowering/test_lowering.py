@@ -13,6 +13,7 @@ from normfuse.export.lowering.graphs import graph_of, with_graph
 from normfuse.export.lowering.lowering import lowered
 from normfuse.export.onnx.program import program
 from normfuse.ir.constants import Constant
+from normfuse.ir.graph import Refuse
 from normfuse.ir.passes import Pass, Rewriting
 from tests.export.models import attention
 from tests.export.quantized_models import exported, quantized
@@ -84,6 +85,24 @@ def test_a_pass_that_fails_is_taken_back(caplog: pytest.LogCaptureFixture) -> No
     assert got.failures == ("the pass failing failed and was taken back (RuntimeError: it is broken)",)
     for a, b in zip(found.module()(*inputs), got.exported.module()(*inputs), strict=True):
         torch.testing.assert_close(b, a, rtol=0, atol=0)
+
+
+class Told(Pass):
+    """Does one thing, and leaves another."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def rewrite(self, work: Rewriting) -> None:
+        node = work.graph.fx.output_node()
+        work.done(self.name, node, f"{self.name} did it")
+        work.refuse(self.name, node, Refuse(f"{self.name} did not"))
+
+
+def test_what_one_of_several_passes_says() -> None:
+    got = lowered(program(Several().eval(), (torch.randn(3, 4), torch.randn(2))).exported, (Told("a"), Told("b")))
+    assert [note.rpartition(": ")[2] for note in got.notes("b")] == ["b did it", "b did not"]
+    assert got.notes("c") == ()
 
 
 def test_the_result_says_what_each_site_became(tmp_path: Path) -> None:
