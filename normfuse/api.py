@@ -84,9 +84,10 @@ def optimize(
             in which submodules that can be captured are optimized and the rest stays as it is; the report has a part for each.
         allow_random_calibration: static scales of a `ShiftQuant` come from data and stay for good, so that without `calibration=`
             they are refused; True takes them from the example inputs, whatever these are.
-        target: "pytorch": the module is for PyTorch on this CPU. Operators side by side become one of our kernels, kind by kind,
-            where the model measures faster with it on the example inputs; the report has the others with what was measured. Such a
-            module has no backward. None leaves that to whoever exports it.
+        target: "pytorch": the module is for PyTorch on this CPU. Attention that is spelled out becomes PyTorch's operator, masks
+            that hide nothing go, and operators side by side become one of our kernels: kind by kind, where the model measures
+            faster with it on the example inputs; the report has the others with what was measured. Such a module has no backward
+            where it has our kernels. None leaves that to whoever exports it.
 
     Returns:
         An `fx.GraphModule` with the call signature of the model. `normfuse.report` says what was done to it.
@@ -220,11 +221,14 @@ def _kernels(target: str | None) -> list[Pass]:
         return []
     if target != "pytorch":
         raise UsageError(f"target={target!r}: expected 'pytorch' or None; files for other runtimes are written by normfuse.export")
+    from normfuse.passes.attention.eager import EagerAttention
+    from normfuse.passes.attention.static_masks import StaticMasks
     from normfuse.passes.fuse import FUSED
     from normfuse.passes.fuse.kernels import KERNELS
     from normfuse.passes.fuse.measured import Measured
 
-    return [Measured(each) for each in (*FUSED, *KERNELS)]
+    torch_has = [Measured(each, ours=False) for each in (StaticMasks(), EagerAttention())]
+    return [*torch_has, *(Measured(each) for each in (*FUSED, *KERNELS))]
 
 
 def _on_all_ranks(read: Callable[[], T], together: bool) -> T:

@@ -13,7 +13,6 @@ from normfuse.export.decoder.capture import Site
 from normfuse.export.decoder.forms import lower_cache, translations
 from normfuse.export.lowering.layers import quantized_layers
 from normfuse.export.lowering.lowering import lowered
-from normfuse.export.onnx.attention.static_masks import simplify_masks
 from normfuse.export.onnx.choice.table import layers_by_table
 from normfuse.export.onnx.lower import finished, translated
 from normfuse.export.onnx.oldest import needs
@@ -23,6 +22,8 @@ from normfuse.export.onnx.quantized.forms import passes_of, possible_forms
 from normfuse.export.runtimes import Release
 from normfuse.export.targets import opset_for, target_named
 from normfuse.extras import need
+from normfuse.passes.attention.eager import EagerAttention
+from normfuse.passes.attention.static_masks import StaticMasks
 
 __all__ = ["Written", "cache_names", "write_model"]
 
@@ -65,14 +66,14 @@ def write_model(gm: fx.GraphModule, sites: Sequence[Site], *, attention: str, pa
     inputs = ("input_ids", "attention_mask", *cache_names(len(sites), "past_key_values"))
     outputs = ("logits", *cache_names(len(sites), "present"))
     found = dataclasses.replace(found, inputs=inputs, outputs=outputs)
-    simplify_masks(found.exported)
     one_dtype_norms(found.exported)
     forms = possible_forms(quantized_layers(found.exported), target, opset, "auto", int4=False)
-    fused = dataclasses.replace(found, exported=lowered(found.exported, passes_of(forms)).exported)
+    passes = (StaticMasks(), EagerAttention(), *passes_of(forms))
+    fused = dataclasses.replace(found, exported=lowered(found.exported, passes).exported)
     model = translated(fused, opset, contrib=bool(target.domains), more=translations())
     lower_cache(model, attention, left=padding == "both")
     form = layers_by_table(forms)
-    model, _ = finished(model, found, target, opset, "decomposed", form)
+    model = finished(model, found, target, opset, form)
     _state_sizes(model, sites)
     runtime, _ = max(needs(model))
     if attention == "gqa":

@@ -15,7 +15,7 @@ import numpy as np
 from normfuse.errors import UsageError
 from normfuse.export.decoder.operator import cached_attention, newest, positions
 from normfuse.export.onnx.build import Build, dims
-from normfuse.export.onnx.quantized.translate import marker
+from normfuse.export.onnx.writer.markers import markers_of
 from normfuse.export.onnx.writer.translate import MARKER_DOMAIN
 
 __all__ = ["FORMS", "DecoderAttention", "lower_cache", "rotates", "translations"]
@@ -31,7 +31,7 @@ _ATTENTION, _POSITIONS, _NEWEST = "cached_attention", "positions", "newest"
 def translations() -> dict[Any, Any]:
     """For the exporter: each operator becomes one node, which `lower_cache` takes."""
     operators = (cached_attention._opoverload, positions._opoverload, newest._opoverload)
-    return {operator: marker(operator) for operator in operators}
+    return markers_of(operators)
 
 
 def rotates(form: str, pairs: int, width: int) -> bool:

@@ -31,6 +31,11 @@ class Lowered:
     exported: ExportedProgram
     passes: tuple[PassReport, ...] = ()
 
+    def then(self, passes: Sequence[Pass]) -> Lowered:
+        """What further passes make of it."""
+        more = lowered(self.exported, passes)
+        return Lowered(more.exported, (*self.passes, *more.passes))
+
     def notes(self, name: str) -> tuple[str, ...]:
         """What the pass of that name did, and what it left and why, a line a site."""
         found = [p for p in self.passes if p.name == name]
@@ -62,4 +67,5 @@ def lowered(exported: ExportedProgram, passes: Sequence[Pass], samples: Samples 
             log.warning("%s failed and was taken back: %s: %s", each.name, type(e).__name__, e, exc_info=e)
             graph = before
             reports.append(PassReport(each.name, undone=(Site(each.name, "", f"{type(e).__name__}: {first_line(e)}"),)))
-    return Lowered(with_graph(exported, graph), tuple(reports))
+    changed = any(report.applied for report in reports)
+    return Lowered(with_graph(exported, graph) if changed else exported, tuple(reports))

@@ -8,8 +8,9 @@ import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from torch import nn
@@ -17,9 +18,8 @@ from torch import nn
 from normfuse.errors import ExportError, UsageError
 from normfuse.export.keywords import given, keywords_of
 from normfuse.export.lowering.layers import quantized_layers
-from normfuse.export.lowering.lowering import lowered
+from normfuse.export.lowering.lowering import Lowered, lowered
 from normfuse.export.lowering.told import forms_of
-from normfuse.export.onnx.attention.static_masks import simplify_masks
 from normfuse.export.onnx.choice.candidates import Chosen, choose
 from normfuse.export.onnx.lower import finished, translated
 from normfuse.export.onnx.medium import OnnxFile
@@ -37,9 +37,11 @@ from normfuse.export.onnx.writer.save import MAX_PROTO, data_files, drop_stale, 
 from normfuse.export.options import ExportKeywords, ExportOptions
 from normfuse.export.result import Exported
 from normfuse.export.runtimes import Release, parse_runtime, spelled_runtime
-from normfuse.export.targets import MIN_OPSET, Target
+from normfuse.export.targets import MIN_OPSET, AttentionForm, Target
 from normfuse.extras import need
 from normfuse.files import atomic, check_target
+from normfuse.passes.attention.eager import EagerAttention
+from normfuse.passes.attention.static_masks import StaticMasks
 from normfuse.passes.streams.half_range import HalfRange
 from normfuse.reports.model import Form
 from normfuse.surroundings import undisturbed
@@ -182,26 +184,30 @@ class _Draft:
     forms: tuple[Form, ...] = ()
     told: tuple[str, ...] = ()
 
+    @property
+    def attentions(self) -> dict[str, int]:
+        """Number of attentions in float, by their form."""
+        return dict(Counter(f.form for f in self.forms if f.kind == "attention" and f.form in get_args(AttentionForm)))
+
 
 def _lowered(found: Program, options: ExportOptions, kept: Sequence[str], folder: Path) -> _Draft:
     """In the newest opset that the runtime takes: an op may have come to it later than its opset did."""
     older = options.opset is None and options.runtime is not None
     for opset in range(options.newest, MIN_OPSET - 1, -1) if older else (options.newest,):
-        _simplified(found)
-        layers = [each for each in quantized_layers(found.exported) if each.operator not in kept]
+        one_dtype_norms(found.exported)
+        every = quantized_layers(found.exported)
+        layers = [each for each in every if each.operator not in kept]
         forms = possible_forms(layers, options.where, opset, options.form, int4=options.int4_initializers)
         half = (HalfRange(),) if _computes_in_half(found, options) else ()
-        fused = lowered(found.exported, (*half, *passes_of(forms)), [list(found.flat_inputs())])
-        model = _translated(dataclasses.replace(found, exported=fused.exported), options.where, opset)
-        nodes = keep_nodes(model, kept)
-        chosen = choose(model, found, opset, options, forms, folder)
-        del model
+        passes = (StaticMasks(), *half, EagerAttention(), *passes_of(forms))
+        program = lowered(found.exported, passes, [list(found.flat_inputs())])
+        chosen = choose(program, found, opset, options, forms, folder, partial(_translated, found, options.where, opset, kept=kept))
         oldest, reason = max(needs(chosen.model))
         if options.runtime is None or oldest <= parse_runtime(options.runtime):
             rounds = chosen.layers is not None and FORMS[chosen.layers].rounds
-            rounds = rounds or any(nodes[name] for name in _ROUNDS)
-            sites = (*chosen.sites, *forms_of(fused, chosen.layers, opset))
-            return _Draft(chosen, opset, rounds, sites, (*fused.notes(HalfRange.name), *fused.failures))
+            rounds = rounds or any(each.operator in _ROUNDS and each.operator in kept for each in every)
+            sites = forms_of(chosen.program, chosen.attention, chosen.layers, opset)
+            return _Draft(chosen, opset, rounds, sites, (*chosen.program.notes(HalfRange.name), *chosen.program.failures))
     raise _too_new(options.runtime, oldest, reason)
 
 
@@ -237,7 +243,7 @@ def _written(draft: _Draft, proof: Proof, file: Path) -> tuple[Proven, float]:
 def _facts(draft: _Draft, proven: Proven, bound: float) -> dict[str, str]:
     """What the file says of its forms and of its proof."""
     chosen, facts = draft.chosen, {}
-    if chosen.sites:
+    if draft.attentions:
         facts["attention"] = chosen.attention
     if proven.error is not None:
         facts |= {"error": f"{proven.error.max_rel:.3e}", "error_dtype": proven.error.dtype, "tolerance": f"{bound:.0e}"}
@@ -265,8 +271,8 @@ def _result(file: Path, draft: _Draft, proof: Proof, proven: Proven, bound: floa
         outputs=proof.found.outputs,
         error=error,
         tolerance=None if error is None or bound == math.inf else bound,
-        attention=chosen.attention if chosen.sites else None,
-        attention_sites=dict(Counter(site.form for site in chosen.sites)),
+        attention=chosen.attention if draft.attentions else None,
+        attention_sites=draft.attentions,
         forms=draft.forms,
         ratios=chosen.ratios,
         form=chosen.layers,
@@ -274,13 +280,12 @@ def _result(file: Path, draft: _Draft, proof: Proof, proven: Proven, bound: floa
     )
 
 
-def _simplified(found: Program) -> None:
-    simplify_masks(found.exported)
-    one_dtype_norms(found.exported)
-
-
-def _translated(found: Program, target: Target, opset: int) -> ir.Model:
-    return translated(found, opset, contrib=bool(target.domains) and _is_float32(found))
+def _translated(found: Program, target: Target, opset: int, program: Lowered, kept: Sequence[str] = ()) -> ir.Model:
+    """What passes made of `found`, with attention and quantized layers as markers; those named in `kept` are nodes already."""
+    written = dataclasses.replace(found, exported=program.exported)
+    model = translated(written, opset, contrib=bool(target.domains) and _is_float32(found))
+    keep_nodes(model, kept)
+    return model
 
 
 def _lacks_double(found: Program, target: Target, opset: int) -> str | None:
@@ -289,9 +294,9 @@ def _lacks_double(found: Program, target: Target, opset: int) -> str | None:
         return None
     if quantized_layers(found.exported):
         return None
-    _simplified(found)
-    model = _translated(found, target, opset)
-    plain, _ = finished(model, found, target, opset, "decomposed")
+    one_dtype_norms(found.exported)
+    model = _translated(found, target, opset, lowered(found.exported, (StaticMasks(),)))
+    plain = finished(model, found, target, opset)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "float64.onnx")
         save_model(plain, file, limit=MAX_PROTO)

@@ -6,15 +6,14 @@ import logging
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from normfuse.errors import ExportError, NormfuseError
-from normfuse.export.onnx.attention.attention import lower_attention
-from normfuse.export.onnx.attention.eager_attention import mark_attention
 from normfuse.export.onnx.attention.rotary import full_rotary_tables
+from normfuse.export.onnx.attention.written import attention_markers, write_attention
 from normfuse.export.onnx.build import dims, given
 from normfuse.export.onnx.experts import grouped_products
 from normfuse.export.onnx.own_nodes import add_functions
@@ -22,16 +21,15 @@ from normfuse.export.onnx.precision.small_numbers import kept_exact
 from normfuse.export.onnx.program import Program
 from normfuse.export.onnx.quantized.form import Form as LayerForm
 from normfuse.export.onnx.quantized.forms import FORMS, lower_quantized
-from normfuse.export.onnx.quantized.translate import markers
 from normfuse.export.onnx.quiet import quiet
 from normfuse.export.onnx.residual import keep_layer_norm_apart
+from normfuse.export.onnx.writer.markers import markers
 from normfuse.export.onnx.writer.names import name_graph
 from normfuse.export.onnx.writer.opset17 import to_opset_17
 from normfuse.export.onnx.writer.translate import MARKER_DOMAIN, table
 from normfuse.export.runtimes import format_of
 from normfuse.export.targets import Target
 from normfuse.extras import need
-from normfuse.reports.model import Form
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -48,7 +46,7 @@ _TRANSLATED_OPSET = 18  # the oldest one that torch translates to; below it the 
 def translated(
     program: Program, opset: int, *, contrib: bool = False, more: Mapping[Callable[..., Any], Callable[..., Any]] | None = None
 ) -> ir.Model:
-    """The program as an `onnx_ir.Model`; attention is still a marker; `contrib` allows ops of ONNX Runtime.
+    """The program as an `onnx_ir.Model`; attention and operators of ours are still markers; `contrib` allows ops of ONNX Runtime.
 
     `more` are further translations, by operator.
 
@@ -62,7 +60,7 @@ def translated(
             out = torch.onnx.export(
                 program.exported,
                 opset_version=version,
-                custom_translation_table=table(opset, contrib=contrib) | markers() | grouped_products(version) | dict(more or {}),
+                custom_translation_table=_translations(opset, version, contrib=contrib) | dict(more or {}),
                 optimize=False,
                 verbose=False,
             )
@@ -74,8 +72,11 @@ def translated(
         raise ExportError(f"torch cannot translate the model to ONNX opset {opset}: {_cause(e)}{_place(e, program)}") from e
     with _in_one_line("marked"):
         _keep_constants(out.model.graph)
-        mark_attention(out.model)
     return out.model
+
+
+def _translations(opset: int, version: int, *, contrib: bool) -> dict[Callable[..., Any], Callable[..., Any]]:
+    return table(opset, contrib=contrib) | markers() | attention_markers() | grouped_products(version)
 
 
 @dataclass
@@ -86,20 +87,16 @@ class Draft:
         model: a copy of the translated one; what the steps change.
         program: what it is of.
         target, opset: what it is for.
-        attention: form of attention.
         layers: form of quantized layers; None without any.
         int4: weights of up to 4 bits as INT4, where the form leaves that open.
-        sites: what each attention site got.
     """
 
     model: ir.Model
     program: Program
     target: Target
     opset: int
-    attention: str
     layers: LayerForm | None
     int4: bool
-    sites: list[Form] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -112,40 +109,30 @@ class Step:
 
 
 def finished(
-    model: ir.Model, program: Program, target: Target, opset: int, form: str, quantized: str | None = None, *, int4: bool = False
-) -> tuple[ir.Model, list[Form]]:
-    """A copy of the translated `model` for `target`, with attention in `form`, quantized layers in `quantized`, and final names.
-
-    Returns: the model, and what each attention site got.
+    model: ir.Model, program: Program, target: Target, opset: int, quantized: str | None = None, *, int4: bool = False
+) -> ir.Model:
+    """A copy of the translated `model` for `target`, with quantized layers in the form `quantized`, and final names.
 
     Raises:
         ExportError: the ops do not exist at `opset`.
     """
     layers = None if quantized is None else FORMS[quantized]
     with quiet():
-        draft = Draft(model.clone(), program, target, opset, form, layers, int4)
+        draft = Draft(model.clone(), program, target, opset, layers, int4)
         for step in STEPS:
             if step.when(draft):
                 with _in_one_line(f"written ({step.name})"):
                     step.apply(draft)
-    return draft.model, draft.sites
+    return draft.model
 
 
 def _is_quantized(draft: Draft) -> bool:
     return draft.layers is not None
 
 
-def _take_form(draft: Draft) -> None:
-    draft.sites += lower_attention(draft.model, draft.attention)
-
-
 def _form(draft: Draft) -> LayerForm:
     assert draft.layers is not None
     return draft.layers
-
-
-def _before_attention(draft: Draft) -> None:
-    _form(draft).before_attention(draft.model)
 
 
 def _at_last(draft: Draft) -> None:
@@ -172,8 +159,7 @@ def _common(name: str) -> Callable[[Draft], object]:
 #: What makes a file of a translated model, in order.
 STEPS = (
     Step("whole tables of rotary positions", lambda d: full_rotary_tables(d.model)),
-    Step("attention as quantized layers leave it", _before_attention, _is_quantized),
-    Step("attention in its form", _take_form),
+    Step("attention in its form", lambda d: write_attention(d.model)),
     Step("LayerNorms apart from additions", lambda d: keep_layer_norm_apart(d.model), lambda d: d.target.runs_here),
     Step("domains of the target", _import_domains),
     Step("quantized layers in their form", _write_layers, _is_quantized),

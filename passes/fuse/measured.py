@@ -26,15 +26,21 @@ _SECONDS = (0.2, 0.8)  # an undecided measurement goes on for longer
 class Measured(Pass):
     """`inner`, if it makes the model faster; else each of its sites is refused with what was measured.
 
+    Args:
+        inner: the pass.
+        clock: what takes the times; by default the clock of this machine.
+        ours: what it writes is fast with our kernels alone, so that nothing is measured without them.
+
     What was measured once is believed for as long as the object lives: a pipeline that is run again, because the proof has taken
     something back, must come to the same decision.
     """
 
     leaves_affines = False
 
-    def __init__(self, inner: Pass, clock: Clock | None = None) -> None:
+    def __init__(self, inner: Pass, clock: Clock | None = None, *, ours: bool = True) -> None:
         self.name = inner.name
         self.inner = inner
+        self.ours = ours
         self.clock = _clock if clock is None else clock
         self._known: dict[tuple[Site, ...], str] = {}
 
@@ -61,7 +67,7 @@ class Measured(Pass):
         devices = {v.device.type for v in values if isinstance(v, torch.Tensor)} - {"cpu"}
         if devices:
             return f"not measured: the example inputs are on {devices.pop()}, and times are taken on a CPU"
-        if not native.available():
+        if self.ours and not native.available():
             return f"there are no kernels: {native.why_not()}"
         with torch.inference_mode():
             speed = self.clock(_call(trial, values), _call(work.graph, values))

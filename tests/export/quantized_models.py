@@ -16,14 +16,16 @@ from torch import Tensor, nn
 import normfuse
 import normfuse.ops
 from normfuse.export import Exported, to_onnx
+from normfuse.export.lowering.attention.forms import AttentionForms, forms_in
 from normfuse.export.lowering.lowering import lowered
-from normfuse.export.onnx.attention.static_masks import simplify_masks
 from normfuse.export.onnx.lower import finished, translated
 from normfuse.export.onnx.program import program
 from normfuse.export.onnx.quantized.forms import passes_of
 from normfuse.export.onnx.runtime import run, session
 from normfuse.export.onnx.writer.save import save_model
 from normfuse.export.targets import TARGETS
+from normfuse.passes.attention.eager import EagerAttention
+from normfuse.passes.attention.static_masks import StaticMasks
 from normfuse.quant.packing import pack, pack_groups, pack_rows
 from normfuse.quant.weight import QuantizedWeight
 
@@ -222,27 +224,27 @@ class Translated:
     def __init__(self, model: nn.Module, inputs: tuple[Tensor, ...], opset: int = 23, dynamic_shapes: Any = None) -> None:
         self.model, self.opset = model.eval(), opset
         self.program = program(model, inputs, dynamic_shapes)
-        simplify_masks(self.program.exported)
-        self.onnx = translated(self.program, opset, contrib=True)
+        self.lowered = lowered(self.program.exported, (StaticMasks(), EagerAttention()))
+        self.onnx = self._translated(self.lowered.exported)
+
+    def _translated(self, exported: torch.export.ExportedProgram) -> Any:
+        return translated(dataclasses.replace(self.program, exported=exported), self.opset, contrib=True)
 
     @functools.cached_property
     def fused(self) -> Any:
         """With what stands side by side as one operator, as files with our kernels have it."""
-        passes = passes_of(("native",))
-        program = dataclasses.replace(self.program, exported=lowered(self.program.exported, passes).exported)
-        return translated(program, self.opset, contrib=True)
+        return self._translated(self.lowered.then(passes_of(("native",))).exported)
 
     def written(self, file: Path, form: str, *, target: str = "onnxruntime", int4: bool = False) -> Path:
         model = self.fused if form == "native" else self.onnx
-        ready, _ = finished(model, self.program, TARGETS[target], self.opset, "decomposed", form, int4=int4)
-        save_model(ready, file)
+        save_model(finished(model, self.program, TARGETS[target], self.opset, form, int4=int4), file)
         return file
 
     def attending(self, file: Path, form: str) -> dict[str, int]:
         """Write it for ONNX Runtime with its attention in `form`; how many sites got which form."""
-        ready, sites = finished(self.onnx, self.program, TARGETS["onnxruntime"], self.opset, form)
-        save_model(ready, file)
-        return dict(Counter(site.form for site in sites))
+        formed = self.lowered.then([AttentionForms(form, self.opset)]).exported
+        save_model(finished(self._translated(formed), self.program, TARGETS["onnxruntime"], self.opset), file)
+        return dict(Counter(name for _, name in forms_in(formed.graph.nodes)))
 
     def run(self, opened: Any, *inputs: Tensor) -> list[Tensor]:
         return list(run(opened, dict(zip(self.program.inputs, inputs, strict=True))).values())

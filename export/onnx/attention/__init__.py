@@ -1,1 +1,1 @@
-"""Attention in the forms that runtimes have kernels for."""
+"""Attention in the nodes of a file: one translation for each of its forms."""

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from normfuse.export.onnx.build import Build, Size, const_of, dims
+from normfuse.export.onnx.build import Build, Size, const_of, dims, same_size
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-__all__ = ["Bias", "bias_of"]
+__all__ = ["Bias", "bias_of", "full_bias", "hidden_by_infinity"]
 
 
 class Scored(Protocol):
@@ -44,7 +44,7 @@ class Bias:
     alive: ir.Value | None = None
 
 
-def bias_of(mask: ir.Value | None, site: Scored, at: Build, *, causal: bool) -> Bias:
+def bias_of(mask: ir.Value | None, site: Scored, at: Build, *, causal: bool = False) -> Bias:
     """The mask of a site; the same mask at many sites is built once.
 
     A boolean mask becomes 0 and half of the lowest number, not -inf: softmax gives 0 for it all the same, and a query that
@@ -72,6 +72,44 @@ def bias_of(mask: ir.Value | None, site: Scored, at: Build, *, causal: bool) -> 
     return found
 
 
+def full_bias(bias: Bias, site: Scored, at: Build) -> Bias:
+    """The mask with four axes, the last two not broadcast."""
+    if bias.values is None:
+        return bias
+    have, q, k = dims(bias.values), dims(site.query), dims(site.key)
+    known = have is not None and len(have) == 4 and q is not None and k is not None
+    if known and same_size(have[2], q[-2]) and same_size(have[3], k[-2]):  # type: ignore[index]
+        return bias
+    key = ("full", id(bias.values), q and q[-2], k and k[-2])
+    if key not in at.shared:
+        two = at.const(np.array([1, 1], np.int64))
+        length = at.op("Concat", two, _tokens(site.query, at), _tokens(site.key, at), axis=0)
+        at.shared[key] = at.op("Expand", bias.values, length, dtype=bias.values.dtype)
+    return Bias(at.shared[key], bias.alive)
+
+
+def hidden_by_infinity(mask: ir.Value, at: Build) -> ir.Value:
+    """0 where a mask of bools is true and -inf elsewhere, as operators of ours take it; floats stay. Shared masks stay shared."""
+    if mask.dtype != at.ir.DataType.BOOL:
+        return mask
+    key = ("float mask", id(mask))
+    if key not in at.shared:
+        seen = const_of(mask)
+        if seen is not None:
+            at.shared[key] = at.const(np.where(seen, 0, -np.inf).astype(np.float32))
+        else:
+            zero, hidden = at.const(np.float32(0)), at.const(np.float32(-np.inf))
+            at.shared[key] = at.op("Where", mask, zero, hidden, dtype=at.ir.DataType.FLOAT, shape=dims(mask))
+    found: ir.Value = at.shared[key]
+    return found
+
+
+def _tokens(value: ir.Value, at: Build) -> ir.Value:
+    """The size of the last but one axis, [1]."""
+    rank = len(dims(value) or (0, 0, 0, 0))
+    return at.op("Shape", value, start=rank - 2, end=rank - 1)
+
+
 def _lowest(dtype: ir.DataType) -> float:
     # half of it: a score may be added without reaching -inf
     import ml_dtypes
@@ -91,14 +129,12 @@ def _causal(site: Scored, at: Build) -> ir.Value:
 
 
 def _triangle(site: Scored, at: Build, length: Size | None, keys: Size | None) -> ir.Value:
-    q, dtype = dims(site.query), site.dtype
+    dtype = site.dtype
     hidden = np.asarray(_lowest(dtype), dtype.numpy())
     if isinstance(length, int) and isinstance(keys, int):
         seen = np.tril(np.ones((length, keys), bool))
         return at.const(np.where(seen, np.zeros((), hidden.dtype), hidden).astype(hidden.dtype))
-    rank = len(q) if q else 4
-    rows = at.op("Shape", site.query, start=rank - 2, end=rank - 1)
-    columns = at.op("Shape", site.key, start=rank - 2, end=rank - 1)
-    all_hidden = at.op("Expand", at.const(hidden), at.op("Concat", rows, columns, axis=0), dtype=dtype)
+    sizes = at.op("Concat", _tokens(site.query, at), _tokens(site.key, at), axis=0)
+    all_hidden = at.op("Expand", at.const(hidden), sizes, dtype=dtype)
     # Trilu keeps what lies above the diagonal and writes 0 on and below it
     return at.op("Trilu", all_hidden, at.const(np.asarray(1, np.int64)), upper=1, dtype=dtype)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import itertools
 import tempfile
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,8 @@ import torch
 import normfuse
 from normfuse.benchmark.machine import cpu_model
 from normfuse.cache import measurement, remember
+from normfuse.export.lowering.attention.forms import AttentionForms, forms_in
+from normfuse.export.lowering.lowering import Lowered
 from normfuse.export.onnx.build import dims
 from normfuse.export.onnx.choice.fastest import fastest
 from normfuse.export.onnx.choice.table import attention_by_table, layers_by_table
@@ -26,12 +28,14 @@ from normfuse.export.onnx.writer.save import save_model
 from normfuse.export.options import ExportOptions
 from normfuse.export.targets import attention_forms
 from normfuse.extras import need
-from normfuse.reports.model import Form
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-__all__ = ["Chosen", "choose"]
+__all__ = ["Chosen", "Translate", "choose"]
+
+Translate = Callable[[Lowered], "ir.Model"]
+"""From a program to a model with markers."""
 
 
 @dataclass(frozen=True)
@@ -42,14 +46,14 @@ class Chosen:
         model: ready to be written.
         layers: form of quantized layers; None without any.
         attention: form of attention that was asked for.
-        sites: what each attention site got.
+        program: what it was translated from.
         ratios: latency of the plain form over that of each form that was measured.
     """
 
     model: ir.Model
     layers: str | None
     attention: str
-    sites: list[Form]
+    program: Lowered
     ratios: dict[str, float] = field(default_factory=dict)
 
 
@@ -60,13 +64,26 @@ class _Candidates:
     quantized: tuple[str, ...]
     attention: tuple[str, ...]
 
-    def __iter__(self) -> Iterator[tuple[str | None, str]]:
-        return iter(itertools.product(self.quantized or (None,), self.attention))
+    def name(self, layers: str | None, attention: str) -> str:
+        """What a measurement calls a pair of forms."""
+        return attention if len(self.quantized) < 2 else " ".join(filter(None, (layers, attention)))
 
 
-def choose(model: ir.Model, found: Program, opset: int, options: ExportOptions, quantized: tuple[str, ...], folder: Path) -> Chosen:
-    """The translated `model` in the forms that `options` ask for; where they leave that open by the table, or by measuring files in
-    `folder`. `quantized` are the forms that its quantized layers may take.
+def choose(
+    program: Lowered,
+    found: Program,
+    opset: int,
+    options: ExportOptions,
+    quantized: tuple[str, ...],
+    folder: Path,
+    translate: Translate,
+) -> Chosen:
+    """A model in the forms that `options` ask for; where they leave that open by the table, or by measuring files in `folder`.
+
+    Args:
+        program: `found` as passes have left it, with attention in no form yet.
+        quantized: the forms that its quantized layers may take.
+        translate: makes a model of a program whose attentions have their form.
 
     Raises:
         UsageError: a form that is asked for is not possible here.
@@ -74,20 +91,31 @@ def choose(model: ir.Model, found: Program, opset: int, options: ExportOptions, 
     target, int4 = options.where, options.int4_initializers
     attention = attention_forms(target, opset, options.attention, native=any(FORMS[f].kernels for f in quantized))
     if options.tune:
-        return _measured(model, found, opset, options, _Candidates(quantized, attention), folder)
-    layers, form = layers_by_table(quantized), attention_by_table(model, attention)
-    ready, sites = finished(model, found, target, opset, form, layers, int4=int4)
-    return Chosen(ready, layers, form, sites)
+        ready = dict(_ready(program, found, opset, options, _Candidates(quantized, attention), translate))
+        return _measured(ready, found, options, folder)
+    layers, form = layers_by_table(quantized), attention_by_table(program, attention, opset)
+    formed = program.then([AttentionForms(form, opset)])
+    return Chosen(finished(translate(formed), found, target, opset, layers, int4=int4), layers, form, formed)
 
 
-def _measured(model: ir.Model, found: Program, opset: int, options: ExportOptions, candidates: _Candidates, folder: Path) -> Chosen:
-    ready: dict[str, Chosen] = {}
-    for quantized, form in candidates:
-        made, sites = finished(model, found, options.where, opset, form, quantized, int4=options.int4_initializers)
-        # a form that no site could take is one of the others again
-        if [s.form for s in sites] not in [[s.form for s in c.sites] for c in ready.values() if c.layers == quantized]:
-            name = form if len(candidates.quantized) < 2 else " ".join(filter(None, (quantized, form)))
-            ready[name] = Chosen(made, quantized, form, sites)
+def _ready(
+    program: Lowered, found: Program, opset: int, options: ExportOptions, candidates: _Candidates, translate: Translate
+) -> Iterator[tuple[str, Chosen]]:
+    """What there is to measure, by name, the plain one first."""
+    known: list[list[str]] = []
+    models: list[tuple[str, Lowered, ir.Model]] = []
+    for form in candidates.attention:
+        formed = program.then([AttentionForms(form, opset)])
+        got = [each for _, each in forms_in(formed.exported.graph.nodes)]
+        if got not in known:  # a form that no site could take is one of the others again
+            known.append(got)
+            models.append((form, formed, translate(formed)))
+    for layers, (form, formed, model) in itertools.product(candidates.quantized or (None,), models):
+        made = finished(model, found, options.where, opset, layers, int4=options.int4_initializers)
+        yield candidates.name(layers, form), Chosen(made, layers, form, formed)
+
+
+def _measured(ready: dict[str, Chosen], found: Program, options: ExportOptions, folder: Path) -> Chosen:
     plain = next(iter(ready))
     if len(ready) == 1:
         return ready[plain]
@@ -99,7 +127,7 @@ def _measured(model: ir.Model, found: Program, opset: int, options: ExportOption
         remember("forms", question, known)
     name, ratios = known
     chosen = ready[name]
-    return Chosen(chosen.model, chosen.layers, chosen.attention, chosen.sites, ratios)
+    return replace(chosen, ratios=ratios)
 
 
 def _fastest(

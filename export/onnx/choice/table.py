@@ -16,31 +16,26 @@ Latency of the plain form over that of each other, fp32, ONNX Runtime 1.32, two 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from normfuse.export.onnx.attention.attention import lower_attention, widths
+from normfuse.export.lowering.attention.forms import AttentionForms, forms_in, widest
+from normfuse.export.lowering.lowering import Lowered
 from normfuse.export.targets import NATIVE_ATTENTION
-
-if TYPE_CHECKING:
-    import onnx_ir as ir
 
 __all__ = ["attention_by_table", "layers_by_table"]
 
 _NARROW = 192
 
 
-def attention_by_table(model: ir.Model, forms: tuple[str, ...]) -> str:
-    """One of `forms`, the plain one first, for the attention markers of the translated `model`, which stays as it is."""
+def attention_by_table(program: Lowered, forms: tuple[str, ...], opset: int) -> str:
+    """One of `forms`, the plain one first, for the attentions of a program, which stays as it is."""
     if NATIVE_ATTENTION in forms:  # offered where the layers around it are in the kernels, too
         return NATIVE_ATTENTION
     if not {"qkv", "mha"} <= set(forms):
         return forms[0]
-    trial = model.clone()
-    widest = max(widths(trial), default=0)
-    got = [site.form for site in lower_attention(trial, "qkv")]
+    trial = program.then([AttentionForms("qkv", opset)])
+    got = [form for _, form in forms_in(trial.exported.graph.nodes)]
     if 2 * got.count("qkv") < len(got) or not got:
         return forms[0]
-    return "mha" if widest <= _NARROW else "qkv"
+    return "mha" if widest(program.exported.graph.nodes) <= _NARROW else "qkv"
 
 
 def layers_by_table(forms: tuple[str, ...]) -> str | None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 from normfuse.export.lowering.layers import Layer
 from normfuse.export.onnx.program import Program
 from normfuse.export.targets import QuantizedForm, Target
+from normfuse.ir.passes import Pass
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -49,12 +50,14 @@ class Form:
         packs: weights of up to 4 bits are packed in it anyway.
         rounds: activations are rounded as the module rounds them; else the file computes something else: `meant`.
         kernels: its nodes are ops of normfuse's kernel library, and are functions where that is not there.
+        passes: what makes of the graph what it can write, in order.
     """
 
     name: ClassVar[QuantizedForm]
     packs: ClassVar[bool] = False
     rounds: ClassVar[bool] = True
     kernels: ClassVar[bool] = False
+    passes: ClassVar[tuple[Pass, ...]] = ()
 
     def refuses(self, layers: Sequence[Layer], wanted: Wanted) -> str | None:
         """Why it cannot express these layers, and what to do; None where it can."""
@@ -63,9 +66,6 @@ class Form:
     def offers_itself(self) -> bool:
         """`auto` considers it on this machine."""
         return True
-
-    def before_attention(self, model: ir.Model) -> None:
-        """What must be done to the markers, in place, before attention in float gets its form."""
 
     def write(self, model: ir.Model, wanted: Wanted) -> None:
         """Write every marker of the model in this form, in place."""

@@ -16,7 +16,6 @@ from normfuse.export.onnx.quantized.qdq import Qdq
 from normfuse.export.onnx.quantized.weight_only import WeightOnly
 from normfuse.export.targets import QUANTIZED_FORMS, Target
 from normfuse.ir.passes import Pass
-from normfuse.passes.fuse import FUSED
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -64,8 +63,9 @@ def possible_forms(layers: Sequence[Layer], target: Target, opset: int, form: st
 
 
 def passes_of(forms: Sequence[str]) -> tuple[Pass, ...]:
-    """What is done to the graph before it is written in one of `forms`: neighbours become one where there are kernels for that."""
-    return FUSED if forms and all(FORMS[form].kernels for form in forms) else ()
+    """What is done to the graph before it is written in one of `forms`: what all of them want."""
+    wanted = [FORMS[form].passes for form in forms]
+    return wanted[0] if wanted and all(passes == wanted[0] for passes in wanted) else ()
 
 
 def _one_of(forms: tuple[str, ...]) -> str:

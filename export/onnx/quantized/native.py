@@ -7,14 +7,15 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from normfuse import native
+from normfuse.export.lowering.attention.forms import KernelAttention
 from normfuse.export.lowering.layers import Layer
 from normfuse.export.onnx.build import Build, Shared, dims, take_over
 from normfuse.export.onnx.own_nodes import MIN_NATIVE_OPSET, native_node
-from normfuse.export.onnx.quantized.attention import place_attention
 from normfuse.export.onnx.quantized.form import Form, Wanted
 from normfuse.export.onnx.quantized.integer import expand
 from normfuse.export.onnx.quantized.sites import Site, sites
 from normfuse.extras import need
+from normfuse.passes.fuse import FUSED
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -29,6 +30,7 @@ class Native(Form):
     name = "native"
     packs = True
     kernels = True
+    passes = (*FUSED, KernelAttention())
 
     def refuses(self, layers: Sequence[Layer], wanted: Wanted) -> str | None:
         if wanted.opset >= MIN_NATIVE_OPSET:
@@ -39,7 +41,6 @@ class Native(Form):
         return native.available()
 
     def write(self, model: ir.Model, wanted: Wanted) -> None:
-        place_attention(model)
         shared: Shared = {}
         for site in sites(model):
             if _takes(site):

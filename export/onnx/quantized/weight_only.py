@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from normfuse.errors import ExportError
+from normfuse.export.lowering.attention.floats import FloatAttention
 from normfuse.export.lowering.layers import Layer
 from normfuse.export.onnx.build import Build, Numbers, Shared, dims, take_over
 from normfuse.export.onnx.program import Program
@@ -29,7 +30,6 @@ from normfuse.export.onnx.quantized.form import INT4_OPSET, Form, Wanted
 from normfuse.export.onnx.quantized.integer import expand
 from normfuse.export.onnx.quantized.sites import Site, sites
 from normfuse.export.onnx.quantized.weights_alone import weights_alone
-from normfuse.export.onnx.writer.translate import MARKER_DOMAIN, SDPA
 from normfuse.export.ops.products import activated
 from normfuse.export.ops.shiftquant_conv2d import conv_codes
 from normfuse.export.ops.weights import unit_of
@@ -66,6 +66,7 @@ class WeightOnly(Form):
     name = "weight_only"
     packs = True
     rounds = False
+    passes = (FloatAttention(),)
 
     def refuses(self, layers: Sequence[Layer], wanted: Wanted) -> str | None:
         """Where a layer reads or writes codes of activations, which this form has none of."""
@@ -77,25 +78,6 @@ class WeightOnly(Form):
             f"form='weight_only' leaves activations in float, and {found[0].layer} ({found[0].op.name}) reads or writes their "
             f"codes: export what normfuse.optimize(quantize=...) returned{remedy}"
         )
-
-    def before_attention(self, model: ir.Model) -> None:
-        """Attention with quantized queries and keys as the marker of attention in float.
-
-        A causal one with other numbers of queries and of keys stays: its convention is not that of the marker.
-        """
-        for site in sites(model):
-            if site.op.name != "Attention":
-                continue
-            query, key, value, mask = site.inputs
-            q, k = dims(query), dims(key)
-            if site.facts["causal"] and (q is None or k is None or q[-2] is None or q[-2] != k[-2]):
-                continue
-            at = Build(model, site.node)
-            facts = {"scale": repr(float(site.facts["scale"])), "is_causal": int(site.facts["causal"])}
-            old = site.node.outputs[0]
-            new = at.op(SDPA, query, key, value, mask, domain=MARKER_DOMAIN, dtype=old.dtype, shape=dims(old), **facts)
-            old.replace_all_uses_with(new, replace_graph_outputs=True)
-            model.graph.remove(site.node, safe=True)
 
     def write(self, model: ir.Model, wanted: Wanted) -> None:
         shared: Shared = {}

@@ -120,7 +120,7 @@ def _sdpa_marker() -> Callable[..., Any]:
         SDPA,
         inputs=("query", "key", "value"),
         optional=("mask",),
-        attributes={"scale": "STRING", "is_causal": "INT"},
+        attributes={"scale": "STRING", "causal": "INT"},
     )
 
     def translate(
@@ -143,6 +143,6 @@ def _sdpa_marker() -> Callable[..., Any]:
                 raise ExportError("scaled_dot_product_attention over a head of unknown width; pass scale=")
             scale = 1 / math.sqrt(width)
         # a string: an ONNX float attribute would cut a float64 scale to float32
-        return marker(query, key, value, attn_mask, scale=repr(float(scale)), is_causal=int(is_causal))
+        return marker(query, key, value, attn_mask, scale=repr(float(scale)), causal=int(is_causal))
 
     return translate

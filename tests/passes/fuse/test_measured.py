@@ -65,6 +65,30 @@ def test_a_clock_decides(clock: Any, words: str, monkeypatch: pytest.MonkeyPatch
         assert re.search(words, said[0].note)
 
 
+class Spelled(nn.Module):
+    """Attention in single operators, with a mask of positions that hides nothing."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = x.unflatten(-1, (2, 8)).transpose(1, 2)
+        y = (q @ (q + 1).mT / 8**0.5).softmax(-1) @ q
+        seen = torch.arange(x.shape[1])[:, None].expand(-1, x.shape[1]) >= 0
+        return nn.functional.scaled_dot_product_attention(y, q, q, attn_mask=seen)
+
+
+@pytest.mark.parametrize("ratio", [1.2, 0.8])
+def test_attention_is_the_operator_of_pytorch_where_that_is_faster(ratio: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a kernel of ours."""
+    monkeypatch.setattr(native, "available", lambda: False)
+    monkeypatch.setattr(measured, "_clock", _clock(ratio))
+    model = Spelled().eval()
+    fast = normfuse.optimize(model, (X,), target="pytorch", passes=())
+    found = normfuse.report(fast)
+    names = {"eager_attention", "static_masks"}
+    assert {s.rule for s in (found.applied if ratio > 1 else found.refused)} & names == names
+    assert [str(n.target) for n in fast.graph.nodes].count("aten.scaled_dot_product_attention.default") == 1 + (ratio > 1)
+    torch.testing.assert_close(fast(X), model(X))
+
+
 def test_it_is_measured_once() -> None:
     """A pipeline that runs again comes to the same decision."""
     asked: list[float] = []

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from normfuse.export.lowering.attention.forms import AttentionForms
+from normfuse.export.lowering.lowering import lowered
 from normfuse.export.onnx.lower import finished, translated
 from normfuse.export.onnx.precision import to_precision
 from normfuse.export.onnx.program import program
 from normfuse.export.targets import target_named
+from normfuse.passes.attention.eager import EagerAttention
 
 onnx = pytest.importorskip("onnx")
 for _part in ("onnx.parser", "onnx.reference"):
@@ -28,7 +33,8 @@ LOW = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 
 def exported(module, inputs, *, opset=23, form="decomposed", dynamic=None):
     found = program(module.eval(), inputs, dynamic)
-    model = finished(translated(found, opset), found, target_named("tensorrt"), opset, form)[0]
+    formed = lowered(found.exported, (EagerAttention(), AttentionForms(form, opset))).exported
+    model = finished(translated(dataclasses.replace(found, exported=formed), opset), found, target_named("tensorrt"), opset)
     return model, {k: v.numpy() for k, v in found.feeds(found.flat_inputs()).items()}
 
 

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from normfuse.export.onnx.attention.index_algebra import Affine, AtLeastZero, index_values
+from normfuse.passes.attention.index_algebra import Affine, AtLeastZero, index_values
 from tests.export.models import AUTO, exported, outputs, relative
 
 

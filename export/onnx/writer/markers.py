@@ -1,9 +1,9 @@
-"""Operators of `torch.ops.normfuse` as nodes that stand for them until a form is chosen."""
+"""Operators of ours as nodes of a translated graph that stand for them until they are written."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,14 +12,18 @@ from normfuse.export.onnx.writer.translate import MARKER_DOMAIN
 from normfuse.extras import need
 from normfuse.ops import OPERATORS
 
-__all__ = ["marker", "markers"]
+__all__ = ["marker", "markers", "markers_of"]
 
 _KINDS = {"int": "INT", "float": "FLOAT", "bool": "INT", "str": "STRING", "List[int]": "INTS"}
 
 
 def markers() -> dict[Callable[..., Any], Callable[..., Any]]:
-    """Translations of our operators: each becomes one node of `MARKER_DOMAIN` of the same name."""
-    overloads = [getattr(torch.ops.normfuse, name).default for name in OPERATORS]
+    """Translations of the operators of `torch.ops.normfuse`."""
+    return markers_of(getattr(torch.ops.normfuse, name).default for name in OPERATORS)
+
+
+def markers_of(overloads: Iterable[Any]) -> dict[Callable[..., Any], Callable[..., Any]]:
+    """Translations of operators: each becomes one node of `MARKER_DOMAIN` of the same name."""
     return {overload: marker(overload) for overload in overloads}
 
 
