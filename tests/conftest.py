@@ -1,5 +1,6 @@
 """Every test starts from the same seeds, on one thread, without a hub."""
 
+import gc
 import logging
 import os
 import random
@@ -27,9 +28,16 @@ _LOGGER = logging.getLogger("normfuse")
 _LEVEL = _LOGGER.level
 
 
+def pytest_collection_finish() -> None:
+    """Modules and tests stay for good, so that the collector need not walk over them again and again."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000, 10, 10)
+
+
 @pytest.fixture(autouse=True)
 def _level() -> Iterator[None]:
-    """The command line, called in this process, sets how much the library tells; a fixture of a whole file may have called it, too."""
+    """The command line, called in this process, sets how much the library tells; a fixture of a whole file may have called it."""
     _LOGGER.setLevel(_LEVEL)
     yield
     _LOGGER.setLevel(_LEVEL)
