@@ -16,6 +16,7 @@ from normfuse.errors import UsageError, did_you_mean
 from normfuse.given.extra_entries import taken
 from normfuse.given.original import Call
 from normfuse.given.ranges import out_of_range
+from normfuse.ir.census import census
 from normfuse.ir.graph import Graph
 from normfuse.ir.guards import guarded_inputs
 from normfuse.ir.passes import Pass, Run, Samples
@@ -24,7 +25,7 @@ from normfuse.passes import DEFAULT, PASSES, PassName
 from normfuse.passes.affine.folding import known_values
 from normfuse.passes.quantize.nothing import check_quantized
 from normfuse.pipeline.blocks import blocks
-from normfuse.pipeline.figures import fates, last_word, norm_counts, operators, paired, tensor_sizes
+from normfuse.pipeline.figures import fates, last_word, operators, paired, recognised, tensor_sizes
 from normfuse.pipeline.origin import origin_of
 from normfuse.pipeline.partial import whole_or_parts
 from normfuse.proof.prove import Proof, run
@@ -156,7 +157,6 @@ def _optimized(
     proven = run(graph, pipeline, proof, each=verify == "each", given=Run(samples))
     graph, reports = proven.graph, proven.reports
     verify_seconds = 0.0 if proof is None else max(0.0, perf_counter() - began - sum(r.seconds for r in reports))
-    before, after = norm_counts(original), norm_counts(graph) + _spelt_out(pipeline, reports)
     gm = graph.to_module(type(model).__name__ if not isinstance(model, fx.GraphModule) else "Optimized")
     notes = (*captured.notes, *_changes(pipeline, reports), *told, *proven.notes, *([silent] if silent else []))
     if given is not None and captured.has_inputs:
@@ -166,14 +166,15 @@ def _optimized(
         notes += ("not calibrated: quantized from the weights alone; pass example inputs or calibration=",)
     if verify != "off" and inputs is None:
         notes += ("not verified: the model was traced without example inputs",)
-    sizes = tensor_sizes(original, graph, quantize is not None)
+    was, now = recognised(original), recognised(graph)
+    before, after = census(was), census(now) + _spelt_out(pipeline, reports)
     report = Report(
-        tuple(last_word(reports)), proven.exact, proven.drift, *paired(before, after), *sizes, notes,
-        perf_counter() - start, silent, origin=origin_of(model),
+        tuple(last_word(reports)), proven.exact, proven.drift, *paired(before, after),
+        *tensor_sizes(original, graph, quantize is not None), notes, perf_counter() - start, silent, origin=origin_of(model),
         calibration=_calibrated(samples, model, calibration, example_inputs) if quantize is not None else None,
         capture_seconds=capture_seconds, verify_seconds=verify_seconds,
         operators_before=operators(original), operators_after=operators(graph),
-        norms=fates(original, graph), blocks=blocks(original, graph),
+        norms=fates(was, now), blocks=blocks(was, now),
     )  # fmt: skip
     log.info("optimize: %d applied, %d refused in %.1f s", len(report.applied), len(report.refused), report.seconds)
     return Record(captured.args, captured.kwargs or {}, captured.has_inputs, captured.dynamic_shapes, report).attach(gm)

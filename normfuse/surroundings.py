@@ -46,8 +46,7 @@ def _quiet() -> Iterator[None]:
     if os.environ.get("TORCH_LOGS") or vars(tracing).get("print") is _nothing:
         yield
         return
-    names = [name for name in logging.root.manager.loggerDict if name == "torch" or name.startswith("torch.")]
-    levels = {log: log.level for log in map(logging.getLogger, dict.fromkeys(("torch", *names)))}
+    levels = {log: log.level for log in _loggers()}
     held = vars(tracing).get("print", print)
     for log in levels:
         log.setLevel(logging.CRITICAL)
@@ -58,6 +57,15 @@ def _quiet() -> Iterator[None]:
         vars(tracing)["print"] = held
         for log, level in levels.items():
             log.setLevel(level)
+
+
+def _loggers() -> list[logging.Logger]:
+    """torch's root and those below with a level of their own.
+
+    The hundreds of others ask it, and each change of a level is a walk over all loggers of the process.
+    """
+    known = [log for name, log in logging.root.manager.loggerDict.items() if name.startswith("torch.")]
+    return [logging.getLogger("torch"), *(log for log in known if isinstance(log, logging.Logger) and log.level)]
 
 
 def _nothing(*_args: object, **_kwargs: object) -> None:

@@ -1,5 +1,6 @@
 """Every test starts from the same seeds, on one thread, without a hub."""
 
+import gc
 import logging
 import os
 import random
@@ -25,6 +26,13 @@ torch.set_num_threads(1)
 
 _LOGGER = logging.getLogger("normfuse")
 _LEVEL = _LOGGER.level
+
+
+def pytest_collection_finish() -> None:
+    """Modules and tests stay for good, so that the collector need not walk over them again and again."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000, 10, 10)
 
 
 @pytest.fixture(autouse=True)

@@ -25,6 +25,7 @@ from normfuse.export.onnx.quiet import quiet
 from normfuse.export.onnx.residual import keep_layer_norm_apart
 from normfuse.export.onnx.writer.markers import markers
 from normfuse.export.onnx.writer.names import name_graph
+from normfuse.export.onnx.writer.once import made_once
 from normfuse.export.onnx.writer.opset17 import to_opset_17
 from normfuse.export.onnx.writer.translate import MARKER_DOMAIN, table
 from normfuse.export.runtimes import format_of
@@ -56,7 +57,7 @@ def translated(
     need("onnxscript", extra="onnx")
     version = max(opset, _TRANSLATED_OPSET)
     try:
-        with quiet(), torch.no_grad():
+        with quiet(), torch.no_grad(), made_once():
             out = torch.onnx.export(
                 program.exported,
                 opset_version=version,

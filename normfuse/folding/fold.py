@@ -20,6 +20,7 @@ from normfuse.folding.written_back import WrittenBack, write_back
 from normfuse.given.flags import not_given
 from normfuse.given.model_kinds import check_kind, unwrapped
 from normfuse.given.original import Call, with_own_weights
+from normfuse.ir.census import census
 from normfuse.ir.graph import Graph
 from normfuse.ir.module_tree import ModuleTree
 from normfuse.ir.passes import Run
@@ -30,7 +31,7 @@ from normfuse.passes.affine.folding import known_values
 from normfuse.passes.streams import mean_free
 from normfuse.passes.streams.keep_layer_norm import KeepLayerNorm
 from normfuse.pipeline.blocks import blocks
-from normfuse.pipeline.figures import fates, last_word, norm_counts, operators, paired, tensor_sizes
+from normfuse.pipeline.figures import fates, last_word, operators, paired, recognised, tensor_sizes
 from normfuse.pipeline.origin import origin_of
 from normfuse.proof.prove import Proof, run
 from normfuse.reports.model import PassReport, Site
@@ -249,6 +250,7 @@ class _Folding:
 
     def _report(self, attempt: _Attempt, verdict: Verdict, start: float) -> Report:
         after = verdict.graph or attempt.graph
+        was, now = recognised(self.original), recognised(after)
         notes = self.captured.notes
         silent = ""
         if self.proof is not None and self.proven:
@@ -269,10 +271,10 @@ class _Folding:
         )
         passes += [_below(path, p) for path, (_, report) in self.inner.items() for p in report.passes]
         return Report(
-            tuple(passes), verdict.exact, verdict.drift, *paired(norm_counts(self.original), norm_counts(after)),
+            tuple(passes), verdict.exact, verdict.drift, *paired(census(was), census(now)),
             *tensor_sizes(self.original, after, False), notes, perf_counter() - start, silent, origin=origin_of(self.model),
             operators_before=operators(self.original), operators_after=operators(after),
-            norms=fates(self.original, after), blocks=blocks(self.original, after),
+            norms=fates(was, now), blocks=blocks(was, now),
         )  # fmt: skip
 
     @staticmethod

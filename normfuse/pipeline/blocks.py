@@ -11,7 +11,6 @@ from torch import fx
 from normfuse.ir.graph import Graph, path_of
 from normfuse.ir.views import Identity, Movement, Permute, Reshape, affine
 from normfuse.ir.wording import operator_name
-from normfuse.passes import PASSES
 from normfuse.reports.model import Block
 
 __all__ = ["blocks"]
@@ -27,7 +26,10 @@ _MOST = 48  # kinds of blocks that a report shows
 
 
 def blocks(before: Graph, after: Graph) -> tuple[Block, ...]:
-    """The model's blocks, in order. Those that compute the same, before and after, stand together, wherever they are."""
+    """The model's blocks, in order. Those that compute the same, before and after, stand together, wherever they are.
+
+    Norms that are written out are one operator where the graphs are `recognised`.
+    """
     told = [_told(graph) for graph in (before, after)]
     inside = {path.rpartition(".")[0] for operators in told for path, _ in operators}
     holders = {".".join(path.split(".")[: i + 1]) for path in inside for i in range(path.count(".") + 1)}
@@ -60,10 +62,8 @@ def _by_block(operators: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
 
 
 def _told(graph: Graph) -> list[tuple[str, str]]:
-    """Module path and name of each operator; norms that are written out are one operator."""
-    probe = graph.copy()
-    PASSES["recognise"](probe)
-    return [(path_of(node), operator_name(node)) for node in _operators(probe)]
+    """Module path and name of each operator."""
+    return [(path_of(node), operator_name(node)) for node in _operators(graph)]
 
 
 def _operators(graph: Graph) -> Iterator[fx.Node]:

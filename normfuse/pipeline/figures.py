@@ -14,7 +14,7 @@ from normfuse.ir.wording import operator_name
 from normfuse.passes import PASSES
 from normfuse.reports.model import NormFate, PassReport
 
-__all__ = ["fates", "last_word", "norm_counts", "operators", "paired", "placed_norms", "tensor_sizes"]
+__all__ = ["fates", "last_word", "operators", "paired", "recognised", "tensor_sizes"]
 
 
 def last_word(reports: Sequence[PassReport]) -> list[PassReport]:
@@ -23,24 +23,19 @@ def last_word(reports: Sequence[PassReport]) -> list[PassReport]:
     return [r if last[r.name] == i else replace(r, refused=()) for i, r in enumerate(reports)]
 
 
-def norm_counts(graph: Graph) -> Counter[str]:
-    """Normalizations by kind, those written by hand included, whether or not the pipeline recognised them."""
-    return Counter(kind for _, kind in placed_norms(graph))
-
-
-def placed_norms(graph: Graph) -> list[tuple[str, str]]:
-    """Module path and kind of each of them."""
+def recognised(graph: Graph) -> Graph:
+    """A copy for counting: norms that are written by hand are operators, whether or not the pipeline recognised them."""
     probe = graph.copy()
     PASSES["recognise"](probe)
-    return placed(probe)
+    return probe
 
 
 def fates(before: Graph, after: Graph) -> tuple[NormFate, ...]:
-    """What became of each norm of `before`: the norm of `after` at the same path, in the order of either."""
+    """What became of each norm of `before`: the norm of `after` at the same path, in the order of either; both `recognised`."""
     now: dict[str, list[str]] = {}
-    for path, kind in placed_norms(after):
+    for path, kind in placed(after):
         now.setdefault(path, []).append(kind)
-    return tuple(NormFate(path, kind, now[path].pop(0) if now.get(path) else "") for path, kind in placed_norms(before))
+    return tuple(NormFate(path, kind, now[path].pop(0) if now.get(path) else "") for path, kind in placed(before))
 
 
 def operators(graph: Graph) -> dict[str, int]:

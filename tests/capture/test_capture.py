@@ -1,5 +1,6 @@
 """Ways into the canonical graph: kinds of modules, names, surroundings, regions, messages."""
 
+import logging
 import re
 import threading
 from collections import defaultdict
@@ -15,6 +16,7 @@ from normfuse.capture.canonical import canonical_module
 from normfuse.capture.capture import capture
 from normfuse.errors import CaptureError, UsageError
 from normfuse.ir.attribute_names import attribute_names
+from normfuse.surroundings import undisturbed
 from tests.zoo import randomise_norms
 
 
@@ -240,6 +242,21 @@ def test_threads_take_turns():
         t.join()
     assert found.keys() == set(range(4))
     assert max(found.values()) < 1e-6
+
+
+def test_loggers_of_torch_are_quiet_within_and_as_they_were_behind():
+    names = ["torch", "torch.normfuse_test", "torch.normfuse_test.below", "torches"]
+    loggers = [logging.getLogger(name) for name in names]
+    loggers[1].setLevel(logging.DEBUG)  # heeds its own level; the one below it asks it
+    before = [log.level for log in loggers]
+    try:
+        with undisturbed():
+            heard = [log.isEnabledFor(logging.ERROR) for log in loggers]
+            assert not logging.getLogger("torch.normfuse_test_new").isEnabledFor(logging.ERROR)
+        assert heard == [False, False, False, True]
+        assert [log.level for log in loggers] == before
+    finally:
+        loggers[1].setLevel(logging.NOTSET)
 
 
 # -- messages ----------------------------------------------------------------------------------------------------------
