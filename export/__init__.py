@@ -2,10 +2,11 @@
 
 from typing import TYPE_CHECKING, Any
 
-__all__ = ["Engine", "EngineOptions", "ExportOptions", "Exported", "to_onnx", "to_openvino", "to_tensorrt"]
+__all__ = ["Engine", "EngineOptions", "ExportOptions", "Exported", "convert_onnx", "to_onnx", "to_openvino", "to_tensorrt"]
 
 if TYPE_CHECKING:
     from normfuse.export.onnx.api import to_onnx
+    from normfuse.export.onnx.conversion.api import convert_onnx
     from normfuse.export.openvino.api import to_openvino
     from normfuse.export.options import EngineOptions, ExportOptions
     from normfuse.export.result import Exported
@@ -18,6 +19,7 @@ _HOMES = {
     "EngineOptions": "normfuse.export.options",
     "ExportOptions": "normfuse.export.options",
     "Exported": "normfuse.export.result",
+    "convert_onnx": "normfuse.export.onnx.conversion.api",
     "Engine": "normfuse.export.tensorrt.engine",
     # stands above this room: a model is optimized on the way
     "to_decoder": "normfuse.app.decoders",

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from normfuse.export.session import Session
 
@@ -126,6 +126,9 @@ class Folder(Protocol):
 
     def write(self, gm: nn.Module, path: Path, options: Any) -> Any:
         """Write the optimized module to `path`; the file appears only after it was proven. Returns what to tell of it."""
+
+    def convert(self, file: Path, path: Path, inputs: Mapping[str, Tensor], options: Any) -> Any:
+        """Write the ONNX file `file` to `path`, held against it on `inputs` where it runs here. Returns what to tell of it."""
 
     def original(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], path: Path, dynamic_shapes: Any = None) -> None:
         """Write the module that nobody has optimized, as everybody does for this runtime: what an optimized file must beat."""

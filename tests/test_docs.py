@@ -36,6 +36,7 @@ SLOW = (
     "encoder.md",
     "vit-w8a8.md",
     "latency-test.md",
+    "onnx-file.md",
 )  # they build engines, or run many commands
 
 _FENCE = re.compile(r"^(?P<indent> *)```(?P<language>[\w+-]*)[^\n]*\n(?P<body>.*?)^(?P=indent)```[ ]*$", re.MULTILINE | re.DOTALL)

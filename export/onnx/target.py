@@ -14,7 +14,7 @@ from normfuse.extras import need
 from normfuse.files import spelled
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from normfuse.export.options import ExportOptions
     from normfuse.export.result import Exported
@@ -65,6 +65,11 @@ class OnnxFolder:
         from normfuse.export.onnx.api import to_onnx
 
         return to_onnx(gm, path, options)
+
+    def convert(self, file: Path, path: Path, inputs: Mapping[str, Tensor], options: ExportOptions) -> Exported:
+        from normfuse.export.onnx.conversion.api import convert_onnx
+
+        return convert_onnx(file, path, inputs, options)
 
     def original(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], path: Path, dynamic_shapes: Any = None) -> None:
         from normfuse.export.onnx.baseline import export_original

@@ -1,8 +1,9 @@
-"""`to_openvino`: a module as a file of OpenVINO that was run and compared before it appears."""
+"""A module, or an ONNX file (`convert_to_openvino`), as a file of OpenVINO that was run and compared before it appears."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,13 +13,14 @@ from normfuse.export.onnx.api import write_onnx
 from normfuse.export.openvino.medium import OpenVinoFile
 from normfuse.export.openvino.options import OpenVinoKeywords, OpenVinoOptions
 from normfuse.export.openvino.result import OpenVinoExported
+from normfuse.export.result import Exported
 from normfuse.files import as_path, check_target
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
     from typing_extensions import Unpack
 
-__all__ = ["to_openvino"]
+__all__ = ["convert_to_openvino", "to_openvino"]
 
 
 @keywords_of(OpenVinoOptions)
@@ -64,10 +66,36 @@ def to_openvino(
     """
     chosen = given(OpenVinoOptions, options, keywords, called="to_openvino")
     path = as_path(path)
-    if path.suffix != ".xml":
-        raise UsageError(f"{path}: OpenVINO reads its own models from files whose names end in .xml")
-    check_target(path.with_suffix(".bin"), force=chosen.force)
+    _check_place(path, chosen)
     medium = OpenVinoFile()
     made, _ = write_onnx(gm, path, chosen.as_file(), example_inputs=example_inputs, dynamic_shapes=dynamic_shapes, medium=medium)
+    return _told(made, medium)
+
+
+def convert_to_openvino(
+    file: str | Path, path: str | Path, inputs: Mapping[str, Tensor], options: OpenVinoOptions | None = None
+) -> OpenVinoExported:
+    """Write the ONNX file `file` for OpenVINO; see `normfuse.export.onnx.conversion.api.convert_onnx`, whose arguments these are.
+
+    Both files appear only after OpenVINO gave the answers that ONNX Runtime gives to `file`.
+
+    Raises: what `convert_onnx` raises.
+    """
+    from normfuse.export.onnx.conversion.api import convert_onnx
+
+    chosen = options or OpenVinoOptions()
+    path = as_path(path)
+    _check_place(path, chosen)
+    medium = OpenVinoFile()
+    return _told(convert_onnx(file, path, inputs, chosen.as_file(), medium), medium)
+
+
+def _check_place(path: Path, options: OpenVinoOptions) -> None:
+    if path.suffix != ".xml":
+        raise UsageError(f"{path}: OpenVINO reads its own models from files whose names end in .xml")
+    check_target(path.with_suffix(".bin"), force=options.force)
+
+
+def _told(made: Exported, medium: OpenVinoFile) -> OpenVinoExported:
     fields = {f.name: getattr(made, f.name) for f in dataclasses.fields(made)}
     return OpenVinoExported(**fields | {"runtime": ""}, ran=medium.ran)

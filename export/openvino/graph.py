@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,14 +12,78 @@ from xml.sax.saxutils import quoteattr
 
 from normfuse.errors import UsageError
 
-__all__ = ["Ran", "as_run", "float_dtypes", "layer_counts", "provenance", "with_facts"]
+__all__ = ["Facts", "Ran", "as_run", "facts", "float_dtypes", "layer_counts", "norm_counts", "provenance", "with_facts"]
 
 _NO_OPERATORS = ("Const", "Parameter", "Result")
 _FLOATS = {"f16": "float16", "f32": "float32", "f64": "float64", "bf16": "bfloat16"}
 _NORMS = ("MVN", "RMS", "GroupNormalization", "NormalizeL2")
 _PRODUCTS = ("FullyConnected", "MatMul", "Convolution")
 _ATTENTION = ("ScaledDotProductAttention", "ScaledAttn", "PagedAttention")
+_WRITTEN_NORMS = ("MVN", "GroupNormalization", "NormalizeL2", "BatchNormInference")
+_PRECISIONS = {"FP16": "float16", "FP32": "float32", "FP64": "float64", "BF16": "bfloat16", "BOOL": "bool"}
 _INTEGERS = ("i8", "u8", "i4", "u4")
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What somebody who is to run a file wants to know.
+
+    Attributes:
+        inputs, outputs: name and type of each, e.g. `("x", "float32[?, 3, 224, 224]")`; sizes that may vary are `?`.
+        ir: version of OpenVINO's format.
+        bytes: size of the file and of the weights beside it.
+    """
+
+    inputs: tuple[tuple[str, str], ...]
+    outputs: tuple[tuple[str, str], ...]
+    ir: int
+    bytes: int
+
+
+def facts(path: Path) -> Facts:
+    """What is needed to run the file at `path`; it is read as text, without OpenVINO.
+
+    Raises:
+        UsageError: the file is missing or is no model of OpenVINO.
+    """
+    root = _root(path)
+    inputs = [_port(layer, "output/port", str(layer.get("name"))) for layer in _of_type(root, "Parameter")]
+    outputs = [
+        _port(layer, "input/port", str(layer.get("output_names") or layer.get("name"))) for layer in _of_type(root, "Result")
+    ]
+    files = (path, path.with_suffix(".bin"))
+    version = root.get("version", "")
+    return Facts(
+        tuple(inputs),
+        tuple(outputs),
+        int(version) if version.isdecimal() else 0,
+        sum(f.stat().st_size for f in files if f.is_file()),
+    )
+
+
+def _of_type(root: ElementTree.Element, kind: str) -> list[ElementTree.Element]:
+    return [layer for layer in root.iter("layer") if layer.get("type") == kind]
+
+
+def _port(layer: ElementTree.Element, where: str, otherwise: str) -> tuple[str, str]:
+    """Name and type of what goes through the first port there."""
+    port = layer.find(where)
+    if port is None:
+        return otherwise, "?"
+    sizes = [dim.text or "?" for dim in port.iter("dim")]
+    name = (port.get("names") or otherwise).partition(",")[0]
+    precision = port.get("precision", "?")
+    kind = _PRECISIONS.get(precision) or re.sub(r"^(U?)I(\d+)$", lambda m: f"{m[1].lower()}int{m[2]}", precision)
+    return name, f"{kind}[{', '.join('?' if n.startswith('-') else n for n in sizes)}]"
+
+
+def norm_counts(path: Path) -> dict[str, int]:
+    """Number of normalizations by type; OpenVINO spells an RMSNorm out.
+
+    Raises:
+        UsageError: the file is missing or is no model of OpenVINO.
+    """
+    return {name: n for name, n in layer_counts(path).items() if name in _WRITTEN_NORMS}
 
 
 def layer_counts(path: Path) -> dict[str, int]:

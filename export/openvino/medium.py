@@ -15,7 +15,7 @@ from typing import Any
 from normfuse.errors import ExportError
 from normfuse.export.onnx.medium import OnnxFile
 from normfuse.export.onnx.writer.save import save_model
-from normfuse.export.openvino.graph import Ran, as_run, layer_counts, with_facts
+from normfuse.export.openvino.graph import Ran, as_run, layer_counts, norm_counts, with_facts
 from normfuse.export.openvino.runtime import opened, read, said
 from normfuse.export.options import ExportOptions
 from normfuse.export.session import Session
@@ -68,4 +68,4 @@ class OpenVinoFile(OnnxFile):
     def counts(self, path: Path) -> tuple[dict[str, int], dict[str, int]]:
         """The normalizations are those that OpenVINO runs: in the file an RMSNorm is spelt out."""
         ops = layer_counts(path)
-        return ops, self.ran.norms if self.ran is not None else {k: n for k, n in ops.items() if k in ("MVN", "GroupNormalization")}
+        return ops, self.ran.norms if self.ran is not None else norm_counts(path)

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from normfuse.errors import ExportError
-from normfuse.export.openvino.runtime import said
+from normfuse.export.openvino.runtime import read, said
 from normfuse.extras import need
 from normfuse.files import atomic, spelled
 
-__all__ = ["export_original"]
+__all__ = ["convert_original", "export_original"]
 
 
 def export_original(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], path: Path, dynamic_shapes: Any = None) -> None:
@@ -37,6 +37,19 @@ def export_original(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], p
             raise
         except Exception as e:
             raise ExportError(f"OpenVINO cannot convert the original model: {said(e)}") from e
+
+
+def convert_original(file: Path, path: Path) -> None:
+    """An ONNX file as OpenVINO converts it itself.
+
+    Raises:
+        ExportError: OpenVINO does not take it.
+        UsageError: there is no such file, or `path` exists or cannot be written.
+        MissingExtra: openvino is not installed.
+    """
+    ov = need("openvino", extra="openvino")
+    with atomic(path) as temporary:
+        ov.save_model(read(file), spelled(temporary), compress_to_fp16=False)
 
 
 def _converted(ov: Any, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any) -> Any:

@@ -11,7 +11,7 @@ from normfuse.export.feeding import fed
 from normfuse.export.target import Target
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from normfuse.export.openvino.options import OpenVinoOptions
     from normfuse.export.result import Exported
@@ -54,6 +54,11 @@ class OpenVinoFolder:
         from normfuse.export.openvino.api import to_openvino
 
         return to_openvino(gm, path, options)
+
+    def convert(self, file: Path, path: Path, inputs: Mapping[str, Tensor], options: OpenVinoOptions) -> Exported:
+        from normfuse.export.openvino.api import convert_to_openvino
+
+        return convert_to_openvino(file, path, inputs, options)
 
     def original(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], path: Path, dynamic_shapes: Any = None) -> None:
         from normfuse.export.openvino.original import export_original

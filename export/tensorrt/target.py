@@ -10,7 +10,7 @@ from normfuse.export.feeding import fed
 from normfuse.export.target import Target
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from normfuse.export.options import EngineOptions
     from normfuse.export.session import Session
@@ -53,6 +53,12 @@ class TensorRTFolder:
         from normfuse.export.tensorrt.api import to_tensorrt
 
         return to_tensorrt(gm, path, options)
+
+    def convert(self, file: Path, path: Path, inputs: Mapping[str, Tensor], options: EngineOptions) -> Engine:
+        """Nothing runs it here: the inputs are passed over."""
+        from normfuse.export.tensorrt.api import build_onnx
+
+        return build_onnx(file, path, options)
 
     def original(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], path: Path, dynamic_shapes: Any = None) -> None:
         from normfuse.export.onnx.baseline import export_original

@@ -19,7 +19,8 @@ from normfuse.benchmark import Comparison, Engine, Schedule, Verdict
 from normfuse.benchmark.against import Against
 from normfuse.benchmark.decided import MORE
 from normfuse.cli.bundled import Telling, bundled, telling_options
-from normfuse.cli.files.given import file_inputs, is_file
+from normfuse.cli.files.given import file_inputs, is_file, is_onnx
+from normfuse.cli.files.running import opened_file
 from normfuse.cli.help import Command
 from normfuse.cli.options import Model, Pipeline, model_options, names, pipeline_options, spelled
 from normfuse.cli.quantization import calibration_batches
@@ -89,7 +90,7 @@ _claim_options = bundled(
         help="What to beat, e.g. onnxruntime-int8,openvino-int8.  [default: the runtime of --engine with the original; on a GPU "
         "compile, or tensorrt for TensorRT]",
     ),
-    click.option("--engine", "challenger", metavar="ENGINE", help="What should be faster.  [default: see above; SOURCE for .onnx]"),
+    click.option("--engine", "challenger", metavar="ENGINE", help="What should be faster.  [default: see above]"),
     click.option("--at-least", type=float, metavar="RATIO", help="Demanded speedup.  [default: 1 minus the measured noise]"),
 )
 _making_options = bundled(
@@ -141,6 +142,9 @@ def bench(model: Model, pipeline: Pipeline, claim: Claim, making: Making, timing
     openvino-optimized or tensorrt-optimized where --against is openvino or tensorrt, and kernels-optimized with --device
     cuda. On a GPU the device is the clock.
 
+    An .onnx file as SOURCE is held against another file, or against what OpenVINO or the quantizers below make of it; alone, what
+    `normfuse export SOURCE -o NEW.onnx` makes of it is held against it.
+
     onnxruntime-int8 and openvino-int8 are what a model is quantized with otherwise: ONNX Runtime's own quantizer (dynamic, or
     static where that is faster) and NNCF's, with the data of --calibration. How close each engine is to the float model stands
     beside its speed. Several engines are measured in one run; the claim is then about each of them:
@@ -157,7 +161,7 @@ def bench(model: Model, pipeline: Pipeline, claim: Claim, making: Making, timing
     for name in against:
         _known(name)
     check_report(telling.report_path, force=telling.force)
-    if telling.report_path is not None and not challenger.endswith("-optimized"):
+    if telling.report_path is not None and (is_file(model.source) or not challenger.endswith("-optimized")):
         raise UsageError(f"--report tells what was done to the model, and {challenger} runs none that normfuse optimized")
     on_gpu = _device_of(against, challenger, making)
     gpu = find_gpu() if on_gpu else None
@@ -259,6 +263,8 @@ def _decided(
 def _chosen(model: Model, claim: Claim, device: str) -> tuple[tuple[str, ...], str]:
     """What to beat, and what should be faster, with defaults where they are not named."""
     against, challenger = tuple(dict.fromkeys(names(claim.against))), claim.challenger
+    if challenger is None and not against and is_onnx(model.source):
+        challenger = "onnxruntime-optimized"
     if challenger is None:
         runtime = next((r for r in map(_runtime, against) if r is not None and (r.on_gpu or device != "cuda")), None)
         challenger = (
@@ -324,7 +330,7 @@ class Workshop:
         """The engine called `name`, or the runtime of the file of that name.
 
         Raises:
-            UsageError: nothing is called that, or the model is an `.onnx` file and the engine needs the PyTorch model.
+            UsageError: nothing is called that, or the model is a file and the engine needs the PyTorch model.
         """
         place = self._settings.place
         if (folder := folder_of(name)) is not None:
@@ -332,7 +338,7 @@ class Workshop:
             return file_engine(Path(name).name, name, self._inputs(Path(source)), graph=place.graph)
         _known(name)
         if is_file(self._model.source):
-            raise UsageError(f"{name} starts from the PyTorch model; {self._model.source} is exported: name another file")
+            return self._of_file(name)
         if name in BASELINES:
             return self._baseline(name)
         kind, _, optimized = name.partition("-")
@@ -346,6 +352,33 @@ class Workshop:
             )
         self._load()  # a wrong name is an error here and not in another process
         return source_engine(name, self._model.source, self._model.options, compile=kind == "compile", place=place)
+
+    def _of_file(self, name: str) -> Engine:
+        """An engine that needs no more than the .onnx file that is the model.
+
+        Raises:
+            UsageError: it needs the PyTorch model.
+        """
+        kind, _, optimized = name.partition("-")
+        source, folder = Path(self._model.source), _RUNTIMES.get(kind)
+        if not is_onnx(self._model.source) or folder is None or folder.on_gpu or self._pipeline.quantize is not None:
+            raise UsageError(f"{name} starts from the PyTorch model; {source} is exported: name another file")
+        inputs = file_inputs(source, self._model.options)
+        if name in BASELINES:
+            arrays = {key: value.numpy() for key, value in inputs.items()}
+            made = BASELINES[name].made(Material(source, arrays, [arrays], self._folder, self.threads))
+            self.how[name] = made.how
+            return made.engine
+        path = self._folder / f"{name}{folder.suffixes[0]}"
+        if optimized:
+            folder.convert(source, path, inputs, folder.options(progress=False))
+        elif folder.engine == "onnxruntime":
+            path = source
+        else:
+            from normfuse.export.openvino.original import convert_original
+
+            convert_original(source, path)
+        return file_engine(name, path, tuple(inputs.values()))
 
     @property
     def weights(self) -> str:
@@ -362,17 +395,24 @@ class Workshop:
     @property
     def calibrated(self) -> str:
         """What engines of others were calibrated on; empty where there is none."""
-        if not self.how or self._loaded is None:
+        if not self.how:
             return ""
-        data = self._pipeline.calibration or self._loaded.data
+        stated = self._model.options.input
+        of_file = "random data" if stated is None else str(stated)
+        data = self._pipeline.calibration or (of_file if self._loaded is None else self._loaded.data)
         return f"{data}: their SQNR says nothing of your data" if data == "random data" else data
 
     def qualities(self, engines: Sequence[Engine]) -> dict[str, float]:
         """The SQNR of each engine on the example inputs in dB against the float model; {} where nothing is quantized."""
-        if is_file(self._model.source) or not (self.how or self._pipeline.quantize is not None):
+        if not (self.how or self._pipeline.quantize is not None):
             return {}
-        loaded = self._load()
-        expected = float_outputs(loaded.module, loaded.args, loaded.kwargs)
+        if is_file(self._model.source):
+            source = Path(self._model.source)
+            answer = opened_file(source)(file_inputs(source, self._model.options)).values()
+            expected = [v.float().numpy() for v in answer if v.is_floating_point()]
+        else:
+            loaded = self._load()
+            expected = float_outputs(loaded.module, loaded.args, loaded.kwargs)
         return {e.name: sqnr_of(e, expected, self.threads) for e in engines}
 
     def _baseline(self, name: str) -> Engine:

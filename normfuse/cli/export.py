@@ -12,6 +12,7 @@ from normfuse.cli.bundled import Telling, telling_options
 from normfuse.cli.columns import columns, differences
 from normfuse.cli.exporting.asked import Asked, Place, asked_options, place_options
 from normfuse.cli.exporting.decoder import DecoderFlags, decoder_options, to_folder
+from normfuse.cli.exporting.file_export import convert, refuse_model_flags
 from normfuse.cli.exporting.speed import speed_option
 from normfuse.cli.files.given import is_onnx
 from normfuse.cli.help import Command
@@ -51,7 +52,10 @@ def export(
     """Optimize SOURCE, export it, and prove the file in its runtime.
 
     The name behind -o says what is written: an ONNX file, a model of OpenVINO, or a TensorRT engine, which is built without a GPU
-    where TensorRT for RTX is installed. An .onnx file as SOURCE becomes an engine as it is.
+    where TensorRT for RTX is installed.
+
+    An .onnx file as SOURCE becomes an engine as it is, or another file: simplified, in another --opset, for an older --runtime, in
+    --dtype fp16 or bf16, or for OpenVINO (-o NAME.xml). Its norms are rewritten from the PyTorch model only.
     """
     decoder.check_unused()
     if explain and (decoder.with_past or place.output is None or place.output.suffix in ENGINE_SUFFIXES):
@@ -85,12 +89,17 @@ def _to_path(
     if stray:
         raise UsageError(f"{stray} is for TensorRT engines, and -o {place.output} is {folder.what}")
     if is_onnx(model.source):
-        raise UsageError(f"{model.source} is an ONNX file already; name an engine (-o NAME.engine) to build one of it")
+        of_model = {"--attention": asked.attention != "auto", "--form": asked.form != "auto", "--tune": asked.tune}
+        of_model |= {"--int4": asked.int4, "--explain": explain, "--report": telling.report_path}
+        refuse_model_flags(model, pipeline, of_model)
     options = asked.of(folder, telling, force=telling.force)
     if asked.target is not None and "target" not in {f.name for f in dataclasses.fields(options)}:
         own = target_named(asked.target)
         if own not in folder.targets:
             raise UsageError(f"-o {place.output} is {folder.what}, and --target is {asked.target}: leave --target out")
+    if is_onnx(model.source):
+        convert(model, folder, options, place.output, telling)
+        return
     _to_file(model, pipeline, folder, options, place.output, telling, speed_check=speed_check, explain=explain)
 
 

@@ -9,15 +9,13 @@ from typing import TYPE_CHECKING
 
 import click
 
-from normfuse.cli.columns import columns, differences
 from normfuse.cli.export import ENGINE_SUFFIXES
-from normfuse.cli.files.given import is_onnx
+from normfuse.cli.files.given import is_file
+from normfuse.cli.files.looking import show_both, show_file
 from normfuse.cli.help import Command
 from normfuse.cli.options import Model, Pipeline, json_option, model_options, partial_option, verbosity
-from normfuse.errors import UsageError
 
 if TYPE_CHECKING:
-    from normfuse.export.onnx.inspect import Facts
     from normfuse.reports.model import Site
 from normfuse.reports.report import Report
 
@@ -34,19 +32,17 @@ __all__ = ["inspect"]
 def inspect(model: Model, other: str | None, passes: str | None, partial: bool, as_json: bool, quiet: bool) -> None:
     """Dry run: which norms SOURCE has, what would happen to each, and why not. Writes nothing.
 
-    For an .onnx file: inputs, outputs, opset, size and ops; with OTHER, a second .onnx file, both side by side. For a TensorRT
-    engine: its signature, its fused layers, and whether it is whole.
+    For an .onnx or .xml file: inputs, outputs, version, size and ops; with OTHER, a second file of that kind, both side by side.
+    For a TensorRT engine: its signature, its fused layers, and whether it is whole.
     """
     if other is not None:
-        if not (is_onnx(model.source) and is_onnx(other)):
-            raise UsageError(f"inspect compares two .onnx files, got {model.source} and {other}")
-        _both(model.source, other, as_json)
+        show_both(model.source, other, as_json=as_json)
         return
     if Path(model.source).suffix in ENGINE_SUFFIXES:
         _engine(model.source, as_json)
         return
-    if is_onnx(model.source):
-        _file(model.source, as_json)
+    if is_file(model.source):
+        show_file(model.source, as_json=as_json)
         return
     names = tuple(n.strip() for n in passes.split(",") if n.strip()) if passes is not None else None
     loaded = model.load()
@@ -123,49 +119,3 @@ def _fates(applied: Sequence["Site"]) -> dict[str, list[str]]:
 
 def _wrapped(word: str, items: Sequence[str]) -> list[str]:
     return textwrap.wrap(f"{word} {', '.join(items)}", 80, initial_indent=" " * 6, subsequent_indent=" " * 8)
-
-
-def _file(path: str, as_json: bool) -> None:
-    from normfuse.export.onnx.inspect import facts, norm_counts, op_counts, provenance
-    from normfuse.reports.numbers import size
-
-    known, ops, norms, origin = facts(path), op_counts(path), norm_counts(path), provenance(path)
-    if as_json:
-        told = {"ops": ops, "norms": norms, "provenance": origin, **dataclasses.asdict(known)}
-        click.echo(json.dumps({"schema": 1, "source": path, **told}, indent=2))
-        return
-    lines = [f"{path}: {size(known.bytes)}, {sum(ops.values())} nodes, {sum(norms.values())} of them normalizations"]
-    lines += [f"input   {name}: {kind}" for name, kind in known.inputs]
-    lines += [f"output  {name}: {kind}" for name, kind in known.outputs]
-    lines += [f"needs   {_needs(known)}"]
-    width = max((len(op) for op in ops), default=0)
-    lines += [f"  {op:<{width}} {n:>5}{'  norm' if op in norms else ''}" for op, n in ops.items()]
-    for key, value in origin.items():
-        lines += textwrap.wrap(f"{key}: {value}", 80, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
-    click.echo("\n".join(lines))
-
-
-def _needs(known: "Facts") -> str:
-    domains = ", ".join(f"opset {version}" if not domain else f"{domain} {version}" for domain, version in known.opsets.items())
-    runtime = f"ONNX Runtime {known.runtime} or newer, " if known.runtime else ""
-    return f"{runtime}{domains}, format {known.ir}"
-
-
-def _both(left: str, right: str, as_json: bool) -> None:
-    """Two files side by side: what differs."""
-    from normfuse.export.onnx.inspect import facts, op_counts
-    from normfuse.reports.numbers import size
-
-    ops, known = [op_counts(p) for p in (left, right)], [facts(p) for p in (left, right)]
-    if as_json:
-        files = [{"source": p, "ops": o, **dataclasses.asdict(k)} for p, o, k in zip((left, right), ops, known, strict=True)]
-        click.echo(json.dumps({"schema": 1, "files": files}, indent=2))
-        return
-    rows = [("size", *(size(k.bytes) for k in known)), ("nodes", *(str(sum(o.values())) for o in ops))]
-    rows += [(f"opset {d}".strip(), *(str(k.opsets.get(d, "-")) for k in known)) for d in {**known[0].opsets, **known[1].opsets}]
-    for word, of in (("input", [dict(k.inputs) for k in known]), ("output", [dict(k.outputs) for k in known])):
-        rows += [(f"{word} {name}", *(o.get(name, "-") for o in of)) for name in {**of[0], **of[1]}]
-    changed = differences(ops[0], ops[1])
-    alike = len({**ops[0], **ops[1]}) - len(changed)
-    click.echo("\n".join(columns(("", Path(left).name, Path(right).name), [*rows, *changed])))
-    click.echo(f"{alike} kinds of ops are as often in both" if alike else "no kind of op is as often in both")

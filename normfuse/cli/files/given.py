@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from normfuse.app.example_inputs import draw, parse_shape, read_inputs
 from normfuse.app.source_options import Options
-from normfuse.errors import UsageError
+from normfuse.errors import UsageError, did_you_mean
 from normfuse.export.targets import folder_of
 
 if TYPE_CHECKING:
@@ -45,6 +45,12 @@ def file_inputs(path: Path, options: Options) -> "dict[str, torch.Tensor]":
     stated = [parse_shape(text) for text in options.shapes]
     named = {name: sizes for name, sizes, _ in stated if name is not None}
     unnamed = [sizes for name, sizes, _ in stated if name is None]
+    known = [i.name for i in wanted]
+    for name in named:
+        if name not in known:
+            raise UsageError(f"--shape: {path} has no input {name!r}{did_you_mean(name, known)} (inputs: {', '.join(known)})")
+    if len(unnamed) > len(known):
+        raise UsageError(f"--shape: {path} takes {len(known)} inputs ({', '.join(known)}), and {len(unnamed)} are stated")
     generator = torch.Generator().manual_seed(options.seed)
     inputs = {}
     for position, wants in enumerate(wanted):
