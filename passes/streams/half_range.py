@@ -49,7 +49,7 @@ class HalfRange(Pass):
         size = _sizes(work.graph, work.run.samples)
         now: dict[fx.Node, fx.Node] = {}
         seen: set[fx.Node] = set()
-        for first in [n for n, largest in size.items() if not _fits(largest) and largest < _MASKS]:
+        for first in [n for n, largest in size.items() if largest < _MASKS]:
             node = now.get(first, first)
             if node in seen or _fits(size[node]):
                 continue

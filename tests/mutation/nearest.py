@@ -47,7 +47,7 @@ SOURCES: dict[str, tuple[str, ...]] = {
     **{f"passes/quantize/shiftquant/chains/{name}.py": _CHAINS for name in ("chains", "find", "steps")},
     **{f"passes/quantize/shiftquant/chains/{name}.py": _PARTS for name in ("functions", "ranges", "weights")},
     "passes/quantize/reach.py": _PARTS,
-    "export/lowering/told.py": ("export/lowering/test_lowering.py",),
+    "export/lowering/told.py": ("export/lowering/test_told.py",),
     "normfuse/capture/capture.py": ("capture/test_capture.py", "test_api.py"),
     "normfuse/capture/writes.py": ("capture/test_writes.py",),
     "normfuse/folding/fold.py": _FOLD,
