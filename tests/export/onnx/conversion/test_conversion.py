@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
@@ -136,7 +137,7 @@ def test_a_file_that_rounds_is_held_to_decibels(tmp_path: Path) -> None:
 def test_a_wrong_simplification_is_taken_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(model: Any) -> None:
         weight = model.graph.initializers["w"]
-        weight.const_value = type(weight.const_value)(2 * weight.const_value.numpy())
+        weight.const_value = onnx_ir.tensor(2 * weight.const_value.numpy())
 
     monkeypatch.setattr("normfuse.export.onnx.conversion.api.simplified", wrong)
     made = convert_onnx(network(tmp_path), tmp_path / "new.onnx", images())
