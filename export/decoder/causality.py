@@ -10,7 +10,7 @@ from torch import Tensor
 
 from normfuse.extras import need
 
-__all__ = ["window_of"]
+__all__ = ["sees_all", "window_of"]
 
 _ROWS = 64  # queries that are looked at together
 
@@ -42,3 +42,13 @@ def window_of(function: Callable[..., Any], use_vmap: bool, length: int) -> int 
         if not torch.equal(values(first, _ROWS), wanted):
             return None
     return window
+
+
+def sees_all(function: Callable[..., Any], use_vmap: bool) -> bool:
+    """A mask hides nothing, by its values; see `window_of`."""
+    masking = need("transformers.masking_utils", extra="hf")
+    seen: Tensor = masking.sdpa_mask(
+        batch_size=1, q_length=_ROWS, kv_length=3 * _ROWS, q_offset=_ROWS, mask_function=function, attention_mask=None,
+        allow_is_causal_skip=False, use_vmap=use_vmap,
+    )  # fmt: skip
+    return bool(seen.all())

@@ -1,31 +1,34 @@
-"""A captured causal model as an ONNX file with the names, order and sizes that its readers expect."""
+"""A captured model as an ONNX file with the names, order and sizes that its readers expect."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import fx
 
-from normfuse.export.decoder.capture import Site
+from normfuse.export.decoder.blocks import Blocks, to_blocks
+from normfuse.export.decoder.cross import lower_cross
 from normfuse.export.decoder.forms import lower_cache, translations
+from normfuse.export.decoder.layout import Layout
+from normfuse.export.decoder.operator import cached_attention
+from normfuse.export.lowering.attention.forms import AttentionForms
 from normfuse.export.lowering.layers import quantized_layers
 from normfuse.export.lowering.lowering import lowered
-from normfuse.export.onnx.choice.table import layers_by_table
+from normfuse.export.onnx.choice.table import attention_by_table, layers_by_table
 from normfuse.export.onnx.lower import finished, translated
 from normfuse.export.onnx.oldest import needs
 from normfuse.export.onnx.precision.mixed_norms import one_dtype_norms
 from normfuse.export.onnx.program import program
 from normfuse.export.onnx.quantized.forms import passes_of, possible_forms
 from normfuse.export.runtimes import Release
-from normfuse.export.targets import opset_for, target_named
+from normfuse.export.targets import attention_forms, opset_for, target_named
 from normfuse.extras import need
 from normfuse.passes.attention.eager import EagerAttention
 from normfuse.passes.attention.static_masks import StaticMasks
 
-__all__ = ["Written", "cache_names", "write_model"]
+__all__ = ["Written", "write_model"]
 
 
 @dataclass(frozen=True)
@@ -45,56 +48,52 @@ class Written:
     form: str | None = None
 
 
-def cache_names(layers: int, prefix: str) -> list[str]:
-    """`prefix.0.key`, `prefix.0.value`, `prefix.1.key`, …"""
-    return [f"{prefix}.{i}.{kind}" for i in range(layers) for kind in ("key", "value")]
-
-
-def write_model(gm: fx.GraphModule, sites: Sequence[Site], *, attention: str, padding: str = "both") -> Written:
-    """The graph of what `normfuse.optimize` made of a `CausalModel`.
+def write_model(
+    gm: fx.GraphModule,
+    layout: Layout,
+    *,
+    attention: str,
+    padding: str = "both",
+    windows: bool = False,
+    blocks: Blocks | None = None,
+) -> Written:
+    """The graph of what `normfuse.optimize` made of a model with flat caches, or of an encoder.
 
     Args:
+        layout: names and sizes of its inputs and outputs.
         attention: a form of `normfuse.export.decoder.forms`.
         padding: `both`, or `right` where no row is ever padded on the left.
+        windows: tokens do not see all tokens before them.
+        blocks: what products with weights become; None for what they are.
 
     Raises:
         ExportError: an operator of the model has no translation.
+        UsageError: no product fits into blocks.
     """
     target = target_named("portable" if attention == "portable" else "onnxruntime")
     opset = opset_for(target, None)
-    found = program(gm, target=target)
-    inputs = ("input_ids", "attention_mask", *cache_names(len(sites), "past_key_values"))
-    outputs = ("logits", *cache_names(len(sites), "present"))
-    found = dataclasses.replace(found, inputs=inputs, outputs=outputs)
+    found = dataclasses.replace(program(gm, target=target), inputs=tuple(layout.inputs), outputs=tuple(layout.outputs))
     one_dtype_norms(found.exported)
     forms = possible_forms(quantized_layers(found.exported), target, opset, "auto", int4=False)
     passes = (StaticMasks(), EagerAttention(), *passes_of(forms))
-    fused = dataclasses.replace(found, exported=lowered(found.exported, passes).exported)
+    low = lowered(found.exported, passes)
+    cached = any(node.target is cached_attention._opoverload for node in low.exported.graph.nodes)
+    if not cached:  # an encoder's
+        tried = attention_forms(target, opset, "auto", native=False)
+        low = low.then([AttentionForms(attention_by_table(low, tried, opset), opset)])
+    fused = dataclasses.replace(found, exported=low.exported)
     model = translated(fused, opset, contrib=bool(target.domains), more=translations())
     lower_cache(model, attention, left=padding == "both")
     form = layers_by_table(forms)
     model = finished(model, found, target, opset, form)
-    _state_sizes(model, sites)
+    if blocks is not None:
+        to_blocks(model, blocks)
+    lower_cross(model, attention)
+    layout.state(model, need("onnx_ir", extra="onnx"))
     runtime, _ = max(needs(model))
-    if attention == "gqa":
+    if attention == "gqa" and cached:
         # older releases have no bias, and take a window to be one token longer, silently
-        runtime = max(runtime, (1, 24) if any(s.window for s in sites) else (1, 22))
+        runtime = max(runtime, (1, 24) if windows else (1, 22))
+    if blocks is not None and blocks.bits == 8:
+        runtime = max(runtime, (1, 22))  # MatMulNBits has 8 bits with products in int8 since then
     return Written(model, opset, runtime, form)
-
-
-def _state_sizes(model: Any, sites: Sequence[Site]) -> None:
-    """The axes of inputs and outputs, by the names that readers know."""
-    ir = need("onnx_ir", extra="onnx")
-    batch, new = "batch_size", "sequence_length"
-    sizes: dict[str, tuple[Any, ...]] = {"input_ids": (batch, new), "attention_mask": (batch, "total_sequence_length")}
-    for i, site in enumerate(sites):
-        for kind in ("key", "value"):
-            sizes[f"past_key_values.{i}.{kind}"] = (batch, site.kv_heads, "past_sequence_length", site.width)
-            # in a shared buffer it is the buffer's length, so it has a name of its own
-            sizes[f"present.{i}.{kind}"] = (batch, site.kv_heads, "present_sequence_length", site.width)
-    for value in (*model.graph.inputs, *model.graph.outputs):
-        if value.name in sizes:
-            value.shape = ir.Shape(sizes[value.name])
-        else:
-            known = value.shape.dims[-1]
-            value.shape = ir.Shape((batch, 1 if value.shape.dims[1] == 1 else new, known))  # the logits

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from normfuse.errors import UsageError
+from normfuse.export.decoder.encdec_session import files_in
 from normfuse.export.decoder.proof import Proof
 from normfuse.export.runtimes import Release, spelled_runtime
 from normfuse.files import as_path, workspace
@@ -88,11 +89,17 @@ def check_place(folder: str | Path, *, force: bool) -> Path:
     if path.is_symlink() or (path.exists() and not path.is_dir()):
         raise UsageError(f"cannot write {path}: it is no folder")
     if path.is_dir() and any(path.iterdir()):
-        if not (path / CONFIG).is_file() or not (path / MODEL).is_file():
+        if not _is_ours(path):
             raise UsageError(f"{path} is no folder of a decoder: it is not replaced, name another one")
         if not force:
             raise UsageError(f"{path} exists already; pass force=True (on the command line --force) to replace it")
     return path
+
+
+def _is_ours(path: Path) -> bool:
+    """An export wrote the folder."""
+    causal = (path / CONFIG).is_file() and (path / MODEL).is_file()
+    return causal or ((path / MANIFEST).is_file() and files_in(path) is not None)
 
 
 @contextmanager

@@ -13,25 +13,24 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from normfuse.errors import UsageError
-from normfuse.export.decoder.operator import cached_attention, newest, positions
+from normfuse.export.decoder.operator import cached_attention, cross_attention, newest, positions, unpadded
 from normfuse.export.onnx.build import Build, dims
 from normfuse.export.onnx.writer.markers import markers_of
 from normfuse.export.onnx.writer.translate import MARKER_DOMAIN
 
-__all__ = ["FORMS", "DecoderAttention", "lower_cache", "rotates", "translations"]
+__all__ = ["FORMS", "DecoderAttention", "heads_joined", "heads_parted", "lower_cache", "rotates", "translations"]
 
 #: `gqa`: GroupQueryAttention of ONNX Runtime; `portable`: standard ops.
 DecoderAttention = Literal["gqa", "portable"]
 FORMS: tuple[str, ...] = get_args(DecoderAttention)
 _HIDDEN = -1e9
 _LAST = np.iinfo(np.int64).max
-_ATTENTION, _POSITIONS, _NEWEST = "cached_attention", "positions", "newest"
+_ATTENTION, _POSITIONS, _NEWEST, _UNPADDED = "cached_attention", "positions", "newest", "unpadded"
 
 
 def translations() -> dict[Any, Any]:
-    """For the exporter: each operator becomes one node, which `lower_cache` takes."""
-    operators = (cached_attention._opoverload, positions._opoverload, newest._opoverload)
-    return markers_of(operators)
+    """For the exporter: each operator becomes one node, which `lower_cache` takes, or `lower_cross`."""
+    return markers_of([made._opoverload for made in (cached_attention, cross_attention, newest, positions, unpadded)])
 
 
 def rotates(form: str, pairs: int, width: int) -> bool:
@@ -47,8 +46,8 @@ class _Site:
 
     @property
     def inputs(self) -> dict[str, Any]:
-        names = ("query", "key", "value", "past_key", "past_value", "attention_mask", "cosines", "sines")
-        return dict(zip(names, (*self.node.inputs, None, None), strict=False))
+        names = ("query", "key", "value", "past_key", "past_value", "attention_mask", "cosines", "sines", "distances")
+        return dict(zip(names, (*self.node.inputs, None, None, None), strict=False))
 
     def fact(self, name: str) -> Any:
         return self.node.attributes[name].value
@@ -73,11 +72,15 @@ def lower_cache(model: Any, form: str, *, left: bool = True) -> int:
     """
     if form not in FORMS:
         raise UsageError(f"unknown form of a cached attention {form!r}: expected {' or '.join(FORMS)}")
-    nodes = [n for n in model.graph if n.domain == MARKER_DOMAIN and n.op_type in (_ATTENTION, _POSITIONS, _NEWEST)]
+    nodes = [n for n in model.graph if n.domain == MARKER_DOMAIN and n.op_type in (_ATTENTION, _POSITIONS, _NEWEST, _UNPADDED)]
     sites = [n for n in nodes if n.op_type == _ATTENTION]
-    if not nodes:
+    if not sites:
         return 0
-    shared = _Shared(model, nodes[0], left)
+    for node in nodes:
+        if node.op_type == _UNPADDED:
+            _replace(model, node, [_all_valid(model, node)])
+    nodes = [n for n in nodes if n.op_type != _UNPADDED]
+    shared = _Shared(model, nodes[0], left, _Site(sites[0]).inputs["attention_mask"])
     for node in nodes:
         if node.op_type == _POSITIONS:
             _replace(model, node, [shared.at(node).positions()])
@@ -95,10 +98,9 @@ def lower_cache(model: Any, form: str, *, left: bool = True) -> int:
 class _Shared:
     """What follows from the mask, each built once, where it is asked for first."""
 
-    def __init__(self, model: Any, first: Any, left: bool) -> None:
-        self.model, self.allow_left = model, left
-        by_name = {v.name: v for v in model.graph.inputs}
-        self.mask, self.ids = by_name["attention_mask"], by_name["input_ids"]
+    def __init__(self, model: Any, first: Any, left: bool, mask: Any) -> None:
+        self.model, self.allow_left, self.mask = model, left, mask
+        self.ids = next(v for v in model.graph.inputs if v.name == "input_ids")
         self.build = Build(model, first, {})
         self.known: dict[str, Any] = {}
 
@@ -161,7 +163,29 @@ class _Shared:
         made = lambda: op("Cast", op("Squeeze", self.width(), self.ints(0)), to=int(kinds.INT32), dtype=kinds.INT32)  # noqa: E731
         return self._once("total", made)
 
-    def bias(self, dtype: Any) -> Any:
+    def added(self, distances: Any, dtype: Any) -> Any:
+        """[batch, heads, new, total]: what a table says of the distances of tokens."""
+        op, ints = self.build.op, self.ints
+
+        def make() -> Any:
+            zero, one = (self.build.const(np.asarray(v, np.int64)) for v in (0, 1))
+            at = op("Range", zero, op("Squeeze", self.width(), ints(0)), one)
+            back = op("Sub", op("Unsqueeze", self.slots(), ints(2)), at)
+            last = int((dims(distances) or (0, 1))[1] or 1) - 1
+            found = op("Gather", distances, op("Min", op("Max", back, ints(0)), ints(last)), axis=1, dtype=dtype)
+            return op("Transpose", found, perm=[1, 0, 2, 3], dtype=dtype)
+
+        return self._once(f"added {distances.name}", make)
+
+    def bias(self, dtype: Any, distances: Any = None) -> Any:
+        """[batch, 1 or heads, new, total]: added to scores, hides padding on the left; None where there is nothing to add."""
+        hidden = self.hides(dtype)
+        if distances is None or hidden is None:
+            return hidden if distances is None else self.added(distances, dtype)
+        both = self.added(distances, dtype), hidden
+        return self._once(f"bias {distances.name}", lambda: self.build.op("Add", *both, dtype=dtype))
+
+    def hides(self, dtype: Any) -> Any:
         """[batch, 1, new, total]: added to scores, hides padding on the left; None where there is none."""
         if not self.allow_left:
             return None
@@ -174,7 +198,7 @@ class _Shared:
             shape = op("Concat", op("Shape", self.mask, start=0, end=1), self.ints(1), self.new(), self.width(), axis=0)
             return op("Expand", op("Unsqueeze", values, self.ints(1, 2), dtype=dtype), shape, dtype=dtype)
 
-        return self._once("bias", make)
+        return self._once("hides", make)
 
     def positions(self) -> Any:
         """[batch, new]: place of each new token among the valid ones of its row."""
@@ -222,9 +246,11 @@ class _Shared:
 
 def _group_query(model: Any, site: _Site, shared: _Shared) -> None:
     at, inputs, (heads, kv, width) = shared.build, site.inputs, site.heads
-    query, key, value = (_joined(at, inputs[n], n_heads * width) for n, n_heads in (("query", heads), ("key", kv), ("value", kv)))
+    query, key, value = (
+        heads_joined(at, inputs[n], n_heads * width) for n, n_heads in (("query", heads), ("key", kv), ("value", kv))
+    )
     given = [query, key, value, inputs["past_key"], inputs["past_value"], shared.seqlens(), shared.total()]
-    given += [inputs["cosines"], inputs["sines"], None, shared.bias(query.dtype)]
+    given += [inputs["cosines"], inputs["sines"], None, shared.bias(query.dtype, inputs["distances"])]
     while given[-1] is None:
         given.pop()
     facts: dict[str, Any] = {"num_heads": heads, "kv_num_heads": kv, "scale": float(site.fact("scale"))}
@@ -240,15 +266,31 @@ def _group_query(model: Any, site: _Site, shared: _Shared) -> None:
     for made, old in zip(node.outputs, site.node.outputs, strict=True):
         made.dtype = query.dtype
         made.shape = old.shape
-    out = dims(site.node.outputs[0])
-    assert out is not None
-    node.outputs[0].shape = at.ir.Shape((*out[:2], heads * width))
-    for user, _ in list(site.node.outputs[0].uses()):
-        after = dims(user.outputs[0])
-        if user.op_type == "Reshape" and not user.domain and after is not None and len(after) == 3 and after[2] == heads * width:
-            user.outputs[0].replace_all_uses_with(node.outputs[0])
-    apart = at.op("Reshape", node.outputs[0], shared.ints(0, 0, heads, width), dtype=query.dtype, shape=out)
+    apart = heads_parted(at, site.node.outputs[0], node.outputs[0], heads * width)
     _replace(model, site.node, [apart, *node.outputs[1:]])
+
+
+def heads_parted(at: Build, old: Any, made: Any, features: int) -> Any:
+    """`made` [batch, new, heads x width] in the shape of `old`; what joins the heads again takes it as it is."""
+    out = dims(old)
+    assert out is not None
+    made.shape = at.ir.Shape((*out[:2], features))
+    for user, _ in list(old.uses()):
+        after = dims(user.outputs[0])
+        if user.op_type == "Reshape" and not user.domain and after is not None and len(after) == 3 and after[2] == features:
+            user.outputs[0].replace_all_uses_with(made)
+    return at.op("Reshape", made, at.const(np.array([0, 0, *out[2:]], np.int64)), dtype=made.dtype, shape=out)
+
+
+def _all_valid(model: Any, node: Any) -> Any:
+    """[batch, past + new] ones, where [1] says how many slots of the past are filled."""
+    at = Build(model, node, {})
+    length, ids = node.inputs[0], node.inputs[1]
+    kinds = at.ir.DataType
+    total = at.op("Add", at.op("Cast", length, to=int(kinds.INT64), dtype=kinds.INT64), at.op("Shape", ids, start=1, end=2))
+    shape = at.op("Concat", at.op("Shape", ids, start=0, end=1), total, axis=0)
+    one = at.ir.tensor(np.ones(1, np.int64))
+    return at.op("ConstantOfShape", shape, value=one, dtype=kinds.INT64, shape=dims(node.outputs[0]))
 
 
 def _standard(model: Any, site: _Site, shared: _Shared) -> None:
@@ -267,6 +309,8 @@ def _standard(model: Any, site: _Site, shared: _Shared) -> None:
         scores = op("Mul", op("Tanh", op("Div", scores, cap, dtype=dtype), dtype=dtype), cap, dtype=dtype)
     heads_apart = op("Concat", op("Shape", shared.mask, start=0, end=1), shared.ints(heads), shared.new(), shared.width(), axis=0)
     scores = op("Reshape", scores, heads_apart, dtype=dtype)
+    if inputs["distances"] is not None:
+        scores = op("Add", scores, shared.added(inputs["distances"], dtype), dtype=dtype)
     weights = op("Softmax", op("Add", scores, shared.seen(int(site.fact("window")), dtype), dtype=dtype), axis=-1, dtype=dtype)
     in_groups = op("Concat", op("Shape", shared.mask, start=0, end=1), shared.ints(kv, -1), shared.width(), axis=0)
     attended = op("MatMul", op("Reshape", weights, in_groups, dtype=dtype), values, dtype=dtype)
@@ -315,7 +359,7 @@ def _written(shared: _Shared, past: Any, new: Any) -> Any:
     return op("ScatterElements", whole, index, new, axis=2, dtype=dtype)
 
 
-def _joined(at: Build, value: Any, width: int) -> Any:
+def heads_joined(at: Build, value: Any, width: int) -> Any:
     """[batch, heads, new, width] as [batch, new, heads x width]; a projection that was taken apart is taken whole."""
     node = value.producer()
     sizes = dims(value)

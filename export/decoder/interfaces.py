@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from normfuse.extras import need
 
-__all__ = ["ROUTES", "attending", "handing_cache"]
+__all__ = ["ROUTES", "attending", "handing_cache", "handing_pair"]
 
 _OURS = "normfuse_decoder"  # our name in the interfaces
 _SDPA = "sdpa"
@@ -67,27 +68,45 @@ def _as_function(attend: Attend) -> Callable[..., Tensor]:
     return scaled_dot_product_attention
 
 
-def handing_cache(pasts: list[tuple[Tensor, Tensor]] | None) -> Any:
+def handing_cache(pasts: list[tuple[Tensor, Tensor]] | None, before: int = 0) -> Any:
     """A cache of transformers that hands keys and values on, and says how many there were before.
 
-    `fresh` holds by layer what was handed on, `pasts` what was given.
+    `fresh` holds by layer what was handed on. Without `pasts`, so many slots of zeros stand `before` what is handed on.
     """
     transformers = need("transformers", extra="hf")
 
     class Handing(transformers.DynamicCache):  # type: ignore[misc, name-defined]
         def __init__(self) -> None:
             super().__init__()
-            self.pasts = pasts
             self.fresh: dict[int, tuple[Tensor, Tensor]] = {}
 
         def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-            self.fresh[layer_idx] = (key_states, value_states)
-            return key_states, value_states
+            handed = (key_states, value_states)
+            if before:
+                handed = tuple(torch.cat([t.new_zeros(*t.shape[:2], before, t.shape[3]), t], 2) for t in handed)  # type: ignore[assignment]
+            self.fresh[layer_idx] = handed
+            return handed
 
         def get_seq_length(self, layer_idx: int = 0) -> Any:
-            return 0 if pasts is None else pasts[0][0].shape[2]
+            return before if pasts is None else pasts[0][0].shape[2]
 
         def get_mask_sizes(self, query_length: Any, layer_idx: int = 0) -> tuple[Any, int]:
             return self.get_seq_length() + query_length, 0
 
     return Handing()
+
+
+def handing_pair(own: Any, cross: Any, given: list[tuple[Tensor, Tensor]] | None = None) -> Any:
+    """Two handing caches as that of an encoder and a decoder.
+
+    Args:
+        own, cross: of the tokens before, and of the encoder's states.
+        given: keys and values of the encoder's states, which the layers then do not make themselves.
+    """
+    transformers = need("transformers", extra="hf")
+    pair = transformers.EncoderDecoderCache(own, cross)
+    if given is not None:
+        cross.layers = [SimpleNamespace(keys=k, values=v) for k, v in given]
+        cross.fresh.update(enumerate(given))
+        pair.is_updated = dict.fromkeys(range(len(given)), True)
+    return pair

@@ -1,6 +1,6 @@
-"""The cached attention of one layer as one operator, and the positions that a mask gives tokens.
+"""The cached attention of one layer as an operator, that to an encoder's states as another, and positions that a mask gives tokens.
 
-Both are *defined* here by plain PyTorch: captured graphs hold them as nodes, passes leave them alone, and an export writes each as
+They are *defined* here by plain PyTorch: captured graphs hold them as nodes, passes leave them alone, and an export writes each as
 the node of a runtime or in standard operators.
 
 A row's cache has slots. New tokens of a row go to the slots behind those that are filled, and where that is follows from the
@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["NAMESPACE", "cached_attention", "newest", "positions", "rotated"]
+__all__ = ["NAMESPACE", "cached_attention", "cross_attention", "newest", "positions", "rotated", "unpadded"]
 
 NAMESPACE = "normfuse_decoder"
 _HIDDEN = -1e9  # added to a score: finite, so that a row of padding alone has numbers and no NaN
@@ -56,10 +56,28 @@ def _(hidden: Tensor, attention_mask: Tensor) -> Tensor:
     return hidden.new_empty(hidden.shape[0], 1, hidden.shape[2])
 
 
+@torch.library.custom_op(f"{NAMESPACE}::unpadded", mutates_args=())
+def unpadded(past_length: Tensor, input_ids: Tensor, past_key: Tensor) -> Tensor:
+    """The mask [batch, past + new] of rows without padding, where a number says how many slots are filled.
+
+    Args:
+        past_length: [1], slots that are filled before the new tokens; those of `past_key` may be more.
+        input_ids: [batch, new], for its shape.
+        past_key: [batch, heads, past, width], for what a cache that grows has filled.
+    """
+    return input_ids.new_ones(input_ids.shape[0], int(past_length) + input_ids.shape[1])
+
+
+@unpadded.register_fake
+def _(past_length: Tensor, input_ids: Tensor, past_key: Tensor) -> Tensor:
+    return input_ids.new_empty(input_ids.shape[0], past_key.shape[2] + input_ids.shape[1])
+
+
 @torch.library.custom_op(f"{NAMESPACE}::cached_attention", mutates_args=())
 def cached_attention(
     query: Tensor, key: Tensor, value: Tensor, past_key: Tensor, past_value: Tensor, attention_mask: Tensor,
     cosines: Tensor | None, sines: Tensor | None, scale: float, window: int, softcap: float, interleaved: bool,
+    distances: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """softmax(cap(scale q kᵀ) + mask) v over the past and the new tokens, causal.
 
@@ -74,6 +92,7 @@ def cached_attention(
         window: tokens that a token sees, itself included; 0 for all before it.
         softcap: c in c tanh(scores / c); 0 for none.
         interleaved: pairs that are rotated stand beside each other, and not half of the rotated width apart.
+        distances: [heads, slots], added to the score of a token that is so many slots back; None for nothing.
 
     Returns: [batch, new, heads, width], and keys and values [batch, kv heads, max(past, total), width].
     """
@@ -88,6 +107,9 @@ def cached_attention(
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
     at = torch.arange(total, device=query.device)
+    if distances is not None:
+        back = (slots[:, :, None] - at).clamp(0, distances.shape[1] - 1)
+        scores = scores + distances[:, back].transpose(0, 1)
     seen = at <= slots[:, :, None]
     if window:
         seen = seen & (at > slots[:, :, None] - window)
@@ -101,12 +123,51 @@ def cached_attention(
 def _(
     query: Tensor, key: Tensor, value: Tensor, past_key: Tensor, past_value: Tensor, attention_mask: Tensor,
     cosines: Tensor | None, sines: Tensor | None, scale: float, window: int, softcap: float, interleaved: bool,
+    distances: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     batch, heads, new, width = query.shape
     kv = past_key.shape[1]
     room = past_key.shape[2] + new  # of a growing cache, which is what is captured
     present = [query.new_empty(batch, kv, room, p.shape[3], dtype=p.dtype) for p in (past_key, past_value)]
     return query.new_empty(batch, new, heads, width), present[0], present[1]
+
+
+@torch.library.custom_op(f"{NAMESPACE}::cross_attention", mutates_args=())
+def cross_attention(
+    query: Tensor, key: Tensor, value: Tensor, past_key: Tensor | None, past_value: Tensor | None, use_past: Tensor | None,
+    source_mask: Tensor | None, scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """softmax(scale q kᵀ + mask) v over the states of an encoder.
+
+    Args:
+        query: [batch, heads, new, width].
+        key, value: [batch, heads, source, width], made of the encoder's states.
+        past_key, past_value: the same from an earlier step; None where there is only one of them.
+        use_past: [1], those of the earlier step are taken, and `key` and `value` are not looked at.
+        source_mask: [batch, source], 1 for valid states; None where all are.
+        scale: factor on the scores.
+
+    Returns: [batch, new, heads, width], and the keys and values for later steps: with `use_past` none, [batch, heads, 0, width],
+    as a reader keeps those that it has.
+    """
+    if past_key is not None and past_value is not None and use_past is not None and bool(use_past):
+        key, value = past_key, past_value
+        kept = key[:, :, :0].clone(), value[:, :, :0].clone()
+    else:
+        kept = key.clone(), value.clone()
+    scores = query @ key.transpose(-1, -2) * scale
+    if source_mask is not None:
+        scores = scores.masked_fill(source_mask[:, None, None] == 0, _HIDDEN)
+    return (torch.softmax(scores, -1) @ value).transpose(1, 2).contiguous(), *kept
+
+
+@cross_attention.register_fake
+def _(
+    query: Tensor, key: Tensor, value: Tensor, past_key: Tensor | None, past_value: Tensor | None, use_past: Tensor | None,
+    source_mask: Tensor | None, scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    batch, heads, new, width = query.shape
+    return query.new_empty(batch, new, heads, width), torch.empty_like(key), torch.empty_like(value)
 
 
 def rotated(x: Tensor, cosines: Tensor, sines: Tensor, interleaved: bool) -> Tensor:

@@ -22,12 +22,12 @@ from normfuse.errors import ExportError
 from normfuse.export.decoder.session import Cache, Decoder, Ids, padded
 from normfuse.extras import need
 
-__all__ = ["BINDINGS", "Proof", "prove"]
+__all__ = ["BINDINGS", "CHUNKS", "Logits", "Proof", "agreed", "compare", "different", "greedy", "prove", "sqnr"]
 
 #: Ways of binding the cache: it grows with each token; one buffer is past and present; the prompt comes in pieces; rows of several
 #: lengths are padded on either side.
 BINDINGS = ("growing", "shared", "chunks", "left", "right")
-_CHUNKS = (8, 1, 5)  # tokens of the first pieces of a prompt
+CHUNKS = (8, 1, 5)  # tokens of the first pieces of a prompt
 _PAD = 0  # a token that is never looked at
 _SPARE = 7  # slots of a shared buffer that are never used
 
@@ -88,21 +88,21 @@ def prove(
     """
     wanted = _generated(model, prompts, tokens)
     decoder = Decoder(file, threads=threads)
-    sqnr = agreed = None
+    noise = share = None
     if quantized:
         own = [next(_growing(decoder, [p], [t])) for p, t in zip(wanted.prompts, wanted.tokens, strict=True)]
-        sqnr, agreed = _sqnr(own, wanted.logits), _agreed(own, wanted.tokens)
+        noise, share = sqnr(own, wanted.logits), agreed(own, wanted.tokens)
         choices = [logits.argmax(-1).tolist() for logits in own]
-        held, tolerance = own, max(tolerance, 10 ** (-sqnr / 20))
+        held, tolerance = own, max(tolerance, 10 ** (-noise / 20))
     else:
         choices, held = wanted.tokens, wanted.logits
     error, ties = 0.0, 0
     for binding in bindings:
         for at, found in _run(decoder, binding, wanted):
             here = f"binding {binding!r}, prompt {at + 1}"
-            worst, undecided = _compare(found, held[at], choices[at], tolerance, here, lambda: _where(decoder, model, wanted))
+            worst, undecided = compare(found, held[at], choices[at], tolerance, here, lambda: _where(decoder, model, wanted))
             error, ties = max(error, worst), max(ties, undecided)
-    return Proof(tuple(bindings), len(prompts), tokens, error, ties, sqnr, agreed)
+    return Proof(tuple(bindings), len(prompts), tokens, error, ties, noise, share)
 
 
 # -- the model -------------------------------------------------------------------------------------------------------------
@@ -110,7 +110,7 @@ def prove(
 
 def _generated(model: nn.Module, prompts: Sequence[Sequence[int]], tokens: int) -> _Written:
     found = _Written([list(p) for p in prompts], [], [])
-    with _greedy(model, tokens), torch.no_grad():
+    with greedy(model, tokens), torch.no_grad():
         for prompt in found.prompts:
             ids = torch.tensor([prompt])
             out = model.generate(  # type: ignore[operator]
@@ -122,11 +122,12 @@ def _generated(model: nn.Module, prompts: Sequence[Sequence[int]], tokens: int) 
 
 
 @contextmanager
-def _greedy(model: Any, tokens: int) -> Iterator[None]:
+def greedy(model: Any, tokens: int, **more: Any) -> Iterator[None]:
     """The model writes its likeliest tokens, and does not stop early: what it was saved with says otherwise."""
     transformers = need("transformers", extra="hf")
     before = model.generation_config
-    model.generation_config = transformers.GenerationConfig(do_sample=False, max_new_tokens=tokens, use_cache=True, pad_token_id=0)
+    how = {"do_sample": False, "max_new_tokens": tokens, "use_cache": True, "pad_token_id": 0, **more}
+    model.generation_config = transformers.GenerationConfig(**how)
     try:
         yield
     finally:
@@ -161,7 +162,7 @@ def _shared(decoder: Decoder, prompts: list[list[int]], tokens: list[list[int]])
 def _chunks(decoder: Decoder, prompts: list[list[int]], tokens: list[list[int]]) -> Iterator[Logits]:
     ids, _ = padded(prompts, "left", _PAD)
     cache = decoder.start(len(prompts), room=ids.shape[1] + len(tokens[0]) + _SPARE)
-    ends = [e for e in np.cumsum(_CHUNKS).tolist() if e < ids.shape[1]]
+    ends = [e for e in np.cumsum(CHUNKS).tolist() if e < ids.shape[1]]
     for start, end in zip([0, *ends], [*ends, ids.shape[1]], strict=True):
         logits = cache.step(ids[:, start:end])
     yield from _followed(cache, logits[:, -1], np.array(tokens))
@@ -184,10 +185,14 @@ def _followed(cache: Cache, first: Logits, tokens: Ids) -> Iterator[Logits]:
 # -- comparing ---------------------------------------------------------------------------------------------------------------
 
 
-def _compare(
+def compare(
     found: Logits, wanted: Logits, tokens: list[int], tolerance: float, here: str, where: Callable[[], str]
 ) -> tuple[float, int]:
-    """Relative error, and the number of ties; raises where the token or the logits are others."""
+    """Relative error, and the number of ties.
+
+    Raises:
+        ExportError: a token is another one, or logits are too far away; `where` is asked for more.
+    """
     scale = float(np.abs(wanted).max()) or 1.0
     error = np.abs(found - wanted).max(-1) / scale
     choice = found.argmax(-1)
@@ -213,18 +218,27 @@ def _where(decoder: Decoder, model: Any, wanted: _Written) -> str:
         theirs: Any = transformers.DynamicCache()
         model(input_ids=torch.from_numpy(ids), past_key_values=theirs, use_cache=True)
     flat: list[Tensor] = [t for layer in theirs.layers for t in (layer.keys, layer.values)]
-    for i, (ours, expected) in enumerate(zip(cache.presents(), flat, strict=False)):
-        a = torch.from_numpy(ours)
-        if a.shape != expected.shape or not torch.allclose(a, expected.float(), rtol=1e-2, atol=1e-2 * float(expected.abs().max())):
-            return f"; it starts at the {'values' if i % 2 else 'keys'} of layer {i // 2}"
-    return "; read at once, keys and values of all layers are right"
+    at = different(cache.presents(), flat)
+    if at is None:
+        return "; read at once, keys and values of all layers are right"
+    return f"; it starts at the {'values' if at % 2 else 'keys'} of layer {at // 2}"
 
 
-def _sqnr(found: Sequence[Logits], wanted: Sequence[Logits]) -> float:
+def different(ours: Sequence[NDArray[Any]], theirs: Sequence[Tensor]) -> int | None:
+    """The first of some keys and values that are others."""
+    for i, (a, b) in enumerate(zip(map(torch.from_numpy, ours), theirs, strict=False)):
+        if a.shape != b.shape or not torch.allclose(a, b.float(), rtol=1e-2, atol=1e-2 * float(b.abs().max())):
+            return i
+    return None
+
+
+def sqnr(found: Sequence[Logits], wanted: Sequence[Logits]) -> float:
+    """Of logits against the wanted ones, in dB."""
     signal = sum(float((w.astype(np.float64) ** 2).sum()) for w in wanted)
     noise = sum(float(((f - w).astype(np.float64) ** 2).sum()) for f, w in zip(found, wanted, strict=True))
     return math.inf if noise == 0 else 10 * math.log10(signal / noise)
 
 
-def _agreed(found: Sequence[Logits], tokens: Sequence[Sequence[int]]) -> float:
+def agreed(found: Sequence[Logits], tokens: Sequence[Sequence[int]]) -> float:
+    """Share of the tokens that the logits choose."""
     return float(np.mean([(f.argmax(-1) == np.array(t)).mean() for f, t in zip(found, tokens, strict=True)]))

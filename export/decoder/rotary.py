@@ -61,7 +61,7 @@ def rotate_in_attention(gm: fx.GraphModule, rows: int, fits: Callable[[int, int]
         if tables is None:
             tables = _tables(gm, query, len(kept))
             kept.append((query, *tables))
-        node.args = (query.source, key.source, *node.args[2:6], *tables, *node.args[8:11], query.interleaved)
+        node.args = (query.source, key.source, *node.args[2:6], *tables, *node.args[8:11], query.interleaved, *node.args[12:])
         count += 1
     gm.graph.eliminate_dead_code()
     gm.recompile()

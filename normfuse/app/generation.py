@@ -19,7 +19,7 @@ from normfuse.export.runtimes import parse_runtime
 from normfuse.extras import need
 from normfuse.telemetry import no_telemetry
 
-__all__ = ["Rates", "Sampling", "Writer"]
+__all__ = ["Rates", "Sampling", "Writer", "check_runtime", "json_in", "pieces", "tokenizer_of"]
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class Writer:
 
     def __init__(self, folder: str | Path, *, threads: int | None = None) -> None:
         self.folder = Path(folder)
-        config = _json(self.folder, CONFIG)
+        config = json_in(self.folder, CONFIG)
         try:
             model = config["model"]
             self.longest, ends = int(model["context_length"]), model["eos_token_id"]
@@ -108,7 +108,7 @@ class Writer:
         self.ends = frozenset(int(t) for t in (ends if isinstance(ends, list) else [ends]))
         if not file.is_file():
             raise UsageError(f"{self.folder} is no folder of a decoder: there is no {file.name} in it")
-        _check_runtime(self.folder)
+        check_runtime(self.folder)
         self.decoder = Decoder(file, threads=threads)
 
     def tokens(self, prompt: list[int], new: int, sampling: Sampling | None = None, rates: Rates | None = None) -> Iterator[int]:
@@ -141,27 +141,28 @@ class Writer:
                 logits = cache.step(np.array([[token]], np.int64))[0, -1]
                 told.steps.append(perf_counter() - start)
 
-    def tokenizer(self) -> Any:
-        """The folder's tokenizer, of the library `tokenizers`.
-
-        Raises:
-            UsageError: there is none, or it cannot be read.
-        """
-        file = self.folder / "tokenizer.json"
-        if not file.is_file():
-            raise UsageError(f"{self.folder} has no tokenizer.json: give the prompt as ids of tokens, with --ids")
-        try:
-            return need("tokenizers", extra="hf").Tokenizer.from_file(str(file))
-        except Exception as e:  # the library raises plain exceptions
-            raise UsageError(f"{file} cannot be read: {e}") from e
-
     def text(self, prompt: str, new: int, sampling: Sampling | None = None, rates: Rates | None = None) -> Iterator[str]:
         """The same with text: pieces as soon as they are whole letters."""
-        tokenizer = self.tokenizer()
-        yield from _pieces(tokenizer, self.tokens(tokenizer.encode(prompt).ids, new, sampling, rates))
+        tokenizer = tokenizer_of(self.folder)
+        yield from pieces(tokenizer, self.tokens(tokenizer.encode(prompt).ids, new, sampling, rates))
 
 
-def _pieces(tokenizer: Any, tokens: Iterator[int]) -> Iterator[str]:
+def tokenizer_of(folder: Path) -> Any:
+    """The folder's tokenizer, of the library `tokenizers`.
+
+    Raises:
+        UsageError: there is none, or it cannot be read.
+    """
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        raise UsageError(f"{folder} has no tokenizer.json: give the prompt as ids of tokens, with --ids")
+    try:
+        return need("tokenizers", extra="hf").Tokenizer.from_file(str(file))
+    except Exception as e:  # the library raises plain exceptions
+        raise UsageError(f"{file} cannot be read: {e}") from e
+
+
+def pieces(tokenizer: Any, tokens: Iterator[int]) -> Iterator[str]:
     """What each token adds to the text; a letter of several tokens comes with the last of them."""
     held: list[int] = []
     told = 0  # tokens of `held` whose text has been given; they stay for what the next ones look like behind them
@@ -176,7 +177,12 @@ def _pieces(tokenizer: Any, tokens: Iterator[int]) -> Iterator[str]:
         yield now[len(before) :]
 
 
-def _json(folder: Path, name: str) -> dict[str, Any]:
+def json_in(folder: Path, name: str) -> dict[str, Any]:
+    """The object in a file of the folder.
+
+    Raises:
+        UsageError: there is none.
+    """
     if not (folder / name).is_file():
         raise UsageError(
             f"{folder} is no folder of a decoder: there is no {name} in it; normfuse export hf:DIR --with-past makes one"
@@ -190,11 +196,16 @@ def _json(folder: Path, name: str) -> dict[str, Any]:
     return found
 
 
-def _check_runtime(folder: Path) -> None:
+def check_runtime(folder: Path) -> None:
+    """Complain when the installed ONNX Runtime is too old for the folder.
+
+    Raises:
+        UsageError: see above.
+    """
     no_telemetry()
     ort = need("onnxruntime", extra="onnx")
     if not (folder / MANIFEST).is_file():
         return
-    oldest = str(_json(folder, MANIFEST).get("runtime", ""))
+    oldest = str(json_in(folder, MANIFEST).get("runtime", ""))
     if oldest and parse_runtime(ort.__version__) < parse_runtime(oldest):
         raise UsageError(f"{folder} needs ONNX Runtime {oldest}, and {ort.__version__} is installed")

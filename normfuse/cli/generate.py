@@ -1,6 +1,7 @@
 """`normfuse generate`."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
@@ -15,6 +16,8 @@ __all__ = ["generate"]
 @click.command(cls=Command, short_help="Write on from a prompt with the folder of a decoder.")
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--prompt", help="The text to write on from.")
+@click.option("--audio", metavar="FILE", type=click.Path(path_type=Path), help="A recording to write down: .wav or .npy, 16 kHz.")
+@click.option("--language", default="en", show_default=True, help="Of the recording.")
 @click.option("--ids", metavar="N,N,...", help="The same as ids of tokens, for a folder without a tokenizer.")
 @click.option("--tokens", type=click.IntRange(min=1), default=128, show_default=True, help="How many to write at most.")
 @click.option("--temperature", type=float, default=0.0, show_default=True, help="0 takes the likeliest token each time.")
@@ -25,25 +28,34 @@ __all__ = ["generate"]
 @json_option
 @verbosity
 def generate(
-    folder: Path, prompt: str | None, ids: str | None, tokens: int, temperature: float, top_p: float, top_k: int, seed: int,
-    threads: int | None, as_json: bool, quiet: bool,
+    folder: Path, prompt: str | None, audio: Path | None, language: str, ids: str | None, tokens: int, temperature: float,
+    top_p: float, top_k: int, seed: int, threads: int | None, as_json: bool, quiet: bool,
 ) -> None:  # fmt: skip
     """Write on from a prompt with FOLDER, which `normfuse export hf:DIR -o FOLDER --with-past` wrote.
+
+    A model with an encoder and a decoder writes what it makes of the prompt, or of a recording.
 
     The text appears as it is made; at the end stands how many tokens a second the prompt and the text took.
     """
     from normfuse.app.generation import Rates, Sampling, Writer
+    from normfuse.app.language.pair_generation import PairWriter
+    from normfuse.export.decoder.encdec_session import files_in
 
-    if (prompt is None) == (ids is None):
-        raise UsageError("pass --prompt TEXT, or --ids N,N,... for a folder without a tokenizer")
-    sampling = Sampling(temperature, top_p, top_k, seed)
-    given = None if ids is None else _numbers(ids)
-    writer, rates = Writer(folder, threads=threads), Rates()
-    if given is not None:
-        pieces = (f"{token} " for token in writer.tokens(given, tokens, sampling, rates))
+    if sum(given is not None for given in (prompt, ids, audio)) != 1:
+        raise UsageError("pass --prompt TEXT, --audio FILE to a model of speech, or --ids N,N,... to a folder without a tokenizer")
+    sampling, rates = Sampling(temperature, top_p, top_k, seed), Rates()
+    numbers = None if ids is None else _numbers(ids)
+    pieces: Iterator[str]
+    writer = Writer(folder, threads=threads) if files_in(folder) is None else PairWriter(folder, threads=threads)
+    if audio is not None:
+        if not isinstance(writer, PairWriter):
+            raise UsageError(f"--audio: {folder} reads text: pass --prompt")
+        pieces = writer.heard(audio, tokens, sampling, rates, language=language)
+    elif numbers is not None:
+        pieces = (f"{token} " for token in writer.tokens(numbers, tokens, sampling, rates))
     else:
         assert prompt is not None
-        pieces = (piece for piece in writer.text(prompt, tokens, sampling, rates))
+        pieces = writer.text(prompt, tokens, sampling, rates)
     written = ""
     for piece in pieces:
         written += piece

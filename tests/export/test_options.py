@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from normfuse.app.decoders import DecoderKeywords, DecoderOptions
+from normfuse.app.language.options import DecoderKeywords, DecoderOptions
 from normfuse.errors import UsageError
 from normfuse.export import EngineOptions, ExportOptions, to_onnx, to_tensorrt
 from normfuse.export.onnx.lower import STEPS

@@ -1,4 +1,4 @@
-"""`normfuse export --with-past`: a causal language model as a folder that generates text."""
+"""`normfuse export --with-past`: a language model as a folder that generates text."""
 
 import json
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from normfuse.cli.options import Model, Pipeline
 from normfuse.errors import UsageError
 
 if TYPE_CHECKING:
-    from normfuse.app.decoders import DecoderOptions
+    from normfuse.app.language.options import DecoderOptions
 
 __all__ = ["DecoderFlags", "decoder_options", "to_folder"]
 
@@ -21,7 +21,7 @@ _FORMS = {None: "gqa", "onnxruntime": "gqa", "portable": "portable"}  # of atten
 
 @dataclass(frozen=True)
 class DecoderFlags:
-    """The flags of a folder; see `normfuse.app.decoders.DecoderOptions`."""
+    """The flags of a folder; see `normfuse.app.language.options.DecoderOptions`."""
 
     with_past: bool = False
     last_logits: bool = False
@@ -43,7 +43,7 @@ class DecoderFlags:
 decoder_options = bundled(
     "decoder",
     DecoderFlags,
-    click.option("--with-past", is_flag=True, help="Write a causal language model with its cache of keys and values as a folder."),
+    click.option("--with-past", is_flag=True, help="Write a language model with its cache of keys and values as a folder."),
     click.option("--last-logits", is_flag=True, help="Folder: logits of the newest token alone."),
     click.option(
         "--padding",
@@ -64,7 +64,7 @@ def to_folder(model: Model, pipeline: Pipeline, flags: DecoderFlags, asked: Aske
     """Write the folder and tell what it is.
 
     Raises:
-        UsageError: a flag is wrong or not for folders, or the source is no Hugging Face folder of a causal language model.
+        UsageError: a flag is wrong or not for folders, or the source is no Hugging Face folder of a language model.
     """
     from normfuse.app.decoders import to_decoder
     from normfuse.app.hf_folder import local_folder
@@ -110,7 +110,7 @@ def _not_for_folders(pipeline: Pipeline, asked: Asked, place: Place, telling: Te
 
 
 def _options(flags: DecoderFlags, pipeline: Pipeline, attention: Any) -> "DecoderOptions":
-    from normfuse.app.decoders import DecoderOptions
+    from normfuse.app.language.options import DecoderOptions
 
     passes: Any = pipeline.passes  # names that the user wrote
     return DecoderOptions(

@@ -27,3 +27,19 @@ def genai_tokens(
             generator.append_tokens(np.array([more], np.int32))
         generator.generate_next_token()
     return [np.array(generator.get_sequence(i))[ids.shape[1] :].tolist() for i in range(len(rows))]
+
+
+def genai_writes(folder: Path, features: np.ndarray, head: list[int], new: int, **search: object) -> list[list[int]]:
+    """What onnxruntime-genai writes of speech [rows, bins, frames], behind the tokens `head`."""
+    og = pytest.importorskip("onnxruntime_genai")
+    model, rows = og.Model(str(folder)), len(features)
+    params = og.GeneratorParams(model)
+    length = len(head) + new
+    params.set_search_options(do_sample=False, max_length=length, min_length=length, batch_size=rows, **search)
+    generator = og.Generator(model, params)
+    kept = np.ascontiguousarray(features)  # genai does not copy it
+    generator.set_model_input("audio_features", kept)
+    generator.append_tokens(np.array([head] * rows, np.int32))
+    for _ in range(new):
+        generator.generate_next_token()
+    return [np.array(generator.get_sequence(i))[len(head) :].tolist() for i in range(rows)]

@@ -15,7 +15,7 @@ from normfuse import native
 from normfuse.app.generation import Writer
 from normfuse.errors import ExportError, UsageError
 from normfuse.export.decoder import proof
-from normfuse.export.decoder.file import cache_names
+from normfuse.export.decoder.layout import cache_names
 from normfuse.export.decoder.proof import prove
 from tests.export.decoder.models import KINDS, VOCABULARY, greedy, prompts, tiny, tokenizer
 from tests.export.decoder.readers import genai_tokens

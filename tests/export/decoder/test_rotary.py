@@ -10,7 +10,8 @@ import transformers
 from torch import Tensor, fx, nn
 
 import normfuse
-from normfuse.export.decoder.capture import CausalModel, cached, longest
+from normfuse.export.decoder.call import longest
+from normfuse.export.decoder.capture import CausalModel, cached
 from normfuse.export.decoder.operator import cached_attention, positions, rotated
 from normfuse.export.decoder.rotary import rotate_in_attention
 from tests.export.decoder.models import tiny

@@ -1,0 +1,1 @@
+"""Language models as folders: what is asked for, and what becomes of an encoder and a decoder."""
