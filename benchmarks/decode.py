@@ -40,8 +40,10 @@ TITLES = {
     "nbits_32": "ONNX Runtime, MatMulNBits 4 bit, block 32, level 4",
     "shiftquant": "normfuse, ShiftQuant, native kernels",
     "shiftquant_plain": "normfuse, ShiftQuant without shifts (groups=1)",
+    "shiftquant_32": "normfuse, ShiftQuant, blocks of 32",
+    "shiftquant_64": "normfuse, ShiftQuant, blocks of 64",
 }
-OURS = ("shiftquant", "shiftquant_plain")
+OURS = ("shiftquant", "shiftquant_plain", "shiftquant_32", "shiftquant_64")
 _console = Console(stderr=True, soft_wrap=True)
 
 
@@ -73,6 +75,8 @@ def make(name: str, shape: Shape, w: Weights, folder: Path, layers: dict[str, Pa
 
 def spec(name: str, bits: int) -> ShiftQuant:
     """Speed does not depend on how exponents are found."""
+    if name.endswith(("_32", "_64")):
+        return ShiftQuant(weight_bits=bits, block=int(name[-2:]))
     return ShiftQuant(weight_bits=bits, groups=1 if name == "shiftquant_plain" else 4, exponents="range")
 
 

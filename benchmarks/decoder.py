@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from normfuse.benchmark.engine import Call
-from normfuse.quant.packing import pack
+from normfuse.quant.packing import pack, pack_multipliers
 from normfuse.quant.quantizer import quantize_weight
 from normfuse.quant.spec import ShiftQuant
 
@@ -145,6 +145,7 @@ class Packed:
     scale: Tensor
     bias: Tensor | None
     bits: int
+    multipliers: Tensor | None = None
 
 
 def quantized(shape: Shape, w: Weights, spec: ShiftQuant) -> dict[str, Packed]:
@@ -158,7 +159,8 @@ def quantized(shape: Shape, w: Weights, spec: ShiftQuant) -> dict[str, Packed]:
             moved = weight @ w[f"{norm}.shift"]
             weight, bias = weight * w[norm], moved if bias is None else bias + moved
         q = quantize_weight(weight, spec)
-        found[name] = Packed(pack(q), q.exponents, q.scale, bias, q.bits)
+        blocks = None if q.multipliers is None else pack_multipliers(q.multipliers)
+        found[name] = Packed(pack(q), q.exponents, q.scale, bias, q.bits, blocks)
     return found
 
 
@@ -173,11 +175,13 @@ def reference(shape: Shape, w: Weights, layers: dict[str, Packed]) -> Decoder:
     def linear(name: str, x: Any, epilogue: str) -> Any:
         p = layers[name]
         if isinstance(x, Tensor):
-            return shiftquant_linear(x, p.weight, p.exponents, p.scale, p.bias, None, p.bits, 8)
+            return shiftquant_linear(x, p.weight, p.exponents, p.scale, p.bias, None, p.bits, 8, multipliers=p.multipliers)
         q, scale = x
         if epilogue:
-            return shiftquant_matmul_quantize(q, scale, p.weight, p.exponents, p.scale, p.bias, None, p.bits, epilogue, 8)
-        return shiftquant_matmul(q, scale, p.weight, p.exponents, p.scale, p.bias, None, p.bits, "none")
+            return shiftquant_matmul_quantize(
+                q, scale, p.weight, p.exponents, p.scale, p.bias, None, p.bits, epilogue, 8, p.multipliers
+            )
+        return shiftquant_matmul(q, scale, p.weight, p.exponents, p.scale, p.bias, None, p.bits, "none", p.multipliers)
 
     return Decoder(shape, w, normed, linear)
 
@@ -263,7 +267,11 @@ def shiftquant_model(shape: Shape, w: Weights, layers: dict[str, Packed]) -> onn
         p = layers[name]
         parts = {"weight": p.weight, "exponents": p.exponents, "scale": p.scale, "folded": p.bias}
         given = ["" if v is None else g.constant(f"{name}.{k}", v) for k, v in parts.items()]
-        return g.node(op, [*inputs, *given, *([residual] if residual else [])], outputs, _OURS, bits=p.bits, **attributes)
+        if residual or (p.multipliers is not None and op != "ShiftQuantMatMulQuantize"):
+            given.append(residual)
+        if p.multipliers is not None:
+            given.append(g.constant(f"{name}.multipliers", p.multipliers))
+        return g.node(op, [*inputs, *given], outputs, _OURS, bits=p.bits, **attributes)
 
     def normed(x: str) -> list[str]:
         return list(g.node("NormQuantize", [x], 2, _OURS, kind="layer", eps=_EPS, bits=8))

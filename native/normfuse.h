@@ -29,6 +29,10 @@ struct nf_threads {
 //   C     codes of `bits` bits, |C| <= 2^(bits-1) - 1
 //   e     exponents in 0..E, one an input channel: channels are sorted by it, so that a group is a stretch of k
 //   scale already multiplied by 2^-E
+// With `multipliers` the channels of an output come in blocks, and exponents are 0:
+// Y[m, n] = float(Σ_k A[m, k] · C[n, k] · M[n, k / block]) · row_scale[m] · scale[n] + bias[n]
+//   C     -2^(bits-1), too; bits <= 4
+//   M     1 <= |M| <= 127 / 2^(bits-1), so that C · M is an integer of 8 bits
 // Layout of `packed` (see normfuse/quant/packing.py, which writes it):
 //   channels are taken in `order` (sorted by exponent, stable), each exponent's stretch padded to a multiple of 4 with
 //   code 0; 4 neighbouring channels are a quad; quads in all, Q, are padded to a multiple of `unit` (8 bits: 1; 4: 2; 6
@@ -44,6 +48,9 @@ struct nf_weight {
   const uint8_t* packed;  // nf_packed_bytes(...) bytes, any alignment
   const float* scale;     // [n]
   const float* bias;      // [n] or nullptr
+  // nullptr, or M as [panel][block of channels][16 outputs]; what is beyond n is not read into any output.
+  const int8_t* multipliers;
+  int32_t block;  // channels: 32, 64, 128 or 256
 };
 // Gives -1 where an argument is wrong.
 NF_EXPORT int64_t nf_packed_bytes(int64_t n, int32_t bits, int32_t groups, const int32_t* sizes);

@@ -29,9 +29,9 @@ from normfuse.errors import NormfuseError, UsageError
 from normfuse.native_library import SWITCH, library_file, switched_off
 
 __all__ = [
-    "ATTENTION", "CODES_CONV", "CONV", "EPILOGUES", "F32", "F32_OR_NONE", "FLOAT", "FUNCTIONS", "I8", "I32", "INT", "KINDS",
-    "LONG", "STRIDED", "STRIDED_OR_NONE", "U8", "U8_OR_NONE", "WEIGHT", "WEIGHTS", "Attention", "CodesConv", "Conv", "Function",
-    "Weight", "available", "call", "codes_bytes", "declare", "force_isa", "isa", "isas", "library", "operators", "path",
+    "ATTENTION", "CODES_CONV", "CONV", "EPILOGUES", "F32", "F32_OR_NONE", "FLOAT", "FUNCTIONS", "I8", "I8_OR_NONE", "I32", "INT",
+    "KINDS", "LONG", "STRIDED", "STRIDED_OR_NONE", "U8", "U8_OR_NONE", "WEIGHT", "WEIGHTS", "Attention", "CodesConv", "Conv",
+    "Function", "Weight", "available", "call", "codes_bytes", "declare", "force_isa", "isa", "isas", "library", "operators", "path",
     "sorted_channels", "threads", "weight", "why_not",
 ]  # fmt: skip
 
@@ -46,7 +46,7 @@ class Weight(ctypes.Structure):
 
     _fields_ = [
         ("n", c_int64), ("k", c_int64), ("bits", c_int32), ("groups", c_int32), ("sizes", c_void_p), ("order", c_void_p),
-        ("packed", c_void_p), ("scale", c_void_p), ("bias", c_void_p),
+        ("packed", c_void_p), ("scale", c_void_p), ("bias", c_void_p), ("multipliers", c_void_p), ("block", c_int32),
     ]  # fmt: skip
     keep: tuple[Tensor | None, ...]
 
@@ -155,6 +155,7 @@ _NOWHERE = ctypes.addressof(_nowhere)
 F32, F32_OR_NONE = _Array(torch.float32), _Array(torch.float32, optional=True)
 STRIDED, STRIDED_OR_NONE = _Array(torch.float32, strided=True), _Array(torch.float32, optional=True, strided=True)
 I8, I32 = _Array(torch.int8), _Array(torch.int32)
+I8_OR_NONE = _Array(torch.int8, optional=True)
 U8, U8_OR_NONE = _Array(torch.uint8), _Array(torch.uint8, optional=True)
 INT, LONG, FLOAT = _Number(c_int32), _Number(c_int64), _Number(c_float)
 WEIGHT, WEIGHTS, CONV, ATTENTION = _Record(Weight), _Record(Weight, many=True), _Record(Conv), _Record(Attention)
@@ -295,8 +296,24 @@ def sorted_channels(exponents: Tensor) -> tuple[Tensor, Tensor | None]:
     return sizes, order
 
 
-def weight(packed: Tensor, exponents: Tensor, scale: Tensor, bias: Tensor | None, bits: int) -> Weight:
+def weight(
+    packed: Tensor,
+    exponents: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    bits: int,
+    multipliers: Tensor | None = None,
+    block: int = 0,
+) -> Weight:
     """`struct nf_weight` of a packed weight (see `normfuse.quant.packing`): `scale.numel()` outputs, `exponents.numel()` inputs.
+
+    Args:
+        packed: of `pack`.
+        exponents: uint8 [K].
+        scale, bias: float32 [N].
+        bits: of a code.
+        multipliers: of `pack_multipliers`, within their range: it is not looked at here.
+        block: channels that share one.
 
     Raises:
         UsageError: sizes or dtypes do not belong together.
@@ -318,8 +335,9 @@ def weight(packed: Tensor, exponents: Tensor, scale: Tensor, bias: Tensor | None
     found = Weight(
         n, exponents.numel(), bits, sizes.numel(), sizes.data_ptr(), None if order is None else order.data_ptr(),
         _Array(torch.uint8)(packed, "packed weight"), F32(scale, "scale"), F32_OR_NONE(bias, "bias"),
+        I8_OR_NONE(multipliers, "multipliers"), block,
     )  # fmt: skip
-    found.keep = (packed, sizes, order, scale, bias)
+    found.keep = (packed, sizes, order, scale, bias, multipliers)
     return found
 
 

@@ -100,6 +100,9 @@ class _Call:
     def attributes(self) -> dict[str, Any]:
         return {name: value for name, value in self.given.items() if not isinstance(value, fx.Node)}
 
+    def has(self, name: str) -> bool:
+        return self.given[name] is not None
+
     def array(self, name: str) -> np.ndarray[Any, Any]:
         node = self.given[name]
         tensor = self.constants.get(node.name) if isinstance(node, fx.Node) else None

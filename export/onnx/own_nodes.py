@@ -54,6 +54,8 @@ def _without_gaps(at: Build, op: Op, inputs: Sequence[ir.Value | None]) -> tuple
         if given[name] is None and name in _NEUTRAL and isinstance(size, int):
             dtype = np.float32 if name == "bias" or like is None or like.dtype is None else like.dtype.numpy()
             filled[name] = at.const(np.full(size, _NEUTRAL[name], dtype))
+        elif given[name] is None and name == "residual":  # kernels take one 0 for none
+            filled[name] = at.const(np.zeros(1, np.float32))
     return tuple(filled.values())
 
 

@@ -31,6 +31,9 @@ class Marker(Protocol):
     def attributes(self) -> Mapping[str, Any]:
         """Its arguments that are no tensors."""
 
+    def has(self, name: str) -> bool:
+        """Was a tensor given?"""
+
     def array(self, name: str) -> np.ndarray[Any, Any]:
         """A tensor as numbers.
 

@@ -8,21 +8,21 @@ from typing import Any
 from normfuse.export.ops.activations import dynamic_codes, signed, unsigned
 from normfuse.export.ops.emitter import Emitter, Op
 from normfuse.export.ops.products import finished, named, outer, sums
-from normfuse.export.ops.weights import GROUPS, operands, weight_words
+from normfuse.export.ops.weights import GROUPS_AND_BLOCKS, Packed, operands, weight_words
 
 __all__ = ["SHIFTQUANT_MATMUL", "SHIFTQUANT_MATMUL_QUANTIZE"]
 
-_INPUTS = ("q", "row_scale", "weight", "exponents", "scale", "bias?", "residual?")
+_INPUTS = ("q", "row_scale", "weight", "exponents", "scale", "bias?", "residual?", "multipliers?")
 
 
 def _product(at: Emitter, inputs: tuple[Any, ...], facts: Mapping[str, Any]) -> tuple[Any]:
     """y = act(s[m] · scale[n] · Σ_k q[m, k] · (C[n, k] << (E − e[k])) + bias[n]) + residual"""
-    q, row_scale, weight, exponents, scale, bias, residual = (*inputs, None)[:7]
-    found = operands(at, weight, exponents, scale, facts["bits"], facts["groups"])
+    q, row_scale, weight, exponents, scale, bias, *residual, multipliers = inputs
+    found = operands(at, Packed(weight, exponents, scale, multipliers), facts)
     acc = sums(at, unsigned(at, q), found)
     one = row_scale.shape is not None and not len(row_scale.shape)
     factor = at.op("Mul", row_scale, scale) if one else outer(at, row_scale, scale)
-    return (finished(at, acc, factor, bias, facts["epilogue"], residual),)
+    return (finished(at, acc, factor, bias, facts["epilogue"], *residual),)
 
 
 def _product_codes(at: Emitter, inputs: tuple[Any, ...], facts: Mapping[str, Any]) -> tuple[Any, Any]:
@@ -42,18 +42,18 @@ SHIFTQUANT_MATMUL = Op(
     ("y",),
     {"bits": "INT", "epilogue": "STRING"},
     _product,
-    structure=GROUPS,
+    structure=GROUPS_AND_BLOCKS,
     words=_words,
     told=("bits", "epilogue"),
 )
 SHIFTQUANT_MATMUL_QUANTIZE = Op(
     "ShiftQuantMatMulQuantize",
     ("shiftquant_matmul_quantize",),
-    _INPUTS[:-1],
+    tuple(name for name in _INPUTS if name != "residual?"),
     ("q", "row_scale"),
     {"bits": "INT", "epilogue": "STRING", "out_bits": "INT"},
     _product_codes,
-    structure=GROUPS,
+    structure=GROUPS_AND_BLOCKS,
     words=_words,
     told=("bits", "epilogue"),
 )

@@ -3,26 +3,30 @@
     Σ_k A[k] · (C[n, k] << (E − e[k]))  =  Σ_parts  (Σ_{k in part} A[k] · (C[n, k] << (h − e[k])))  << (E − h)
 
 A part holds the channels whose exponents lie in one stretch, h the largest of them, such that its shifted codes fit in a byte.
-With bits + groups <= 9 there is one part.
+With bits + groups <= 9 there is one part. Codes times the multipliers of their blocks fit in a byte, too, and are one part.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from normfuse.export.ops.emitter import Emitter, Marker
-from normfuse.quant.packing import planes, unpack
+from normfuse.quant.packing import planes, unpack, unpack_multipliers
+from normfuse.quant.weight import block_of
 
 __all__ = [
     "GROUPS",
+    "GROUPS_AND_BLOCKS",
     "SAFE",
     "Operand",
+    "Packed",
     "bit_rows",
+    "linear_parts",
     "operands",
     "parts",
     "stored",
@@ -54,15 +58,45 @@ class Operand:
     columns: np.ndarray[Any, np.dtype[np.int64]] | None = None
 
 
+class Packed(NamedTuple):
+    """The weight of a linear layer: values of the graph, or numbers.
+
+    Attributes:
+        weight: packed, uint8.
+        exponents: uint8 [K].
+        scale: [N].
+        multipliers: of blocks, packed, or None.
+    """
+
+    weight: Any
+    exponents: Any
+    scale: Any
+    multipliers: Any = None
+
+
+#: Codes [K, N], factors that broadcast to them, the shift of the sums, and the channels.
+Part = tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], int, np.ndarray[Any, Any]]
+
+
 def stretches(bits: int, groups: int) -> tuple[tuple[int, int], ...]:
     """First and last exponent of each part."""
     width = max(1, 9 - bits)
     return tuple((low, min(low + width, groups) - 1) for low in range(0, groups, width))
 
 
-def parts(
-    packed: np.ndarray[Any, Any], exponents: np.ndarray[Any, Any], n: int, bits: int
-) -> tuple[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], int, np.ndarray[Any, Any]], ...]:
+def linear_parts(w: Packed, bits: int) -> tuple[Part, ...]:
+    """Of each part that has channels: its codes int32 [K, N], their factors [K, 1] or [K, N], the shift of its sums, and its
+    channels; `w` are numbers."""
+    n, k = w.scale.size, w.exponents.size
+    if w.multipliers is None:
+        return tuple((codes, 1 << shift, after, columns) for codes, shift, after, columns in parts(w.weight, w.exponents, n, bits))
+    codes = unpack(torch.tensor(w.weight), bits, torch.tensor(w.exponents), n).numpy().astype(np.int32).T
+    m, block = unpack_multipliers(torch.tensor(w.multipliers), n, k)
+    factors = m.repeat_interleave(block, 1)[:, :k].numpy().astype(np.int32).T
+    return ((codes, factors, 0, np.arange(k)),)
+
+
+def parts(packed: np.ndarray[Any, Any], exponents: np.ndarray[Any, Any], n: int, bits: int) -> tuple[Part, ...]:
     """Of each part that has channels: its codes int32 [K, N], their shifts [K, 1], the shift of its sums, and its channels."""
     codes = unpack(torch.tensor(packed), bits, torch.tensor(exponents), n).numpy().astype(np.int32).T
     groups = int(exponents.max()) + 1
@@ -75,18 +109,18 @@ def parts(
     return tuple(found)
 
 
-def stored(at: Emitter, codes: np.ndarray[Any, Any], shifts: np.ndarray[Any, Any], zero: int, *, int4: bool = False) -> Any:
-    """codes << shifts with a zero point, as bytes; `int4`: as INT4 and factors, from which a runtime makes the bytes when it loads.
+def stored(at: Emitter, codes: np.ndarray[Any, Any], factors: np.ndarray[Any, Any], zero: int, *, int4: bool = False) -> Any:
+    """codes · factors with a zero point, as bytes; `int4`: as INT4 and factors, from which a runtime makes the bytes when it loads.
 
     By Cast and Mul: ONNX Runtime computes these once, and a DequantizeLinear on every call.
     """
     if not int4:
-        return at.const(((codes << shifts) + zero).astype(np.uint8 if zero else np.int8))
+        return at.const((codes * factors + zero).astype(np.uint8 if zero else np.int8))
     import ml_dtypes
 
     wide = at.op("Cast", at.const(codes.astype(ml_dtypes.int4)), to=6)
-    if shifts.any():
-        wide = at.op("Mul", wide, at.const((1 << shifts).astype(np.int32)))
+    if (factors != 1).any():
+        wide = at.op("Mul", wide, at.const(factors.astype(np.int32)))
     return at.op("Cast", at.op("Add", wide, at.const(np.int32(zero))) if zero else wide, to=2 if zero else 3)
 
 
@@ -103,28 +137,24 @@ def unit_of(scale: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     return np.asarray(np.exp2(np.floor(np.log2(least))), scale.dtype)
 
 
-def operands(
-    at: Emitter, weight: Any, exponents: Any, scale: Any, bits: int, groups: int, *, int4: bool = False
-) -> tuple[Operand, ...]:
+def operands(at: Emitter, w: Packed, facts: Mapping[str, Any]) -> tuple[Operand, ...]:
     """The operands of a weight: numbers if they are known now, else nodes that unpack it where the file is loaded.
 
     Args:
         at: where nodes go.
-        weight: packed, uint8.
-        exponents: uint8 [K].
-        scale: [N]; only its size is read.
-        bits: of a code.
-        groups: largest exponent and one more.
-        int4: weights of up to 4 bits as INT4 in the file.
+        w: the weight; of its scale only the size is read.
+        facts: bits of a code, groups (the largest exponent and one more), block (0 without multipliers), and int4: weights of up to
+            4 bits as INT4 in the file.
     """
-    packed, known, factors = at.known(weight), at.known(exponents), at.known(scale)
-    if packed is None or known is None or factors is None:
-        return _unpacked(at, weight, exponents, scale, bits, groups)
-    found = parts(packed, known, factors.size, bits)
+    bits = facts["bits"]
+    known = Packed(*(None if value is None else at.known(value) for value in w))
+    if known.weight is None or known.exponents is None or known.scale is None or (facts["block"] and known.multipliers is None):
+        return _in_blocks(at, w, bits, facts["block"]) if facts["block"] else _unpacked(at, *w[:3], bits, facts["groups"])
+    found = linear_parts(known, bits)
     out = []
-    for codes, shifts, shift, columns in found:
-        zero = 0 if np.abs(codes << shifts).max(initial=0) <= SAFE else 128
-        value = stored(at, codes, shifts, zero, int4=int4 and bits <= 4)
+    for codes, factors, shift, columns in found:
+        zero = 0 if np.abs(codes * factors).max(initial=0) <= SAFE else 128
+        value = stored(at, codes, factors, zero, int4=bool(facts.get("int4")) and bits <= 4)
         out.append(Operand(value, zero, shift, columns if len(found) > 1 else None))
     return tuple(out)
 
@@ -140,6 +170,20 @@ def _unpacked(at: Emitter, weight: Any, exponents: Any, scale: Any, bits: int, g
         value = at.op("Cast", at.op("Add", value, at.const(np.int32(zero))), to=2) if zero else at.op("Cast", value, to=3)
         found.append(Operand(value, zero, groups - 1 - high))
     return tuple(found)
+
+
+def _in_blocks(at: Emitter, w: Packed, bits: int, block: int) -> tuple[Operand, ...]:
+    """C · m, with the multipliers of each block repeated for its channels."""
+    outputs = at.op("Shape", w.scale)
+    codes = unpacked(at, w.weight, w.exponents, outputs, bits, 1)
+    zero, one = (at.const(np.array([i], np.int64)) for i in (0, 1))
+    m = at.op("Transpose", at.op("Cast", w.multipliers, to=6), perm=[1, 0, 2])  # (block, panel, output)
+    m = at.op("Slice", at.op("Reshape", m, at.const(np.array([0, -1], np.int64))), zero, outputs, one)
+    channels = at.op("Squeeze", at.op("Shape", w.exponents), zero)
+    places = at.op("Range", at.const(np.int64(0)), channels, at.const(np.int64(1)))
+    factors = at.op("Gather", m, at.op("Div", places, at.const(np.int64(block))), axis=0)  # (K, N)
+    value = at.op("Add", at.op("Mul", codes, factors), at.const(np.int32(128)))
+    return (Operand(at.op("Cast", value, to=2), 128, 0),)
 
 
 def unpacked(at: Emitter, weight: Any, exponents: Any, outputs: Any, bits: int, groups: int) -> Any:
@@ -198,9 +242,17 @@ def _groups(call: Marker) -> int:
 GROUPS = {"groups": _groups}
 
 
-def weight_words(facts: Mapping[str, Any]) -> tuple[str, str]:
+def _block(call: Marker) -> int:
+    return block_of(call.size("exponents", 0), call.size("multipliers", 1)) if call.has("multipliers") else 0
+
+
+#: The same, and the channels that share a multiplier, 0 for none.
+GROUPS_AND_BLOCKS = {**GROUPS, "block": _block}
+
+
+def weight_words(facts: Mapping[str, Any]) -> tuple[str, ...]:
     """What the unpacking of a weight depends on, in the name of a variant."""
-    return f"b{facts['bits']}", f"g{facts['groups']}"
+    return f"b{facts['bits']}", f"g{facts['groups']}", f"m{facts['block']}" if facts.get("block") else ""
 
 
 def bit_rows(at: Emitter, row: Any, packed: Any, dim: Any, bits: int) -> Any:

@@ -59,6 +59,7 @@ const char* check_weights(const nf_weight* weights, const ConvShape& s) {
     if (weights[g].k != s.taps * s.channels) return "conv2d: k of a weight must be kh * kw * c / conv_groups";
     if (weights[g].n != weights[0].n) return "conv2d: the weights of all groups must have the same n";
     if (const char* wrong = check_weight(&weights[g])) return wrong;
+    if (weights[g].multipliers) return "nf_conv2d: a convolution takes no multipliers";
   }
   return nullptr;
 }

@@ -9,7 +9,7 @@
 #include "simd/simd.h"
 
 #if NF_BUILT
-#include "linear/avx2_direct.h"
+#include "linear/avx2_blocks.h"
 #include "linear/avx2_ops.h"
 #include "linear/finish.h"
 #include "linear/tile.h"
@@ -158,8 +158,19 @@ bool is_unsigned(int bits) { return bits < 8; }
 
 constexpr int kDirectRows = 4;
 
-const LinearKernels linear = {is_unsigned, kDirectRows,  unpack,          multiply,     direct,        finish,
-                              row_sum,     quantize_row, quantize_static, unpack_pairs, multiply_pairs};
+const LinearKernels linear = {is_unsigned,
+                              kDirectRows,
+                              unpack,
+                              multiply,
+                              direct,
+                              finish,
+                              row_sum,
+                              quantize_row,
+                              quantize_static,
+                              unpack_pairs,
+                              multiply_pairs,
+                              fold,
+                              {kDirectRows, direct_blocks, multiply_blocks, start_of_pairs}};
 
 }  // namespace nf::avx2
 #endif

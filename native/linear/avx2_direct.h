@@ -2,45 +2,12 @@
 // Reading the weights is then what takes the time, so that fewer bits are faster.
 #pragma once
 #include "linear/avx2_ops.h"
+#include "linear/planes.h"
 #include "linear/tile.h"
-#include "linear/unpack.h"
 
 namespace nf::NF_ARCH {
 
-constexpr int kUnit = 8;  // quads after which every plane ends at a whole block
-// How far ahead weights are asked for. A panel is the next one's neighbour, so that this is right across panels as
-// well; the processor's own prefetching stops at every page.
-constexpr int64_t kAhead = 1024;
-
-// Where the planes of a panel begin.
-template <int Bits>
-struct Planes {
-  const uint8_t* four;
-  const uint8_t* two;
-  const uint8_t* one;
-  Planes(const uint8_t* panel, int64_t quads)
-      : four(panel), two(panel + quads * 8 * (Bits & 4)), one(panel + quads * 8 * (Bits & 6)) {}
-
-  // u = C + 2^(Bits-1) of 32 bytes (`half` 0 or 32) of a quad.
-  NF_INLINE __m256i quad(int64_t q, int half) const {
-    Words x = {};
-    if constexpr (Bits & 4) x = words(four + q / 2 * kQuadBytes + half) >> (4 * (q % 2)) & 15 * kEveryByte;
-    if constexpr (Bits & 2)
-      x |= (words(two + q / 4 * kQuadBytes + half) >> (2 * (q % 4)) & 3 * kEveryByte) << (Bits & 4);
-    if constexpr (Bits & 1) x |= (words(one + q / 8 * kQuadBytes + half) >> (q % 8) & kEveryByte) << (Bits & 6);
-    return reinterpret_cast<__m256i>(x);
-  }
-  void skip_unit() { four += 4 * kQuadBytes, two += 2 * kQuadBytes, one += kQuadBytes; }
-  NF_INLINE void fetch_unit() const {
-    if constexpr (Bits & 4) {
-      NF_UNROLL for (int i = 0; i < 4; ++i) __builtin_prefetch(four + kAhead + i * 64);
-    }
-    if constexpr (Bits & 2) {
-      NF_UNROLL for (int i = 0; i < 2; ++i) __builtin_prefetch(two + kAhead + i * 64);
-    }
-    if constexpr (Bits & 1) __builtin_prefetch(one + kAhead);
-  }
-};
+NF_INLINE inline __m256i vector(Words w) { return reinterpret_cast<__m256i>(w); }
 
 // The sums of R rows: in registers where there are enough of them.
 template <int R>
@@ -57,8 +24,13 @@ struct Sums {
     else store(memory + 8 * i, v);
   }
   NF_INLINE void widen(const __m256i (&p)[2 * R]) {
-    const __m256i ones = _mm256_set1_epi16(1);
-    NF_UNROLL for (int i = 0; i < 2 * R; ++i) set(i, _mm256_add_epi32(get(i), _mm256_madd_epi16(p[i], ones)));
+    const __m256i one = _mm256_set1_epi16(1);
+    widen(p, {one, one});
+  }
+  // Times the multipliers of both halves of a panel.
+  NF_INLINE void widen(const __m256i (&p)[2 * R], const Halves& by) {
+    NF_UNROLL for (int i = 0; i < 2 * R; ++i)
+        set(i, _mm256_add_epi32(get(i), _mm256_madd_epi16(p[i], i % 2 ? by.second : by.first)));
   }
   NF_INLINE void shift(int by) {
     const __m128i count = _mm_cvtsi32_si128(by);
@@ -89,7 +61,7 @@ inline void direct_rows(const Direct& d, const int8_t* first, int32_t* sums) {
         for (; q + kUnit <= s.end; q += kUnit, unit.skip_unit()) {
           unit.fetch_unit();
           NF_UNROLL for (int j = 0; j < kUnit; ++j) {
-            const __m256i w0 = unit.quad(j, 0), w1 = unit.quad(j, 32);
+            const __m256i w0 = vector(unit.quad(j, 0)), w1 = vector(unit.quad(j, 32));
             NF_UNROLL for (int r = 0; r < R; ++r) {
               const __m256i b = four(a[r] + (q + j) * 4);
               if (j % span == 0) {
@@ -106,7 +78,7 @@ inline void direct_rows(const Direct& d, const int8_t* first, int32_t* sums) {
         const int64_t whole = (q / span + 1) * span, stop = s.end < whole ? s.end : whole;
         NF_UNROLL for (int i = 0; i < 2 * R; ++i) p[i] = _mm256_setzero_si256();
         for (; q < stop; ++q) {
-          const __m256i w0 = planes.quad(q, 0), w1 = planes.quad(q, 32);
+          const __m256i w0 = vector(planes.quad(q, 0)), w1 = vector(planes.quad(q, 32));
           NF_UNROLL for (int r = 0; r < R; ++r) accumulate(p[2 * r], p[2 * r + 1], w0, w1, four(a[r] + q * 4));
         }
         c.widen(p);

@@ -33,4 +33,14 @@ NF_INLINE inline void multiply_only(__m256i& p, __m256i w, __m256i b) {
   asm volatile("vpmaddubsw %2, %1, %0" : "=x"(p) : "x"(w), "x"(b));
 }
 
+// Multipliers of 16 outputs for vpmaddwd: a pair of 16 bits for each.
+struct Halves {
+  __m256i first, second;
+};
+NF_INLINE inline __m256i twice(const int8_t* multipliers) {
+  const __m256i m = _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(multipliers)));
+  return _mm256_blend_epi16(m, _mm256_slli_epi32(m, 16), 0xaa);
+}
+NF_INLINE inline Halves pairs_of(const int8_t* multipliers) { return {twice(multipliers), twice(multipliers + 8)}; }
+
 }  // namespace nf::NF_ARCH

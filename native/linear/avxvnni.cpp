@@ -7,9 +7,9 @@
 #include "simd/simd.h"
 
 #if NF_BUILT && NF_HAS_AVXVNNI
+#include "linear/blocks.h"
 #include "linear/dot.h"
 #include "linear/finish.h"
-#include "linear/unpack.h"
 #include "simd/quantize.h"
 
 namespace nf::avx2 {
@@ -50,7 +50,7 @@ bool yes(int) { return true; }
 }  // namespace
 
 const LinearKernels linear_vnni = {
-    yes, 0, unpack, multiply, nullptr, finish, row_sum, quantize_row, quantize_static, nullptr, nullptr};
+    yes, 0, unpack, multiply, nullptr, finish, row_sum, quantize_row, quantize_static, nullptr, nullptr, fold, {}};
 
 }  // namespace nf::avx2
 #endif

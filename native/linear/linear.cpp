@@ -52,10 +52,12 @@ struct Product {
   const nf_weight& w;
   const LinearKernels& kernels;
   const Layout layout;
+  const Way way;
   const bool gather;     // rows cannot be read where they lie
   const bool corrected;  // sums are too large by a correction
   const bool pairs;      // rows are read as int16
   const int64_t stride;  // bytes of a row as it is read
+  const int64_t spans;   // of a row, if its sums have starts
   const int64_t panels;
   const int64_t band_rows;
 
@@ -65,6 +67,7 @@ struct Product {
   int16_t* widened;
   float* scales;
   int32_t* corrections;
+  int32_t* starts;
   float* floats;
 
   struct Band {
@@ -80,10 +83,12 @@ struct Product {
         w(*c.weight),
         kernels(active_kernels().linear),
         layout(w),
+        way(way_of(kernels, w, c.m)),
         gather(w.order != nullptr || w.k % 4 != 0),
-        corrected(kernels.is_unsigned(w.bits)),
+        corrected(way == Way::stretches ? kernels.is_unsigned(w.bits) : way == Way::folded && kernels.is_unsigned(8)),
         pairs(w.bits == 8 && kernels.multiply_pairs && c.m > kernels.direct_rows),
         stride(pairs ? 2 * layout.width() : layout.width()),
+        spans(way == Way::blocks || way == Way::direct_blocks ? ceil_div(layout.quads, kSpan) : 0),
         panels(ceil_div(w.n, kPanel)),
         band_rows(rows_of_bands()) {}
 
@@ -105,21 +110,23 @@ struct Product {
     return starved ? kNoMemory : nullptr;
   }
 
-  // One piece of memory: [codes][gathered codes][codes as int16][scales][corrections][floats]
+  // One piece of memory: [codes][gathered codes][codes as int16][scales][corrections][starts][floats]
   bool reserve() {
     const int64_t code_bytes = call.x ? round_up(band_rows * w.k, 64) : 0;
     const int64_t gathered_bytes = gather ? round_up(band_rows * layout.width(), 64) : 0;
     const int64_t wide_bytes = pairs ? round_up(band_rows * stride, 64) : 0, row_bytes = round_up(band_rows * 4, 64);
+    const int64_t start_bytes = round_up(band_rows * spans * 4, 64);
     const int64_t float_bytes = call.out_q ? band_rows * w.n * 4 : 0;
-    quantized =
-        thread_scratch<CallMemory>().of<int8_t>(code_bytes + gathered_bytes + wide_bytes + 2 * row_bytes + float_bytes);
+    quantized = thread_scratch<CallMemory>().of<int8_t>(code_bytes + gathered_bytes + wide_bytes + 2 * row_bytes +
+                                                        start_bytes + float_bytes);
     if (!quantized) return false;
     gathered = quantized + code_bytes;
     widened = reinterpret_cast<int16_t*>(gathered + gathered_bytes);
     int8_t* after = gathered + gathered_bytes + wide_bytes;
     scales = reinterpret_cast<float*>(after);
     corrections = reinterpret_cast<int32_t*>(after + row_bytes);
-    floats = reinterpret_cast<float*>(after + 2 * row_bytes);
+    starts = reinterpret_cast<int32_t*>(after + 2 * row_bytes);
+    floats = reinterpret_cast<float*>(after + 2 * row_bytes + start_bytes);
     return true;
   }
 
@@ -153,7 +160,8 @@ struct Product {
         }
         if (pairs)
           for (int64_t i = 0; i < width; ++i) widened[r * width + i] = codes[i];
-        if (corrected) corrections[r] = correction_of(kernels, layout, w.bits, codes);
+        if (spans) span_starts(kernels, w.bits, layout.quads, codes, starts + r * spans);
+        if (corrected) corrections[r] = correction_of(kernels, layout, way == Way::folded ? 8 : w.bits, codes);
       }
     });
   }
@@ -187,7 +195,9 @@ struct Product {
       uint8_t* operands = reinterpret_cast<uint8_t*>(sums + rows * kPanel);
       for (int64_t p = panels * part / panel_tasks; p < panels * (part + 1) / panel_tasks; ++p) {
         float* y = band.y ? band.y + row * w.n + p * kPanel : nullptr;
-        multiply_panel(kernels, w, layout, p, {band.codes + row * stride, stride, rows, pairs, y, w.n}, operands, sums);
+        multiply_panel(kernels, w, layout, p,
+                       {band.codes + row * stride, stride, rows, pairs, y, w.n, way, starts + row * spans, spans},
+                       operands, sums);
         if (call.sums) leave_sums(band.first + row, row, rows, p * kPanel, sums);
         else finish(band, row, rows, p * kPanel, sums);
       }

@@ -47,6 +47,36 @@ struct Direct {
   int32_t* sums;
 };
 
+// The sums of rows and a panel whose blocks have multipliers, from the first quad on. A span of kSpan quads is added up
+// by itself, times the multiplier of its block. What it starts from makes up for unsigned codes: see `start`.
+constexpr int kSpan = 8;
+struct Blocks {
+  const int8_t* a;
+  int64_t a_stride;
+  int64_t rows;
+  const int32_t* starts;  // [rows][spans]
+  int64_t starts_stride;
+  const uint8_t* w;           // multiply: [quads][64], a byte a code; direct: the packed panel
+  int64_t packed_quads;       // of that
+  const int8_t* multipliers;  // [blocks][16]
+  int64_t quads, spans_a_block;
+  int bits;
+  bool first;     // nothing is in the sums yet
+  int32_t* sums;  // [rows][16], aligned to 64
+
+  int64_t spans() const { return (quads + kSpan - 1) / kSpan; }
+  int64_t quads_of(int64_t span) const { return quads - span * kSpan < kSpan ? quads - span * kSpan : kSpan; }
+  const int8_t* multipliers_of(int64_t span) const { return multipliers + span / spans_a_block * kPanel; }
+};
+
+struct BlockKernels {
+  int direct_rows;  // up to so many rows go through `direct`
+  void (*direct)(const Blocks&);
+  void (*multiply)(const Blocks&);  // or nullptr: codes times multipliers are operands of 8 bits
+  // Of the row's codes of a span, for codes that are too large by `half`.
+  int32_t (*start)(const int8_t* a, int64_t count, int half);
+};
+
 // y[rows][columns] = act(float(sums - correction) * (row_scale * scale) + bias) + residual
 struct Finish {
   const int32_t* sums;
@@ -79,6 +109,9 @@ struct LinearKernels {
   // of Stretch.
   void (*unpack_pairs)(const uint8_t* panel, int64_t first, int64_t count, uint8_t* out);
   void (*multiply_pairs)(const Stretch&);
+  // (operand - half) * multiplier of its output + offset: a byte each, in place.
+  void (*fold)(const int8_t* multipliers, int half, int offset, int64_t quads, uint8_t* operands);
+  BlockKernels blocks;
 };
 
 }  // namespace nf

@@ -7,9 +7,9 @@
 #include "simd/simd.h"
 
 #if NF_BUILT
+#include "linear/blocks.h"
 #include "linear/finish.h"
 #include "linear/tile.h"
-#include "linear/unpack.h"
 #include "simd/quantize.h"
 
 namespace nf::neon {
@@ -66,7 +66,7 @@ bool no(int) { return false; }
 }  // namespace
 
 const LinearKernels linear = {
-    no, 0, unpack, multiply, nullptr, finish, row_sum, quantize_row, quantize_static, nullptr, nullptr};
+    no, 0, unpack, multiply, nullptr, finish, row_sum, quantize_row, quantize_static, nullptr, nullptr, fold, {}};
 
 }  // namespace nf::neon
 #endif

@@ -20,6 +20,11 @@ struct Layout {
   int64_t width() const { return quads * 4; }  // codes of a row
 };
 
+// How a weight is multiplied. `blocks`, `direct_blocks`: its multipliers multiply sums; `folded`: they multiply its
+// codes, which are then those of 8 bits.
+enum class Way { stretches, blocks, direct_blocks, folded };
+Way way_of(const LinearKernels&, const nf_weight&, int64_t rows);
+
 // Rows as the kernels read them.
 struct Rows {
   const int8_t* codes;  // int16 if `pairs`
@@ -28,6 +33,9 @@ struct Rows {
   bool pairs;
   float* y;  // where their outputs of the panel will be, to be in the cache by then; or nullptr
   int64_t y_stride;
+  Way way = Way::stretches;
+  const int32_t* starts = nullptr;  // `blocks`, `direct_blocks`: [rows][starts_stride], see `span_starts`
+  int64_t starts_stride = 0;
 };
 
 const char* check_weight(const nf_weight*);
@@ -37,6 +45,9 @@ void gather_row(const nf_weight&, const int8_t* from, int8_t* to);
 
 // 2^(bits-1) Σ_k A (1 << (E - e)): by how much unsigned operands make the sums of a row too large.
 int32_t correction_of(const LinearKernels&, const Layout&, int bits, const int8_t* row);
+
+// What the sums of a row's spans start from.
+void span_starts(const LinearKernels&, int bits, int64_t quads, const int8_t* row, int32_t* starts);
 
 // sums [rows][16] of a panel; `operands` holds kChunkBytes, aligned to 64.
 void multiply_panel(const LinearKernels&, const nf_weight&, const Layout&, int64_t panel, const Rows&,

@@ -7,8 +7,8 @@
 #define NF_SCALAR
 #include "simd/simd.h"
 
+#include "linear/blocks.h"
 #include "linear/finish.h"
-#include "linear/unpack.h"
 #include "simd/quantize.h"
 
 namespace nf::scalar {
@@ -34,7 +34,7 @@ bool no(int) { return false; }
 }  // namespace
 
 const LinearKernels linear = {
-    no, 0, unpack, multiply, nullptr, finish, row_sum, quantize_row, quantize_static, nullptr, nullptr};
+    no, 0, unpack, multiply, nullptr, finish, row_sum, quantize_row, quantize_static, nullptr, nullptr, fold, {}};
 
 }  // namespace nf::scalar
 

@@ -25,8 +25,10 @@ Shape product(const Context& c, const char* name, const Shape& in, const nf_weig
   return in.with_last(w.n);
 }
 
-const float* same(const Context& c, const Tensor& t, const char* name, const Shape& shape) {
-  require(!t || t.shape == shape, c.at(name) + ": found " + t.shape.text() + ", expected " + shape.text());
+// What is added to the outputs; a file writes one 0 for none where another input follows.
+const float* added(const Context& c, const Tensor& t, const Shape& shape) {
+  if (t && t.shape.count() == 1 && shape.count() != 1 && *t.as<float>() == 0.f) return nullptr;
+  require(!t || t.shape == shape, c.at("residual") + ": found " + t.shape.text() + ", expected " + shape.text());
   return t.as<float>();
 }
 
@@ -35,7 +37,7 @@ struct Linear {
   int32_t activation_bits, epilogue;
   float input_scale;
   explicit Linear(const Info& info)
-      : weights(info, 1),
+      : weights(info, 1, 1, 1, 6),
         activation_bits(int32_t(info.integer("activation_bits", 8, 2, 8))),
         epilogue(info.epilogue()),
         input_scale(info.number("input_scale", 0)) {
@@ -47,7 +49,7 @@ struct Linear {
       const nf_weight& w = *weight;
       const Tensor x = c.input(0), residual = c.input(5);
       const Shape shape = product(c, "x", x.shape, w);
-      const float* add = same(c, residual, "residual", shape);
+      const float* add = added(c, residual, shape);
       const Tensor y = c.output(0, shape);
       if (!x.shape.rows()) return;
       done(nf_linear(c.threads(), &w, x.as<float>(), x.shape.rows(), activation_bits, input_scale, epilogue, add,
@@ -68,7 +70,7 @@ int64_t row_stride(const Context& c, const Tensor& q, const Tensor& scale) {
 struct MatMul {
   Weights weights;
   int32_t epilogue;
-  explicit MatMul(const Info& info) : weights(info, 2), epilogue(info.epilogue()) {}
+  explicit MatMul(const Info& info) : weights(info, 2, 1, 1, 7), epilogue(info.epilogue()) {}
 
   void compute(const Context& c) const {
     weights.with(c, [&](const nf_weight* weight) {
@@ -76,7 +78,7 @@ struct MatMul {
       const Tensor q = c.input(0), scale = c.input(1), residual = c.input(6);
       const Shape shape = product(c, "q", q.shape, w);
       const int64_t stride = row_stride(c, q, scale);
-      const float* add = same(c, residual, "residual", shape);
+      const float* add = added(c, residual, shape);
       const Tensor y = c.output(0, shape);
       if (!q.shape.rows()) return;
       done(nf_matmul(c.threads(), &w, q.as<int8_t>(), scale.as<float>(), stride, q.shape.rows(), epilogue, add,
@@ -89,7 +91,7 @@ struct MatMulQuantize {
   Weights weights;
   int32_t epilogue, out_bits;
   explicit MatMulQuantize(const Info& info)
-      : weights(info, 2), epilogue(info.epilogue()), out_bits(int32_t(info.integer("out_bits", 8, 2, 8))) {}
+      : weights(info, 2, 1, 1, 6), epilogue(info.epilogue()), out_bits(int32_t(info.integer("out_bits", 8, 2, 8))) {}
 
   void compute(const Context& c) const {
     weights.with(c, [&](const nf_weight* weight) {
@@ -108,13 +110,15 @@ struct MatMulQuantize {
 const Port kX[] = {{"x", kFloat, false}};
 const Port kY[] = {{"y", kFloat, false}};
 const Port kCodes[] = {{"q", kInt8, false}, {"scale", kFloat, false}};
-const Port kLinear[] = {{"x", kFloat, false},     {"weight", kUint8, false}, {"exponents", kUint8, false},
-                        {"scale", kFloat, false}, {"bias", kFloat, true},    {"residual", kFloat, true}};
+const Port kLinear[] = {{"x", kFloat, false},        {"weight", kUint8, false}, {"exponents", kUint8, false},
+                        {"scale", kFloat, false},    {"bias", kFloat, true},    {"residual", kFloat, true},
+                        {"multipliers", kInt8, true}};
 const Port kMatMul[] = {{"q", kInt8, false},          {"row_scale", kFloat, false}, {"weight", kUint8, false},
                         {"exponents", kUint8, false}, {"scale", kFloat, false},     {"bias", kFloat, true},
-                        {"residual", kFloat, true}};
+                        {"residual", kFloat, true},   {"multipliers", kInt8, true}};
 const Port kMatMulQuantize[] = {{"q", kInt8, false},          {"row_scale", kFloat, false}, {"weight", kUint8, false},
-                                {"exponents", kUint8, false}, {"scale", kFloat, false},     {"bias", kFloat, true}};
+                                {"exponents", kUint8, false}, {"scale", kFloat, false},     {"bias", kFloat, true},
+                                {"multipliers", kInt8, true}};
 
 }  // namespace
 

@@ -197,21 +197,23 @@ Op make(const char* name, const Port (&in)[I], const Port (&out)[O]) {
 // Weights of a quantized layer: `weight`, `exponents`, `scale`, `bias` in this order from input `first` on. What is
 // constant in the model is looked at once; nothing is copied but the order of the channels. A convolution has one
 // nf_weight for each of its `groups`, one after the other in `weight`, and reads each channel through `taps` taps;
-// anything else has 1 and 1.
+// anything else has 1 and 1. Multipliers of blocks, if the operator has them, are its input `multipliers`.
 struct Layer {
   std::vector<std::vector<int32_t>> sizes, order;
   std::vector<nf_weight> weights;
 };
 class Weights {
  public:
-  Weights(const Info& info, size_t first, int64_t groups = 1, int64_t taps = 1);
+  static constexpr size_t kNoMultipliers = SIZE_MAX;
+  Weights(const Info& info, size_t first, int64_t groups = 1, int64_t taps = 1, size_t multipliers = kNoMultipliers);
   // `use(const nf_weight*)`; weights that are not constant are put together anew.
   template <class Use>
   void with(const Context& context, Use use) const {
     if (constant_) return use(layer_.weights.data());
     Layer fresh;
-    Tensor t[4];
+    Tensor t[5];
     for (size_t i = 0; i < 4; ++i) t[i] = context.input(first_ + i);
+    if (multipliers_ != kNoMultipliers) t[4] = context.input(multipliers_);
     assemble(t, &fresh, context.at(""));
     use(fresh.weights.data());
   }
@@ -220,8 +222,8 @@ class Weights {
   Weights(const Weights&) = delete;
 
  private:
-  void assemble(const Tensor (&t)[4], Layer* out, const std::string& where) const;
-  size_t first_;
+  void assemble(const Tensor (&t)[5], Layer* out, const std::string& where) const;
+  size_t first_, multipliers_;
   int32_t bits_;
   int64_t groups_, taps_;
   bool constant_;

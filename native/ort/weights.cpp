@@ -23,16 +23,41 @@ void sort_channels(const uint8_t* exponents, int64_t channels, int64_t taps, std
     for (int64_t i = 0; i < channels; ++i) (*order)[size_t(next[exponents[i]]++)] = int32_t(tap * channels + i);
 }
 
+// Gives the weight its multipliers: [panels][blocks][16], within what codes of its bits allow.
+void multiply(const Tensor& t, nf_weight* w, const std::string& where) {
+  const int64_t panels = (w->n + 15) / 16;
+  require(t.shape.rank == 3 && t.shape.dim[0] == panels && t.shape.dim[2] == 16,
+          where + "multipliers: found " + t.shape.text() + ", expected [" + std::to_string(panels) + ", blocks, 16]");
+  const int64_t blocks = t.shape.dim[1];
+  for (int32_t block = 256; block >= 32; block /= 2)
+    if ((w->k + block - 1) / block == blocks) w->block = block;
+  require(w->block, where + "multipliers: " + std::to_string(blocks) + " blocks of " + std::to_string(w->k) +
+                        " inputs; expected blocks of 32, 64, 128 or 256");
+  require(w->bits <= 4 && w->groups == 1, where + "multipliers: expected codes of 2 to 4 bits, and exponents of 0");
+  const int most = 127 >> (w->bits - 1);
+  const int8_t* m = t.as<int8_t>();
+  bool outside = false;
+  for (int64_t i = 0; i < panels * blocks * 16; ++i) outside |= m[i] == 0 || m[i] > most || m[i] < -most;
+  require(!outside, where + "multipliers: expected 1 to " + std::to_string(most) + " and their negatives");
+  w->multipliers = m;
+}
+
 }  // namespace
 
-Weights::Weights(const Info& info, size_t first, int64_t groups, int64_t taps)
-    : first_(first), bits_(int32_t(info.integer("bits", 2, 8))), groups_(groups), taps_(taps), constant_(true) {
-  Tensor t[4];
+Weights::Weights(const Info& info, size_t first, int64_t groups, int64_t taps, size_t multipliers)
+    : first_(first),
+      multipliers_(multipliers),
+      bits_(int32_t(info.integer("bits", 2, 8))),
+      groups_(groups),
+      taps_(taps),
+      constant_(true) {
+  Tensor t[5];
   for (size_t i = 0; i < 4; ++i) constant_ = info.constant(first + i, &t[i]) && constant_;
+  if (multipliers != kNoMultipliers) constant_ = info.constant(multipliers, &t[4]) && constant_;
   if (constant_) assemble(t, &layer_, info.at(""));
 }
 
-void Weights::assemble(const Tensor (&t)[4], Layer* out, const std::string& where) const {
+void Weights::assemble(const Tensor (&t)[5], Layer* out, const std::string& where) const {
   const Tensor &packed = t[0], &exponents = t[1], &scale = t[2], &bias = t[3];
   require(packed && exponents && scale, where + "weight, exponents and scale are needed");
   require(packed.shape.rank == 1, where + "weight: found " + packed.shape.text() + ", expected one dimension of bytes");
@@ -69,10 +94,13 @@ void Weights::assemble(const Tensor (&t)[4], Layer* out, const std::string& wher
     w.packed = packed.as<uint8_t>() + begin;
     w.scale = scale.as<float>() + g * n;
     w.bias = bias ? bias.as<float>() + g * n : nullptr;
+    w.multipliers = nullptr;
+    w.block = 0;
     begin += bytes;
   }
   require(begin == packed.shape.dim[0],
           where + "weight: found " + packed.shape.text() + " bytes, expected " + std::to_string(begin));
+  if (t[4]) multiply(t[4], &out->weights[0], where);
 }
 
 }  // namespace nf::ort

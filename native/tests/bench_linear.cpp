@@ -141,11 +141,17 @@ void decode(int bits) {
   constexpr size_t kBytes = size_t{128} << 20;
   std::mt19937 rng(1);
   for (const auto& [k, n] : {std::pair<int64_t, int64_t>{768, 2304}, {768, 3072}, {3072, 768}, {768, 50257}}) {
-    for (int groups : {1, 3}) {
-      const Weights w(n, k, bits, groups, rng);
-      const size_t copies = std::max<size_t>(1, kBytes / w.packed.size());
+    for (const auto& [groups, block] : {std::pair<int, int>{1, 0}, {3, 0}, {1, 32}, {1, 64}}) {
+      if (block && bits > 4) continue;
+      Weights w(n, k, bits, groups, rng);
+      if (block) w.multiply(block, rng);
+      const size_t copies = std::max<size_t>(1, kBytes / w.packed.size()),
+                   each = w.packed.size() + w.multipliers.size();
       std::vector<uint8_t> all;
-      for (size_t i = 0; i < copies; ++i) all.insert(all.end(), w.packed.begin(), w.packed.end());
+      for (size_t i = 0; i < copies; ++i) {
+        all.insert(all.end(), w.packed.begin(), w.packed.end());
+        all.insert(all.end(), w.multipliers.begin(), w.multipliers.end());
+      }
       Inputs in(1, k, n, rng);
       nf_weight view = w.view();
       double product = 1e9, read = 1e9;
@@ -153,16 +159,17 @@ void decode(int bits) {
         product =
             std::min(product, once([&] {
                        for (size_t c = 0; c < copies; ++c) {
-                         view.packed = all.data() + c * w.packed.size();
+                         view.packed = all.data() + c * each;
+                         if (block) view.multipliers = reinterpret_cast<const int8_t*>(view.packed + w.packed.size());
                          nf_matmul(threads, &view, in.q.data(), in.scale.data(), 1, 1, NF_NONE, nullptr, in.y.data());
                        }
                      }));
         read = std::min(read, once([&] { read_memory(all); }));
       }
       const double bytes = static_cast<double>(all.size());
-      std::printf("1 x %4d x %5d, %d bits, groups %d: %7.3f ms, %5.1f GB/s; a read: %5.1f GB/s (%3.0f %%)\n", int(k),
-                  int(n), bits, groups, product / static_cast<double>(copies) * 1e3, bytes / product * 1e-9,
-                  bytes / read * 1e-9, 100 * read / product);
+      std::printf("1 x %4d x %5d, %d bits, groups %d, block %2d: %7.3f ms, %5.1f GB/s; a read: %5.1f GB/s (%3.0f %%)\n",
+                  int(k), int(n), bits, groups, block, product / static_cast<double>(copies) * 1e3,
+                  bytes / product * 1e-9, bytes / read * 1e-9, 100 * read / product);
     }
   }
 }
@@ -189,15 +196,17 @@ void groups(int bits) {
   for (const auto& [m, k, n] :
        {std::array<int64_t, 3>{1, 768, 2304}, {16, 768, 3072}, {197, 768, 3072}, {197, 3072, 768}}) {
     double one = 0;
-    for (int g : {1, 2, 3, 8}) {
-      const Weights w(n, k, bits, g, rng);
+    for (const auto& [g, block] : {std::pair<int, int>{1, 0}, {2, 0}, {3, 0}, {8, 0}, {1, 32}, {1, 64}}) {
+      if (block && bits > 4) continue;
+      Weights w(n, k, bits, g, rng);
+      if (block) w.multiply(block, rng);
       const nf_weight view = w.view();
       Inputs in(m, k, n, rng);
       const double t = seconds(
           [&] { nf_matmul(threads, &view, in.q.data(), in.scale.data(), 1, m, NF_NONE, nullptr, in.y.data()); });
-      if (g == 1) one = t;
-      std::printf("%3d x %4d x %4d, %d bits, groups %d: %8.4f ms (%+.1f %%)\n", int(m), int(k), int(n), bits, g,
-                  t * 1e3, 100 * (t / one - 1));
+      if (g == 1 && !block) one = t;
+      std::printf("%3d x %4d x %4d, %d bits, groups %d, block %2d: %8.4f ms (%+.1f %%)\n", int(m), int(k), int(n), bits,
+                  g, block, t * 1e3, 100 * (t / one - 1));
     }
   }
 }

@@ -93,20 +93,22 @@ struct Weight {
   std::vector<int32_t> sizes, order, operand;  // operand [n][k]: C << (E - e)
   Buffer<uint8_t>* packed = nullptr;
   Buffer<float>*scale = nullptr, *bias = nullptr;
+  Buffer<int8_t>* multipliers = nullptr;
   ~Weight() {
     delete packed;
+    delete multipliers;
     delete scale;
     delete bias;
   }
 
-  void make(int64_t n, int64_t k, bool may_be_wrong) {
+  void make(int64_t n, int64_t k, bool may_be_wrong, bool with_blocks = true) {
     w.n = n;
     w.k = k;
     w.bits = between(2, 8);
     const int64_t top = (1 << (w.bits - 1)) - 1;
     int most = 0;  // the largest shift with which no sum leaves 32 bits
     while (most < 15 && (k + 1) * 127 * top * (int64_t(2) << most) < (int64_t(1) << 31)) ++most;
-    w.groups = int32_t(between(1, most + 1));
+    w.groups = one_in(3) ? 1 : int32_t(between(1, most + 1));
     std::vector<int> exponent(size_t(k), 0);
     for (auto& e : exponent) e = int(between(0, w.groups - 1));
     exponent[size_t(between(0, k - 1))] = w.groups - 1;
@@ -134,7 +136,23 @@ struct Weight {
     w.packed = packed->data();
     w.scale = scale->data();
     w.bias = bias ? bias->data() : nullptr;
+    if (with_blocks && w.bits <= 4 && w.groups == 1 && one_in(2)) multiply(code);
     if (may_be_wrong && one_in(25)) spoil();
+  }
+
+  // Multipliers of blocks, of any value that keeps codes within a byte.
+  void multiply(const std::vector<int32_t>& code) {
+    w.block = int32_t(32 << between(0, 3));
+    const int64_t blocks = (w.k + w.block - 1) / w.block;
+    multipliers = new Buffer<int8_t>((w.n + 15) / 16 * blocks * 16);
+    const int64_t most = 127 >> (w.bits - 1);
+    for (int64_t i = 0; i < multipliers->size(); ++i)
+      multipliers->data()[i] = int8_t(one_in(2) ? between(1, most) : -between(1, most));
+    w.multipliers = multipliers->data();
+    for (int64_t i = 0; i < w.n * w.k; ++i) {
+      const int64_t row = i / w.k, at = (row / 16 * blocks + i % w.k / w.block) * 16 + row % 16;
+      operand[size_t(i)] = code[size_t(i)] * multipliers->data()[at];
+    }
   }
 
   // Layout as the header describes it, one bit of a code at a time.
@@ -378,7 +396,7 @@ void conv() {
   std::vector<Weight> made(size_t(c.conv_groups));
   std::vector<nf_weight> weights;
   for (auto& w : made) {
-    w.make(outputs, channels * c.kh * c.kw, c.conv_groups == 1);
+    w.make(outputs, channels * c.kh * c.kw, c.conv_groups == 1, false);
     right = right && w.right;
     weights.push_back(w.w);
   }

@@ -47,10 +47,12 @@ struct Case {
   int64_t m, n, k;
   int bits, groups, threads, epilogue;
   bool full_scale, bias, residual, one_scale;
+  int block = 0;
 };
 
 void test_case(const Case& c, std::mt19937& rng) {
-  const Weights w(c.n, c.k, c.bits, c.groups, rng, c.full_scale);
+  Weights w(c.n, c.k, c.bits, c.groups, rng, c.full_scale);
+  if (c.block) w.multiply(c.block, rng, c.full_scale);
   const nf_weight view = w.view(c.bias);
   const size_t outputs = static_cast<size_t>(c.m * c.n), inputs = static_cast<size_t>(c.m * c.k);
   std::vector<int8_t> q(inputs);
@@ -83,8 +85,8 @@ void test_case(const Case& c, std::mt19937& rng) {
   for (const std::string& isa : isas()) {
     nf_force_isa(isa.c_str());
     char text[200];
-    std::snprintf(text, sizeof text, "%s m=%d n=%d k=%d bits=%d groups=%d threads=%d epilogue=%d%s", isa.c_str(),
-                  int(c.m), int(c.n), int(c.k), c.bits, c.groups, c.threads, c.epilogue,
+    std::snprintf(text, sizeof text, "%s m=%d n=%d k=%d bits=%d groups=%d block=%d threads=%d epilogue=%d%s",
+                  isa.c_str(), int(c.m), int(c.n), int(c.k), c.bits, c.groups, c.block, c.threads, c.epilogue,
                   c.full_scale ? " full scale" : "");
     const std::string where = text;
     std::vector<int32_t> got(outputs, 77);
@@ -222,6 +224,14 @@ void test_arguments() {
   b = v, b.packed = nullptr, refused(&b, "no codes");
   b = v, b.scale = nullptr, refused(&b, "no scale");
   b = v, b.n = 0, refused(&b, "no outputs");
+  Weights blocked(5, 40, 4, 1, rng);
+  blocked.multiply(32, rng);
+  q.resize(40), x.resize(40);
+  v = blocked.view();
+  b = v, b.block = 48, refused(&b, "blocks of 48");
+  b = v, b.bits = 5, refused(&b, "blocks of 5 bits");
+  b = w.view(), b.multipliers = v.multipliers, b.block = 32, refused(&b, "blocks of two groups");
+  v = w.view();
   check(nf_matmul(nullptr, &v, nullptr, &scale, 1, 1, 0, nullptr, y.data()) &&
             nf_matmul(nullptr, &v, q.data(), nullptr, 1, 1, 0, nullptr, y.data()) &&
             nf_matmul(nullptr, &v, q.data(), &scale, 1, 1, 0, nullptr, nullptr) &&
@@ -253,6 +263,10 @@ int main(int argc, char** argv) {
   for (int bits = 2; bits <= 8; ++bits) {
     for (int64_t k : {1, 2, 5, 4095, 2500}) test_case({3, 17, k, bits, 1, 1, NF_NONE, true, true, false, false}, rng);
     test_case({29, 33, 1500, bits, 3, 2, NF_NONE, true, true, true, false}, rng);
+    if (bits > 4) continue;
+    for (int64_t m : {1, 2, 3, 4, 5, 13})
+      for (int64_t k : {1, 30, 33, 64, 4100})
+        test_case({m, 17, k, bits, 1, 1, NF_NONE, m % 2 == 0, true, false, false, 32 << m % 3}, rng);
   }
   for (int i = 0; i < cases; ++i) {
     Case c{};
@@ -267,6 +281,7 @@ int main(int argc, char** argv) {
     c.bias = rng() % 2;
     c.residual = rng() % 2;
     c.one_scale = rng() % 3 == 0;
+    if (c.bits <= 4 && c.groups == 1 && rng() % 2) c.block = 32 << rng() % 4;
     test_case(c, rng);
   }
   test_case({700, 40, 64, 4, 2, 3, NF_RELU, false, true, true, false}, rng);

@@ -16,6 +16,8 @@ struct Weights {
   std::vector<int32_t> sizes, order;
   std::vector<uint8_t> packed;
   std::vector<float> scale, bias;
+  int block = 0;                    // channels that share a multiplier; 0: there are none
+  std::vector<int8_t> multipliers;  // [panel][block][16]
 
   Weights(int64_t n_, int64_t k_, int bits_, int groups_, std::mt19937& rng, bool full_scale = false)
       : n(n_), k(k_), bits(bits_), groups(groups_) {
@@ -83,13 +85,36 @@ struct Weights {
             groups > 1 ? order.data() : nullptr,
             packed.data(),
             scale.data(),
-            with_bias ? bias.data() : nullptr};
+            with_bias ? bias.data() : nullptr,
+            block ? multipliers.data() : nullptr,
+            block};
+  }
+
+  // Every block of `channels` channels gets multipliers up to the largest that there may be, and codes their lowest
+  // value.
+  void multiply(int channels, std::mt19937& rng, bool full_scale = false) {
+    block = channels;
+    const unsigned most = 127u >> (bits - 1);
+    for (auto& c : codes)
+      if (full_scale ? c < 0 : rng() % 8 == 0) c = static_cast<int8_t>(-(1 << (bits - 1)));
+    packed.clear();
+    pack();
+    multipliers.resize(static_cast<size_t>((n + 15) / 16 * ((k + block - 1) / block) * 16));
+    for (auto& m : multipliers) {
+      const int size = static_cast<int>(full_scale ? most : 1 + rng() % most);
+      m = static_cast<int8_t>(rng() % 2 ? size : -size);
+    }
+  }
+
+  int64_t multiplier(int64_t row, int64_t channel) const {
+    if (!block) return 1;
+    return multipliers[static_cast<size_t>((row / 16 * ((k + block - 1) / block) + channel / block) * 16 + row % 16)];
   }
 
   int64_t sum(const int8_t* a, int64_t row) const {  // of one output, exactly
     int64_t s = 0;
     for (int64_t i = 0; i < k; ++i)
-      s += static_cast<int64_t>(a[i]) * codes[static_cast<size_t>(row * k + i)] *
+      s += static_cast<int64_t>(a[i]) * codes[static_cast<size_t>(row * k + i)] * multiplier(row, i) *
            (int64_t{1} << (groups - 1 - exponents[static_cast<size_t>(i)]));
     return s;
   }

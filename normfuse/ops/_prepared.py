@@ -17,9 +17,13 @@ from normfuse import native
 from normfuse.errors import UsageError
 from normfuse.gpu import planes as gpu
 from normfuse.ops._shapes import input_scale_value
-from normfuse.quant.packing import packed_bytes, unpack
+from normfuse.quant.packing import packed_bytes, unpack, unpack_multipliers
+from normfuse.quant.weight import are_multipliers, largest_multiplier
 
-__all__ = ["GpuWeight", "conv_operands", "conv_weights", "gpu_weight", "known_weights", "linear_weight", "operand_of", "state"]
+__all__ = [
+    "GpuWeight", "Packed", "conv_operands", "conv_weights", "gpu_weight", "known_linear", "known_weights", "linear_weight",
+    "operand_of", "state",
+]  # fmt: skip
 
 _KEPT = 1 << 22  # values of the int32 operands that are kept for the definitions, in all
 
@@ -29,6 +33,34 @@ class _Entry(NamedTuple):
     key: tuple[Any, ...]
     exponents: Tensor  # as they were
     value: Any
+
+
+class Packed(NamedTuple):
+    """One matrix as the operators of linear layers take it.
+
+    Attributes:
+        weight: packed codes, uint8.
+        exponents: uint8 [K].
+        scale: [N].
+        bits: of a code.
+        multipliers: of blocks, packed, or None.
+        bias: [N] or None; what only needs the integers leaves it out.
+    """
+
+    weight: Tensor
+    exponents: Tensor
+    scale: Tensor
+    bits: int
+    multipliers: Tensor | None = None
+    bias: Tensor | None = None
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What entries made of it hang on."""
+        return (
+            *_key(self.weight, self.exponents, self.scale, self.bias, self.bits, 1, 1),
+            None if self.multipliers is None else state(self.multipliers),
+        )
 
 
 class GpuWeight(NamedTuple):
@@ -54,13 +86,61 @@ _on_gpu: dict[int, _Entry] = {}
 _operands: OrderedDict[int, _Entry] = OrderedDict()
 
 
-def linear_weight(weight: Tensor, exponents: Tensor, scale: Tensor, bias: Tensor | None, bits: int) -> native.Weight:
+def linear_weight(p: Packed) -> native.Weight:
     """`nf_weight` of one matrix.
 
     Raises:
-        UsageError: sizes, dtypes or devices do not belong together.
+        UsageError: sizes, dtypes, devices or values do not belong together.
     """
-    return conv_weights(weight, exponents, scale, bias, bits, 1, 1)[0]
+    if p.multipliers is None:
+        return conv_weights(p.weight, p.exponents, p.scale, p.bias, p.bits, 1, 1)[0]
+    found = known_linear(p)
+    if found is not None:
+        return found
+    _on_cpu(("weight", p.weight), ("exponents", p.exponents), ("scale", p.scale), ("bias", p.bias), ("multipliers", p.multipliers))
+    _, block = _multipliers(p)
+    ((exponents,), (codes,)) = _split(p.weight, p.exponents, p.scale.numel(), p.bits, 1, 1)
+    scale, bias = p.scale.detach().float().contiguous(), None if p.bias is None else p.bias.detach().float().contiguous()
+    value = native.weight(codes, exponents, scale, bias, p.bits, p.multipliers.detach().contiguous(), block)
+    number = id(p.weight)
+    owner = weakref.ref(p.weight, lambda _: _structs.pop(number, None))
+    _structs[number] = _Entry(owner, p.key, p.exponents.clone(), (value,))
+    return value
+
+
+def known_linear(p: Packed) -> native.Weight | None:
+    """What `linear_weight` made of these very tensors before, which were found to belong together then."""
+    if p.multipliers is None:
+        found = known_weights(p.weight, p.exponents, p.scale, p.bias, p.bits, 1, 1)
+        return None if found is None else found[0]
+    known = _structs.get(id(p.weight))
+    if known is None or not _valid(known, p.key, p.weight, p.exponents):
+        return None
+    value: native.Weight = known.value[0]
+    return value
+
+
+def _multipliers(p: Packed) -> tuple[Tensor, int]:
+    """int8 [N, blocks], and channels of a block.
+
+    Raises:
+        UsageError: shapes or values are not those of such a weight.
+    """
+    assert p.multipliers is not None
+    m, block = unpack_multipliers(p.multipliers.detach(), p.scale.numel(), p.exponents.numel())
+    most = largest_multiplier(p.bits)
+    if not are_multipliers(m, p.bits) or int(p.exponents.max()) > 0:
+        raise UsageError(
+            f"multipliers from {int(m.min())} to {int(m.max())} with exponents up to {int(p.exponents.max())}: expected ±1 to "
+            f"±{most} for codes of {p.bits} bits, and exponents of 0"
+        )
+    return m, block
+
+
+def _on_cpu(*named: tuple[str, Tensor | None]) -> None:
+    for name, tensor in named:
+        if tensor is not None and tensor.device.type != "cpu":
+            raise UsageError(f"{name} is on {tensor.device}, the input on cpu; expected all on one device")
 
 
 def conv_weights(
@@ -70,9 +150,7 @@ def conv_weights(
     found = known_weights(weight, exponents, scale, bias, bits, groups, taps)
     if found is not None:
         return found
-    for name, tensor in (("weight", weight), ("exponents", exponents), ("scale", scale), ("bias", bias)):
-        if tensor is not None and tensor.device.type != "cpu":
-            raise UsageError(f"{name} is on {tensor.device}, the input on cpu; expected all on one device")
+    _on_cpu(("weight", weight), ("exponents", exponents), ("scale", scale), ("bias", bias))
     columns, parts = _split(weight, exponents, scale.numel(), bits, groups, taps)
     scales = scale.detach().float().contiguous().chunk(groups)
     biases = [None] * groups if bias is None else bias.detach().float().contiguous().chunk(groups)
@@ -134,9 +212,31 @@ def _gpu_weight(
     )
 
 
-def operand_of(weight: Tensor, exponents: Tensor, n: int, bits: int) -> Tensor:
-    """C << (E − e): int32 [n, K]."""
-    return conv_operands(weight, exponents, n, bits, 1, 1)[0]
+def operand_of(p: Packed) -> Tensor:
+    """C << (E − e), or C · m: int32 [n, K]."""
+    n = p.scale.numel()
+    if p.multipliers is None:
+        return conv_operands(p.weight, p.exponents, n, p.bits, 1, 1)[0]
+    known = _operands.get(id(p.weight))
+    if known is not None and _valid(known, p.key, p.weight, p.exponents):
+        found: Tensor = known.value
+        return found
+    _split(p.weight, p.exponents, n, p.bits, 1, 1)
+    m, block = _multipliers(p)
+    codes = unpack(p.weight.detach(), p.bits, p.exponents.detach(), n)
+    value = codes.int() * m.int().repeat_interleave(block, 1)[:, : codes.shape[1]]
+    _keep_operand(p.weight, p.exponents, p.key, value)
+    return value
+
+
+def _keep_operand(weight: Tensor, exponents: Tensor, key: tuple[Any, ...], value: Tensor) -> None:
+    """As long as there is room."""
+    if value.numel() > _KEPT or weight.is_inference():
+        return
+    number = id(weight)
+    _operands[number] = _Entry(weakref.ref(weight, lambda _: _operands.pop(number, None)), key, exponents.clone(), value)
+    while sum(entry.value.numel() for entry in list(_operands.values())) > _KEPT:
+        _operands.popitem(last=False)
 
 
 def conv_operands(weight: Tensor, exponents: Tensor, n: int, bits: int, groups: int, taps: int) -> Tensor:
@@ -153,11 +253,7 @@ def conv_operands(weight: Tensor, exponents: Tensor, n: int, bits: int, groups: 
             for part, e in zip(parts, columns, strict=True)
         ]
     )
-    if value.numel() <= _KEPT and not weight.is_inference():
-        number = id(weight)
-        _operands[number] = _Entry(weakref.ref(weight, lambda _: _operands.pop(number, None)), key, exponents.clone(), value)
-        while sum(entry.value.numel() for entry in list(_operands.values())) > _KEPT:
-            _operands.popitem(last=False)
+    _keep_operand(weight, exponents, key, value)
     return value
 
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from normfuse.ops._shapes import check_product
+from normfuse.ops._shapes import check_multipliers, check_product
 
 __all__ = ["Product", "check"]
 
@@ -24,8 +24,10 @@ class Product(NamedTuple):
     activation_bits: int
     epilogue: str = "none"
     residual: Tensor | None = None
+    multipliers: Tensor | None = None
 
 
 def check(op: str, p: Product, inputs: int) -> None:
     """See `check_product`."""
     check_product(op, p.x, inputs, p.exponents, p.scale, p.bias, (p.bits, p.activation_bits), p.epilogue)
+    check_multipliers(op, p.multipliers, p.scale.shape[0], inputs, p.bits)

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from normfuse.errors import UsageError
+from normfuse.quant.weight import BLOCK_BITS, block_of
 from normfuse.words import EPILOGUES
 
-__all__ = ["check_bits", "check_epilogue", "check_product", "check_vector", "float_dtype", "input_scale_value"]
+__all__ = ["check_bits", "check_epilogue", "check_multipliers", "check_product", "check_vector", "float_dtype", "input_scale_value"]
 
 
 def check_product(
@@ -29,6 +30,21 @@ def check_product(
         check_vector(op, "bias", bias, scale.shape[0])
     check_bits(op, *bits)
     check_epilogue(op, epilogue)
+
+
+def check_multipliers(op: str, multipliers: Tensor | None, outputs: int, inputs: int, bits: int) -> None:
+    """Of blocks of a weight, as `pack_multipliers` lays them out, or None; what they hold is looked at where they are prepared."""
+    if multipliers is None:
+        return
+    m = multipliers
+    if m.dtype is not torch.int8 or m.ndim != 3 or m.shape[0] != -(-outputs // 16) or m.shape[2] != 16:
+        raise UsageError(
+            f"{op}: multipliers {tuple(m.shape)} of {m.dtype}; expected int8 [{-(-outputs // 16)}, blocks, 16] for {outputs} "
+            "outputs"
+        )
+    if bits > BLOCK_BITS:
+        raise UsageError(f"{op}: multipliers with codes of {bits} bits; they are for up to {BLOCK_BITS}")
+    block_of(inputs, m.shape[1])
 
 
 def check_bits(op: str, *bits: int) -> None:

@@ -13,7 +13,7 @@ from normfuse.gpu.run import NAMES
 from normfuse.ops._epilogue import finish
 from normfuse.ops._gpu_product import gpu_product, gpu_rows
 from normfuse.ops._norms import dense
-from normfuse.ops._prepared import gpu_weight, known_weights, linear_weight, operand_of
+from normfuse.ops._prepared import Packed, gpu_weight, known_linear, linear_weight, operand_of
 from normfuse.ops._product import Product, check
 from normfuse.ops._shapes import float_dtype, input_scale_value
 from normfuse.ops.operator import Operator
@@ -35,6 +35,7 @@ def shiftquant_linear(
     activation_bits: int,
     epilogue: str = "none",
     residual: Tensor | None = None,
+    multipliers: Tensor | None = None,
 ) -> Tensor:
     """y[m, n] = act( s[m] · scale[n] · Σ_k A[m, k] · (C[n, k] << (E − e[k])) + bias[n] ) + residual[m, n].
 
@@ -53,6 +54,8 @@ def shiftquant_linear(
         activation_bits: of A.
         epilogue: "none", "relu", "gelu", "gelu_tanh" or "silu".
         residual: [..., N] in the dtype of x, or None.
+        multipliers: m of blocks of input channels (see `normfuse.quant.packing.pack_multipliers`), with exponents of 0 and up to 4
+            bits: C · m in the place of C << (E − e); or None.
 
     Returns:
         [..., N].
@@ -60,8 +63,8 @@ def shiftquant_linear(
     Raises:
         UsageError: arguments do not belong together.
     """
-    dtype = _check(Product(x, weight, exponents, scale, bias, input_scale, bits, activation_bits, epilogue, residual))
-    operand = operand_of(weight, exponents, scale.numel(), bits)
+    dtype = _check(Product(x, weight, exponents, scale, bias, input_scale, bits, activation_bits, epilogue, residual, multipliers))
+    operand = operand_of(Packed(weight, exponents, scale, bits, multipliers))
     if input_scale is None:
         q, row_scale = quantize_rows(x, activation_bits)
     else:
@@ -84,14 +87,14 @@ def _shapes(g: Product) -> Tensor:
 
 
 def _cpu(g: Product) -> Tensor:
-    x, weight, exponents, scale, bias, input_scale, bits, activation_bits, epilogue, residual = g
-    known = known_weights(weight, exponents, scale, bias, bits, 1, 1)
+    x, weight, exponents, scale, bias, input_scale, bits, activation_bits, epilogue, residual, multipliers = g
+    packed = Packed(weight, exponents, scale, bits, multipliers, bias)
+    prepared = known_linear(packed)
     # a call costs as much as a small product: what was checked before is not checked again
-    checked = known is not None and x.ndim and x.shape[-1] == known[0].k and residual is None
-    if known is None or not checked or not x.is_floating_point() or epilogue not in native.EPILOGUES:
+    checked = prepared is not None and x.ndim and x.shape[-1] == prepared.k and residual is None
+    if prepared is None or not checked or not x.is_floating_point() or epilogue not in native.EPILOGUES:
         _check(g)
-        known = (linear_weight(weight, exponents, scale, bias, bits),)
-    prepared = known[0]
+        prepared = linear_weight(packed)
     static = input_scale_value(_OP, input_scale)
     rows = x.float().contiguous()
     y = torch.empty((*x.shape[:-1], prepared.n), dtype=torch.float32)
@@ -102,6 +105,8 @@ def _cpu(g: Product) -> Tensor:
 
 def _gpu(g: Product) -> Any:
     _check(g)
+    if g.multipliers is not None:
+        return NotImplemented
     prepared = gpu_weight(g.weight, g.exponents, g.scale, g.bias, g.input_scale, g.bits)
     if prepared is None or g.x.dtype not in NAMES:
         return NotImplemented

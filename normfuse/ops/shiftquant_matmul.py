@@ -12,8 +12,8 @@ from normfuse.errors import UsageError
 from normfuse.ops._epilogue import finish
 from normfuse.ops._gpu_product import gpu_product, gpu_rows
 from normfuse.ops._norms import dense
-from normfuse.ops._prepared import gpu_weight, linear_weight, operand_of
-from normfuse.ops._shapes import check_product
+from normfuse.ops._prepared import Packed, gpu_weight, linear_weight, operand_of
+from normfuse.ops._shapes import check_multipliers, check_product
 from normfuse.ops.operator import Operator
 from normfuse.quant import integers
 
@@ -24,14 +24,14 @@ _TO_FLOAT, _TO_INTEGER = "shiftquant_matmul", "shiftquant_matmul_quantize"
 
 def shiftquant_matmul(
     q: Tensor, row_scale: Tensor, weight: Tensor, exponents: Tensor, scale: Tensor, bias: Tensor | None,
-    residual: Tensor | None, bits: int, epilogue: str,
+    residual: Tensor | None, bits: int, epilogue: str, multipliers: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """y[m, n] = act( row_scale[m] · scale[n] · Σ_k q[m, k] · (C[n, k] << (E − e[k])) + bias[n] ) + residual[m, n].
 
     Args:
         q: int8 [..., K], as `quantize_rows` or `norm_quantize` gives it.
         row_scale: [..., 1], one a row, or one number for all; its dtype, float32 or float64, is that of the result.
-        weight, exponents, scale, bias, bits, epilogue: as in `shiftquant_linear`.
+        weight, exponents, scale, bias, bits, epilogue, multipliers: as in `shiftquant_linear`.
         residual: [..., N] or None.
 
     Returns:
@@ -40,19 +40,19 @@ def shiftquant_matmul(
     Raises:
         UsageError: arguments do not belong together.
     """
-    _check(_Given(q, row_scale, weight, exponents, scale, bias, residual, bits, epilogue))
-    acc = integers.integer_matmul(q, operand_of(weight, exponents, scale.numel(), bits))
+    _check(_Given(q, row_scale, weight, exponents, scale, bias, residual, bits, epilogue, multipliers=multipliers))
+    acc = integers.integer_matmul(q, operand_of(Packed(weight, exponents, scale, bits, multipliers)))
     return finish(acc, _rows(q, row_scale), scale, bias, epilogue, residual, row_scale.dtype)
 
 
 def shiftquant_matmul_quantize(
     q: Tensor, row_scale: Tensor, weight: Tensor, exponents: Tensor, scale: Tensor, bias: Tensor | None,
-    residual: Tensor | None, bits: int, epilogue: str, out_bits: int,
+    residual: Tensor | None, bits: int, epilogue: str, out_bits: int, multipliers: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """quantize_rows(shiftquant_matmul(...), out_bits), without the floats ever being in memory.
 
     Args:
-        q, row_scale, weight, exponents, scale, bias, residual, bits, epilogue: as in `shiftquant_matmul`.
+        q, row_scale, weight, exponents, scale, bias, residual, bits, epilogue, multipliers: as in `shiftquant_matmul`.
         out_bits: of the codes that come out, 2 to 8.
 
     Returns:
@@ -61,14 +61,14 @@ def shiftquant_matmul_quantize(
     Raises:
         UsageError: arguments do not belong together.
     """
-    _check(_Given(q, row_scale, weight, exponents, scale, bias, residual, bits, epilogue, out_bits))
-    y = shiftquant_matmul(q, row_scale, weight, exponents, scale, bias, residual, bits, epilogue)
+    _check(_Given(q, row_scale, weight, exponents, scale, bias, residual, bits, epilogue, out_bits, multipliers))
+    y = shiftquant_matmul(q, row_scale, weight, exponents, scale, bias, residual, bits, epilogue, multipliers)
     out, out_scale = integers.quantize_rows(y, out_bits)
     return out, out_scale.to(row_scale.dtype)
 
 
 class _Given(NamedTuple):
-    """The arguments of `shiftquant_matmul` and `shiftquant_matmul_quantize`, in their order."""
+    """The arguments of `shiftquant_matmul_quantize`, in their order; those of `shiftquant_matmul` are the same but `out_bits`."""
 
     q: Tensor
     row_scale: Tensor
@@ -80,12 +80,19 @@ class _Given(NamedTuple):
     bits: int
     epilogue: str
     out_bits: int | None = None  # None: floats
+    multipliers: Tensor | None = None
+
+
+def _float_given(*args: Any) -> _Given:
+    """Of the arguments of `shiftquant_matmul`."""
+    return _Given(*args[:9], multipliers=args[9] if len(args) > 9 else None)
 
 
 def _check(g: _Given) -> None:
     q, row_scale, residual = g.q, g.row_scale, g.residual
     op, bits = (_TO_FLOAT, (g.bits,)) if g.out_bits is None else (_TO_INTEGER, (g.bits, g.out_bits))
     check_product(op, q, q.shape[-1] if q.ndim else 0, g.exponents, g.scale, g.bias, bits, g.epilogue)
+    check_multipliers(op, g.multipliers, g.scale.shape[0], q.shape[-1], g.bits)
     if q.dtype is not torch.int8:
         raise UsageError(f"{op}: q is {q.dtype}; expected int8")
     if row_scale.dtype not in (torch.float32, torch.float64):
@@ -114,7 +121,7 @@ def _integer_shapes(g: _Given) -> tuple[Tensor, Tensor]:
 
 def _prepared(g: _Given) -> tuple[native.Weight, Tensor, Tensor, int, int]:
     """What the kernels read: the weight, q, its scales, their stride, and the number of rows."""
-    prepared = linear_weight(g.weight, g.exponents, g.scale, g.bias, g.bits)
+    prepared = linear_weight(Packed(g.weight, g.exponents, g.scale, g.bits, g.multipliers, g.bias))
     m = g.q.numel() // prepared.k
     return prepared, g.q.contiguous(), g.row_scale.contiguous(), int(g.row_scale.numel() == m > 1), m
 
@@ -141,6 +148,8 @@ def _integer_cpu(g: _Given) -> tuple[Tensor, Tensor]:
 
 
 def _float_gpu(g: _Given) -> Any:
+    if g.multipliers is not None:
+        return NotImplemented
     prepared = gpu_weight(g.weight, g.exponents, g.scale, g.bias, None, g.bits)
     if prepared is None:
         return NotImplemented
@@ -164,7 +173,7 @@ SHIFTQUANT_MATMUL = Operator(
     check=_check,
     cpu=_float_cpu,
     gpu=_float_gpu,
-    given=_Given,
+    given=_float_given,
     like=1,
     functions=(_MATMUL,),
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from normfuse.errors import UsageError
 from normfuse.quant.integers import top_code
 from normfuse.quant.weight import QuantizedWeight
@@ -12,17 +14,22 @@ _CHUNK = 1 << 20  # values of the weight at a time
 
 
 def accumulator_bits(weight: QuantizedWeight, activation_bits: int) -> int:
-    """Bits of a signed integer that holds max_n Σ_k |C[n, k] << (E − e[k])| · (2^(activation_bits−1) − 1).
+    """Bits of a signed integer that holds max_n Σ_k |operand[n, k]| · (2^(activation_bits−1) − 1).
 
     The exact worst case of these codes, not of their width: no activations can give more, in any order of summation.
     """
     n, k = weight.codes.shape
     if not n or not k:
         return 1
-    shift = weight.groups - 1 - weight.exponents.long()
+    units = weight.units().long()
     step = max(1, _CHUNK // k)
-    largest = max(int((weight.codes[i : i + step].long().abs() << shift).sum(1).max()) for i in range(0, n, step))
+    largest = max(int((weight.codes[i : i + step].long() * _rows(units, i, step)).abs().sum(1).max()) for i in range(0, n, step))
     return (largest * top_code(activation_bits)).bit_length() + 1
+
+
+def _rows(units: Tensor, start: int, count: int) -> Tensor:
+    """Those of some outputs; one row is that of all."""
+    return units if len(units) == 1 else units[start : start + count]
 
 
 def check_accumulator(weight: QuantizedWeight, activation_bits: int, layer: str) -> int:

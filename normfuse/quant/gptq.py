@@ -14,7 +14,7 @@ _ROWS = 4096
 _DAMPING = 0.01
 
 
-def gptq_codes(weight: Tensor, step: Tensor, hessian: Tensor, top: int) -> Tensor:
+def gptq_codes(weight: Tensor, step: Tensor, hessian: Tensor, low: int, top: int) -> Tensor:
     """Codes C that lower tr((W − Ŵ) H (W − Ŵ)ᵀ), Ŵ = C · step, one column after the other.
 
     A column is rounded, and the columns that are still to come move by −error · U[i, j] / U[i, i], with UᵀU = H⁻¹ the Cholesky
@@ -25,9 +25,9 @@ def gptq_codes(weight: Tensor, step: Tensor, hessian: Tensor, top: int) -> Tenso
 
     Args:
         weight: W, [N, K].
-        step: positive, float64 [N, K] or what broadcasts to it.
+        step: not 0, float64 [N, K] or what broadcasts to it.
         hessian: H = E[x xᵀ], [K, K]; a column whose H[k, k] is 0 is rounded to the nearest.
-        top: the largest code.
+        low, top: the smallest and the largest code.
 
     Returns:
         int8 [N, K].
@@ -45,14 +45,14 @@ def gptq_codes(weight: Tensor, step: Tensor, hessian: Tensor, top: int) -> Tenso
         rows = slice(i, min(n, i + _ROWS))
         w = weight[rows].double()
         d = step[rows].expand_as(w)
-        nearest = (w / d).round_().clamp_(-top, top)
-        found = _sweep(w[:, order], d[:, order], upper, top)[:, back]
+        nearest = (w / d).round_().clamp_(low, top)
+        found = _sweep(w[:, order], d[:, order], upper, low, top)[:, back]
         better = _cost(w - found * d, hessian) < _cost(w - nearest * d, hessian)
         codes[rows] = torch.where(better[:, None], found, nearest).to(torch.int8)
     return codes
 
 
-def _sweep(w: Tensor, d: Tensor, upper: Tensor, top: int) -> Tensor:
+def _sweep(w: Tensor, d: Tensor, upper: Tensor, low: int, top: int) -> Tensor:
     k = w.shape[1]
     columns = w.T.contiguous()  # a column at a time is read and written
     d = d.T.contiguous()
@@ -61,7 +61,7 @@ def _sweep(w: Tensor, d: Tensor, upper: Tensor, top: int) -> Tensor:
         end = min(k, start + _BLOCK)
         errors = torch.empty((end - start, columns.shape[1]), dtype=torch.float64)
         for i in range(start, end):
-            codes[i] = (columns[i] / d[i]).round().clamp(-top, top)
+            codes[i] = (columns[i] / d[i]).round().clamp(low, top)
             error = (columns[i] - codes[i] * d[i]) / upper[i, i]
             columns[i + 1 : end] -= upper[i, i + 1 : end, None] * error
             errors[i - start] = error

@@ -9,9 +9,12 @@ import torch
 from torch import Tensor
 
 from normfuse.errors import UsageError
-from normfuse.quant.weight import QuantizedWeight
+from normfuse.quant.weight import QuantizedWeight, block_of
 
-__all__ = ["channel_order", "pack", "pack_groups", "pack_rows", "packed_bytes", "planes", "row_bytes", "unpack", "unpack_rows"]
+__all__ = [
+    "channel_order", "pack", "pack_groups", "pack_multipliers", "pack_rows", "packed_bytes", "planes", "row_bytes", "unpack",
+    "unpack_multipliers", "unpack_rows",
+]  # fmt: skip
 
 _PANEL = 16  # outputs
 _QUAD = 4  # channels
@@ -116,6 +119,27 @@ def unpack(packed: Tensor, bits: int, exponents: Tensor, n: int) -> Tensor:
     back[positions[real]] = real.nonzero().flatten()
     codes: Tensor = rows.index_select(1, back.to(packed.device)).to(torch.int16) - 2 ** (bits - 1)
     return codes.to(torch.int8)
+
+
+def pack_multipliers(multipliers: Tensor) -> Tensor:
+    """int8 [N, blocks] in the order in which kernels stream them: int8 [panels, blocks, 16 outputs], padded with ones."""
+    n, blocks = multipliers.shape
+    padded = torch.nn.functional.pad(multipliers, (0, 0, 0, -n % _PANEL), value=1)
+    return padded.view(-1, _PANEL, blocks).transpose(1, 2).contiguous()
+
+
+def unpack_multipliers(packed: Tensor, n: int, k: int) -> tuple[Tensor, int]:
+    """What `pack_multipliers` packed, int8 [n, blocks], and how many of k channels a block has.
+
+    Raises:
+        UsageError: they are not those of n outputs and k channels.
+    """
+    if packed.dtype != torch.int8 or packed.ndim != 3 or packed.shape[0] != -(-n // _PANEL) or packed.shape[2] != _PANEL:
+        raise UsageError(
+            f"multipliers {tuple(packed.shape)} of {packed.dtype}: expected int8 [{-(-n // _PANEL)}, blocks, {_PANEL}] for {n} "
+            "outputs"
+        )
+    return packed.transpose(1, 2).reshape(-1, packed.shape[1])[:n], block_of(k, packed.shape[1])
 
 
 def pack_groups(weights: Sequence[QuantizedWeight], taps: int = 1) -> tuple[Tensor, Tensor, Tensor]:

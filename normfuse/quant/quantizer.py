@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
 from normfuse.errors import UsageError
+from normfuse.quant.blocks import by_blocks
 from normfuse.quant.gptq import gptq_codes
 from normfuse.quant.search import Problem, by_range, by_search
 from normfuse.quant.shift import rounded
 from normfuse.quant.spec import ShiftQuant
-from normfuse.quant.weight import QuantizedWeight
+from normfuse.quant.weight import BLOCK_BITS, QuantizedWeight
 
 __all__ = ["quantize_weight", "weighted_error"]
 
@@ -28,18 +31,18 @@ def quantize_weight(
     channel_groups: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> QuantizedWeight:
-    """Ŵ[n, k] = S[n] · 2^(−e[k]) · C[n, k] near W.
+    """Ŵ[n, k] = S[n] · 2^(−e[k]) · C[n, k] near W, or S[n] · m[n, ⌊k / block⌋] · C[n, k] where `spec` has blocks and up to 4 bits.
 
     `spec.exponents` "range" takes e from the largest weight of each channel (arXiv 2411.10948); "search" minimizes
     Σ_k m[k] Σ_n (W − Ŵ)² over e and S and is never worse than "range" by that measure. Rounding is to the nearest, stochastic, or
-    GPTQ with e and S given.
+    GPTQ with e and S given. Multipliers of blocks are those of `normfuse.quant.blocks`, and there are no exponents then.
 
     All arithmetic is in float64, a few rows at a time; the scale is rounded to float32 before codes are taken. Scales are
     at least 2^-126, so that weights far below that become 0.
 
     Args:
         weight: W, [N, K], any float dtype.
-        spec: weight_bits, groups, group_size, granularity, exponents and rounding are used.
+        spec: weight_bits, groups, group_size, block, granularity, exponents and rounding are used.
         moments: m[k] = E[x_k²] over the calibration data, [K]; without them the diagonal of `hessian`, or 1.
         hessian: E[x xᵀ], [K, K], needed for rounding="gptq"; "auto" rounds to the nearest without it.
         channel_groups: integers [K], the input channel that column k reads, where several (the taps of a convolution) read the
@@ -54,16 +57,34 @@ def quantize_weight(
     problem = Problem(weight, spec.weight_bits, spec.groups, slots, m, whole)
     if spec.rounding == "gptq" and hessian is None:
         raise UsageError("rounding='gptq' without second moments of the inputs; give calibration data, or rounding='nearest'")
-    found = _scaled(problem, spec)
-    if spec.rounding == "nearest" or (spec.rounding == "auto" and hessian is None):
-        return _nearest(problem, *found)
-    e, stored = _stored(*found)
-    step = stored.double()[:, None] * torch.exp2(float(e.max()) - e.double())
-    if hessian is None or spec.rounding == "stochastic":
-        codes = _stochastic(problem, step, torch.Generator().manual_seed(spec.seed) if generator is None else generator)
+    if spec.block and spec.weight_bits <= BLOCK_BITS and channel_groups is None:
+        found = _in_blocks(problem, spec.block)
     else:
-        codes = gptq_codes(problem.weight, step, hessian.detach().cpu(), problem.top)
-    return QuantizedWeight(codes, e.to(torch.uint8), stored, problem.bits)
+        found = _nearest(problem, *_scaled(problem, spec))
+    if spec.rounding == "nearest" or (spec.rounding == "auto" and hessian is None):
+        return found
+    step = found.scale.double()[:, None] * found.units().double()
+    if hessian is None or spec.rounding == "stochastic":
+        codes = _stochastic(
+            problem, step, found.code_range, torch.Generator().manual_seed(spec.seed) if generator is None else generator
+        )
+    else:
+        codes = gptq_codes(problem.weight, step, hessian.detach().cpu(), *found.code_range)
+    return dataclasses.replace(found, codes=codes)
+
+
+def _in_blocks(problem: Problem, block: int) -> QuantizedWeight:
+    """With multipliers, rounded to the nearest."""
+    scale, multipliers = by_blocks(problem, block)
+    scales = scale.clamp(min=_TINY).float()
+    n, k = problem.weight.shape
+    none = torch.zeros(k, dtype=torch.uint8)
+    found = QuantizedWeight(torch.zeros((n, k), dtype=torch.int8), none, scales, problem.bits, multipliers, block)
+    units = found.units()
+    for rows, part in problem.blocks():
+        y = part.div_(scales[rows, None].double() * units[rows])
+        found.codes[rows] = y.round_().clamp_(*found.code_range).to(torch.int8)
+    return found
 
 
 def _scaled(problem: Problem, spec: ShiftQuant) -> tuple[Tensor, Tensor]:
@@ -77,10 +98,10 @@ def _scaled(problem: Problem, spec: ShiftQuant) -> tuple[Tensor, Tensor]:
     return candidates[errors[1] <= errors[0]]
 
 
-def _stochastic(problem: Problem, step: Tensor, generator: torch.Generator) -> Tensor:
+def _stochastic(problem: Problem, step: Tensor, code_range: tuple[int, int], generator: torch.Generator) -> Tensor:
     codes = torch.empty(problem.weight.shape, dtype=torch.int8)
     for rows, block in problem.blocks():
-        codes[rows] = rounded(block / step[rows], "stochastic", generator).clamp_(-problem.top, problem.top).to(torch.int8)
+        codes[rows] = rounded(block / step[rows].expand_as(block), "stochastic", generator).clamp_(*code_range).to(torch.int8)
     return codes
 
 
@@ -89,10 +110,10 @@ def weighted_error(weight: Tensor, quantized: QuantizedWeight, moments: Tensor |
     m = torch.ones(weight.shape[1], dtype=torch.float64) if moments is None else moments.double()
     total = 0.0
     step = max(1, (1 << 18) // max(1, weight.shape[1]))
-    shift = torch.exp2(float(quantized.groups - 1) - quantized.exponents.double())
+    units = quantized.units().expand(weight.shape)
     for i in range(0, weight.shape[0], step):
         rows = slice(i, i + step)
-        approximation = quantized.codes[rows].double() * shift * quantized.scale[rows].double()[:, None]
+        approximation = quantized.codes[rows].double() * units[rows] * quantized.scale[rows].double()[:, None]
         total += float(((weight[rows].double() - approximation).square_() @ m).sum())
     return total
 

@@ -13,11 +13,13 @@ from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 from normfuse.errors import UsageError
 from normfuse.quant.scheme import Scheme
+from normfuse.quant.weight import BLOCKS
 
 __all__ = ["ShiftQuant", "choices"]
 
 _PER_LAYER = (
-    "weight_bits", "activation_bits", "groups", "group_size", "granularity", "activations", "exponents", "observer", "percentile",
+    "weight_bits", "activation_bits", "groups", "group_size", "block", "granularity", "activations", "exponents", "observer",
+    "percentile",
     "rounding", "bias_correction",
 )  # fmt: skip
 
@@ -35,6 +37,9 @@ class ShiftQuant(Scheme):
         activation_bits: of what they read, 2 to 8.
         groups: the most different exponents, 1 to 8; 1 is plain symmetric quantization.
         group_size: neighbouring input channels that share an exponent; 1 is the finest.
+        block: so many neighbouring input channels of an output of a linear layer share a multiplier, a small integer beside the
+            float scale of the output, in the place of exponents: 32, 64, 128 or 256; 0 for none. For weights of up to 4 bits;
+            wider ones, and convolutions, keep exponents.
         granularity: one float scale for each output ("per_channel") or for the whole weight ("per_tensor").
         activations: "dynamic" takes the scale from each row (token; image for convolutions) when it runs; "static" fixes
             one a tensor from the calibration data, which QuantizeLinear can express.
@@ -70,6 +75,7 @@ class ShiftQuant(Scheme):
     activation_bits: int = 8
     groups: int = 4
     group_size: int = 1
+    block: int = 0
     granularity: Literal["per_channel", "per_tensor"] = "per_channel"
     activations: Literal["dynamic", "static"] = "dynamic"
     exponents: Literal["search", "range"] = "search"
@@ -96,6 +102,12 @@ class ShiftQuant(Scheme):
             _integer("embedding_bits", self.embedding_bits, 2, 8)
         _integer("groups", self.groups, 1, 8)
         _integer("group_size", self.group_size, 1, 1 << 20)
+        if self.block not in (0, *BLOCKS) or isinstance(self.block, bool):
+            raise UsageError(f"ShiftQuant(block={self.block!r}): expected 0 (none), {', '.join(map(str, BLOCKS))}")
+        if self.block and self.granularity == "per_tensor":
+            raise UsageError(
+                'ShiftQuant(block=…, granularity="per_tensor"): blocks are parts of the scale of an output; leave one out'
+            )
         _integer("finetune_steps", self.finetune_steps, 0, 1 << 20)
         _integer("seed", self.seed, 0, (1 << 63) - 1)
         for name, allowed in choices().items():

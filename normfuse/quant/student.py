@@ -83,7 +83,7 @@ class _Layer:
         self, view: Op, master: Tensor, start: Sequence[QuantizedWeight], bits: int, input_scale: Tensor | float | None
     ) -> None:
         self.view, self.master, self.start, self.activation_bits = view, master, start, bits
-        self.top = top_code(start[0].bits)
+        self.range = start[0].code_range
         self.units, self.scale_start = _units(start), torch.stack([w.scale for w in start])
         self.growth = torch.zeros_like(self.scale_start).requires_grad_()
         self.input_start = None if input_scale is None else torch.as_tensor(input_scale, dtype=torch.float32).reshape(())
@@ -99,7 +99,7 @@ class _Layer:
 
     def weight(self) -> Tensor:
         step = self.scale.unsqueeze(-1) * self.units
-        y = (as_matrices(self.master, self.view) / step).clamp(-self.top, self.top)
+        y = (as_matrices(self.master, self.view) / step).clamp(*self.range)
         return from_matrices(_straight(y.round(), y) * step, self.view)
 
     def input(self, x: Tensor) -> Tensor:
@@ -118,8 +118,8 @@ class _Layer:
     def integers(self) -> tuple[QuantizedWeight, ...]:
         scale = self.scale.detach()
         y = as_matrices(self.master.detach(), self.view) / (scale.unsqueeze(-1) * self.units)
-        codes = y.clamp(-self.top, self.top).round().to(torch.int8)
-        return tuple(QuantizedWeight(c, w.exponents, s.clone(), w.bits) for c, w, s in zip(codes, self.start, scale, strict=True))
+        codes = y.clamp(*self.range).round().to(torch.int8)
+        return tuple(dataclasses.replace(w, codes=c, scale=s.clone()) for c, w, s in zip(codes, self.start, scale, strict=True))
 
 
 class Student:
@@ -253,20 +253,17 @@ def _weight_of(node: fx.Node, view: Op) -> fx.Node:
 
 
 def _units(start: Sequence[QuantizedWeight]) -> Tensor:
-    """2^(E − e), from codes to what the integer product multiplies with: (groups, 1, K)."""
-    return torch.stack([(1 << (w.groups - 1 - w.exponents.int())).float() for w in start]).unsqueeze(1)
+    """From codes to what the integer product multiplies with: (groups, 1 or N, K)."""
+    return torch.stack([w.units().float() for w in start])
 
 
 def _near(view: Op, weight: Tensor, start: Sequence[QuantizedWeight]) -> Tensor:
     """The weights, as near to the given codes as these ask for: GPTQ rounds to others than the nearest."""
     step = torch.stack([w.scale for w in start]).unsqueeze(-1) * _units(start)
-    y, codes, top = (
-        as_matrices(weight.detach(), view) / step,
-        torch.stack([w.codes for w in start]).float(),
-        top_code(start[0].bits),
-    )
+    y, codes = as_matrices(weight.detach(), view) / step, torch.stack([w.codes for w in start]).float()
+    low, top = start[0].code_range
     inside = torch.maximum(torch.minimum(y, codes + _WITHIN), codes - _WITHIN)
-    beyond = (codes.abs() == top) & (y * codes.sign() > top)  # clipped weights stay where they are
+    beyond = ((codes == top) & (y > top)) | ((codes == low) & (y < low))  # clipped weights stay where they are
     return from_matrices(torch.where(beyond, y, inside) * step, view).contiguous()
 
 

@@ -51,7 +51,7 @@ class CodesBetween(Fusion):
 def _write(graph: Graph, first: Product, found: list[Product], bits: int) -> None:
     at = first.node
     q, scale = (first.q, first.row_scale) if first.x is None else row_codes(graph, first.x, first.activation_bits, at, at)
-    args = (q, scale, *first.weight, None, first.bits, first.epilogue, bits)
+    args = (q, scale, *first.weight, None, first.bits, first.epilogue, bits, *first.blocks)
     whole = graph.call(ops.shiftquant_matmul_quantize.default, args, at, at)
     q, scale = (piece(graph, whole, i, at) for i in (0, 1))
     for reader in found:

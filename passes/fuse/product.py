@@ -29,6 +29,7 @@ class Product:
         x: the floats, [..., K]; None where codes are read.
         q, row_scale: the codes, int8 [..., K], and their scale; None where floats are read.
         weight: packed codes, exponents, scale and bias, as the operators take them.
+        blocks: the multipliers of blocks, which stand last among the arguments; empty without them.
         residual: [..., N], added behind the activation; None without one.
         bits: of the weight.
         activation_bits: of A; 0 where codes are read.
@@ -41,6 +42,7 @@ class Product:
     q: Any
     row_scale: Any
     weight: tuple[Any, ...]
+    blocks: tuple[Any, ...]
     residual: fx.Node | None
     bits: int
     activation_bits: int
@@ -54,10 +56,19 @@ class Product:
     def emit(self, graph: Graph, before: fx.Node) -> fx.Node:
         """The call in front of `before`, which has every operand."""
         if self.x is None:
-            args = (self.q, self.row_scale, *self.weight, self.residual, self.bits, self.epilogue)
+            args = (self.q, self.row_scale, *self.weight, self.residual, self.bits, self.epilogue, *self.blocks)
             return graph.call(_MATMUL, args, before, self.node)
         given = arguments(self.node)
-        args = (self.x, *self.weight, given["input_scale"], self.bits, self.activation_bits, self.epilogue, self.residual)
+        args = (
+            self.x,
+            *self.weight,
+            given["input_scale"],
+            self.bits,
+            self.activation_bits,
+            self.epilogue,
+            self.residual,
+            *self.blocks,
+        )
         return graph.call(_LINEAR, args, before, self.node)
 
 
@@ -67,9 +78,10 @@ def product(node: Any) -> Product | None:
         return None
     a = arguments(node)
     weight = tuple(a[name] for name in ("weight", "exponents", "scale", "bias"))
+    blocks = () if a["multipliers"] is None else (a["multipliers"],)
     floats = "x" in a
     return Product(
-        node, a.get("x"), a.get("q"), a.get("row_scale"), weight, a["residual"], a["bits"], a.get("activation_bits", 0),
+        node, a.get("x"), a.get("q"), a.get("row_scale"), weight, blocks, a["residual"], a["bits"], a.get("activation_bits", 0),
         floats and a["input_scale"] is not None, a["epilogue"],
     )  # fmt: skip
 

@@ -32,11 +32,13 @@ class Coded(ABC):
         activation_bits: of what it multiplies; None for a table.
         activations: how their scales are found; empty for a table.
         channels_by_exponent: input channels with exponent 0, 1, …; empty where there are none.
+        block: neighbouring input channels of an output that share a multiplier; 0 where there are none.
     """
 
     activation_bits: ClassVar[int | None] = None
     activations: ClassVar[str] = ""
     channels_by_exponent: ClassVar[tuple[int, ...]] = ()
+    block: ClassVar[int] = 0
 
     layer: Layer
     bits: int

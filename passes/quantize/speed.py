@@ -238,5 +238,5 @@ def _sizes(x: Tensor) -> Tensor:
 
 def _key(coded: CodedProduct, shape: tuple[int, ...]) -> Any:
     layer, exponents = coded.layer, len(coded.channels_by_exponent)
-    widths = (coded.bits, coded.activation_bits, exponents, coded.input_scale is None)
+    widths = (coded.bits, coded.activation_bits, exponents, coded.input_scale is None, *([coded.block] if coded.block else []))
     return layer.kind, shape, layer.outputs, layer.taps, *widths, layer.geometry, layer.epilogue

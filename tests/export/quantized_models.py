@@ -26,14 +26,15 @@ from normfuse.export.onnx.writer.save import save_model
 from normfuse.export.targets import TARGETS
 from normfuse.passes.attention.eager import EagerAttention
 from normfuse.passes.attention.static_masks import StaticMasks
-from normfuse.quant.packing import pack, pack_groups, pack_rows
-from normfuse.quant.weight import QuantizedWeight
+from normfuse.quant.packing import pack, pack_groups, pack_multipliers, pack_rows
+from normfuse.quant.weight import QuantizedWeight, largest_multiplier
 
 ops = torch.ops.normfuse
 
 
-def weight(n: int, k: int, bits: int, groups: int, *, extreme: bool = False) -> QuantizedWeight:
-    """Random codes; `extreme`: all of them the largest, so that pairs of products saturate 16 bits where a kernel lets them."""
+def weight(n: int, k: int, bits: int, groups: int, *, block: int = 0, extreme: bool = False) -> QuantizedWeight:
+    """Random codes; `extreme`: all of them, and all multipliers, the largest, so that pairs of products saturate 16 bits where a
+    kernel lets them."""
     top = 2 ** (bits - 1) - 1
     codes = torch.randint(-top, top + 1, (n, k), dtype=torch.int8)
     if extreme:
@@ -41,7 +42,16 @@ def weight(n: int, k: int, bits: int, groups: int, *, extreme: bool = False) -> 
         codes[n // 2 :] = -top
     exponents = torch.randint(0, groups, (k,), dtype=torch.uint8)
     exponents[0] = groups - 1
-    return QuantizedWeight(codes, exponents, torch.rand(n) * 0.02 + 0.001, bits)
+    plain = QuantizedWeight(codes, exponents, torch.rand(n) * 0.02 + 0.001, bits)
+    if not block:
+        return plain
+    most = largest_multiplier(bits)
+    m = torch.randint(most if extreme else 1, most + 1, (n, -(-k // block)))
+    m[:, ::2] *= -1
+    codes = torch.where(codes < 0, -top - 1, codes) if extreme else codes
+    return dataclasses.replace(
+        plain, codes=codes.to(torch.int8), scale=plain.scale / most, multipliers=m.to(torch.int8), block=block
+    )
 
 
 class Call(nn.Module):
@@ -68,16 +78,18 @@ def linear(
     bias: bool = True,
     epilogue: str = "none",
     static: float | None = None,
+    block: int = 0,
     extreme: bool = False,
 ) -> nn.Module:
-    w = weight(n, k, bits, groups, extreme=extreme)
+    w = weight(n, k, bits, groups, block=block, extreme=extreme)
 
-    def call(x: Tensor, w: Tensor, e: Tensor, s: Tensor, b: Tensor | None, i: Tensor | None) -> Tensor:
-        out: Tensor = ops.shiftquant_linear(x, w, e, s, b, i, bits, activation_bits, epilogue)
+    def call(x: Tensor, w: Tensor, e: Tensor, s: Tensor, b: Tensor | None, i: Tensor | None, m: Tensor | None) -> Tensor:
+        out: Tensor = ops.shiftquant_linear(x, w, e, s, b, i, bits, activation_bits, epilogue, multipliers=m)
         return out
 
     given = None if static is None else torch.tensor(static)
-    return Call(call, w=pack(w), e=w.exponents, s=w.scale, b=torch.randn(n) if bias else None, i=given)
+    m = None if w.multipliers is None else pack_multipliers(w.multipliers)
+    return Call(call, w=pack(w), e=w.exponents, s=w.scale, b=torch.randn(n) if bias else None, i=given, m=m)
 
 
 def conv(
@@ -142,16 +154,17 @@ def norm_codes(kind: str, width: int, *, residual: bool) -> nn.Module:
     return Call(call, gain=torch.randn(width), shift=torch.randn(width) if kind in ("layer", "l1") else None)
 
 
-def product_codes(n: int, k: int, bits: int, groups: int) -> nn.Module:
-    """Codes of codes: quantize_rows, then a product that is quantized again."""
-    w = weight(n, k, bits, groups)
+def product_codes(n: int, k: int, bits: int, groups: int, block: int = 0) -> nn.Module:
+    """Codes of codes: quantize_rows, then a product that is quantized again, and one that is not."""
+    w = weight(n, k, bits, groups, block=block)
 
-    def call(x: Tensor, w: Tensor, e: Tensor, s: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    def call(x: Tensor, w: Tensor, e: Tensor, s: Tensor, b: Tensor, m: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         q, scale = ops.quantize_rows(x, 8)
-        codes, rows = ops.shiftquant_matmul_quantize(q, scale, w, e, s, b, None, bits, "relu", 8)
-        return codes, rows
+        codes, rows = ops.shiftquant_matmul_quantize(q, scale, w, e, s, b, None, bits, "relu", 8, m)
+        return codes, rows, ops.shiftquant_matmul(q, scale, w, e, s, b, None, bits, "none", m)
 
-    return Call(call, w=pack(w), e=w.exponents, s=w.scale, b=torch.randn(n))
+    m = None if w.multipliers is None else pack_multipliers(w.multipliers)
+    return Call(call, w=pack(w), e=w.exponents, s=w.scale, b=torch.randn(n), m=m)
 
 
 class Block(nn.Module):

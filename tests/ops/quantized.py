@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import pytest
@@ -9,8 +10,8 @@ import torch
 from torch import Tensor
 
 from normfuse import native
-from normfuse.quant.packing import pack, pack_groups
-from normfuse.quant.weight import QuantizedWeight
+from normfuse.quant.packing import pack, pack_groups, pack_multipliers
+from normfuse.quant.weight import QuantizedWeight, largest_multiplier
 
 needs_native = pytest.mark.skipif(not native.available(), reason="the native kernels were not built")
 
@@ -25,6 +26,7 @@ class Packed:
     bias: Tensor
     bits: int
     operand: Tensor  # int64 [N, K]; of a convolution [groups, N / groups, K]
+    multipliers: Tensor | None = None
 
     @property
     def arguments(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -46,6 +48,19 @@ def linear(n: int, k: int, bits: int = 4, groups: int = 4, seed: int = 0) -> Pac
     weight = random_weight(n, k, bits, groups, seed)
     bias = torch.randn(n, generator=torch.Generator().manual_seed(seed + 1))
     return Packed(pack(weight), weight.exponents, weight.scale, bias, bits, weight.operand().long())
+
+
+def in_blocks(n: int, k: int, bits: int = 4, block: int = 32, seed: int = 0) -> Packed:
+    """A weight whose blocks have multipliers; its codes are all that their bits can say."""
+    plain = random_weight(n, k, bits, 1, seed)
+    generator = torch.Generator().manual_seed(seed + 2)
+    most, shape = largest_multiplier(bits), (n, -(-k // block))
+    m = torch.randint(1, most + 1, shape, generator=generator) * (1 - 2 * torch.randint(0, 2, shape, generator=generator))
+    codes = torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), (n, k), generator=generator, dtype=torch.int8)
+    weight = dataclasses.replace(plain, codes=codes, multipliers=m.to(torch.int8), block=block)
+    bias = torch.randn(n, generator=torch.Generator().manual_seed(seed + 1))
+    packed = pack_multipliers(m.to(torch.int8))
+    return Packed(pack(weight), weight.exponents, weight.scale / most, bias, bits, weight.operand().long(), packed)
 
 
 def convolution(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+from typing import Any
 
 import pytest
 import torch
@@ -15,11 +16,12 @@ from torch import Tensor
 from normfuse import native
 from normfuse.errors import UsageError
 from normfuse.ops import _prepared, shiftquant_linear
-from normfuse.ops._prepared import linear_weight
+from normfuse.ops._prepared import Packed, linear_weight, operand_of
 from normfuse.quant import ShiftQuant, packing
 from normfuse.quant.integers import integer_matmul
 from normfuse.quant.quantizer import quantize_weight
-from tests.ops.quantized import linear, needs_native, rows
+from normfuse.quant.weight import BLOCKS
+from tests.ops.quantized import in_blocks, linear, needs_native, rows
 
 op = torch.ops.normfuse.shiftquant_linear
 ACTIVATIONS = {
@@ -71,16 +73,63 @@ def test_values_are_those_of_exact_sums(m: int, k: int, n: int, bits: int, activ
 def test_kernel_gives_the_integers_of_the_definition(m: int, k: int, n: int, bits: int, groups: int, seed: int) -> None:
     layer = linear(n, k, bits, groups, seed)
     q = torch.randint(-127, 128, (m, k), generator=torch.Generator().manual_seed(seed), dtype=torch.int8)
-    acc = torch.empty((m, n), dtype=torch.int32)
-    struct = linear_weight(layer.weight, layer.exponents, layer.scale, None, bits)
+    _same_integers(Packed(layer.weight, layer.exponents, layer.scale, bits), layer.operand, q)
+
+
+@needs_native
+@given(st.integers(0, 9), st.integers(1, 400), st.integers(1, 50), st.integers(2, 4), st.sampled_from(BLOCKS), st.integers(0, 999))
+def test_kernel_gives_the_integers_of_blocks(m: int, k: int, n: int, bits: int, block: int, seed: int) -> None:
+    layer = in_blocks(n, k, bits, block, seed)
+    q = torch.randint(-127, 128, (m, k), generator=torch.Generator().manual_seed(seed), dtype=torch.int8)
+    packed = Packed(layer.weight, layer.exponents, layer.scale, bits, layer.multipliers)
+    assert torch.equal(operand_of(packed).long(), layer.operand)
+    _same_integers(packed, layer.operand, q)
+
+
+def _same_integers(weight: Packed, operand: Tensor, q: Tensor) -> None:
+    """On every instruction set of this machine."""
+    struct, m = linear_weight(weight), q.shape[0]
+    acc = torch.empty((m, len(operand)), dtype=torch.int32)
     for isa in native.isas():
         native.force_isa(isa)
         try:
             native.call("nf_matmul_i32", struct, q, m, acc.fill_(-1))
         finally:
             native.force_isa(None)
-        assert torch.equal(acc.long(), q.long() @ layer.operand.T)
-        assert torch.equal(acc, integer_matmul(q, layer.operand.int()))
+        assert torch.equal(acc.long(), q.long() @ operand.T)
+        assert torch.equal(acc, integer_matmul(q, operand.int()))
+
+
+@pytest.mark.parametrize("bits", [pytest.param(b, id=f"{b}bit") for b in (2, 3, 4)])
+def test_blocks_are_values_of_exact_sums(bits: int) -> None:
+    layer, x = in_blocks(20, 70, bits), torch.randn(3, 5, 70)
+    expected = _expected(x, layer, 8)
+    for run in (op, shiftquant_linear):
+        found = run(x, *layer.arguments, None, bits, 8, multipliers=layer.multipliers)
+        torch.testing.assert_close(found.double(), expected, rtol=3e-7, atol=3e-7 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        pytest.param(lambda m: m[:1], "expected int8 \\[2, blocks, 16\\] for 20 outputs", id="panels"),
+        pytest.param(lambda m: m.int(), "of torch.int32", id="dtype"),
+        pytest.param(lambda m: m.repeat(1, 3, 1), "9 blocks of 70 input channels", id="blocks"),
+        pytest.param(lambda m: torch.full_like(m, 16), "expected ±1 to ±15 for codes of 4 bits", id="large"),
+        pytest.param(torch.zeros_like, "multipliers from 0", id="zero"),
+    ],
+)
+def test_multipliers_that_do_not_fit(change: Any, message: str) -> None:
+    layer, x = in_blocks(20, 70), torch.randn(2, 70)
+    for run in (op, shiftquant_linear):
+        with pytest.raises(UsageError, match=message):
+            run(x, *layer.arguments, None, 4, 8, multipliers=change(layer.multipliers))
+
+
+def test_wide_codes_have_no_multipliers() -> None:
+    layer, blocks = linear(20, 70, 5, 1), in_blocks(20, 70)
+    with pytest.raises(UsageError, match="codes of 5 bits; they are for up to 4"):
+        op(torch.randn(2, 70), *layer.arguments, None, 5, 8, multipliers=blocks.multipliers)
 
 
 @pytest.mark.parametrize("epilogue", [pytest.param(e, id=e) for e in ACTIVATIONS])

@@ -48,7 +48,7 @@ def test_two_columns_by_hand() -> None:
     hessian = torch.tensor([[4.0, 1.5], [1.5, 1.0]], dtype=torch.float64)
     for a, b in itertools.product((0.4, 1.3, -2.2), (0.1, 0.45, -0.3)):
         weight = torch.tensor([[a, b]])
-        found = gptq_codes(weight, torch.ones(1, 2, dtype=torch.float64), hessian, 7)
+        found = gptq_codes(weight, torch.ones(1, 2, dtype=torch.float64), hessian, -7, 7)
         first = round(a)
         damping = 0.01 * 2.5
         second = round(float(torch.tensor(b + (a - first) * 1.5 / (1.0 + damping))))
@@ -79,4 +79,4 @@ def test_needs_moments() -> None:
     with pytest.raises(UsageError, match="gptq"):
         quantize_weight(torch.randn(4, 4), ShiftQuant(rounding="gptq"))
     with pytest.raises(NormfuseError, match="semidefinite"):
-        gptq_codes(torch.randn(4, 2), torch.ones(4, 2), torch.tensor([[1.0, 50.0], [50.0, 1.0]]), 7)
+        gptq_codes(torch.randn(4, 2), torch.ones(4, 2), torch.tensor([[1.0, 50.0], [50.0, 1.0]]), -7, 7)

@@ -29,7 +29,7 @@ from normfuse.export.onnx.writer.translate import MARKER_DOMAIN
 from normfuse.export.ops.activations import ZERO
 from normfuse.export.ops.products import activated
 from normfuse.export.ops.shiftquant_conv2d import conv_codes, conv_parts
-from normfuse.export.ops.weights import SAFE, parts, stored, unit_of
+from normfuse.export.ops.weights import SAFE, linear_parts, stored, unit_of
 from normfuse.export.targets import Target
 
 if TYPE_CHECKING:
@@ -170,11 +170,11 @@ def _linear(at: Build, site: Site, wanted: Wanted) -> ir.Value:
     unsigned = wanted.target.unsigned_codes
     codes, static, point = _codes(at, site, unsigned)
     scale, bits, full, shape = site.array("scale"), site.facts["bits"], at.ir.DataType.FLOAT, dims(site.node.outputs[0])
-    found = parts(site.array("weight"), site.array("exponents"), scale.size, bits)
+    found = linear_parts(site.packed, bits)
     terms = []
     for values, factors, shift, columns in found:
         read = codes if len(found) == 1 else at.op("Gather", codes, at.const(columns), axis=-1, dtype=codes.dtype)
-        operand = values << factors
+        operand = values * factors
         zero = 128 if unsigned and np.abs(operand).max(initial=0) > SAFE else 0
         weight = stored(at, values, factors, zero, int4=wanted.int4 and bits <= 4)
         each = scale * np.float32(2**shift)
@@ -199,10 +199,10 @@ def _gemm(at: Build, site: Site) -> ir.Value:
     """DQ(codes) · DQ(operand)ᵀ + DQ(bias), which runtimes know as the last layer of a classifier."""
     codes, static, point = _codes(at, site, unsigned=True)
     scale, full, shape = site.array("scale"), at.ir.DataType.FLOAT, dims(site.node.outputs[0])
-    found = parts(site.array("weight"), site.array("exponents"), scale.size, site.facts["bits"])
+    found = linear_parts(site.packed, site.facts["bits"])
     wide = np.zeros((scale.size, sum(columns.size for *_, columns in found)), np.int32)
     for values, factors, shift, columns in found:
-        wide[:, columns] = (values << factors << shift).T
+        wide[:, columns] = (values * factors << shift).T
     operand, factor = narrowed(wide)
     each = scale * factor
     x = at.op("DequantizeLinear", codes, static, point, dtype=full, shape=dims(codes))

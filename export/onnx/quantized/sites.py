@@ -13,6 +13,7 @@ from normfuse.export.lowering.layers import Layer, facts_of_call
 from normfuse.export.onnx.build import Numbers, const_of, dims, module_of
 from normfuse.export.onnx.writer.translate import MARKER_DOMAIN
 from normfuse.export.ops import OP_OF
+from normfuse.export.ops.weights import Packed
 from normfuse.ops import OPERATORS
 
 if TYPE_CHECKING:
@@ -61,6 +62,16 @@ class Site(Layer):
         names = [n.removesuffix("?") for n in self.op.inputs]
         return self.inputs[names.index(name)]
 
+    @property
+    def packed(self) -> Packed:
+        """The weight of a linear layer as numbers.
+
+        Raises:
+            ExportError: a part of it is computed when the model runs.
+        """
+        given = (self.array(name) for name in ("weight", "exponents", "scale"))
+        return Packed(*given, None if self.input("multipliers") is None else self.array("multipliers"))
+
     def array(self, name: str) -> Numbers:
         """The input of that name as numbers.
 
@@ -87,6 +98,9 @@ class _Call:
     node: ir.Node
     tensors: dict[str, ir.Value | None]
     attributes: dict[str, Any]
+
+    def has(self, name: str) -> bool:
+        return self.tensors[name] is not None
 
     def array(self, name: str) -> Numbers:
         found = const_of(self.tensors[name])

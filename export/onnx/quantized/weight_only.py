@@ -6,7 +6,8 @@
     f[k] = 2^(-e[k]),   S[n] = scale[n] · 2^E
 
 Where C << (E − e) fits as well, f is left out and the weight holds it; else f goes into the constants in front of x where it can,
-and is one Mul where it cannot. Both spellings are those that TensorRT makes one kernel of, which reads integers. A convolution has
+and is one Mul where it cannot. Multipliers of blocks are in the scales of blocks, S[n] · m[n, block]. Both spellings are those that
+TensorRT makes one kernel of, which reads integers. A convolution has
 a scale for each output; a table of rows is Gather(DequantizeLinear(C, S)).
 
 This is another function than the module's, whose activations are rounded: `quantized.weights_alone` says which.
@@ -32,9 +33,10 @@ from normfuse.export.onnx.quantized.sites import Site, sites
 from normfuse.export.onnx.quantized.weights_alone import weights_alone
 from normfuse.export.ops.products import activated
 from normfuse.export.ops.shiftquant_conv2d import conv_codes
-from normfuse.export.ops.weights import unit_of
+from normfuse.export.ops.weights import linear_parts, unit_of
 from normfuse.export.targets import Target
 from normfuse.quant.packing import unpack, unpack_rows
+from normfuse.quant.weight import BLOCK_BITS
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -99,13 +101,17 @@ class WeightOnly(Form):
 
 def _linear(at: Build, model: ir.Model, site: Site, opset: int) -> ir.Value:
     scale, e, bits = site.array("scale"), site.array("exponents").astype(np.int32), site.facts["bits"]
-    codes = unpack(torch.tensor(site.array("weight")), bits, torch.tensor(e), scale.size).numpy().T  # (K, N)
-    block = block_size(*codes.shape) if _is_int4(bits, opset) else 0
-    wide, scale, factor = _spread(codes, (e.max(initial=0) - e)[:, None], scale, e, 7 if block else 127)
+    if site.input("multipliers") is not None:
+        wide, scales, block = _blocks(site, bits if opset >= INT4_OPSET else 8)
+        factor = None
+    else:
+        codes = unpack(torch.tensor(site.array("weight")), bits, torch.tensor(e), scale.size).numpy().T  # (K, N)
+        block = block_size(*codes.shape) if _is_int4(bits, opset) else 0
+        wide, scale, factor = _spread(codes, (e.max(initial=0) - e)[:, None], scale, e, 7 if block else 127)
+        scales = np.broadcast_to(scale, (wide.shape[0] // block if block else 1, scale.size))
     x = _times(at, model, site, factor, -1)
     shape = dims(site.node.outputs[0])
     if block:
-        scales = np.broadcast_to(scale, (wide.shape[0] // block, scale.size))
         weight = _dequantized(at, wide, scales, x.dtype, int4=True, axis=0, block_size=block)
         y = at.op("MatMul", x, weight, dtype=x.dtype, shape=shape)
     else:
@@ -119,6 +125,16 @@ def _linear(at: Build, model: ir.Model, site: Site, opset: int) -> ir.Value:
     if site.has_residual:
         y = at.op("Add", y, _as(at, site.input("residual"), x.dtype), dtype=x.dtype, shape=shape)
     return y
+
+
+def _blocks(site: Site, bits: int) -> tuple[Numbers, Numbers, int]:
+    """Codes [K, N] with a scale for each block [K / block, N], which a MatMulNBits of that block size holds as they are; or, where
+    blocks do not come out even or codes are to have 8 bits, codes times multipliers, and 0."""
+    ((codes, factors, _, _),) = linear_parts(site.packed, site.facts["bits"])
+    block, scale = site.facts["block"], site.array("scale")
+    if bits > BLOCK_BITS or len(codes) % block:
+        return codes * factors, scale[None], 0
+    return codes, scale * factors[::block].astype(np.float32), block
 
 
 def _conv(at: Build, model: ir.Model, site: Site, opset: int) -> ir.Value:

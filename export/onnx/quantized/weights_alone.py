@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from normfuse.export.onnx.program import Program
 from normfuse.ops._epilogue import activation
-from normfuse.ops._prepared import conv_operands, operand_of
+from normfuse.ops._prepared import Packed, conv_operands, operand_of
 from normfuse.ops.attention import attention
 
 __all__ = ["AS_WRITTEN", "PRODUCTS", "weights_alone"]
@@ -59,7 +59,7 @@ class _Floats(TorchDispatchMode):
 
 def _linear(a: SimpleNamespace) -> Tensor:
     """act(Σ_k x[m, k] · scale[n] · (C[n, k] << (E − e[k])) + bias[n])"""
-    w = _weight(a, operand_of(a.weight, a.exponents, a.scale.numel(), a.bits))
+    w = _weight(a, operand_of(Packed(a.weight, a.exponents, a.scale, a.bits, a.multipliers)))
     y = activation(F.linear(a.x, w.to(a.x.dtype), _bias(a)), a.epilogue)
     return y if a.residual is None else y + a.residual
 

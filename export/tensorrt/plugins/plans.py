@@ -211,7 +211,7 @@ def _rows(site: Site) -> Planned:
 
 def _quantized_linear(site: Site) -> Planned:
     """Two launches: the rows are quantized once, and read by every block of outputs."""
-    x, *rest = site.inputs(6)
+    x, *rest = site.inputs(7)
     static = float(site.fact("input_scale", 0.0))
     rows = plan_rows(site.features(x), site.float_of(x), int(site.fact("activation_bits")), static=static or None)
     first = Planned("QuantizeRows", rows, {"x": x})
@@ -219,7 +219,7 @@ def _quantized_linear(site: Site) -> Planned:
 
 
 def _matmul(site: Site) -> Planned:
-    q, row_scale, *rest = site.inputs(7)
+    q, row_scale, *rest = site.inputs(8)
     if not dims(row_scale):
         raise site.refusal("one scale serves all rows", "quantize with activations='dynamic'")
     return _product(site, q, {"q": q, "row_scale": row_scale}, rest, None)
@@ -227,7 +227,9 @@ def _matmul(site: Site) -> Planned:
 
 def _product(site: Site, x: Any, codes: Mapping[str, Any], rest: list[Any], before: Planned | None) -> Planned:
     """y = act(s[m] · scale[n] · Σ_k q[m, k] · (C[n, k] << (E − e[k])) + bias[n]) + residual"""
-    weight, exponents, scale, bias, residual = rest
+    weight, exponents, scale, bias, residual, multipliers = rest
+    if multipliers is not None:
+        raise site.refusal("its weight has blocks, which the kernel does not know", "quantize with block=0")
     bits, n = int(site.fact("bits")), site.array(scale, "scale").size
     e = site.array(exponents, "exponents")
     launch, few = site.launches(

@@ -19,18 +19,20 @@ from normfuse.passes.quantize.coded import Coded, CodedProduct, Shared
 from normfuse.passes.quantize.layers.conv2d import Conv2d
 from normfuse.passes.quantize.layers.embedding import Embedding
 from normfuse.passes.quantize.layers.layer import Layer, Product
+from normfuse.passes.quantize.layers.linear import Linear
 from normfuse.passes.quantize.shiftquant.clipping import static_scale
 from normfuse.passes.quantize.statistics import Statistics
 from normfuse.passes.quantize.summary import PACKED
 from normfuse.quant.accumulator import check_accumulator
-from normfuse.quant.packing import pack_groups, pack_rows
+from normfuse.quant.packing import pack_groups, pack_multipliers, pack_rows
 from normfuse.quant.quantizer import quantize_weight
 from normfuse.quant.spec import ShiftQuant
 from normfuse.quant.weight import QuantizedWeight
 
-__all__ = ["RULE", "Integers", "Table", "encode", "encode_product", "width"]
+__all__ = ["RULE", "Integers", "Table", "encode", "encode_product", "packed", "width"]
 
 RULE = "shiftquant"
+_MULTIPLIERS = 10  # where the arguments of shiftquant_linear have them
 
 ops = torch.ops.normfuse
 aten = torch.ops.aten
@@ -45,12 +47,14 @@ class Integers(CodedProduct):
         codes: their packed bytes.
         exponents: of the input channels.
         scale: of the outputs.
+        multipliers: of blocks, packed; None without them.
     """
 
     weights: tuple[QuantizedWeight, ...]
     codes: Tensor
     exponents: Tensor
     scale: Tensor
+    multipliers: Tensor | None = None
 
     @property
     def activation_bits(self) -> int:  # type: ignore[override]
@@ -63,7 +67,11 @@ class Integers(CodedProduct):
 
     @property
     def bytes(self) -> int:
-        return _bytes(self.codes, self.scale, self.bias, self.input_scale, self.exponents)
+        return _bytes(self.codes, self.scale, self.bias, self.input_scale, self.exponents, self.multipliers)
+
+    @property
+    def block(self) -> int:  # type: ignore[override]
+        return self.weights[0].block
 
     @property
     def channels_by_exponent(self) -> tuple[int, ...]:  # type: ignore[override]
@@ -73,12 +81,15 @@ class Integers(CodedProduct):
         layer, (target, where) = self.layer, _operator(self.layer)
         tensors = (self.codes, self.exponents, self.scale, None if bare else self.bias, self.input_scale)
         widths = (self.bits, self.activation_bits)
-        y: Tensor = target(layer.laid_out(x), *tensors, *widths, *where, "none" if bare else layer.epilogue)
+        epilogue = "none" if bare else layer.epilogue
+        blocks = () if self.multipliers is None else (None, self.multipliers)
+        y: Tensor = target(layer.laid_out(x), *tensors, *widths, *where, epilogue, *blocks)
         return layer.undone(y)
 
     def emit(self, graph: Graph, shared: Shared, emitted: Mapping[fx.Node, fx.Node]) -> fx.Node:
         layer, before, folder = self.layer, self.layer.tail, _folder(self.layer)
-        constants = shared.setdefault(id(self.codes), _constants(self, folder, "codes", "exponents", "scale"))
+        names = ("codes", "exponents", "scale", *(() if self.multipliers is None else ("multipliers",)))
+        constants = shared.setdefault(id(self.codes), _constants(self, folder, *names))
         x = layer.emit_laid_out(graph, emitted.get(layer.x, layer.x))
         bias = None if self.bias is None else graph.emit_constant(self._bias(folder), before)
         exponents = graph.emit_constant(constants["exponents"], before)
@@ -88,6 +99,8 @@ class Integers(CodedProduct):
         codes, scale = (graph.emit_constant(constants[name], before) for name in ("codes", "scale"))
         target, where = _operator(layer)
         arguments = (x, codes, exponents, scale, bias, static, self.bits, self.activation_bits, *where, layer.epilogue)
+        if self.multipliers is not None:
+            arguments = (*arguments, None, graph.emit_constant(constants["multipliers"], before))
         new = layer.emit_undone(graph, graph.call(target, arguments, before, layer.node))
         before.replace_all_uses_with(new)
         return new
@@ -197,7 +210,7 @@ def encode_product(
     like: Integers | None = None,
 ) -> Integers:
     """The integers of a product; arguments and errors as of `encode`."""
-    spec = dataclasses.replace(layer.spec, weight_bits=bits)
+    spec = dataclasses.replace(layer.spec, weight_bits=bits, block=layer.spec.block if isinstance(layer, Linear) else 0)
     _check(layer, found, second)
     if like is not None:
         weights = like.weights
@@ -210,13 +223,19 @@ def encode_product(
             check_accumulator(w, spec.activation_bits, layer.path)
         except UsageError as e:
             raise Refuse(f"its sums do not fit into 32 bits: {e}", remedy="fewer groups or bits for it: overrides={...}") from e
-    packed = pack_groups(weights, layer.taps) if like is None else (like.codes, like.exponents, like.scale)
+    held = packed(weights, layer) if like is None else (like.codes, like.exponents, like.scale, like.multipliers)
     bias = None if layer.bias is None else layer.bias.value.float()
     static = None
     if spec.activations == "static":
         assert found is not None
         static = torch.tensor(static_scale(found, spec), dtype=torch.float32)
-    return Integers(layer, bits, bias, static, weights, *packed)
+    return Integers(layer, bits, bias, static, weights, *held)
+
+
+def packed(weights: tuple[QuantizedWeight, ...], layer: Product) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Codes, exponents, scales and multipliers as the operator takes them."""
+    m = weights[0].multipliers
+    return *pack_groups(weights, layer.taps), None if m is None else pack_multipliers(m)
 
 
 def _weight(
@@ -241,7 +260,14 @@ def _check(layer: Product, found: Statistics | None, second: Tensor | None) -> N
 def _table(layer: Embedding, bits: int) -> Table:
     """One scale a row, no groups: a row is read alone."""
     spec = dataclasses.replace(
-        layer.spec, weight_bits=bits, groups=1, granularity="per_channel", rounding="nearest", exponents="range", overrides=()
+        layer.spec,
+        weight_bits=bits,
+        groups=1,
+        block=0,
+        granularity="per_channel",
+        rounding="nearest",
+        exponents="range",
+        overrides=(),
     )
     weight = quantize_weight(layer.weight.value, spec)
     return Table(layer, bits, pack_rows(weight.codes, bits), weight.scale)
@@ -264,7 +290,9 @@ def _product_surplus(node: fx.Node, held: list[Constant | None]) -> dict[int, in
         kernel: Any = node.args[8]
         groups: Any = node.args[12]
         values = values * math.prod(kernel) // groups
-    return {id(codes): codes.numel - values, id(exponents): exponents.numel}
+    surplus = {id(codes): codes.numel - values, id(exponents): exponents.numel}
+    surplus |= {id(c): c.numel for c in held[_MULTIPLIERS:] if c is not None}
+    return surplus
 
 
 PACKED[ops.shiftquant_embedding.default] = _table_surplus

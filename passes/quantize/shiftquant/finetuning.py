@@ -14,9 +14,8 @@ from normfuse.passes.quantize.coded import Coded
 from normfuse.passes.quantize.evaluation import Outputs
 from normfuse.passes.quantize.layers.find import reread
 from normfuse.passes.quantize.probe import progress
-from normfuse.passes.quantize.shiftquant.coded import Integers
+from normfuse.passes.quantize.shiftquant.coded import Integers, packed
 from normfuse.quant.finetune import Finetuned, finetune
-from normfuse.quant.packing import pack_groups
 from normfuse.quant.spec import ShiftQuant
 from normfuse.ranks import several_ranks
 from normfuse.reports.model import Site
@@ -74,7 +73,7 @@ def _recoded(graph: Graph, coded: Integers, trained: Finetuned) -> Integers:
     weights = trained.weights[coded.layer.node]
     bias = None if layer.bias is None else layer.bias.value.float()
     static = trained.input_scales.get(layer.node, coded.input_scale)
-    return Integers(layer, coded.bits, bias, static, weights, *pack_groups(weights, layer.taps))
+    return Integers(layer, coded.bits, bias, static, weights, *packed(weights, layer))
 
 
 def _held(graph: Graph) -> Held:

@@ -16,6 +16,7 @@ from normfuse.ops._epilogue import finish
 from normfuse.quant.integers import integer_matmul, quantize_rows, quantize_static
 from normfuse.quant.packing import pack
 from normfuse.quant.weight import QuantizedWeight
+from tests.ops.quantized import in_blocks
 
 onnx = pytest.importorskip("onnx")
 ort = pytest.importorskip("onnxruntime")
@@ -92,6 +93,19 @@ def test_linear_is_its_definition(epilogue: str, constants: tuple[int, ...]) -> 
     q, s = quantize_rows(x, 8)
     expected = finish(integer_matmul(q, w.operand()), s, w.scale, bias, epilogue, residual, torch.float32)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("constants", [pytest.param((1, 2, 3, 6), id="constant"), pytest.param((), id="given")])
+@pytest.mark.parametrize("residual", [pytest.param(None, id="none"), pytest.param(torch.zeros(1), id="zero")])
+def test_blocks_are_their_definition(residual: Tensor | None, constants: tuple[int, ...]) -> None:
+    """One 0 stands for a residual that is not there."""
+    w = in_blocks(21, 70)
+    x = torch.randn(2, 5, 70)
+    inputs = [x, w.weight, w.exponents, w.scale, w.bias, residual, w.multipliers]
+    (found,) = _run("ShiftQuantLinear", inputs, [F], constants=constants, bits=4, activation_bits=8)
+    q, s = quantize_rows(x, 8)
+    expected = finish(integer_matmul(q, w.operand.int()), s, w.scale, w.bias, "none", None, torch.float32)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7, 8])
@@ -338,6 +352,7 @@ def _linear(**changes: Any) -> tuple[str, list[Tensor | None], list[int], dict[s
         "scale": w.scale,
         "bias": None,
         "residual": None,
+        "multipliers": None,
     }
     attributes: dict[str, Any] = {"bits": 4}
     for name, value in changes.items():
@@ -346,6 +361,11 @@ def _linear(**changes: Any) -> tuple[str, list[Tensor | None], list[int], dict[s
         else:
             attributes[name] = value
     return "ShiftQuantLinear", list(inputs.values()), [F], attributes
+
+
+def _in_blocks(multipliers: Tensor) -> tuple[str, list[Tensor | None], list[int], dict[str, Any]]:
+    w = _weight(8, 16, 4, 1)
+    return _linear(weight=pack(w), exponents=w.exponents, multipliers=multipliers)
 
 
 def _conv(**changes: Any) -> tuple[str, list[Tensor | None], list[int], dict[str, Any]]:
@@ -375,6 +395,12 @@ HOSTILE = {
     "scale rank": (_linear(scale=torch.zeros(8, 1)), "one for each output"),
     "bias": (_linear(bias=torch.zeros(9)), "bias: found"),
     "residual": (_linear(residual=torch.zeros(3, 9)), "residual: found"),
+    "multipliers rank": (_in_blocks(torch.ones(1, 16, dtype=torch.int8)), "multipliers: found [1, 16]"),
+    "multipliers panels": (_in_blocks(torch.ones(2, 1, 16, dtype=torch.int8)), "expected [1, blocks, 16]"),
+    "multipliers blocks": (_in_blocks(torch.ones(1, 2, 16, dtype=torch.int8)), "2 blocks of 16 inputs"),
+    "multipliers large": (_in_blocks(torch.full((1, 1, 16), -16, dtype=torch.int8)), "expected 1 to 15 and their negatives"),
+    "multipliers zero": (_in_blocks(torch.zeros(1, 1, 16, dtype=torch.int8)), "expected 1 to 15 and their negatives"),
+    "multipliers and exponents": (_linear(multipliers=torch.ones(1, 1, 16, dtype=torch.int8)), "exponents of 0"),
     "row_scale": (
         ("ShiftQuantMatMul", [torch.zeros(3, 16, dtype=torch.int8), torch.ones(2, 1), *_linear()[1][1:4]], [F], {"bits": 4}),
         "row_scale",

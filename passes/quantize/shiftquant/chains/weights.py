@@ -112,7 +112,7 @@ def integers(layer: Conv2d, found: Statistics | None, second: Tensor | None) -> 
 
 def _depthwise(layer: Conv2d, spec: ShiftQuant) -> Integers:
     """All channels as the rows of one matrix."""
-    spec = dataclasses.replace(spec, groups=1, exponents="range", rounding="nearest")
+    spec = dataclasses.replace(spec, groups=1, block=0, exponents="range", rounding="nearest")
     weight = quantize_weight(layer.matrix().reshape(layer.outputs, -1), spec)
     given = Integers(weight.codes, torch.zeros(layer.groups, dtype=torch.uint8), weight.scale.double(), weight.bits)
     return _paired(given, layer) if _in_pairs(spec) else given

@@ -32,12 +32,19 @@ SEEN = torch.arange(63).reshape(7, 9).remainder(5) > 0  # queries · keys
 def _layers() -> dict[str, tuple[str, list[nn.Module]]]:
     """Name: the input that all of them read, and layers."""
     widths = [linear(20, 37, *width, bias=i % 2 == 0) for i, width in enumerate(WIDTHS)]
+    blocks = [linear(20, 37, bits, 1, block=b, bias=b == 32) for bits in (2, 3, 4) for b in (32, 64)]
     others = [linear(16, 37, 4, 4, a) for a in (2, 5)] + [linear(20, 37, epilogue="relu"), linear(33, 37, 4, 3, static=0.03)]
     strange: Any = {"kernel": (5, 3), "stride": (2, 1), "padding": (2, 0, 1, 1), "dilation": (1, 2)}
     return {
-        "linears": ("x", [*widths, *others]),
-        "extremes": ("wide", [linear(32, 256, *w, extreme=True) for w in ((8, 1), (7, 2), (4, 5), (4, 4), (6, 3))]),
-        "products": ("x", [product_codes(20, 37, 4, 4), product_codes(17, 37, 8, 3)]),
+        "linears": ("x", [*widths, *blocks, *others]),
+        "extremes": (
+            "wide",
+            [
+                *(linear(32, 256, *w, extreme=True) for w in ((8, 1), (7, 2), (4, 5), (4, 4), (6, 3))),
+                linear(32, 256, 4, 1, block=64, extreme=True),
+            ],
+        ),
+        "products": ("x", [product_codes(20, 37, 4, 4), product_codes(17, 37, 8, 3), product_codes(20, 37, 4, 1, 32)]),
         "norms": ("x", [norm_codes(kind, 37, residual=i % 2 == 0) for i, kind in enumerate(("layer", "rms", "crms", "l1"))]),
         "convs": (
             "image",
@@ -161,9 +168,11 @@ def test_kernels_that_saturate_get_small_operands_only(everything: tuple[Transla
     """uint8 · int8 adds two products in 16 bits on AVX2: 2 · 255 · 64 fits; anything larger is uint8 · uint8."""
     assert 2 * 255 * SAFE < 2**15
     graph = onnx.load(everything[1]["integer"]).graph
-    kinds = [t.data_type for t in graph.initializer if list(t.dims) == [256, 32]]  # of (8, 1), (7, 2), (4, 5), (4, 4), (6, 3)
+    kinds = [
+        t.data_type for t in graph.initializer if list(t.dims) == [256, 32]
+    ]  # of (8, 1), (7, 2), (4, 5), (4, 4), (6, 3), and in blocks
     uint8, int8 = onnx.TensorProto.UINT8, onnx.TensorProto.INT8
-    assert sorted(kinds) == sorted([uint8, uint8, uint8, int8, uint8])
+    assert sorted(kinds) == sorted([uint8, uint8, uint8, int8, uint8, uint8])
 
 
 # -- static scales -----------------------------------------------------------------------------------------------------

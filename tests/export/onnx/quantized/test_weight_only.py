@@ -19,7 +19,8 @@ from normfuse.export.onnx.quantized import weight_only
 from normfuse.export.onnx.quantized.forms import possible_forms
 from normfuse.export.onnx.quantized.weights_alone import AS_WRITTEN
 from normfuse.export.targets import TARGETS
-from normfuse.quant.packing import unpack, unpack_rows
+from normfuse.ops._prepared import Packed, operand_of
+from normfuse.quant.packing import unpack_rows
 from tests.export.quantized_models import (
     Call,
     attention,
@@ -46,14 +47,15 @@ CASES = [
     pytest.param({"k": 40, "n": 20, "bits": 6, "epilogue": "relu"}, "INT8", id="6-bits-spread"),
     pytest.param({"k": 40, "n": 20, "bits": 8, "groups": 8, "epilogue": "gelu"}, "INT8", id="8-bits-8-groups"),
     pytest.param({"k": 40, "n": 20, "bits": 8, "groups": 1, "static": 0.05}, "INT8", id="static"),
+    pytest.param({"k": 128, "n": 20, "bits": 4, "groups": 1, "block": 32}, "INT4", id="blocks"),
+    pytest.param({"k": 128, "n": 20, "bits": 2, "groups": 1, "block": 64}, "INT4", id="blocks-2-bits"),
+    pytest.param({"k": 37, "n": 20, "bits": 4, "groups": 1, "block": 32}, "INT8", id="blocks-odd-inputs"),
 ]
 
 
 def _floats(model: nn.Module, bits: int) -> Tensor:
-    """Ŵ = scale · (C << (E − e)), [N, K] in float64."""
-    e = model.e.long()
-    codes = unpack(model.w, bits, model.e, model.s.numel()).double()
-    return codes * torch.exp2((e.max() - e).double()) * model.s.double()[:, None]
+    """Ŵ = scale · (C << (E − e)), or with multipliers, [N, K] in float64."""
+    return operand_of(Packed(model.w, model.e, model.s, bits, model.m)).double() * model.s.double()[:, None]
 
 
 def _close(got: Tensor, want: Tensor) -> None:
@@ -122,6 +124,24 @@ def test_portable_files_of_older_opsets_hold_bytes(tmp_path: Path) -> None:
     new = exported(model, (x,), tmp_path, target="portable", form="weight_only", opset=21)
     assert _kinds(new.path) == {"INT4"}
     assert new.weight_bytes < old.weight_bytes
+
+
+def test_onnxruntime_multiplies_blocks_as_its_own(tmp_path: Path) -> None:
+    """The codes and scales are those of a MatMulNBits of the same block."""
+    import onnxruntime
+
+    torch.manual_seed(0)
+    model, x = linear(24, 128, 4, 1, block=32).eval(), torch.randn(5, 128)
+    file = exported(model, (x,), tmp_path, target="portable", form="weight_only", opset=21)
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    session = onnxruntime.InferenceSession(str(file.path), options, providers=["CPUExecutionProvider"])
+    (node,) = [n for n in onnx.load(tmp_path / "optimized.onnx").graph.node if n.op_type == "MatMulNBits"]
+    facts = {a.name: a.i for a in node.attribute}
+    assert (facts["K"], facts["N"], facts["bits"], facts["block_size"]) == (128, 24, 4, 32)
+    (got,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    want = x.double() @ _floats(model, 4).T + model.b.double()
+    assert float((torch.from_numpy(got) - want).abs().max()) < 0.02 * float(want.abs().max())  # it rounds x to 8 bits
 
 
 def test_block_sizes() -> None:
