@@ -61,8 +61,8 @@ class _Site:
         return int(query[1] or 0), int(key[1] or 0), int(key[3] or 0)
 
 
-def lower_cache(model: Any, form: str, *, left: bool = True) -> int:
-    """Write every cached attention of `model` in `form`; their number.
+def lower_cache(model: Any, form: str, *, left: bool = True) -> None:
+    """Write every cached attention of `model` in `form`.
 
     Args:
         left: rows may be padded on the left; without, they are taken to be padded on the right or not at all.
@@ -75,7 +75,7 @@ def lower_cache(model: Any, form: str, *, left: bool = True) -> int:
     nodes = [n for n in model.graph if n.domain == MARKER_DOMAIN and n.op_type in (_ATTENTION, _POSITIONS, _NEWEST, _UNPADDED)]
     sites = [n for n in nodes if n.op_type == _ATTENTION]
     if not sites:
-        return 0
+        return
     for node in nodes:
         if node.op_type == _UNPADDED:
             _replace(model, node, [_all_valid(model, node)])
@@ -92,7 +92,6 @@ def lower_cache(model: Any, form: str, *, left: bool = True) -> int:
             _standard(model, _Site(node), shared.at(node))
     if form == "gqa":
         model.opset_imports["com.microsoft"] = 1
-    return len(sites)
 
 
 class _Shared:
