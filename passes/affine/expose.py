@@ -5,10 +5,11 @@ from __future__ import annotations
 from functools import partial
 
 import torch
+from torch import fx
 
 from normfuse.ir.constants import Constant
-from normfuse.ir.graph import Refuse
-from normfuse.ir.passes import Pass, Rewriting
+from normfuse.ir.graph import Graph, Refuse
+from normfuse.ir.passes import Change, Pass, Rewriting, under
 from normfuse.ir.views import Add, Affine, BatchNorm, Div, GroupNorm, InstanceNorm, LayerNorm, Mul, Op, RmsNorm, Sub, Value
 from normfuse.passes.affine.broadcast import PASS_INPUTS, UNKNOWN, axes, channelwise, keeps_shape
 from normfuse.passes.affine.enclosed import enclosed
@@ -133,10 +134,26 @@ class Expose(Pass):
     def rewrite(self, work: Rewriting) -> None:
         graph = work.graph
         infer(graph)
+        mixed = len({c.dtype for c in graph.constants.values() if c.dtype.is_floating_point}) > 1
         for node in graph:
-            found = work.found(self.rule, node, partial(self.change, graph, node))
+            found = work.found(self.rule, node, partial(self._exposed, graph, node, mixed))
             if found is not None and work.permits(found.rule, node):
                 new = graph.replace(node, found.value)
                 new.meta["origin"] = graph.view(node, 2)
                 inherit(new, node)
         work.refused += enclosed(graph)
+
+    def _exposed(self, graph: Graph, node: fx.Node, mixed: bool) -> Change | None:
+        """The change, unless a constant might promote the value: in a model of one dtype it does not, whatever the input is.
+
+        Args:
+            mixed: the model has constants of several floating dtypes.
+        """
+        found, op = self.change(graph, node), graph.view(node, 2)
+        if not mixed or found is None or not isinstance(op, Op):
+            return found
+        match _parts(op):
+            case x, Constant() as c, _, _ if c.ndim and dtype_of(x) is None:
+                with under(constant_arithmetic_is_affine.__name__):
+                    raise Refuse("dtype unknown: a constant of another dtype might promote it", remedy=PASS_INPUTS)
+        return found

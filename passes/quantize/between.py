@@ -47,4 +47,4 @@ def note_ranges(found: Mapping[fx.Node, Reach], emitted: Mapping[fx.Node, fx.Nod
 
 def _is_image(node: fx.Node) -> bool:
     value = node.meta.get("val")
-    return node.op == "call_function" and isinstance(value, Tensor) and value.ndim == _IMAGE and value.is_floating_point()
+    return isinstance(value, Tensor) and value.ndim == _IMAGE and value.is_floating_point()

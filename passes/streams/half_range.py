@@ -22,7 +22,7 @@ from normfuse.ir.constants import Constant
 from normfuse.ir.dtypes import default_eps
 from normfuse.ir.graph import Graph
 from normfuse.ir.passes import Change, Pass, Rewriting, Samples
-from normfuse.ir.views import BatchNorm, Div, InstanceNorm, Mul, Op, RmsNorm, Value
+from normfuse.ir.views import Div, Mul, Op, RmsNorm, Value
 from normfuse.numerics.observe import observe
 from normfuse.passes.streams.scaled import NORMS, Scaled, closed
 
@@ -155,12 +155,10 @@ def _with(op: Op, read: float, written: float) -> Op:
 
 def _norm(op: Any, read: float, written: float) -> Op:
     changes: dict[str, Any] = {"eps": _eps(op) * read**2}
-    for name in ("gamma", "beta"):
+    for name, factor in (("gamma", written), ("beta", written), ("mean", read), ("var", read**2)):
         c = getattr(op, name, None)
         if c is not None:
-            changes[name] = _of(c, written)
-    if isinstance(op, (BatchNorm, InstanceNorm)) and op.mean is not None and op.var is not None:
-        changes |= {"mean": _of(op.mean, read), "var": _of(op.var, read**2)}
+            changes[name] = _of(c, factor)
     made: Op = dataclasses.replace(op, node=None, **changes)
     return made
 

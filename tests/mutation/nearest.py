@@ -14,8 +14,8 @@ _STREAMS = ("passes/streams/test_guards_streams.py", "passes/streams/test_mean_f
 _PARALLEL = ("passes/affine/test_guards_parallel.py", "passes/affine/test_parallel_signs.py", "passes/test_bake.py")
 _SLICES = ("passes/affine/test_slices.py",)
 _FOLD = ("folding/test_*.py",)
-_FUSE = ("passes/fuse/test_*.py",)
-_KERNELS = ("passes/fuse/test_*.py", "export/test_kernels_lowering.py")
+_FUSE = ("passes/fuse/test_fuse.py",)
+_KERNELS = ("passes/fuse/test_guards_kernels.py",)
 _CHAINS = ("passes/quantize/test_chain_parts.py", "passes/quantize/test_chains*.py")
 _PARTS = ("passes/quantize/test_chain_parts.py",)
 _FILES = ("hostile/test_programs.py", "pt2/test_pt2.py")
@@ -43,7 +43,6 @@ SOURCES: dict[str, tuple[str, ...]] = {
     },
     **{f"passes/fuse/{name}.py": _KERNELS for name in ("kernels", "norm_patterns")},
     **{f"passes/streams/{name}.py": ("passes/streams/test_guards_half_range.py",) for name in ("half_range", "scaled")},
-    "passes/quantize/between.py": ("export/onnx/quantized/test_codes_between.py",),
     **{f"passes/quantize/shiftquant/chains/{name}.py": _CHAINS for name in ("chains", "find", "steps")},
     **{f"passes/quantize/shiftquant/chains/{name}.py": _PARTS for name in ("functions", "ranges", "weights")},
     "passes/quantize/reach.py": _PARTS,

@@ -255,3 +255,24 @@ def test_two_factors_promote_like_one_after_the_other(dtypes, dtype):
         expected, found = model(x), normfuse.optimize(model, verify="off")(x)
     assert found.dtype == expected.dtype
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-2)  # the model rounds to the narrowest between its steps
+
+
+class Table(nn.Module):
+    """A norm of an input of which nothing is known, times a vector that may be wider than it."""
+
+    def __init__(self, norm, vector):
+        super().__init__()
+        self.norm, self.vector = norm, nn.Buffer(vector)
+
+    def forward(self, x):
+        return self.norm(x) * self.vector
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm(8), nn.LayerNorm(8, elementwise_affine=False), nn.RMSNorm(8)], ids=str)
+@pytest.mark.parametrize("weights", [torch.float16, torch.float32])
+@pytest.mark.parametrize("given", [True, False])
+def test_a_wider_vector_promotes_what_is_traced_without_inputs(norm, weights, given):
+    model = nn.Sequential(Table(randomise_norms(norm).to(weights), torch.rand(8) + 0.5), nn.Tanh()).eval()
+    fast = compared(model, torch.randn(3, 8).to(weights), given=given)
+    if weights is torch.float32 and isinstance(norm, nn.LayerNorm) and norm.elementwise_affine:  # nothing can be promoted
+        assert not any(n.target is torch.ops.aten.mul.Tensor for n in fast.graph.nodes)
