@@ -11,6 +11,7 @@ from torch import nn
 
 from normfuse.errors import ExportError
 from normfuse.export.onnx.quiet import quiet
+from normfuse.export.onnx.writer.once import made_once
 from normfuse.extras import need
 from normfuse.files import atomic
 
@@ -45,7 +46,7 @@ def export_original(
             config.use_cache = False
     with atomic(path, force=force) as temporary:
         try:
-            with quiet(), torch.no_grad():
+            with quiet(), torch.no_grad(), made_once():
                 torch.onnx.export(
                     plain, args, str(temporary), kwargs=kwargs or {}, dynamo=True, dynamic_shapes=dynamic_shapes,
                     opset_version=opset, verbose=False,

@@ -75,12 +75,15 @@ def _changes_no_more(once):
 
 
 @pytest.mark.parametrize("name", ZOO)
-@pytest.mark.parametrize("chosen", [["expose", "affine"], ["mean_free", "expose", "affine"]], ids="-".join)
-def test_passes_in_another_order_are_identities(name, chosen):
+def test_passes_in_another_order_are_identities(name):
+    """Each order starts from the same capture, which is the model as well."""
     model, example = inputs(name)
-    report = normfuse.report(normfuse.optimize(model, example, passes=chosen))
-    assert report.exact.max_rel <= IDENTITY
-    assert not report.undone
+    captured = normfuse.optimize(model, example, passes=[])
+    assert normfuse.report(captured).exact.max_rel <= IDENTITY
+    for chosen in (["expose", "affine"], ["mean_free", "expose", "affine"]):
+        report = normfuse.report(normfuse.optimize(captured, passes=chosen))
+        assert report.exact.max_rel <= IDENTITY, chosen
+        assert not report.undone, chosen
 
 
 def test_affine_finds_nothing_that_was_not_exposed():

@@ -1,6 +1,9 @@
 """Exact files: real architectures, the kernels that OpenVINO makes of them, names, axes, dtypes, structure of outputs."""
 
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +12,7 @@ from torch import Tensor, nn
 import normfuse
 from normfuse.export import Exported, to_openvino
 from normfuse.export.openvino.graph import as_run, provenance
+from normfuse.export.openvino.result import OpenVinoExported
 from normfuse.export.openvino.runtime import compiled, opened
 from tests.export.models import attention, relative
 from tests.export.openvino.openvino_models import MODELS, outputs, written
@@ -17,11 +21,22 @@ openvino = pytest.importorskip("openvino", reason="OpenVINO is not installed")
 pytest.importorskip("onnxscript")
 
 
+@pytest.fixture(scope="module")
+def real(tmp_path_factory) -> Callable[[str], tuple[nn.Module, Any, OpenVinoExported]]:
+    """A model by name, its inputs, and its file, which is written once."""
+
+    @cache
+    def made(name: str) -> tuple[nn.Module, Any, OpenVinoExported]:
+        torch.manual_seed(0)
+        model, inputs = MODELS[name]()
+        return model, inputs, written(normfuse.optimize(model, inputs), tmp_path_factory.mktemp(name))
+
+    return made
+
+
 @pytest.mark.parametrize("name", MODELS)
-def test_a_real_model_is_the_same_function(name, tmp_path):
-    model, inputs = MODELS[name]()
-    fast = normfuse.optimize(model, inputs)
-    made = written(fast, tmp_path)
+def test_a_real_model_is_the_same_function(name, real):
+    model, inputs, made = real(name)
     assert made.error is not None
     assert made.error.max_rel < 1e-5
     feeds = inputs if isinstance(inputs, dict) else dict(zip(made.inputs, inputs, strict=True))
@@ -31,10 +46,9 @@ def test_a_real_model_is_the_same_function(name, tmp_path):
     assert relative(next(iter(outputs(made.path, **feeds).values())), wanted) < 1e-5
 
 
-def test_openvino_fuses_norms_attention_and_activations(tmp_path):
+def test_openvino_fuses_norms_attention_and_activations(real):
     """Each RMSNorm is one kernel, and so are the attention of a layer and a bias with what follows it."""
-    model, inputs = MODELS["vit"]()
-    made = written(normfuse.optimize(model, inputs), tmp_path)
+    *_, made = real("vit")
     assert made.ran is not None
     assert made.norms == {"RMS": 5}
     kinds = {name.partition(":")[0] for name in made.ran.kernels}
@@ -43,9 +57,8 @@ def test_openvino_fuses_norms_attention_and_activations(tmp_path):
     assert "RMS" in str(made)
 
 
-def test_rotary_positions_are_one_kernel(tmp_path):
-    model, inputs = MODELS["llama"]()
-    made = written(normfuse.optimize(model, inputs), tmp_path)
+def test_rotary_positions_are_one_kernel(real):
+    *_, made = real("llama")
     assert made.ran is not None
     assert made.ran.kernels["RoPE:f32"] == 4
     assert made.norms == {"RMS": 5}
@@ -103,15 +116,22 @@ def test_an_axis_that_varies_in_attention(tmp_path):
     assert relative(found["last_hidden_state"], wanted.last_hidden_state) < 1e-5
 
 
-@pytest.mark.parametrize(("dtype", "bound"), [("fp16", 5e-3), ("bf16", 4e-2)])
-@pytest.mark.parametrize("io_dtype", ["fp32", "low"])
-def test_narrow_files(dtype, bound, io_dtype, tmp_path):
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory) -> tuple[nn.Module, Tensor, nn.Module, int]:
+    """A model, its input, the optimized model, and how large its file is in float32."""
+    torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64), nn.GELU(), nn.Linear(64, 32)).eval()
     x = torch.randn(3, 64)
     fast = normfuse.optimize(model, (x,))
-    wide = written(fast, tmp_path).bytes
-    made = written(fast, tmp_path, dtype=dtype, io_dtype=io_dtype, force=True)
-    assert made.bytes < wide
+    return model, x, fast, written(fast, tmp_path_factory.mktemp("wide")).bytes
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [("fp16", 5e-3), ("bf16", 4e-2)])
+@pytest.mark.parametrize("io_dtype", ["fp32", "low"])
+def test_narrow_files(dtype, bound, io_dtype, wide, tmp_path):
+    model, x, fast, bytes_wide = wide
+    made = written(fast, tmp_path, dtype=dtype, io_dtype=io_dtype)
+    assert made.bytes < bytes_wide
     low = {"fp16": torch.float16, "bf16": torch.bfloat16}[dtype]
     given = low if io_dtype == "low" else torch.float32
     y = outputs(made.path, input=x.to(given))["output"]
