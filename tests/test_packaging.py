@@ -181,6 +181,34 @@ def test_install_goes_on_without_kernels(copied: Path, source: str, compiler: st
     assert (compiler or "this is not C++17") in log
 
 
+def test_a_build_of_a_checkout_names_its_commit(copied: Path, tmp_path: Path) -> None:
+    if shutil.which("git") is None:
+        pytest.skip("no git")
+    folder = tmp_path / "checkout"
+    shutil.copytree(copied, folder, symlinks=True, ignore=shutil.ignore_patterns("build", "*.egg-info", "small.cpp"))
+
+    def git(*words: str) -> str:
+        asked = ["git", "-c", "user.name=n", "-c", "user.email=n@n", "-c", "commit.gpgsign=false", *words]
+        return subprocess.run(asked, cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
+
+    git("init", "-q")
+    git("add", "-A")
+    git("commit", "-qm", "all")
+    head = git("rev-parse", "--short=12", "HEAD")
+    wheel, _ = _build(folder, "wheel", {"CXX": "no-such-compiler"})
+    with zipfile.ZipFile(wheel) as archive:
+        assert archive.read("normfuse/_commit.txt").decode().strip().startswith(head)
+    sdist, _ = _build(folder, "sdist", {"CXX": "no-such-compiler"})
+    with tarfile.open(sdist) as sources:
+        (member,) = [m for m in sources.getmembers() if m.name.endswith("/normfuse/_commit.txt")]
+        held = sources.extractfile(member)
+        assert held is not None
+        assert held.read().decode().startswith(head)
+    code = "from normfuse.commit import commit; print(commit())"
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith(head)
+
+
 def test_sdist_holds_what_the_kernels_are_built_from(copied: Path) -> None:
     sdist, _ = _build(copied, "sdist")
     with tarfile.open(sdist) as archive:

@@ -17,7 +17,15 @@ from as_notebook import notebook
 ROOT = Path(__file__).parents[2]
 FROM_ROOT = {"index.md": "README.md", "contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md"}
 _LINK = re.compile(r"\[([^\]]*)\]\(([^)\s]+)\)")
-NOTEBOOKS = ("start.md", "fold.md", "report.md", "quantization.md", "norms.md", "howto/")  # pages that are notebooks as well
+NOTEBOOKS = (
+    "start.md",
+    "fold.md",
+    "report.md",
+    "quantization.md",
+    "norms.md",
+    "language-models.md",
+    "howto/",
+)  # pages that are notebooks as well
 _LOADED = re.compile(r"<(?:script|link|img|iframe|source)\b[^>]*?\b(?:src|href)=[\"']?(?:https?:)?//[^>]*>", re.IGNORECASE)
 
 

@@ -25,7 +25,7 @@ def why_not(signature: Signature) -> str:
         if not t.shape:
             return f"{t} has no axes"
         if isinstance(t.shape[0], int):
-            return f"the first axis of {t} is fixed"
+            return f"the first axis of {t} is fixed; export it with --dynamic batch, or dynamic_shapes"
     names = {str(t.shape[0]) for t in tensors} - {""}
     if len(names) > 1:
         return f"the first axes of inputs and outputs differ ({', '.join(sorted(names))})"

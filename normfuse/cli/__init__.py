@@ -45,8 +45,17 @@ _arguments: list[str] = []  # of this process, for reports
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
+def _version(context: click.Context, parameter: click.Parameter, asked: bool) -> None:
+    if asked and not context.resilient_parsing:
+        from normfuse.commit import commit
+
+        of = commit()
+        click.echo(f"normfuse, version {__version__}{of and f' (commit {of})'}")
+        context.exit()
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.version_option(__version__, prog_name="normfuse")
+@click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=_version, help="Show the version, and exit.")
 @click.pass_context
 def cli(context: click.Context) -> None:
     """Optimize trained PyTorch models: remove what normalization costs, prove the result, ship it.

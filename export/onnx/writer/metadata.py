@@ -49,12 +49,13 @@ def origin(gm: nn.Module, found: Program, model: ir.Model, target: Target, opset
 
 
 def append_metadata(file: Path, facts: Mapping[str, str]) -> None:
-    """Add `metadata_props` to a written model, each named `normfuse.<key>`.
+    """Add `metadata_props` to a written model, each named `normfuse.<key>`, and normfuse as its producer.
 
-    Protobuf merges messages that stand one behind the other, so the verified bytes stay as they are and are not read again.
+    Protobuf merges messages that stand one behind the other, and of names the last one counts, so that the verified bytes stay as
+    they are and are not read again.
     """
     onnx = need("onnx", extra="onnx")
-    extra = onnx.ModelProto()
+    extra = onnx.ModelProto(producer_name="normfuse", producer_version=normfuse.__version__)
     for key, value in facts.items():
         extra.metadata_props.add(key=f"normfuse.{key}", value=value)
     with file.open("ab") as f:

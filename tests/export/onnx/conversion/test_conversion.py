@@ -83,6 +83,7 @@ def test_the_new_file_computes_the_same(tmp_path: Path, opset: int | None, seed:
         feeds = images(batch)
         torch.testing.assert_close(answer(tmp_path / "new.onnx", feeds), answer(given, feeds), rtol=1e-5, atol=1e-5)
     assert facts(tmp_path / "new.onnx").runtime == made.runtime != ""
+    assert onnx.load(str(made.path)).producer_name == "normfuse"
 
 
 def test_a_runtime_bounds_opset_and_format(tmp_path: Path) -> None:
