@@ -105,7 +105,9 @@ def _scores(graph: Graph, node: fx.Node) -> _Scores:
         return found
     if isinstance(graph.view(node, 1), Add):
         for inner, mask in (node.args[:2], node.args[1::-1]):
-            found = _product(graph, inner) if isinstance(inner, fx.Node) and isinstance(mask, fx.Node) else None
+            if not isinstance(inner, fx.Node) or not isinstance(mask, fx.Node):
+                continue
+            found = _product(graph, inner)
             if found is not None and _sizes(inner) == _sizes(node):  # the mask must not be the larger one
                 return found._replace(mask=mask)
     selects = operators.name(node.target) in ("where", "masked_fill")

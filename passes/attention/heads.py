@@ -51,10 +51,12 @@ class Heads:
 
     Attributes:
         root: the value with three axes.
+        width: number of its columns.
         columns: (H, D), the column of `root` that head h shows as channel d.
     """
 
     root: fx.Node
+    width: int
     columns: Tensor
 
     @property
@@ -138,7 +140,7 @@ def _as_heads(root: fx.Node, view: _View) -> Heads | None:
         return None
     if any(a.axis != 2 or not isinstance(a.size, int) for a in (*head, *channel)):
         return None
-    return Heads(root, view.offset[2] + _steps(head)[:, None] + _steps(channel))
+    return Heads(root, sizes[2], view.offset[2] + _steps(head)[:, None] + _steps(channel))
 
 
 def _is_whole(group: tuple[_Atom, ...], axis: int, size: Size) -> bool:

@@ -252,7 +252,7 @@ def _side_by_side(graph: Graph, site: Site) -> fx.Node | None:
     """The tensor whose columns are those of q, k and v, one behind the other."""
     for q, k, v in itertools.product(*(list(heads(graph, x)) for x in site.operands)):
         columns = torch.cat([h.columns.flatten() for h in (q, k, v)])
-        if q.root is k.root is v.root and torch.equal(columns, torch.arange((sizes_of(q.root) or (0, 0, -1))[2])):
+        if q.root is k.root is v.root and torch.equal(columns, torch.arange(q.width)):
             return q.root
     return None
 
@@ -260,21 +260,19 @@ def _side_by_side(graph: Graph, site: Site) -> fx.Node | None:
 def _heads_last(graph: Graph, node: fx.Node) -> fx.Node:
     """(B, L, H·D) that `node` (B, H, L, D) shows the heads of, or a stretch of its columns; else `node`, to be copied."""
     for found in heads(graph, node):
-        width = (sizes_of(found.root) or (0, 0, 0))[2]
-        if found.stretch == (0, width):
+        if found.stretch == (0, found.width):
             return found.root
-        if found.stretch is not None and isinstance(width, int) and (part := _split(graph, found, width)) is not None:
+        if found.stretch is not None and (part := _split(graph, found, found.stretch[0])) is not None:
             return part
     return node
 
 
-def _split(graph: Graph, found: Heads, width: int) -> fx.Node | None:
-    """The stretch of columns as one piece of a split into equal parts; one split serves q, k and v."""
-    assert found.stretch is not None
-    start, each = found.stretch[0], found.columns.numel()
-    if width % each or start % each:
+def _split(graph: Graph, found: Heads, start: int) -> fx.Node | None:
+    """The stretch of columns from `start` on as one piece of a split into equal parts; one split serves q, k and v."""
+    each = found.columns.numel()
+    if found.width % each or start % each:
         return None
-    given = ([each] * (width // each), 2)
+    given = ([each] * (found.width // each), 2)
     split = next((u for u in found.root.users if u.target is aten.split_with_sizes.default and u.args[1:] == given), None)
     if split is None:
         before = found.root.next

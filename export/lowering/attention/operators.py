@@ -41,7 +41,8 @@ def projected(
     """`Attention` of ONNX Runtime: x (B, L, C), of which the columns of `weight` (C, N) and `bias` (N,) make queries, keys and
     values, of `widths` features a head."""
     parts = (x @ weight + bias).split([heads * width for width in widths], -1)
-    return _laid_out(_attended(*(_heads_first(part, heads) for part in parts), mask, scale, causal), heads_first)
+    q, k, v = (_heads_first(part, heads) for part in parts)
+    return _laid_out(_attended(q, k, v, mask, scale, causal), heads_first)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::kernel", mutates_args=())

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -136,7 +136,7 @@ def _projected(site: Marked, at: Build) -> ir.Value:
     return _contrib("Attention", inputs, site, bias, at, qkv_hidden_sizes=sizes)
 
 
-def _contrib(name: str, inputs: list[ir.Value | None], site: Marked, bias: Bias, at: Build, **sizes: list[int]) -> ir.Value:
+def _contrib(name: str, inputs: list[ir.Value | None], site: Marked, bias: Bias, at: Build, **sizes: Any) -> ir.Value:
     y = at.op(
         name, *inputs, domain=_CONTRIB, num_heads=site.fact("heads"), scale=site.scale, unidirectional=int(site.causal),
         mask_filter_value=_HIDDEN, dtype=site.dtype, **sizes,
@@ -152,7 +152,7 @@ def _kernel(site: Marked, at: Build) -> ir.Value:
         operands = (query, *[None if bias.values is None else query] * 2)
     else:
         operands = tuple(_heads_last(v, at) for v in (query, key, value))
-    facts = {name: site.fact(name) for name in ("causal", "heads", "kv_heads", "bits")}
+    facts: dict[str, Any] = {name: site.fact(name) for name in ("causal", "heads", "kv_heads", "bits")}
     facts |= {"scale": site.scale, "layout": "packed" if packed else "bthd"}
     (y,) = native_node(at, "Attention", (*operands, bias.values), facts, count=1)
     y.dtype = site.dtype

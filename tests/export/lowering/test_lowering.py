@@ -45,6 +45,7 @@ class Doubled(Pass):
             if isinstance(constant, Constant) and node.users:
                 new = graph.emit_constant(constant * 2, node)
                 node.replace_all_uses_with(new)
+                work.done(self.name, node)
 
 
 class Failing(Pass):
@@ -120,6 +121,24 @@ def test_the_result_says_what_each_site_became(tmp_path: Path) -> None:
     assert "opset 20 has no RMSNormalization (would help: opset 23 or newer)" in old.explained
     plain = to_onnx(nn.ReLU().eval(), tmp_path / "m.onnx", example_inputs=(torch.randn(2, 3),), force=True, verify=False)
     assert plain.explained == "no attention, norm or quantized layer is in the file"
+
+
+class Spelled(nn.Module):
+    """Norms of kinds that no runtime has an operator for, and a quotient that is none."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x / torch.sqrt((x.square().sum(-1, keepdim=True) + x.sum(-1, keepdim=True).square()) * (1 / 9) + 1e-6)
+        x = x - x.mean(-1, keepdim=True)
+        x = x / (x.abs().mean(-1, keepdim=True) * 1.25 + 1e-6)
+        x = x / (x.abs().mean(-1, keepdim=True) * 1.25).clamp_min(1e-3)
+        return x / x.exp().mean(-1, keepdim=True)
+
+
+def test_norms_that_are_spelled_out_are_named(tmp_path: Path) -> None:
+    file = to_onnx(Spelled().eval(), tmp_path / "m.onnx", example_inputs=(torch.randn(2, 8),), verify=False)
+    assert [(f.kind, f.form, f.why.split()[-1]) for f in file.forms] == [
+        ("norm", "arithmetic", "CRMSNorm"), ("norm", "arithmetic", "L1Norm"), ("norm", "arithmetic", "L1Norm"),
+    ]  # fmt: skip
 
 
 def test_why_attention_is_plainer(tmp_path: Path) -> None:
