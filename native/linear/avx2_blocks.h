@@ -7,16 +7,22 @@
 
 namespace nf::NF_ARCH {
 
+// R rows and what their spans start from.
 template <int R>
-NF_INLINE inline void begin_span(const Blocks& b, int64_t span, __m256i (&p)[2 * R]) {
-  NF_UNROLL for (int r = 0; r < R; ++r) p[2 * r] = p[2 * r + 1] =
-      _mm256_set1_epi32(b.starts[r * b.starts_stride + span]);
-}
+struct BlockRows {
+  const int8_t* a[R];
+  const int32_t* starts[R];
 
-template <int R>
-NF_INLINE inline void add_quad(const Blocks& b, int64_t q, __m256i w0, __m256i w1, __m256i (&p)[2 * R]) {
-  NF_UNROLL for (int r = 0; r < R; ++r) accumulate(p[2 * r], p[2 * r + 1], w0, w1, four(b.a + r * b.a_stride + q * 4));
-}
+  NF_INLINE explicit BlockRows(const Blocks& b) {
+    NF_UNROLL for (int r = 0; r < R; ++r) a[r] = b.a + r * b.a_stride, starts[r] = b.starts + r * b.starts_stride;
+  }
+  NF_INLINE void begin(int64_t span, __m256i (&p)[2 * R]) const {
+    NF_UNROLL for (int r = 0; r < R; ++r) p[2 * r] = p[2 * r + 1] = _mm256_set1_epi32(starts[r][span]);
+  }
+  NF_INLINE void add(int64_t q, __m256i w0, __m256i w1, __m256i (&p)[2 * R]) const {
+    NF_UNROLL for (int r = 0; r < R; ++r) accumulate(p[2 * r], p[2 * r + 1], w0, w1, four(a[r] + q * 4));
+  }
+};
 
 template <int Bits>
 struct DirectBlocks {
@@ -24,18 +30,21 @@ struct DirectBlocks {
   template <int R>
   static void tile(const Blocks& b) {
     Sums<R> c(b.sums);
+    const BlockRows<R> rows(b);
     Planes<Bits> unit(b.w, b.packed_quads);
-    for (int64_t s = 0; s < b.spans(); ++s, unit.skip_unit()) {
+    const int64_t spans = b.spans();
+    for (int64_t s = 0; s < spans; ++s, unit.skip_unit()) {
       __m256i p[2 * R];
-      begin_span<R>(b, s, p);
+      rows.begin(s, p);
       unit.fetch_unit();
       const int64_t quads = b.quads_of(s);
+      const auto quad = [&](int64_t j) NF_INLINE {
+        rows.add(s * kSpan + j, vector(unit.quad(j, 0)), vector(unit.quad(j, 32)), p);
+      };
       if (quads == kSpan) {
-        NF_UNROLL for (int j = 0; j < kSpan; ++j)
-            add_quad<R>(b, s * kSpan + j, vector(unit.quad(j, 0)), vector(unit.quad(j, 32)), p);
+        NF_UNROLL for (int j = 0; j < kSpan; ++j) quad(j);
       } else {
-        for (int64_t j = 0; j < quads; ++j)
-          add_quad<R>(b, s * kSpan + j, vector(unit.quad(j, 0)), vector(unit.quad(j, 32)), p);
+        for (int64_t j = 0; j < quads; ++j) quad(j);
       }
       c.widen(p, pairs_of(b.multipliers_of(s)));
     }
@@ -47,23 +56,26 @@ struct BlockTile {
   static constexpr int kRows = 6;
   template <int R>
   static void tile(const Blocks& b) {
-    if (b.first) std::memset(b.sums, 0, R * kPanel * sizeof(int32_t));
-    for (int64_t s = 0; s < b.spans(); ++s) {
+    int32_t* const sums = b.sums;
+    if (b.first) std::memset(sums, 0, R * kPanel * sizeof(int32_t));
+    const BlockRows<R> rows(b);
+    const int64_t spans = b.spans();
+    const uint8_t* w = b.w;
+    for (int64_t s = 0; s < spans; ++s, w += kSpan * kQuadBytes) {
       __m256i p[2 * R];
-      begin_span<R>(b, s, p);
-      const uint8_t* w = b.w + s * kSpan * kQuadBytes;
+      rows.begin(s, p);
       const int64_t quads = b.quads_of(s);
+      const auto quad = [&](int64_t j) NF_INLINE {
+        rows.add(s * kSpan + j, load(w + j * kQuadBytes), load(w + j * kQuadBytes + 32), p);
+      };
       if (quads == kSpan) {
-        NF_UNROLL for (int j = 0; j < kSpan; ++j)
-            add_quad<R>(b, s * kSpan + j, load(w + j * kQuadBytes), load(w + j * kQuadBytes + 32), p);
+        NF_UNROLL for (int j = 0; j < kSpan; ++j) quad(j);
       } else {
-        for (int64_t j = 0; j < quads; ++j)
-          add_quad<R>(b, s * kSpan + j, load(w + j * kQuadBytes), load(w + j * kQuadBytes + 32), p);
+        for (int64_t j = 0; j < quads; ++j) quad(j);
       }
       const Halves by = pairs_of(b.multipliers_of(s));
-      NF_UNROLL for (int i = 0; i < 2 * R; ++i)
-          store(b.sums + 8 * i,
-                _mm256_add_epi32(load(b.sums + 8 * i), _mm256_madd_epi16(p[i], i % 2 ? by.second : by.first)));
+      NF_UNROLL for (int i = 0; i < 2 * R; ++i) store(
+          sums + 8 * i, _mm256_add_epi32(load(sums + 8 * i), _mm256_madd_epi16(p[i], i % 2 ? by.second : by.first)));
     }
   }
 };

@@ -43,7 +43,7 @@ struct Vnni512 {
 // A span of products is added in 32 bits and then multiplied: where rows are few, unpacking would be most of the time.
 template <int Bits>
 struct DirectBlocks {
-  static constexpr int kRows = 4;
+  static constexpr int kRows = 8;
   template <int R>
   static void tile(const Blocks& b) {
     __m512i total[R];

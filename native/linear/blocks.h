@@ -17,13 +17,15 @@ inline void each_tile(Blocks b) {
 // Modulo 256, as halves of words of 16 bits: x * m + (offset - half * m) has the right last byte whatever stands above.
 inline void fold(const int8_t* multipliers, int half, int offset, int64_t quads, uint8_t* operands) {
   constexpr int size = sizeof(Words), outputs = size / 4;
+  typedef int8_t Multipliers __attribute__((vector_size(outputs)));
+  typedef uint32_t Outputs __attribute__((vector_size(size)));
   typedef uint16_t Pairs __attribute__((vector_size(size)));
   for (int at = 0; at < kQuadBytes; at += size) {
-    Pairs m, c;
-    for (int i = 0; i < size / 2; ++i) {
-      m[i] = static_cast<uint16_t>(multipliers[at / 4 + i / 2 % outputs]);
-      c[i] = static_cast<uint16_t>(offset - half * m[i]);
-    }
+    Multipliers given;
+    std::memcpy(&given, multipliers + at / 4, sizeof given);
+    const Outputs wide = __builtin_convertvector(given, Outputs);
+    const Pairs m = reinterpret_cast<Pairs>((wide & 0xffff) | wide << 16);
+    const Pairs c = static_cast<uint16_t>(offset) - static_cast<uint16_t>(half) * m;
     for (int64_t q = 0; q < quads; ++q) {
       uint8_t* to = operands + q * kQuadBytes + at;
       const Pairs x = reinterpret_cast<Pairs>(words(to));

@@ -30,4 +30,4 @@ class Product(NamedTuple):
 def check(op: str, p: Product, inputs: int) -> None:
     """See `check_product`."""
     check_product(op, p.x, inputs, p.exponents, p.scale, p.bias, (p.bits, p.activation_bits), p.epilogue)
-    check_multipliers(op, p.multipliers, p.scale.shape[0], inputs, p.bits)
+    check_multipliers(op, p.multipliers, p.scale.shape[0], p.exponents.shape[0], p.bits)

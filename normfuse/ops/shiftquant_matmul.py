@@ -85,14 +85,14 @@ class _Given(NamedTuple):
 
 def _float_given(*args: Any) -> _Given:
     """Of the arguments of `shiftquant_matmul`."""
-    return _Given(*args[:9], multipliers=args[9] if len(args) > 9 else None)
+    return _Given(*args[:9], None, *args[9:])
 
 
 def _check(g: _Given) -> None:
     q, row_scale, residual = g.q, g.row_scale, g.residual
     op, bits = (_TO_FLOAT, (g.bits,)) if g.out_bits is None else (_TO_INTEGER, (g.bits, g.out_bits))
     check_product(op, q, q.shape[-1] if q.ndim else 0, g.exponents, g.scale, g.bias, bits, g.epilogue)
-    check_multipliers(op, g.multipliers, g.scale.shape[0], q.shape[-1], g.bits)
+    check_multipliers(op, g.multipliers, g.scale.shape[0], g.exponents.shape[0], g.bits)
     if q.dtype is not torch.int8:
         raise UsageError(f"{op}: q is {q.dtype}; expected int8")
     if row_scale.dtype not in (torch.float32, torch.float64):

@@ -69,8 +69,8 @@ class Site(Layer):
         Raises:
             ExportError: a part of it is computed when the model runs.
         """
-        given = (self.array(name) for name in ("weight", "exponents", "scale"))
-        return Packed(*given, None if self.input("multipliers") is None else self.array("multipliers"))
+        weight, exponents, scale = (self.array(name) for name in ("weight", "exponents", "scale"))
+        return Packed(weight, exponents, scale, None if self.input("multipliers") is None else self.array("multipliers"))
 
     def array(self, name: str) -> Numbers:
         """The input of that name as numbers.
