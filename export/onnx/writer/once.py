@@ -53,10 +53,9 @@ def _kept(make: Callable[..., Any]) -> Callable[..., Any]:
     def from_torchlib(*args: Any, **kwargs: Any) -> Any:
         asked = args, tuple(kwargs.items())
         operators = hash(tuple(torch._C._dispatch_get_all_op_names()))
-        known, registry = _registries.get(asked, (None, None))
-        if known != operators:
-            registry = make(*args, **kwargs)
-            _registries[asked] = operators, registry
+        if asked not in _registries or _registries[asked][0] != operators:
+            _registries[asked] = operators, make(*args, **kwargs)
+        registry = _registries[asked][1]
         copied = copy.copy(registry)
         copied.functions = {operator: list(found) for operator, found in registry.functions.items()}
         return copied
