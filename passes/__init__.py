@@ -37,11 +37,12 @@ PassName = Literal[
 DEFAULT: tuple[PassName, ...] = tuple(
     cast(PassName, p.name)
     for p in (
-        Bake, Cleanup, Recognise, HugeEps, Select, Expose, Affine, Select, Bake, MeanFree, Affine, KeyBias,
+        Bake, Cleanup, Recognise, HugeEps, Select, Expose, Affine, Select, Bake, MeanFree, Affine, Select, Bake, Affine, KeyBias,
         Realise, Recognise, Cleanup,
     )
 )  # fmt: skip
-"""The default pipeline. `affine` runs twice: LayerScale must be in the weights before they are centered, and a β can
-leave its norm only when the norm has become an RMSNorm. `select` runs twice: behind a product, a selection meets the BatchNorm
-between them no more once that is in the weights. `bake` runs twice: branches are one convolution only once their BatchNorms are in
-their weights. `recognise` runs twice: x ⊙ γ · σ(x) is SiLU only once γ has moved on."""
+"""The default pipeline. `affine`, `select` and `bake` run in turns, because each waits for what the others do: LayerScale must
+be in the weights before they are centered, and a β can leave its norm only when the norm has become an RMSNorm; behind a product,
+a selection meets the BatchNorm between them no more once that is in the weights; branches are one convolution only once their
+BatchNorms are in their weights, and what goes around them is a branch, too, only once a gain in front of them is in that one.
+`recognise` runs twice: x ⊙ γ · σ(x) is SiLU only once γ has moved on."""

@@ -343,3 +343,27 @@ def test_a_large_weight_that_others_read_is_not_stored_twice():
     assert "is shared with b; merging would store its 0.1 MB twice" in refusals(report)
     _, report = baked(Linears(shared=True), torch.randn(2, 8))
     assert any(s.rule == "parallel_linears" for s in report.applied)
+
+
+class Around(nn.Module):
+    """Branches behind a gain, and what goes around both: a branch like the others once the gain is in the one convolution."""
+
+    def __init__(self):
+        super().__init__()
+        self.gain = nn.Parameter(torch.rand(4, 1, 1) + 0.5)
+        self.a, self.b = (nn.Sequential(nn.Conv2d(4, 4, k, padding=k // 2), nn.BatchNorm2d(4)) for k in (3, 1))
+
+    def forward(self, x):
+        x = x.relu()
+        y = x * self.gain
+        return self.a(y) + self.b(y) - x
+
+
+def test_once_is_enough():
+    torch.manual_seed(0)
+    model, x = randomise_norms(Around()).eval(), torch.randn(2, 4, 8, 8)
+    fast = normfuse.optimize(model, (x,))
+    assert [n.target for n in fast.graph.nodes if n.op == "call_function"] == [aten.relu.default, aten.conv2d.default]
+    again = normfuse.optimize(fast)
+    assert not normfuse.report(again).applied
+    torch.testing.assert_close(fast(x), model(x), rtol=1e-4, atol=1e-5)

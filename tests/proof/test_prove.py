@@ -99,7 +99,8 @@ def test_random_inputs_find_what_the_example_hides():
 def test_the_default_pipeline_passes_are_all_registered():
     assert set(DEFAULT) <= set(PASSES)
     assert " ".join(DEFAULT) == (
-        "bake cleanup recognise huge_eps select expose affine select bake mean_free affine key_bias realise recognise cleanup"
+        "bake cleanup recognise huge_eps select expose affine select bake mean_free affine select bake affine "
+        "key_bias realise recognise cleanup"
     )
     assert [name for name, p in PASSES.items() if name in DEFAULT and p.changes] == ["huge_eps"]
 

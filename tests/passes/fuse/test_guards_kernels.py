@@ -51,7 +51,9 @@ def fused(function: Callable[..., Tensor], *inputs: Tensor, free: int | None = N
         each(graph, Run())
     with torch.no_grad():
         torch.testing.assert_close(graph.copy().to_module()(*inputs), model(*inputs))
-    return Counter(str(n.target).split(".")[1] for n in graph.fx.nodes if str(n.target).startswith("normfuse."))
+    ours = [n for n in graph.fx.nodes if str(n.target).startswith("normfuse.")]
+    assert all(n.all_input_nodes[0].meta["val"].is_floating_point() for n in ours)
+    return Counter(str(n.target).split(".")[1] for n in ours)
 
 
 def rms(x: Tensor, w: Tensor | None = None, eps: float | None = 1e-3) -> Tensor:
@@ -92,7 +94,8 @@ STAY: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "a sum over the other axis": lambda m, x: crms(squares(x), x.sum(0, True).square(), x),
     "a negative factor": lambda m, x: (x / ((squares(x) + total(x).square()) * -1e-3 + 10.0).sqrt()).sin(),
     "a division by 0": lambda m, x: (x / ((squares(x) + total(x).square()) / 0 + 0.1).sqrt()).sin(),
-    "the mean of another value": lambda m, x: (x - x.sin().mean(-1, True)) / (spread(x - x.sin().mean(-1, True)) + 0.1),
+    "the mean of another value": lambda m, x: (lambda c: c / (spread(c) + 0.1))(x - x.sin().mean(-1, True)),
+    "the mean over the other axis": lambda m, x: (lambda c: c / (spread(c) + 0.1))(x - x.mean(0, True)),
     "the mean without its axis": lambda m, x: (lambda c: c / (spread(c) + 0.1))(x - x.mean(-1)),
     "the largest": lambda m, x: l1(x, lambda c: c.abs().amax(-1, True)),
     "a size without its axis": lambda m, x: l1(x, lambda c: c.abs().mean(-1)),
@@ -175,6 +178,30 @@ def test_constants_behind_a_norm(function: Callable[..., Tensor], left: str) -> 
 def test_dtypes_stay(function: Callable[..., Tensor], x: Tensor, ops: dict[str, int]) -> None:
     """`fused` holds the dtypes of the results; a norm between casts from half and back to it is one in half."""
     assert fused(function, x) == ops
+
+
+@pytest.mark.parametrize("function", [lambda m, x: rms(x.float()).half(), lambda m, x: (rms(x.float()) * m.single).half()])
+def test_casts_around_a_norm_go(function: Callable[..., Tensor]) -> None:
+    graph = Graph.of(capture(Function(function, **_parts()).eval(), (HALF,), None).gm)
+    for check in [n for n in graph.fx.nodes if n.target in CHECKS]:
+        graph.fx.erase_node(check)
+    for each in KERNELS:
+        each(graph, Run())
+    assert [n.target for n in graph.fx.find_nodes(op="call_function", target=torch.ops.normfuse.rms_norm.default)]
+    assert not [n for n in graph.fx.nodes if n.target is torch.ops.aten.to.dtype]
+
+
+class Every(nn.Module):
+    """All of them at once."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms(x) + crms(squares(x), total(x).square(), x) + l1(x, spread) + x.softmax(-1)
+
+
+def test_without_shapes_nothing_is_found() -> None:
+    graph = Graph.of(capture(Every().eval(), None, None).gm)
+    for each in KERNELS:
+        assert not each(graph, Run()).applied
 
 
 @pytest.mark.parametrize("x", [torch.tensor(2.0), torch.zeros(2, 0)])
