@@ -84,10 +84,11 @@ format: $(VENV)/.dev  ## rewrite the sources in the project's format
 	@$(BIN)/clang-format -i $(CPP)
 	@$(BIN)/ruff check --fix .
 
-# The C++ library is linked in: what is left are symbols of glibc, and the oldest tag is that of the newest of them.
+# The tag is that of the newest symbol of glibc and of the C++ library in it, so of the machine that it is built on. Linking the C++ library in
+# would bring symbols of that machine's glibc which the kernels do not need: a newer tag.
 wheel: $(VENV)/.wheel  ## a wheel for Linux with the oldest manylinux tag that its symbols allow, in dist/
 	@rm -rf build/wheel && mkdir -p build/wheel dist
-	@LDFLAGS="-static-libstdc++ -static-libgcc $(LDFLAGS)" $(BIN)/python -m build --wheel --outdir build/wheel . >build/wheel.log 2>&1 || { cat build/wheel.log; exit 1; }
+	@$(BIN)/python -m build --wheel --outdir build/wheel . >build/wheel.log 2>&1 || { cat build/wheel.log; exit 1; }
 	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m auditwheel repair --wheel-dir dist build/wheel/*.whl
 	@ls -l dist
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = ["IntegerLinear", "ShiftQuantConfig"]
 
-_config = need("torchao.core.config", extra="torchao")
+_Config: Any = need("torchao.core.config", extra="torchao").AOBaseConfig
 _register = need("torchao.quantization.transform_module", extra="torchao").register_quantize_module_handler
 
 #: Fields of `ShiftQuant` that say how one layer becomes integers, without data.
@@ -39,7 +39,7 @@ _OF_A_LAYER = (
 
 
 @dataclass
-class ShiftQuantConfig(_config.AOBaseConfig):  # type: ignore[misc]  # torchao is known when it runs
+class ShiftQuantConfig(_Config):  # type: ignore[misc]  # torchao is known when it runs
     """What `torchao.quantization.quantize_` takes.
 
     Args:

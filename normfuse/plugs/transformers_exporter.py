@@ -34,9 +34,10 @@ __all__ = ["NormfuseConfig", "NormfuseExporter", "NormfuseRunner", "reports"]
 _hub = need("transformers", extra="hf")
 try:
     _auto = need("transformers.exporters.auto", extra="hf")
-    _dynamo = need("transformers.exporters.exporter_dynamo", extra="hf")
-    _onnx = need("transformers.exporters.exporter_onnx", extra="hf")
-    _running = need("transformers.exporters.runners.runner_onnx", extra="hf")
+    _Config: Any = need("transformers.exporters.configs", extra="hf").DynamoConfig
+    _Exporter: Any = need("transformers.exporters.exporter_dynamo", extra="hf").DynamoExporter
+    _Onnx: Any = need("transformers.exporters.exporter_onnx", extra="hf").OnnxExporter
+    _Runner: Any = need("transformers.exporters.runners.runner_onnx", extra="hf").OnnxModelRunner
     _register = _auto.register_backend
 except (ImportError, AttributeError, MissingExtra) as e:
     raise MissingExtra(
@@ -54,7 +55,7 @@ def reports() -> tuple[Report, ...]:
 
 
 @dataclass
-class NormfuseConfig(_dynamo.DynamoConfig):  # type: ignore[misc]  # transformers is known when it runs
+class NormfuseConfig(_Config):  # type: ignore[misc]  # transformers is known when it runs
     """How a model is exported: what `transformers.exporters.DynamoConfig` has, and this.
 
     Attributes:
@@ -101,7 +102,7 @@ class NormfuseConfig(_dynamo.DynamoConfig):  # type: ignore[misc]  # transformer
 _TARGETS = ("onnxruntime", "portable")
 
 
-class NormfuseExporter(_dynamo.DynamoExporter):  # type: ignore[misc]
+class NormfuseExporter(_Exporter):  # type: ignore[misc]
     """Exports a `PreTrainedModel` to an `onnx_ir.Model` that was optimized, proven, run and compared."""
 
     export_format = FORMAT
@@ -109,9 +110,9 @@ class NormfuseExporter(_dynamo.DynamoExporter):  # type: ignore[misc]
     program_suffix = ".onnx"
     required_packages: Sequence[str] = ("torch", "onnx", "onnxscript", "onnxruntime")
     tested_versions: Mapping[str, str] = {}
-    save_program = _onnx.OnnxExporter.save_program
-    load_program = _onnx.OnnxExporter.load_program
-    program_files = _onnx.OnnxExporter.program_files
+    save_program = _Onnx.save_program
+    load_program = _Onnx.load_program
+    program_files = _Onnx.program_files
 
     def export_program(self, model: Any, sample_inputs: Any, config: Any) -> tuple[Any, Any]:
         """One graph.
@@ -147,7 +148,7 @@ def _constants(program: Any) -> list[list[Any]]:
     return [[place, arg.value] for place, arg in enumerate(outputs) if hasattr(arg, "value")]
 
 
-class NormfuseRunner(_running.OnnxModelRunner):  # type: ignore[misc]
+class NormfuseRunner(_Runner):  # type: ignore[misc]
     """Runs the file in ONNX Runtime, with normfuse's kernels where it has operators of them."""
 
     @classmethod

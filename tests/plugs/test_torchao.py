@@ -21,7 +21,7 @@ from torchao.quantization import quantize_
 from normfuse.plugs.torchao import IntegerLinear, ShiftQuantConfig
 
 
-def model(seed: int = 0, **how: Any) -> nn.Module:
+def model(seed: int = 0, **how: Any) -> nn.Sequential:
     torch.manual_seed(seed)
     return nn.Sequential(nn.Linear(48, 64, **how), nn.ReLU(), nn.Linear(64, 10)).eval()
 

@@ -186,11 +186,11 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
 def test_export_from_the_command_line(run: Run) -> None:
     code, out, err = run("export", "given.onnx", "-o", "new.onnx")
     assert (code, err) == (0, "")
-    assert "BatchNormalization        1        -" in out
+    assert ["BatchNormalization", "1", "-"] in [line.split() for line in out.splitlines()]
     assert "ort.InferenceSession(" in out
     code, out, err = run("export", "given.onnx", "-o", "half.onnx", "--dtype", "fp16", "--json", "--batch", "3")
     assert (code, err) == (0, "")
-    assert json.loads(out)["export"]["ops"]["Cast"] == 2
+    assert json.loads(out)["export"]["ops"]["Cast"] == 4  # in and out, and around the mean
     code, _, err = run("verify", "given.onnx", "half.onnx")
     assert (code, err) == (0, "")
 
