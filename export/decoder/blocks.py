@@ -26,7 +26,7 @@ __all__ = ["BLOCK", "Blocks", "Stored", "block_weights", "parse_blocks", "to_blo
 BLOCK = 32
 _LEVEL = 4  # products in int8: without it the runtime expands the weights to floats each time
 _SHRUNK = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)
-_AT_ONCE = 2**24  # weights that are searched together
+_AT_ONCE = 2**22  # weights that are searched together, a dozen floats each
 
 
 @dataclass(frozen=True)

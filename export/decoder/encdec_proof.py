@@ -78,11 +78,22 @@ def _generated(model: Any, sources: Sequence[Source], head: list[int], tokens: i
     with greedy(model, tokens, decoder_start_token_id=head[0]), torch.no_grad():
         for source in sources:
             out = generate(
-                model, **_named(source), decoder_input_ids=torch.tensor([head]), return_dict_in_generate=True, output_logits=True
+                model,
+                **_named(source),
+                decoder_input_ids=torch.tensor([head]),
+                past_key_values=_cache(),
+                return_dict_in_generate=True,
+                output_logits=True,
             )
             found.tokens.append(out.sequences[0, len(head) :].tolist())
             found.logits.append(torch.stack([step[0] for step in out.logits]).float().numpy())
     return found
+
+
+def _cache() -> Any:
+    """An empty one that grows by layers as well: that of `generate` has as many as the encoder of T5."""
+    transformers = need("transformers", extra="hf")
+    return transformers.EncoderDecoderCache(transformers.DynamicCache(), transformers.DynamicCache())
 
 
 def _named(source: Source) -> dict[str, Any]:
@@ -130,7 +141,7 @@ def _where(pair: EncoderDecoder, model: Any, wanted: _Wanted) -> str:
     with torch.no_grad():
         named = _named(source)
         hidden = states_of(model, *named.values())
-        theirs: Any = transformers.EncoderDecoderCache(transformers.DynamicCache(), transformers.DynamicCache())
+        theirs = _cache()
         outputs = transformers.modeling_outputs.BaseModelOutput(last_hidden_state=hidden)
         model(encoder_outputs=outputs, decoder_input_ids=torch.from_numpy(ids), past_key_values=theirs, use_cache=True)
     at = different(writing.presents(), [t for layer in theirs.self_attention_cache.layers for t in (layer.keys, layer.values)])

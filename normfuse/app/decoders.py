@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import nn
 
 from normfuse import native
-from normfuse.api import optimize
 from normfuse.app.language.options import DecoderKeywords, DecoderOptions
 from normfuse.app.language.pair import Pair, write_pair
-from normfuse.app.language.steps import FOR_BLOCKS, facts, in_float32, sizes, stored, weights
+from normfuse.app.language.steps import facts, in_float32, optimized, sizes, stored, untouched, weights
 from normfuse.app.language.steps import prompts as some_prompts
 from normfuse.errors import UsageError
 from normfuse.export.decoder.blocks import Blocks
@@ -97,17 +96,15 @@ def to_decoder(
     need("transformers", extra="hf")
     check_kind(model, behind_encoder=True)
     length = length_of(longest(model), how.max_length)
-    exact, notes = in_float32(model)
+    exact, notes = in_float32(model, in_place=how.in_place)
     if model.config.is_encoder_decoder:  # type: ignore[union-attr]
         return write_pair(exact, path, tokenizer, Pair(blocks, spec, prompts, how, length, notes), force=force)
     captured = cached(exact, last_logits=how.last_logits)
-    passes = FOR_BLOCKS if how.passes is None and blocks is not None else how.passes
-    fast = optimize(
-        captured, captured.example(), dynamic_shapes=captured.dynamic_shapes(), passes=passes, verify=how.verify, quantize=spec,
-    )  # fmt: skip
-    rotated = rotate_in_attention(fast, longest(exact), lambda pairs, width: rotates(how.attention, pairs, width))
     layout, windows = causal(captured.sites, last_logits=how.last_logits), any(site.window for site in captured.sites)
-    written = write_model(fast, layout, attention=how.attention, padding=how.padding, windows=windows, blocks=blocks)
+    with untouched(exact):
+        fast = optimized(captured, how, blocks, spec)
+        rotated = rotate_in_attention(fast, longest(exact), lambda pairs, width: rotates(how.attention, pairs, width))
+        written = write_model(fast, layout, attention=how.attention, padding=how.padding, windows=windows, blocks=blocks)
     with placed(path, force=force) as work:
         save_model(written.model, work / MODEL, limit=how.external_data_above)
         proof = _proof(work / MODEL, exact, tokenizer, prompts, how, quantized=quantize is not None)

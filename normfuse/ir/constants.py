@@ -12,15 +12,18 @@ constant that the model computes also knows how: `eager` repeats its steps in it
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["Constant"]
+__all__ = ["Constant", "sharing", "weights_shared"]
 
 _EAGER = 1 << 16  # values; a 512 KiB vector in float64 is not worth being lazy about
+_SHARED: ContextVar[bool] = ContextVar("normfuse_weights_shared", default=False)
 
 
 class Constant:
@@ -231,3 +234,21 @@ def _kept(compute: Callable[[], Tensor], shape: torch.Size) -> Callable[[], Tens
 
 def _meta(value: Any) -> Any:
     return value.to("meta") if isinstance(value, Tensor) else value
+
+
+def sharing() -> bool:
+    """Weights that no pass has changed are to be those of the original, and not copies."""
+    return _SHARED.get()
+
+
+@contextmanager
+def weights_shared() -> Iterator[None]:
+    """Within the block, graphs are made with the original's tensors where these are unchanged.
+
+    They save a copy of a large model's weights. Nobody may write into either of the two.
+    """
+    token = _SHARED.set(True)
+    try:
+        yield
+    finally:
+        _SHARED.reset(token)

@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 
 from normfuse.errors import RewriteError
 from normfuse.ir.attribute_names import attribute_names
-from normfuse.ir.constants import Constant
+from normfuse.ir.constants import Constant, sharing
 from normfuse.ir.decode import decode, pieces
 from normfuse.ir.fakes import on_fakes
 from normfuse.ir.optimized import OptimizedGraph
@@ -138,7 +138,7 @@ class Graph:
 
     @torch.inference_mode(False)
     def to_module(self, name: str = "Optimized") -> fx.GraphModule:
-        """A GraphModule of its own: constants cast once to their dtype, nothing shared with the original."""
+        """A GraphModule of its own: constants cast once to their dtype, nothing shared with the original unless `sharing`."""
         self.clean()
         names = self._final_names()
         root = nn.Module()
@@ -150,7 +150,7 @@ class Graph:
                 constant = self.constants[node.target]
                 node.target = names[node.target]
                 native = constant.native
-                shared = constant.tensor is not None or native.is_inference()
+                shared = (constant.tensor is not None and not sharing()) or native.is_inference()
                 _place(root, node.target, native.clone() if shared else native.contiguous(), self._owner, constant)
             elif node.op == "get_attr":
                 _place_module(root, str(node.target), _attribute(self._owner, str(node.target)))

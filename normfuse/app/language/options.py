@@ -32,6 +32,7 @@ class DecoderOptions:
         proof_tokens: greedy tokens that are compared after each prompt; 0 compares nothing.
         tolerance: bound on the error of the logits, relative to the largest.
         threads: of ONNX Runtime for the proof; default: the CPUs of this process.
+        in_place: a model in half precision itself becomes float32, so that its weights are not held twice; else it is copied.
         external_data_above: weights above this many bytes go to a second file.
         passes, verify: see `normfuse.optimize`; with weights in blocks the default passes leave gains of norms where they are.
     """
@@ -43,6 +44,7 @@ class DecoderOptions:
     proof_tokens: int = 64
     tolerance: float = 1e-3
     threads: int | None = None
+    in_place: bool = False
     external_data_above: int = MAX_PROTO
     passes: Sequence[PassName] | None = None
     verify: Verify = "end"
@@ -67,6 +69,7 @@ class DecoderKeywords(TypedDict, total=False):
     proof_tokens: int
     tolerance: float
     threads: int | None
+    in_place: bool
     external_data_above: int
     passes: Sequence[PassName] | None
     verify: Verify

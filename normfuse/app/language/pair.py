@@ -13,9 +13,8 @@ import torch
 from torch import fx, nn
 
 from normfuse import native
-from normfuse.api import optimize
 from normfuse.app.language.options import DecoderOptions
-from normfuse.app.language.steps import FOR_BLOCKS, facts, prompts, sizes, weights
+from normfuse.app.language.steps import facts, optimized, prompts, sizes, untouched, weights
 from normfuse.errors import UsageError
 from normfuse.export.decoder.blocks import Blocks
 from normfuse.export.decoder.call import longest, text_config
@@ -85,7 +84,8 @@ def write_pair(model: nn.Module, path: Path, tokenizer: Any, pair: Pair, *, forc
     found, start = encoder_decoder(model), _start(model)
     speech = not found.masked and model.get_encoder().main_input_name == "input_features"  # type: ignore[operator]
     names = SPEECH_FILES if speech else TEXT_FILES
-    halves = [_half(module, layout, pair) for module, layout in _modules(model, found, speech=speech)]
+    with untouched(model):
+        halves = [_half(module, layout, pair) for module, layout in _modules(model, found, speech=speech)]
     graphs = [half.fast for half in halves]
     native_form = any(half.written.form == "native" for half in halves) and native.available()
     with placed(path, force=force) as work:
@@ -128,11 +128,8 @@ def _modules(model: Any, found: Found, *, speech: bool) -> tuple[tuple[Any, Layo
 
 def _half(module: Any, layout: Layout, pair: Pair) -> _Half:
     how = pair.how
-    passes = FOR_BLOCKS if how.passes is None and pair.blocks is not None else how.passes
     log.info("optimizing the %s", type(module).__name__)
-    fast = optimize(
-        module, module.example(), dynamic_shapes=module.dynamic_shapes(), passes=passes, verify=how.verify, quantize=pair.spec,
-    )  # fmt: skip
+    fast = optimized(module, how, pair.blocks, pair.spec)
     rotated = rotate_in_attention(fast, longest(module.model), lambda pairs, width: rotates(how.attention, pairs, width))
     # rows of a decoder are never padded: all texts start together
     windows = "found" in vars(module) and any(site.window for site in module.found.sites)

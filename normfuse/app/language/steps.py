@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from normfuse.errors import UsageError
+from normfuse.api import optimize
+from normfuse.app.language.options import DecoderOptions
+from normfuse.errors import ExportError, UsageError
 from normfuse.export.decoder.blocks import Blocks, parse_blocks
 from normfuse.export.decoder.folder import DecoderFolder
+from normfuse.ir.constants import weights_shared
 from normfuse.passes import PassName
 from normfuse.quant.spec import ShiftQuant
 from normfuse.quant.words import parse_quantize
@@ -22,7 +26,7 @@ from normfuse.reports.record import report
 if TYPE_CHECKING:
     from torch import fx
 
-__all__ = ["FOR_BLOCKS", "facts", "in_float32", "prompts", "sizes", "stored", "weights"]
+__all__ = ["FOR_BLOCKS", "facts", "in_float32", "optimized", "prompts", "sizes", "stored", "untouched", "weights"]
 
 SAMPLES = (
     "The quick brown fox jumps over the lazy dog, and then",
@@ -48,6 +52,29 @@ def stored(quantize: Any) -> tuple[Blocks | None, ShiftQuant | None]:
     return (found, None) if found is not None else (None, parse_quantize(quantize))
 
 
+def optimized(module: Any, how: DecoderOptions, blocks: Blocks | None, spec: ShiftQuant | None) -> fx.GraphModule:
+    """What `normfuse.optimize` makes of a module with flat caches; weights that stay as they are are those of the module."""
+    passes = FOR_BLOCKS if how.passes is None and blocks is not None else how.passes
+    with weights_shared():
+        return optimize(
+            module, module.example(), dynamic_shapes=module.dynamic_shapes(), passes=passes, verify=how.verify, quantize=spec,
+        )  # fmt: skip
+
+
+@contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Nobody writes into the weights of `model` within the block: what is held against it later shares them.
+
+    Raises:
+        ExportError: somebody did.
+    """
+    tensors = [*model.parameters(), *model.buffers()]
+    before = [t._version for t in tensors]
+    yield
+    if [t._version for t in tensors] != before:
+        raise ExportError(f"weights of {type(model).__name__} were written into while it was exported; please report it")
+
+
 def weights(blocks: Blocks | None, spec: ShiftQuant | None, form: str | None, *graphs: fx.GraphModule) -> str | None:
     """What the folder says of its weights; `form` is that of quantized layers."""
     if spec is None:
@@ -57,15 +84,17 @@ def weights(blocks: Blocks | None, spec: ShiftQuant | None, form: str | None, *g
     return f"W{spec.weight_bits}A{spec.activation_bits} in {count} of {len(layers)} layers ({form})"
 
 
-def in_float32(model: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
-    """The model, or a copy in float32: the CPU's attention with a cache computes in nothing else."""
+def in_float32(model: nn.Module, *, in_place: bool = False) -> tuple[nn.Module, tuple[str, ...]]:
+    """The model, or a copy in float32 (itself, `in_place`): the CPU's attention with a cache computes in nothing else."""
     dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
     if model.training:
         raise UsageError(f"{type(model).__name__} is in training mode: call .eval() on it")
     if dtypes <= {torch.float32}:
         return model, ()
     names = ", ".join(sorted(str(d).removeprefix("torch.") for d in dtypes))
-    return copy.deepcopy(model).float(), (f"the model is in {names}; the folder computes in float32 and is held against that",)
+    return (model if in_place else copy.deepcopy(model)).float(), (
+        f"the model is in {names}; the folder computes in float32 and is held against that",
+    )
 
 
 def prompts(vocabulary: int, tokenizer: Any, texts: Sequence[str] = SAMPLES) -> list[list[int]]:

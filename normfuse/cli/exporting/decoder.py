@@ -115,7 +115,7 @@ def _options(flags: DecoderFlags, pipeline: Pipeline, attention: Any) -> "Decode
     passes: Any = pipeline.passes  # names that the user wrote
     return DecoderOptions(
         attention=attention, padding=flags.padding, last_logits=flags.last_logits, max_length=flags.max_length,
-        proof_tokens=flags.proof_tokens, passes=passes, verify=pipeline.verify,
+        proof_tokens=flags.proof_tokens, passes=passes, verify=pipeline.verify, in_place=True,
     )  # fmt: skip
 
 

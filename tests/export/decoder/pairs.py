@@ -46,7 +46,9 @@ def tiny_pair(kind: str, **changes: Any) -> nn.Module:
 def written(model: Any, new: int, head: list[int], **source: torch.Tensor) -> list[list[int]]:
     """What `generate` writes, which is no special token, of each row of the source."""
     rows = next(iter(source.values())).shape[0]
+    cache = transformers.EncoderDecoderCache(transformers.DynamicCache(), transformers.DynamicCache())
     with greedy(model, new, decoder_start_token_id=head[0]), torch.no_grad():
-        out = transformers.GenerationMixin.generate(model, **source, decoder_input_ids=torch.tensor([head] * rows))
+        ids = torch.tensor([head] * rows)
+        out = transformers.GenerationMixin.generate(model, **source, decoder_input_ids=ids, past_key_values=cache)
     found: list[list[int]] = out[:, len(head) :].tolist()
     return found
