@@ -100,7 +100,7 @@ def ways(bits: int) -> dict[str, tuple[Way, bool]]:
         return lambda w, h: quantize_weight(w, ShiftQuant(weight_bits=bits, **options), hessian=h).dequantized().float()
 
     found: dict[str, tuple[Way, bool]] = {"MatMulNBits, block 32": (_by_onnxruntime, False)} if bits == 4 else {}
-    for title, options in (("exponents", {}), ("block 32", {"block": 32}), ("block 64", {"block": 64})):
+    for title, options in (("block 32", {"block": 32}), ("exponents", {}), ("block 64", {"block": 64})):
         found |= {title: (ours(**options), False), f"{title}, data": (ours(**options), True)}
     return found
 
