@@ -205,7 +205,8 @@ _REFUSED = {
     ".bin": "it holds weights and not what to compute with them; pass it as --weights beside what builds the model, or use hf:DIR",
 } | dict.fromkeys(
     (suffix for folder in FOLDERS.values() for suffix in folder.suffixes),
-    "it is exported already; normfuse starts from the PyTorch model (inspect, bench, run and verify read such files, and export an .onnx file)",
+    "it is exported already; normfuse starts from the PyTorch model (inspect, bench, run and verify read such files, and export an "
+    ".onnx file)",
 )
 
 
