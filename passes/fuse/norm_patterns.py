@@ -156,7 +156,7 @@ def settled(graph: Graph, norm: Norm) -> Norm | None:
         user = next(iter(norm.last.users)) if len(norm.last.users) == 1 else None
         if user is None:
             return best
-        if narrow is not None and is_cast(user) and user.args[0] is norm.last and dtype_of(user) == dtype_of(narrow):
+        if narrow is not None and is_cast(user) and dtype_of(user) == dtype_of(narrow):
             norm, x = replace(norm, last=user), narrow
             continue
         taken = _affine(graph, norm, user)

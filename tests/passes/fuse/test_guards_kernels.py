@@ -166,6 +166,7 @@ def test_constants_behind_a_norm(function: Callable[..., Tensor], left: str) -> 
         (lambda m, x: rms(x) * m.single, HALF, {"rms_norm": 1}),
         (lambda m, x: rms(x).half(), X, {"rms_norm": 1}),
         (lambda m, x: rms(x.float()).bfloat16(), HALF, {"rms_norm": 1}),
+        (lambda m, x: rms(x.float()).bfloat16().half(), HALF, {"rms_norm": 1}),
         (lambda m, x: rms(x.float()).to(x.dtype), INTEGERS, {"rms_norm": 1}),
         (lambda m, x: rms(x + m.single).half(), HALF, {"rms_norm": 1}),
         (lambda m, x: rms(x.float()).softmax(-1, dtype=torch.float16), HALF, {"rms_norm": 1}),
