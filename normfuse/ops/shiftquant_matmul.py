@@ -84,8 +84,9 @@ class _Given(NamedTuple):
 
 
 def _float_given(*args: Any) -> _Given:
-    """Of the arguments of `shiftquant_matmul`."""
-    return _Given(*args[:9], None, *args[9:])
+    """Of the arguments of `shiftquant_matmul`; the last one may be left out."""
+    *first, multipliers = (*args, None)[:10]
+    return _Given._make((*first, None, multipliers))
 
 
 def _check(g: _Given) -> None:
