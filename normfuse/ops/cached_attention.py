@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,7 +47,9 @@ def cached_attention(
 
     Source: Dao, Haziza, Massa and Sizov, Flash-Decoding for long-context inference, 2023 (the kernel's parts).
     """
-    dtype = _check(query, key, value, past_key, past_value, attention_mask, cosines, sines, window, softcap)
+    dtype = _check(
+        _Call(query, key, value, past_key, past_value, attention_mask, cosines, sines, scale, window, softcap, interleaved)
+    )
     width, total = past_key.shape[3], attention_mask.shape[1]
     q, k, v = (x.unflatten(2, (-1, width)).transpose(1, 2).to(dtype) for x in (query, key, value))
     slots = _slots(attention_mask, q.shape[2])
@@ -95,26 +97,43 @@ def _written(past: Tensor, new: Tensor, slots: Tensor, total: int) -> Tensor:
     return room.scatter(2, slots[:, None, :, None].expand(-1, new.shape[1], -1, new.shape[3]), new.to(past.dtype))
 
 
-def _check(
-    query: Tensor, key: Tensor, value: Tensor, past_key: Tensor, past_value: Tensor, attention_mask: Tensor,
-    cosines: Tensor | None, sines: Tensor | None, window: int, softcap: float,
-) -> torch.dtype:  # fmt: skip
-    dtype = float_dtype(_OP, query)
-    if past_key.ndim != 4 or past_value.shape != past_key.shape:
-        raise UsageError(f"{_OP}: past_key {_size(past_key)}, past_value {_size(past_value)}; expected twice [B, KV, P, D]")
-    batch, kv, _, width = past_key.shape
-    if query.ndim != 3 or query.shape[0] != batch or query.shape[2] % (kv * width):
-        raise UsageError(f"{_OP}: query {_size(query)}; expected [{batch}, T, H·{width}] with heads that {kv} divides")
-    if any(x.shape != (batch, query.shape[1], kv * width) for x in (key, value)):
-        raise UsageError(f"{_OP}: key {_size(key)}, value {_size(value)}; expected twice [{batch}, {query.shape[1]}, {kv * width}]")
-    if attention_mask.ndim != 2 or attention_mask.shape[0] != batch or attention_mask.dtype is not torch.int64:
-        raise UsageError(f"{_OP}: attention_mask {_size(attention_mask)} of {attention_mask.dtype}; expected [{batch}, S] of int64")
-    if (cosines is None) != (sines is None):
-        raise UsageError(f"{_OP}: {'cosines' if sines is None else 'sines'} without the other table")
+class _Call(NamedTuple):
+    """The arguments of one call."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    past_key: Tensor
+    past_value: Tensor
+    attention_mask: Tensor
+    cosines: Tensor | None
+    sines: Tensor | None
+    scale: float
+    window: int
+    softcap: float
+    interleaved: bool
+
+
+def _check(x: _Call) -> torch.dtype:
+    """What is computed in."""
+    mask, cosines = x.attention_mask, x.cosines
+    dtype = float_dtype(_OP, x.query)
+    if x.past_key.ndim != 4 or x.past_value.shape != x.past_key.shape:
+        raise UsageError(f"{_OP}: past_key {_size(x.past_key)}, past_value {_size(x.past_value)}; expected twice [B, KV, P, D]")
+    batch, kv, _, width = x.past_key.shape
+    if x.query.ndim != 3 or x.query.shape[0] != batch or x.query.shape[2] % (kv * width):
+        raise UsageError(f"{_OP}: query {_size(x.query)}; expected [{batch}, T, H·{width}] with heads that {kv} divides")
+    rows = (batch, x.query.shape[1], kv * width)
+    if x.key.shape != rows or x.value.shape != rows:
+        raise UsageError(f"{_OP}: key {_size(x.key)}, value {_size(x.value)}; expected twice {rows}")
+    if mask.ndim != 2 or mask.shape[0] != batch or mask.dtype is not torch.int64:
+        raise UsageError(f"{_OP}: attention_mask {_size(mask)} of {mask.dtype}; expected [{batch}, S] of int64")
+    if (cosines is None) != (x.sines is None):
+        raise UsageError(f"{_OP}: {'cosines' if x.sines is None else 'sines'} without the other table")
     if cosines is not None and (cosines.ndim != 2 or 2 * cosines.shape[1] > width):
         raise UsageError(f"{_OP}: cosines {_size(cosines)}; expected [positions, at most {width // 2}]")
-    if window < 0 or softcap < 0:
-        raise UsageError(f"{_OP}: window={window}, softcap={softcap}; expected 0 or more")
+    if x.window < 0 or x.softcap < 0:
+        raise UsageError(f"{_OP}: window={x.window}, softcap={x.softcap}; expected 0 or more")
     return dtype
 
 
@@ -122,37 +141,33 @@ def _size(x: Tensor) -> tuple[int, ...]:
     return tuple(x.shape)
 
 
-def _shapes(
-    query: Tensor, key: Tensor, value: Tensor, past_key: Tensor, past_value: Tensor, attention_mask: Tensor, *_: Any
-) -> Any:
-    slots = torch.sym_max(past_key.shape[2], attention_mask.shape[1])
-    present = [p.new_empty((*p.shape[:2], slots, p.shape[3])) for p in (past_key, past_value)]
-    return query.new_empty(query.shape), *present
+def _shapes(x: _Call) -> Any:
+    slots = torch.sym_max(x.past_key.shape[2], x.attention_mask.shape[1])
+    present = [p.new_empty((*p.shape[:2], slots, p.shape[3])) for p in (x.past_key, x.past_value)]
+    return x.query.new_empty(x.query.shape), *present
 
 
-def _cpu(
-    query: Tensor, key: Tensor, value: Tensor, past_key: Tensor, past_value: Tensor, attention_mask: Tensor,
-    cosines: Tensor | None, sines: Tensor | None, scale: float, window: int, softcap: float, interleaved: bool,
-) -> Any:  # fmt: skip
-    q, k, v, pk, pv = (x.float().contiguous() for x in (query, key, value, past_key, past_value))
-    turn = [None if t is None else t.float().contiguous() for t in (cosines, sines)]
-    (batch, kv, past, width), total = pk.shape, attention_mask.shape[1]
+def _cpu(x: _Call) -> Any:
+    q, k, v, pk, pv = (t.float().contiguous() for t in x[:5])
+    turn = [None if t is None else t.float().contiguous() for t in (x.cosines, x.sines)]
+    (batch, kv, past, width), total = pk.shape, x.attention_mask.shape[1]
     slots = max(past, total)
-    pairs, positions = (0, 0) if turn[0] is None else (turn[0].shape[1], turn[0].shape[0])
+    positions, pairs = (0, 0) if turn[0] is None else turn[0].shape
     shape = native.Cache(
         batch, q.shape[1], q.shape[2] // width, kv, width, past, slots, total, q.shape[2], k.shape[2], v.shape[2], pairs, positions,
-        window, scale, softcap, interleaved,
+        x.window, x.scale, x.softcap, x.interleaved,
     )  # fmt: skip
     y, present = torch.empty_like(q), [pk.new_empty(batch, kv, slots, width) for _ in range(2)]
-    native.call("nf_attend_cached", shape, q, k, v, pk, pv, attention_mask.contiguous(), *turn, *present, y)
-    return y.to(query.dtype), present[0].to(past_key.dtype), present[1].to(past_value.dtype)
+    native.call("nf_attend_cached", shape, q, k, v, pk, pv, x.attention_mask.contiguous(), *turn, *present, y)
+    return y.to(x.query.dtype), present[0].to(x.past_key.dtype), present[1].to(x.past_value.dtype)
 
 
 CACHED_ATTENTION = Operator(
     cached_attention,
     shapes=_shapes,
-    check=lambda q, k, v, pk, pv, mask, cos, sin, scale, window, cap, pairs: _check(q, k, v, pk, pv, mask, cos, sin, window, cap),
+    check=_check,
     cpu=_cpu,
+    given=_Call,
     functions=(
         native.Function(
             "nf_attend_cached", native.CACHE, *[native.F32] * 5, native.I64, *[native.F32_OR_NONE] * 2, *[native.F32] * 3
