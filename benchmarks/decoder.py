@@ -279,14 +279,15 @@ def shiftquant_model(shape: Shape, w: Weights, layers: dict[str, Packed]) -> onn
     for i in range(shape.layers):
         qkv = product("ShiftQuantMatMul", f"{i}.qkv", normed(x))
         y = g.node(
-            "CachedAttention", [qkv, *_cache(i, "past"), "position"], [f"attended_{i}", *_cache(i, "present")],
-            _OURS, heads=shape.heads,
+            "CachedAttention", [qkv, qkv, qkv, *_cache(i, "past"), "mask"], [f"attended_{i}", *_cache(i, "present")],
+            _OURS, scale=shape.features**-0.5, packed=1,
         )[0]  # fmt: skip
         x = product("ShiftQuantLinear", f"{i}.out", [y], residual=x, activation_bits=8)
         up = product("ShiftQuantMatMulQuantize", f"{i}.up", normed(x), 2, epilogue="gelu_tanh", out_bits=8)
         x = product("ShiftQuantMatMul", f"{i}.down", up, residual=x)
     product("ShiftQuantMatMul", "head", normed(x), ["logits"])
-    return g.model([helper.make_tensor_value_info("position", TensorProto.INT64, [1])])
+    scalars = [("position", [1]), ("mask", [1, "slots"])]
+    return g.model([helper.make_tensor_value_info(name, TensorProto.INT64, size) for name, size in scalars])
 
 
 # -- running ------------------------------------------------------------------------------------------------------------------
@@ -310,7 +311,10 @@ class Session:
         self.binding = self.session.io_binding()
         self.scalars: dict[str, Any] = {}
         self.caches: dict[str, Any] = {}
+        self.masked = "mask" in [given.name for given in self.session.get_inputs()]
         for given in self.session.get_inputs():
+            if given.name == "mask":  # as long as the text so far
+                continue
             value = ort.OrtValue.ortvalue_from_shape_and_type(tuple(given.shape), _DTYPES[given.type])
             self.binding.bind_ortvalue_input(given.name, value)
             if given.name.startswith("past_"):
@@ -326,6 +330,9 @@ class Session:
         values = {"token": token, "position": position, "position32": position, "total": position + 1}
         for name, value in self.scalars.items():
             value.update_inplace(np.full(value.shape(), values[name], value.numpy().dtype))
+        if self.masked:
+            self.mask = np.ones((1, position + 1), np.int64)
+            self.binding.bind_cpu_input("mask", self.mask)
 
     def run(self) -> None:
         self.session.run_with_iobinding(self.binding)

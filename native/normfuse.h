@@ -163,15 +163,45 @@ NF_EXPORT const char* nf_two_pass_softmax(const nf_threads*, const float* x, int
 //
 // bits 2..8: q and k are quantized by rows (nf_quantize_rows; a row is a head's features of one token) and the scores
 // are exact integers times the two scales; v and the weights stay float32. 0: all is float32.
+//
+// softcap c > 0: scores become c tanh(scores / c) before the mask. window w > 0, with causal: of the keys that a query
+// sees it sees the last w. 0: neither.
 struct nf_attention {
   int64_t batch, heads, kv_heads, queries, keys, head_dim;
   int64_t q_stride[3], k_stride[3], v_stride[3], y_stride[3], mask_stride[3];
   float scale;
   int32_t causal;
   int32_t bits;
+  float softcap;
+  int64_t window;
 };
 NF_EXPORT const char* nf_attend(const nf_threads*, const nf_attention*, const float* q, const float* k, const float* v,
                                 const float* mask, float* y);
+
+// The same over a cache. Of each row of the batch `tokens` new ones are put behind those of its past, and attend to all
+// that are there: `mask` [batch, total] holds 1 for valid tokens, the new ones included. A row whose mask begins with 0
+// is padded on the left: its new tokens go to the last slots of `total`, and what its mask hides stays hidden. Any
+// other row has as many slots filled as its past has valid tokens.
+//
+// q, k, v: rows of tokens, heads x head_dim and kv_heads x head_dim floats of each, q_row, k_row and v_row floats
+// apart. past and present: [batch, kv_heads, slots, head_dim], with `past` and `present` slots, present = max(past,
+// total); they may be the same memory, and then nothing but the new tokens is written. Slots that nothing is in become
+// 0. cosines, sines: [positions, pairs], by which queries and keys are rotated at their slot: features i and i + pairs,
+// or with `interleaved` 2i and 2i + 1; pairs 0: none. y: [batch, tokens, heads x head_dim]; a token that sees nothing
+// gives 0.
+struct nf_cache {
+  int64_t batch, tokens, heads, kv_heads, head_dim;
+  int64_t past, present, total;
+  int64_t q_row, k_row, v_row;
+  int64_t pairs, positions;
+  int64_t window;
+  float scale, softcap;
+  int32_t interleaved;
+};
+NF_EXPORT const char* nf_attend_cached(const nf_threads*, const nf_cache*, const float* q, const float* k,
+                                       const float* v, const float* past_key, const float* past_value,
+                                       const int64_t* mask, const float* cosines, const float* sines,
+                                       float* present_key, float* present_value, float* y);
 
 // -- the machine ----------------------------------------------------------------------------------
 // Instruction sets, best first, separated by spaces, e.g. "avx512vnni avx2 scalar"; what runs now; and forcing one

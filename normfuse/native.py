@@ -29,10 +29,10 @@ from normfuse.errors import NormfuseError, UsageError
 from normfuse.native_library import SWITCH, library_file, switched_off
 
 __all__ = [
-    "ATTENTION", "CODES_CONV", "CONV", "EPILOGUES", "F32", "F32_OR_NONE", "FLOAT", "FUNCTIONS", "I8", "I8_OR_NONE", "I32", "INT",
-    "KINDS", "LONG", "STRIDED", "STRIDED_OR_NONE", "U8", "U8_OR_NONE", "WEIGHT", "WEIGHTS", "Attention", "CodesConv", "Conv",
-    "Function", "Weight", "available", "call", "codes_bytes", "declare", "force_isa", "isa", "isas", "library", "operators", "path",
-    "sorted_channels", "threads", "weight", "why_not",
+    "ATTENTION", "CACHE", "CODES_CONV", "CONV", "EPILOGUES", "F32", "F32_OR_NONE", "FLOAT", "FUNCTIONS", "I8", "I8_OR_NONE", "I32",
+    "I64", "INT", "KINDS", "LONG", "STRIDED", "STRIDED_OR_NONE", "U8", "U8_OR_NONE", "WEIGHT", "WEIGHTS", "Attention", "Cache",
+    "CodesConv", "Conv", "Function", "Weight", "available", "call", "codes_bytes", "declare", "force_isa", "isa", "isas", "library",
+    "operators", "path", "sorted_channels", "threads", "weight", "why_not",
 ]  # fmt: skip
 
 EPILOGUES = {word: number for number, word in enumerate(words.EPILOGUES)}
@@ -85,6 +85,20 @@ class Attention(ctypes.Structure):
         ("scale", c_float),
         ("causal", c_int32),
         ("bits", c_int32),
+        ("softcap", c_float),
+        ("window", c_int64),
+    ]
+
+
+class Cache(ctypes.Structure):
+    """`struct nf_cache`."""
+
+    _fields_ = [
+        *((name, c_int64) for name in ("batch", "tokens", "heads", "kv_heads", "head_dim", "past", "present", "total")),
+        *((name, c_int64) for name in ("q_row", "k_row", "v_row", "pairs", "positions", "window")),
+        ("scale", c_float),
+        ("softcap", c_float),
+        ("interleaved", c_int32),
     ]
 
 
@@ -154,12 +168,12 @@ _NOWHERE = ctypes.addressof(_nowhere)
 #: What functions take: dense tensors in main memory, numbers, structures; a strided tensor goes with its strides in a structure.
 F32, F32_OR_NONE = _Array(torch.float32), _Array(torch.float32, optional=True)
 STRIDED, STRIDED_OR_NONE = _Array(torch.float32, strided=True), _Array(torch.float32, optional=True, strided=True)
-I8, I32 = _Array(torch.int8), _Array(torch.int32)
+I8, I32, I64 = _Array(torch.int8), _Array(torch.int32), _Array(torch.int64)
 I8_OR_NONE = _Array(torch.int8, optional=True)
 U8, U8_OR_NONE = _Array(torch.uint8), _Array(torch.uint8, optional=True)
 INT, LONG, FLOAT = _Number(c_int32), _Number(c_int64), _Number(c_float)
 WEIGHT, WEIGHTS, CONV, ATTENTION = _Record(Weight), _Record(Weight, many=True), _Record(Conv), _Record(Attention)
-CODES_CONV = _Record(CodesConv)
+CACHE, CODES_CONV = _Record(Cache), _Record(CodesConv)
 
 
 class Function:

@@ -1,4 +1,4 @@
-"""How the cached attention of an ONNX graph is written: as one op of ONNX Runtime, or in standard ops.
+"""How the cached attention of an ONNX graph is written: as one op of ONNX Runtime or of ours, or in standard ops.
 
 What all layers share follows from the mask alone and is computed once a graph. `seqlens_k` is the slot of each row's newest
 token, `total` the number of slots that the mask speaks of. A row padded on the left gets its padding hidden by a bias; a row
@@ -7,6 +7,7 @@ padded on the right is shorter than the others.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -15,13 +16,14 @@ import numpy as np
 from normfuse.errors import UsageError
 from normfuse.export.decoder.operator import cached_attention, cross_attention, newest, positions, unpadded
 from normfuse.export.onnx.build import Build, dims
+from normfuse.export.onnx.own_nodes import native_node
 from normfuse.export.onnx.writer.markers import markers_of
 from normfuse.export.onnx.writer.translate import MARKER_DOMAIN
 
 __all__ = ["FORMS", "DecoderAttention", "heads_joined", "heads_parted", "lower_cache", "rotates", "translations"]
 
-#: `gqa`: GroupQueryAttention of ONNX Runtime; `portable`: standard ops.
-DecoderAttention = Literal["gqa", "portable"]
+#: `native`: normfuse's CachedAttention; `gqa`: GroupQueryAttention of ONNX Runtime; `portable`: standard ops.
+DecoderAttention = Literal["gqa", "portable", "native"]
 FORMS: tuple[str, ...] = get_args(DecoderAttention)
 _HIDDEN = -1e9
 _LAST = np.iinfo(np.int64).max
@@ -35,7 +37,7 @@ def translations() -> dict[Any, Any]:
 
 def rotates(form: str, pairs: int, width: int) -> bool:
     """An attention in `form` can rotate `pairs` pairs of each head of `width` features itself."""
-    return form == "portable" or (width % 16 == 0 and pairs % 8 == 0 and 2 * pairs <= width)
+    return form != "gqa" or (width % 16 == 0 and pairs % 8 == 0 and 2 * pairs <= width)
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,8 @@ def lower_cache(model: Any, form: str, *, left: bool = True) -> None:
             _replace(model, node, [shared.at(node).newest_of(node)])
         elif form == "gqa":
             _group_query(model, _Site(node), shared.at(node))
+        elif form == "native":
+            _cached(model, _Site(node), shared.at(node))
         else:
             _standard(model, _Site(node), shared.at(node))
     if form == "gqa":
@@ -262,11 +266,38 @@ def _group_query(model: Any, site: _Site, shared: _Shared) -> None:
     node = at.ir.node("GroupQueryAttention", given, facts, domain="com.microsoft", num_outputs=3)
     node.metadata_props.update(site.node.metadata_props)
     model.graph.insert_before(site.node, [node])
-    for made, old in zip(node.outputs, site.node.outputs, strict=True):
-        made.dtype = query.dtype
-        made.shape = old.shape
-    apart = heads_parted(at, site.node.outputs[0], node.outputs[0], heads * width)
-    _replace(model, site.node, [apart, *node.outputs[1:]])
+    _take_outputs(model, site, at, node.outputs)
+
+
+def _cached(model: Any, site: _Site, shared: _Shared) -> None:
+    at, inputs, (heads, kv, width) = shared.build, site.inputs, site.heads
+    joined = (("query", heads), ("key", kv), ("value", kv))
+    query, key, value = (heads_joined(at, inputs[name], count * width) for name, count in joined)
+    whole = _cut_out_of([query, key, value])
+    parts = [query, key, value] if whole is None else [whole] * 3
+    given = [*parts, inputs["past_key"], inputs["past_value"], shared.mask, inputs["cosines"], inputs["sines"]]
+    facts = {name: site.fact(name) for name in ("scale", "window", "softcap")} | {"interleaved": int(site.fact("interleaved"))}
+    made = native_node(at, "CachedAttention", given, facts | {"packed": int(whole is not None)}, count=3)
+    _take_outputs(model, site, at, made)
+
+
+def _cut_out_of(values: Sequence[Any]) -> Any:
+    """The value whose last axis is cut into `values`, in this order and into nothing else; None if there is no such value."""
+    node = values[0].producer()
+    if node is None or node.op_type != "Split" or node.domain or list(node.outputs) != list(values):
+        return None
+    sizes = dims(node.inputs[0])
+    axis = node.attributes["axis"].value if "axis" in node.attributes else 0
+    return node.inputs[0] if sizes is not None and axis in (-1, len(sizes) - 1) else None
+
+
+def _take_outputs(model: Any, site: _Site, at: Build, outputs: Sequence[Any]) -> None:
+    """What was attended, [batch, new, heads x width], and the presents, in the place of the site's outputs."""
+    heads, _, width = site.heads
+    for made, old in zip(outputs, site.node.outputs, strict=True):
+        made.dtype, made.shape = site.inputs["query"].dtype, old.shape
+    apart = heads_parted(at, site.node.outputs[0], outputs[0], heads * width)
+    _replace(model, site.node, [apart, *outputs[1:]])
 
 
 def heads_parted(at: Build, old: Any, made: Any, features: int) -> Any:

@@ -29,6 +29,11 @@ struct Attention {
     const float* mask(const AttendPlan& p, int64_t b, int64_t key0) const {
       return p.mask ? p.mask + at(p.shape.mask_stride, b) + key0 : nullptr;
     }
+    // Scores of n keys from key0 on: capped, and -inf before its window.
+    void bound(const AttendPlan& p, int64_t key0, int64_t n, float* s) const {
+      const int64_t low = p.shape.window ? query + p.shape.keys - p.shape.queries + 1 - p.shape.window - key0 : 0;
+      bounded(s, p.shape.softcap, most(0, least(n, low)), n);
+    }
     // How many of n keys from key0 on it sees.
     int64_t seen(const AttendPlan& p, int64_t key0, int64_t n) const {
       return p.shape.causal ? most(0, least(n, query + p.shape.keys - p.shape.queries + 1 - key0)) : n;
@@ -116,6 +121,10 @@ struct Attention {
                                                s + r * p.pitch + j, p.pitch);
             }
         float top[B::block_rows], carry[B::block_rows], finish[B::block_rows];
+        if (a.window || a.softcap > 0) {
+          Row bounds(p, kv, row0 + r0);
+          for (int64_t r = 0; r < block; ++r, bounds.next(p)) bounds.bound(p, key0, row_seen[r], s + r * p.pitch);
+        }
         for (int64_t r = 0; r < block; ++r) top[r] = masked(s + r * p.pitch, row_mask[r], row_seen[r]);
         for (int64_t r = 0; r < block; ++r) {
           carry[r] = weigh(s + r * p.pitch, top[r], row_seen[r], seen[r / B::rows * B::rows], running[r0 + r]);
@@ -191,6 +200,7 @@ struct Attention {
       for (int64_t r = 0; r < rows; ++r, row.next(p)) {
         const int64_t seen = row.seen(p, key0, n), row_y = row.at(a.y_stride, b);
         dots(q + r * ldo, k, a.k_stride[2], seen, dim, s + r * p.pitch);
+        if (a.window || a.softcap > 0) row.bound(p, key0, seen, s + r * p.pitch);
         const float top = masked(s + r * p.pitch, row.mask(p, b, key0), seen);
         const float carry = weigh(s + r * p.pitch, top, seen, seen, running[r]);
         const float finish = running[r].finish();
@@ -213,7 +223,91 @@ struct Attention {
     (p.streamed ? streamed : packed)(p, b, kv, row0, row1, scratch);
   }
 
-  static constexpr AttendKernels kernels() { return {W, panel, B::block_rows, B::few_rows, scratch, attend}; }
+  // s[r][j] = q[r] · k[j] for R rows: a key is loaded once for all of them.
+  template <int R>
+  static void dots_of(const float* q, int64_t ldq, const float* k, int64_t n, int64_t dim, float* s, int64_t pitch) {
+    const int64_t whole = dim / W * W, left = dim - whole;
+    int64_t j = 0;
+    for (; j + 4 <= n; j += 4, k += 4 * dim) {
+      F32 x[R][4];
+      for (int r = 0; r < R; ++r)
+        for (int i = 0; i < 4; ++i) x[r][i] = F32::set(0.f);
+      for (int64_t d = 0; d < whole; d += W)
+        for (int i = 0; i < 4; ++i) {
+          const F32 key = F32::load(k + i * dim + d);
+          for (int r = 0; r < R; ++r) x[r][i] = fma(F32::load(q + r * ldq + d), key, x[r][i]);
+        }
+      if (left)
+        for (int i = 0; i < 4; ++i) {
+          const F32 key = F32::load(k + i * dim + whole, left);
+          for (int r = 0; r < R; ++r) x[r][i] = fma(F32::load(q + r * ldq + whole), key, x[r][i]);
+        }
+      for (int r = 0; r < R; ++r) B::sums(x[r], s + r * pitch + j);
+    }
+    for (int r = 0; r < R && j < n; ++r) dots(q + r * ldq, k, dim, n - j, dim, s + r * pitch + j);
+  }
+  template <int R>
+  static void dots_of_rows(int64_t rows, const float* q, int64_t ldq, const float* k, int64_t n, int64_t dim, float* s,
+                           int64_t pitch) {
+    if constexpr (R > 1)
+      if (rows < R) return dots_of_rows<R - 1>(rows, q, ldq, k, n, dim, s, pitch);
+    dots_of<R>(q, ldq, k, n, dim, s, pitch);
+  }
+
+  // A row's slots [low, high) of n from key0 on, and nothing else, count.
+  static void weigh_part(const CachedPlan& p, int64_t b, int64_t row, int64_t key0, int64_t n, float* s, float* to) {
+    const int64_t at = p.start[b] + row % p.shape.tokens;
+    const int64_t window = p.shape.window ? at + 1 - p.shape.window : 0;
+    const int64_t low = most(0, most(p.first[b], window) - key0), high = most(0, least(n, at + 1 - key0));
+    bounded(s, p.shape.softcap, least(low, high), high);
+    const float top = masked(s, p.bias[b] ? p.bias[b] + key0 : nullptr, high);
+    Running running{kMinusInfinity, 0.f};
+    weigh(s, top, high, n, running);
+    to[0] = running.maximum, to[1] = running.sum;
+  }
+
+  static void attend_part(const CachedPlan& p, int64_t b, int64_t kv, int64_t part, float* s) {
+    const nf_cache& a = p.shape;
+    const int64_t dim = a.head_dim, ldo = p.padded_dim, head = b * a.kv_heads + kv, place = head * p.parts + part;
+    const int64_t low = most(p.first[b], a.window ? p.start[b] + 1 - a.window : 0);
+    const int64_t key0 = most(part * p.part, low), n = least((part + 1) * p.part, p.start[b] + a.tokens) - key0;
+    float* const weights = p.weight + 2 * place * p.rows;
+    if (n <= 0) {  // nobody sees it
+      for (int64_t r = 0; r < p.rows; ++r) weights[2 * r] = kMinusInfinity, weights[2 * r + 1] = 0.f;
+      return;
+    }
+    const int64_t offset = (head * a.present + key0) * dim;
+    for (int64_t r0 = 0; r0 < p.rows; r0 += B::few_rows) {
+      const int64_t rows = least(B::few_rows, p.rows - r0), row = place * p.rows + r0;
+      dots_of_rows<B::few_rows>(rows, p.q + (head * p.rows + r0) * ldo, ldo, p.key + offset, n, dim, s, p.pitch);
+      for (int64_t r = 0; r < rows; ++r) weigh_part(p, b, r0 + r, key0, n, s + r * p.pitch, weights + 2 * (r0 + r));
+      for (int64_t d = 0; d < dim; d += panel) {
+        const Mixed to{p.found + row * ldo + d, ldo, nullptr, nullptr, nullptr, nullptr, dim - d};
+        mix_of_cache(rows, s, p.pitch, p.value + offset + d, dim, n, to);
+      }
+    }
+  }
+
+  // As mix_of, but the values lie where they are: the last vector of a row may not be whole.
+  static void mix_of_cache(int64_t rows, const float* w, int64_t pitch, const float* v, int64_t ldv, int64_t n,
+                           const Mixed& to) {
+    const int64_t vectors = to.columns / W;
+    if (vectors >= B::columns) {
+      mix_of<B::few_rows, B::columns>(rows, B::columns, w, pitch, v, ldv, n, to);
+      return;
+    }
+    for (int64_t c = 0; c < ceil_div(to.columns, W); ++c)
+      for (int64_t r = 0; r < rows; ++r) {
+        F32 sum = F32::set(0.f);
+        for (int64_t j = 0; j < n; ++j)
+          sum = fma(F32::set(w[r * pitch + j]), F32::load(v + j * ldv + c * W, to.columns - c * W), sum);
+        sum.store(to.o + r * to.ldo + c * W);
+      }
+  }
+
+  static constexpr AttendKernels kernels() {
+    return {W, panel, B::block_rows, B::few_rows, scratch, attend, attend_part};
+  }
 };
 
 }  // namespace nf::NF_ARCH

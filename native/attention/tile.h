@@ -199,6 +199,16 @@ struct Running {
   float finish() const { return sum == 0.f ? 0.f : 1.f / sum; }
 };
 
+// Of the scores s [n]: c tanh(s / c) where the cap c is not 0, and -inf for the first `low`.
+inline void bounded(float* s, float cap, int64_t low, int64_t n) {
+  constexpr int64_t W = F32::N;
+  if (cap > 0) {
+    const F32 c = F32::set(cap), inverse = F32::set(1.f / cap);
+    for (int64_t j = 0; j < n; j += W) (c * tanh(F32::load(s + j) * inverse)).store(s + j);
+  }
+  for (int64_t j = 0; j < low; ++j) s[j] = kMinusInfinity;
+}
+
 // Adds the mask to the scores s [seen], fills the last vector up with -inf, and gives the largest score.
 inline float masked(float* s, const float* mask, int64_t seen) {
   constexpr int64_t W = F32::N;

@@ -1,85 +1,88 @@
-// CachedAttention: appends keys and values to their buffers and attends to all that is in them. Where past and present
-// are bound to one buffer (IO binding), as with com.microsoft's GroupQueryAttention, nothing but the new tokens is
-// written.
-#include <cmath>
-#include <cstring>
+// CachedAttention: puts new keys and values behind those of the past and attends to all that are there. Where past and
+// present are bound to one buffer (IO binding), as with com.microsoft's GroupQueryAttention, nothing but the new tokens
+// is written.
+#include <utility>
 
 #include "ort/op.h"
-#include "parallel.h"
 
 namespace nf::ort {
 namespace {
 
 struct CachedAttention {
-  float scale;
-  int64_t heads, kv_heads;
-  explicit CachedAttention(const Info& info)
-      : scale(info.number("scale", 0)),
-        heads(info.integer("heads", 1, 1 << 20)),
-        kv_heads(info.integer("kv_heads", heads, 1, 1 << 20)) {
-    require(heads % kv_heads == 0, info.at("kv_heads") + ": found " + std::to_string(kv_heads) +
-                                       ", expected a divisor of " + std::to_string(heads));
+  nf_cache facts{};
+  bool packed;
+  explicit CachedAttention(const Info& info) : packed(info.integer("packed", 0, 0, 1) != 0) {
+    facts.scale = info.number("scale", 1), facts.softcap = info.number("softcap", 0);
+    facts.window = info.integer("window", 0, 0, INT32_MAX);
+    facts.interleaved = static_cast<int32_t>(info.integer("interleaved", 0, 0, 1));
+    require(facts.softcap >= 0, info.at("softcap") + ": expected 0 or more");
   }
 
   void compute(const Context& c) const {
-    const Tensor qkv = c.input(0), past_key = c.input(1), past_value = c.input(2), position = c.input(3);
-    const int64_t parts = heads + 2 * kv_heads;
-    require(qkv.shape.rank == 3 && qkv.shape.dim[2] >= parts && qkv.shape.dim[2] % parts == 0,
-            c.at("qkv") + ": found " + qkv.shape.text() + ", expected [batch, tokens, features of " +
-                std::to_string(parts) + " heads]");
-    const int64_t batch = qkv.shape.dim[0], tokens = qkv.shape.dim[1], row = qkv.shape.dim[2], dim = row / parts;
-    const Shape& cache = past_key.shape;
-    require(cache.rank == 4 && cache.dim[0] == batch && cache.dim[1] == kv_heads && cache.dim[3] == dim,
-            c.at("past_key") + ": found " + cache.text() + ", expected [" + std::to_string(batch) + ", " +
-                std::to_string(kv_heads) + ", capacity, " + std::to_string(dim) + "]");
-    require(past_value.shape == cache,
-            c.at("past_value") + ": found " + past_value.shape.text() + ", expected " + cache.text());
-    require(position.shape.count() == 1,
-            c.at("position") + ": found " + position.shape.text() + ", expected one number");
-    const int64_t first = *position.as<int64_t>(), room = cache.dim[2];
-    require(first >= 0 && first <= room && tokens <= room - first,
-            c.at("position") + ": found " + std::to_string(first) + "; " + std::to_string(tokens) +
-                " tokens from there on do not fit into a buffer of " + std::to_string(room));
-
-    Shape shape = qkv.shape;
-    shape.dim[2] = heads * dim;
-    const Tensor y = c.output(0, shape), key = c.output(1, cache), value = c.output(2, cache);
-    require(key && value,
-            c.at("present_key, present_value") + ": the outputs are missing; bind them to the buffers of the past");
-    if (!batch || !tokens) return;
-
-    const float* x = qkv.as<float>();
-    parallel(tokens > 1 ? c.threads() : nullptr, batch * kv_heads, [&](int64_t i) {
-      const float* from = x + i / kv_heads * tokens * row + (heads + i % kv_heads) * dim;
-      append(past_key, key, i, room * dim, first * dim, from, tokens, row, dim);
-      append(past_value, value, i, room * dim, first * dim, from + kv_heads * dim, tokens, row, dim);
-    });
-    nf_attention a{};
-    a.batch = batch, a.heads = heads, a.kv_heads = kv_heads, a.queries = tokens, a.keys = first + tokens,
-    a.head_dim = dim;
-    a.q_stride[0] = tokens * row, a.q_stride[1] = dim, a.q_stride[2] = row;
-    a.y_stride[0] = tokens * heads * dim, a.y_stride[1] = dim, a.y_stride[2] = heads * dim;
-    a.k_stride[0] = a.v_stride[0] = kv_heads * room * dim, a.k_stride[1] = a.v_stride[1] = room * dim,
-    a.k_stride[2] = a.v_stride[2] = dim;
-    a.scale = scale == 0 ? 1 / std::sqrt(float(dim)) : scale;
-    a.causal = 1;
-    done(nf_attend(c.threads(), &a, x, key.as<float>(), value.as<float>(), nullptr, y.as<float>()));
+    const Tensor q = c.input(0), k = c.input(1), v = c.input(2), past_key = c.input(3), past_value = c.input(4),
+                 mask = c.input(5), cosines = c.input(6), sines = c.input(7);
+    nf_cache a = facts;
+    sizes(c, q, past_key, past_value, mask, &a);
+    const int64_t width = a.heads * a.head_dim, kv = a.kv_heads * a.head_dim;
+    if (!packed)
+      for (const auto& [name, x] : {std::pair{"key", &k}, std::pair{"value", &v}}) {
+        Shape expected = q.shape;
+        expected.dim[2] = kv;
+        require(x->shape == expected, c.at(name) + ": found " + x->shape.text() + ", expected " + expected.text());
+      }
+    tables(c, cosines, sines, &a);
+    Shape shape = q.shape, present = past_key.shape;
+    shape.dim[2] = width, present.dim[2] = a.present;
+    const Tensor y = c.output(0, shape), key = c.output(1, present), value = c.output(2, present);
+    require(key && value, c.at("present_key, present_value") + ": the outputs are missing");
+    const float* const x = q.as<float>();
+    done(nf_attend_cached(c.threads(), &a, x, packed ? x + width : k.as<float>(),
+                          packed ? x + width + kv : v.as<float>(), past_key.as<float>(), past_value.as<float>(),
+                          mask.as<int64_t>(), cosines.as<float>(), sines.as<float>(), key.as<float>(),
+                          value.as<float>(), y.as<float>()));
   }
 
  private:
-  // Of head i, whose buffer has `size` floats: the past (if it is elsewhere) and the new tokens behind it.
-  static void append(const Tensor& past, const Tensor& present, int64_t i, int64_t size, int64_t filled,
-                     const float* from, int64_t tokens, int64_t row, int64_t dim) {
-    float* to = present.as<float>() + i * size;
-    if (past.data != present.data)
-      std::memcpy(to, past.as<float>() + i * size, static_cast<size_t>(filled) * sizeof(float));
-    for (int64_t t = 0; t < tokens; ++t)
-      std::memcpy(to + filled + t * dim, from + t * row, static_cast<size_t>(dim) * sizeof(float));
+  void sizes(const Context& c, const Tensor& q, const Tensor& past_key, const Tensor& past_value, const Tensor& mask,
+             nf_cache* a) const {
+    const Shape& cache = past_key.shape;
+    require(cache.rank == 4 && cache.dim[1] >= 1 && cache.dim[3] >= 1,
+            c.at("past_key") + ": found " + cache.text() + ", expected [batch, heads, slots, features]");
+    require(past_value.shape == cache,
+            c.at("past_value") + ": found " + past_value.shape.text() + ", expected " + cache.text());
+    a->batch = cache.dim[0], a->kv_heads = cache.dim[1], a->past = cache.dim[2], a->head_dim = cache.dim[3];
+    require(q.shape.rank == 3 && q.shape.dim[0] == a->batch && q.shape.dim[2] % a->head_dim == 0,
+            c.at("query") + ": found " + q.shape.text() + ", expected [" + std::to_string(a->batch) +
+                ", tokens, features of heads of " + std::to_string(a->head_dim) + "]");
+    a->tokens = q.shape.dim[1];
+    a->heads = q.shape.dim[2] / a->head_dim - (packed ? 2 * a->kv_heads : 0);
+    require(a->heads >= 1 && a->heads % a->kv_heads == 0, c.at("query") + ": found " + std::to_string(a->heads) +
+                                                              " heads, expected a multiple of the " +
+                                                              std::to_string(a->kv_heads) + " of past_key");
+    require(mask.shape.rank == 2 && mask.shape.dim[0] == a->batch && mask.shape.dim[1] >= a->tokens,
+            c.at("attention_mask") + ": found " + mask.shape.text() + ", expected [" + std::to_string(a->batch) +
+                ", slots of the past and of " + std::to_string(a->tokens) + " new tokens]");
+    a->total = mask.shape.dim[1];
+    a->present = a->past > a->total ? a->past : a->total;
+    a->q_row = q.shape.dim[2];
+    a->k_row = a->v_row = packed ? a->q_row : a->kv_heads * a->head_dim;
+  }
+
+  void tables(const Context& c, const Tensor& cosines, const Tensor& sines, nf_cache* a) const {
+    require(bool(cosines) == bool(sines), c.at("cosines, sines") + ": expected both or none");
+    if (!cosines) return;
+    require(cosines.shape.rank == 2 && 2 * cosines.shape.dim[1] <= a->head_dim && cosines.shape.dim[0] >= a->total,
+            c.at("cosines") + ": found " + cosines.shape.text() + ", expected " + std::to_string(a->total) +
+                " positions or more, and at most half of " + std::to_string(a->head_dim) + " features");
+    require(sines.shape == cosines.shape,
+            c.at("sines") + ": found " + sines.shape.text() + ", expected " + cosines.shape.text());
+    a->positions = cosines.shape.dim[0], a->pairs = cosines.shape.dim[1];
   }
 };
 
-const Port kIn[] = {
-    {"qkv", kFloat, false}, {"past_key", kFloat, false}, {"past_value", kFloat, false}, {"position", kInt64, false}};
+const Port kIn[] = {{"query", kFloat, false},    {"key", kFloat, false},        {"value", kFloat, false},
+                    {"past_key", kFloat, false}, {"past_value", kFloat, false}, {"attention_mask", kInt64, false},
+                    {"cosines", kFloat, true},   {"sines", kFloat, true}};
 const Port kOut[] = {{"y", kFloat, false}, {"present_key", kFloat, false}, {"present_value", kFloat, false}};
 
 }  // namespace

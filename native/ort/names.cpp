@@ -12,6 +12,8 @@ namespace {
 int variants(const std::string& op) {
   if (op.compare(0, 10, "ShiftQuant") == 0) return 32;
   if (op == "CodesConv2d") return 28;  // bits by what is optional
+  if (op == "CachedAttention")
+    return 8;  // rotated, in pairs side by side, within a window, capped, packed: a file has few
   if (op == "Attention" || op == "NormQuantize" || op == "RmsNorm" || op == "CrmsNorm" || op == "L1Norm") return 12;
   return 1;
 }

@@ -101,17 +101,19 @@ def to_decoder(
         return write_pair(exact, path, tokenizer, Pair(blocks, spec, prompts, how, length, notes), force=force)
     captured = cached(exact, last_logits=how.last_logits)
     layout, windows = causal(captured.sites, last_logits=how.last_logits), any(site.window for site in captured.sites)
+    attention = how.attention or ("native" if spec is not None and native.available() else "gqa")
     with untouched(exact):
         fast = optimized(captured, how, blocks, spec)
-        rotated = rotate_in_attention(fast, longest(exact), lambda pairs, width: rotates(how.attention, pairs, width))
-        written = write_model(fast, layout, attention=how.attention, padding=how.padding, windows=windows, blocks=blocks)
+        rotated = rotate_in_attention(fast, longest(exact), lambda pairs, width: rotates(attention, pairs, width))
+        written = write_model(fast, layout, attention=attention, padding=how.padding, windows=windows, blocks=blocks)
     with placed(path, force=force) as work:
         save_model(written.model, work / MODEL, limit=how.external_data_above)
         proof = _proof(work / MODEL, exact, tokenizer, prompts, how, quantized=quantize is not None)
-        library = copy_kernels(native.path(), work) if written.form == "native" and native.available() else None
+        own = "native" in (written.form, attention)
+        library = copy_kernels(native.path(), work) if own and native.available() else None
         config = _configured(work, exact, captured, tokenizer, length, library)
         made = DecoderFolder(
-            path, sizes(work), how.attention, len(captured.sites), rotated, weights(blocks, spec, written.form, fast), length,
+            path, sizes(work), attention, len(captured.sites), rotated, weights(blocks, spec, written.form, fast), length,
             config["model"]["context_length"], written.runtime, proof, (*notes, *_told(how, tokenizer)),
         )  # fmt: skip
         (work / MANIFEST).write_text(json.dumps(facts(made, fast), indent=2) + "\n", encoding="utf-8")

@@ -18,6 +18,7 @@ from normfuse.app.sources import Source
 from normfuse.benchmark import Comparison, Engine, Schedule, Verdict
 from normfuse.benchmark.against import Against
 from normfuse.benchmark.decided import MORE
+from normfuse.cli.bench_decoder import Lengths, bench_folder, length_options
 from normfuse.cli.bundled import Telling, bundled, telling_options
 from normfuse.cli.files.given import file_inputs, is_file, is_onnx
 from normfuse.cli.files.running import opened_file
@@ -132,8 +133,11 @@ _timing_options = bundled(
 @_claim_options
 @_making_options
 @_timing_options
+@length_options
 @telling_options
-def bench(model: Model, pipeline: Pipeline, claim: Claim, making: Making, timing: Timing, telling: Telling) -> None:
+def bench(
+    model: Model, pipeline: Pipeline, claim: Claim, making: Making, timing: Timing, lengths: Lengths, telling: Telling
+) -> None:
     """Measure the optimized SOURCE against another engine, interleaved, each in a process of its own.
 
     Engines: eager, compile (torch.compile), onnxruntime, openvino (as it converts the model itself, in float32) and tensorrt
@@ -153,10 +157,23 @@ def bench(model: Model, pipeline: Pipeline, claim: Claim, making: Making, timing
       normfuse bench timm:resnet50 --quantize w8a8,static \\
           --calibration images.npz --against onnxruntime-int8,openvino-int8
 
+    The folder of a decoder is measured as it writes: prefill and decode apart, each in tokens a second, with --against hf:DIR
+    (PyTorch), genai, int4:DIR (ONNX Runtime's own), openvino:FILE, or another folder. The claim is about decode:
+
+    \b
+      normfuse bench smollm2-w4 --against hf:smollm2,genai,int4:smollm2
+
     The claim is that the speedup is --at-least RATIO. It holds (exit code 0) where the whole 95 % interval of the speedup is
     above that, fails (1) where all of it is below, and is undecided (3) otherwise. Where the baseline differs from
     itself by more than 5 %, or other processes worked during most turns, the interval is widened by that first.
     """
+    from normfuse.app.writing.rivals import is_decoder
+
+    if is_decoder(model.source):
+        _check_for_folder(pipeline, claim, making, telling)
+        bench_folder(model, claim.against, lengths, timing.schedule, claim.at_least, telling)
+        return
+    lengths.check_unused()
     against, challenger = _chosen(model, claim, making.device)
     for name in against:
         _known(name)
@@ -191,6 +208,18 @@ def bench(model: Model, pipeline: Pipeline, claim: Claim, making: Making, timing
     elif not telling.quiet:
         click.echo(f"{model.source}, weights: {weights}\n{result}" if weights else str(result))
     _judged(result)
+
+
+def _check_for_folder(pipeline: Pipeline, claim: Claim, making: Making, telling: Telling) -> None:
+    """Raise `UsageError` for a flag that the folder of a decoder does not have."""
+    flags: dict[str, Any] = {
+        "--quantize": pipeline.quantize, "--passes": pipeline.passes, "--calibration": pipeline.calibration,
+        "--engine": claim.challenger, "--device": making.device != "cpu", "--dtype": making.dtype, "--plugins": making.plugins,
+        "--form": making.form != "auto", "--report": telling.report_path,
+    }  # fmt: skip
+    stray = next((flag for flag, value in flags.items() if value), None)
+    if stray:
+        raise UsageError(f"{stray} is not for the folder of a decoder, which is measured as it is")
 
 
 def _judged(result: Against) -> None:

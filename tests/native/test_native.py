@@ -117,6 +117,7 @@ def test_structures_and_words_are_those_of_the_headers(tmp_path: Path) -> None:
         ("nf_conv", native.Conv),
         ("nf_codes_conv", native.CodesConv),
         ("nf_attention", native.Attention),
+        ("nf_cache", native.Cache),
     ):
         lines.append(f"static_assert(sizeof({name}) == {ctypes.sizeof(structure)});")
         for field, *_ in structure._fields_:

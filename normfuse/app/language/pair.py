@@ -31,7 +31,7 @@ from normfuse.export.decoder.encdec_proof import Source, prove_pair
 from normfuse.export.decoder.encdec_session import SPEECH_FILES, TEXT_FILES
 from normfuse.export.decoder.file import Written, write_model
 from normfuse.export.decoder.folder import CONFIG, MANIFEST, DecoderFolder, copy_kernels, placed, write_tokenizer
-from normfuse.export.decoder.forms import rotates
+from normfuse.export.decoder.forms import DecoderAttention, rotates
 from normfuse.export.decoder.genai import token_of, whisper_config
 from normfuse.export.decoder.layout import Layout, speech_decoder, speech_encoder, text_decoder, text_encoder
 from normfuse.export.decoder.proof import Proof
@@ -55,6 +55,11 @@ class Pair:
     how: DecoderOptions
     length: int
     notes: tuple[str, ...]
+
+    @property
+    def attention(self) -> DecoderAttention:
+        """The form of attention; only causal models have the one that is an operator of normfuse."""
+        return self.how.attention or "gqa"
 
     @property
     def quantized(self) -> bool:
@@ -81,6 +86,8 @@ def write_pair(model: nn.Module, path: Path, tokenizer: Any, pair: Pair, *, forc
     """
     if pair.how.last_logits:
         raise UsageError(f"last_logits=True: the decoder of {type(model).__name__} starts with a token or few; leave it out")
+    if pair.attention == "native":
+        raise UsageError(f"attention='native': {type(model).__name__} has an encoder; expected gqa or portable")
     found, start = encoder_decoder(model), _start(model)
     speech = not found.masked and model.get_encoder().main_input_name == "input_features"  # type: ignore[operator]
     names = SPEECH_FILES if speech else TEXT_FILES
@@ -96,7 +103,7 @@ def write_pair(model: nn.Module, path: Path, tokenizer: Any, pair: Pair, *, forc
         _configure(work, model, tokenizer, found, pair, library if speech else None, speech=speech)
         form = next((half.written.form for half in halves if half.written.form), None)
         made = DecoderFolder(
-            path, sizes(work), pair.how.attention, len(found.sites), halves[1].rotated,
+            path, sizes(work), pair.attention, len(found.sites), halves[1].rotated,
             weights(pair.blocks, pair.spec, form, *graphs), pair.length, longest(model), max(h.written.runtime for h in halves),
             proof, (*pair.notes, *_told(tokenizer)),
         )  # fmt: skip
@@ -130,11 +137,11 @@ def _half(module: Any, layout: Layout, pair: Pair) -> _Half:
     how = pair.how
     log.info("optimizing the %s", type(module).__name__)
     fast = optimized(module, how, pair.blocks, pair.spec)
-    rotated = rotate_in_attention(fast, longest(module.model), lambda pairs, width: rotates(how.attention, pairs, width))
+    rotated = rotate_in_attention(fast, longest(module.model), lambda pairs, width: rotates(pair.attention, pairs, width))
     # rows of a decoder are never padded: all texts start together
     windows = "found" in vars(module) and any(site.window for site in module.found.sites)
     return _Half(
-        fast, write_model(fast, layout, attention=how.attention, padding="right", windows=windows, blocks=pair.blocks), rotated
+        fast, write_model(fast, layout, attention=pair.attention, padding="right", windows=windows, blocks=pair.blocks), rotated
     )
 
 

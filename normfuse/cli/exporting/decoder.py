@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = ["DecoderFlags", "decoder_options", "to_folder"]
 
-_FORMS = {None: "gqa", "onnxruntime": "gqa", "portable": "portable"}  # of attention, by target
+_FORMS = {None: None, "onnxruntime": None, "portable": "portable"}  # of attention, by target
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,12 @@ def to_folder(model: Model, pipeline: Pipeline, flags: DecoderFlags, asked: Aske
     if asked.target not in _FORMS:
         raise UsageError(f"--target {asked.target}: a folder with a cache is for onnxruntime or portable")
     check_place(output, force=telling.force)
-    how = _options(flags, pipeline, _FORMS[asked.target])
+    attention = _FORMS[asked.target]
+    if asked.attention == "native":
+        if attention is not None:
+            raise UsageError(f"--attention native is normfuse's kernel, and --target {asked.target} has standard ops alone")
+        attention = "native"
+    how = _options(flags, pipeline, attention)
     loaded = model.load()
     tokenizer = (
         None if flags.no_tokenizer else tokenizer_in(local_folder(source), trust=model.options.trust, without="--no-tokenizer")
@@ -101,7 +106,8 @@ def _not_for_folders(pipeline: Pipeline, asked: Asked, place: Place, telling: Te
     """The first flag that is given and that a folder does not have."""
     flags: dict[str, Any] = {
         "--opset": asked.opset, "--runtime": asked.runtime, "--tune": asked.tune, "--int4": asked.int4, "--dtype": asked.dtype,
-        "--attention": asked.attention != "auto", "--form": asked.form != "auto", "--io-dtype": asked.io_dtype != "fp32",
+        "--attention": asked.attention not in ("auto", "native"), "--form": asked.form != "auto",
+        "--io-dtype": asked.io_dtype != "fp32",
         "--dry-run": place.dry_run, "--repository": place.repository, "--name": place.name, "--backend": place.backend,
         "--model-version": place.model_version, "--report": telling.report_path, "--calibration": pipeline.calibration,
         "--partial": pipeline.partial,

@@ -20,6 +20,8 @@ from normfuse.export.decoder.proof import prove
 from tests.export.decoder.models import KINDS, VOCABULARY, greedy, prompts, tiny, tokenizer
 from tests.export.decoder.readers import genai_tokens
 
+built = pytest.mark.skipif(not native.available(), reason="the kernels are not built")
+
 
 def _written(model: Any, folder: Path, **options: Any) -> Any:
     return normfuse.export.to_decoder(model, folder, threads=1, **options)
@@ -110,7 +112,8 @@ def test_a_wrong_folder_does_not_appear(tmp_path: Path, monkeypatch: pytest.Monk
 def test_arguments_that_are_wrong(tmp_path: Path) -> None:
     model = tiny("llama")
     for options, said in (
-        ({"max_length": 300}, "256 positions"), ({"attention": "flash"}, "gqa or portable"), ({"padding": "no"}, "both or right"),
+        ({"max_length": 300}, "256 positions"), ({"attention": "flash"}, "gqa, portable, native"),
+        ({"padding": "no"}, "both or right"),
         ({"quantize": "q4"}, "did you mean w4a8"), ({"proof_tokens": -1}, "0 or more"),
     ):  # fmt: skip
         with pytest.raises(UsageError, match=said):
@@ -122,12 +125,25 @@ def test_arguments_that_are_wrong(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@built
+@pytest.mark.parametrize("kind", ["gemma2", "gpt2"])
+def test_attention_of_our_kernels(kind: str, tmp_path: Path) -> None:
+    """Windows, caps and rotations in it; queries, keys and values of one projection are read where they lie."""
+    made = _written(tiny(kind), tmp_path / kind, attention="native", proof_tokens=8, verify="off")
+    assert made.proof.error < 1e-5
+    assert (made.attention, made.rotated) == ("native", 0 if kind == "gpt2" else 2)
+    assert len(list(made.path.glob("libnormfuse*"))) == 1
+    nodes = [node for node in onnx.load(made.path / "model.onnx").graph.node if node.op_type.startswith("CachedAttention")]
+    assert len(nodes) == 2
+    assert all((node.input[0] == node.input[1]) == (kind == "gpt2") for node in nodes)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("form", ["gqa", "portable"])
+@pytest.mark.parametrize("form", ["gqa", "portable", pytest.param("native", marks=built)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind(kind: str, form: str, tmp_path: Path) -> None:
     """The proof is part of the export; genai reads what no part of ours does."""
-    made = _written(tiny(kind), tmp_path / kind, attention=form, proof_tokens=24, last_logits=form == "gqa")
+    made = _written(tiny(kind), tmp_path / kind, attention=form, proof_tokens=24, last_logits=form != "portable")
     assert made.proof.error < 1e-4
     assert made.proof.ties == 0
     two = prompts(17, 9)
@@ -147,7 +163,7 @@ def test_blocks_agree_in_all_bindings(words: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not native.available(), reason="the kernels are not built")
+@built
 def test_layers_of_our_kernels_run_in_genai(tmp_path: Path) -> None:
     model, spec = tiny("llama", initializer_range=0.05), normfuse.ShiftQuant(weight_bits=8, activation_bits=8, prefer="size")
     made = _written(model, tmp_path / "out", quantize=spec, proof_tokens=24)
