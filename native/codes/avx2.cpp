@@ -105,6 +105,7 @@ inline void finish(const CodesTile& t, const __m256i* sums, int64_t pixel, int64
   const __m256 b0 = _mm256_loadu_ps(t.bias + output), b1 = _mm256_loadu_ps(t.bias + output + 8);
   const __m128i low = _mm_set1_epi8(static_cast<char>(t.low)), high = _mm_set1_epi8(static_cast<char>(t.high));
   const __m256 by = _mm256_set1_ps(t.residual_scale);
+  const Behind behind(t.function, t.gain, t.offset);
   uint8_t* y = t.y + pixel * t.stride + output;
   const uint8_t* r = t.residual ? t.residual + pixel * t.stride + output : nullptr;
   for (int p = 0; p < P; ++p, y += t.stride) {
@@ -117,8 +118,8 @@ inline void finish(const CodesTile& t, const __m256i* sums, int64_t pixel, int64
       r += t.stride;
     }
     if (t.function) {
-      f0 = behind_function(t.function, F32{f0}, t.gain, t.offset).v;
-      f1 = behind_function(t.function, F32{f1}, t.gain, t.offset).v;
+      f0 = behind(F32{f0}).v;
+      f1 = behind(F32{f1}).v;
     }
     store_first(y, packed_codes(f0, f1, low, high), n);
     if (t.table)
@@ -284,6 +285,7 @@ inline void depthwise_row(const CodesDepthwise& d, int64_t oy, int64_t c0) {
   int64_t ix = -v.pad_begin[1];
   for (int g = 0; g < R; ++g)
     for (int k = S; k < K; ++k) ring[g][k] = column(ix + k - S, g);
+  const Behind behind(v.function, v.gain, v.offset);
   for (int64_t ox = 0; ox < d.ow; ++ox, ix += S, y += v.c) {
     NF_UNROLL for (int g = 0; g < R; ++g) {
       NF_UNROLL for (int k = 0; k < K; ++k) {
@@ -304,7 +306,7 @@ inline void depthwise_row(const CodesDepthwise& d, int64_t oy, int64_t c0) {
                            _mm256_loadu_ps(bias + 16 * i));
     }
     if (v.function) {
-      NF_UNROLL for (int i = 0; i < 4; ++i) f[i] = behind_function(v.function, F32{f[i]}, v.gain, v.offset).v;
+      NF_UNROLL for (int i = 0; i < 4; ++i) f[i] = behind(F32{f[i]}).v;
     }
     const __m256i a = _mm256_packs_epi32(_mm256_cvtps_epi32(f[0]), _mm256_cvtps_epi32(f[1]));
     const __m256i b = _mm256_packs_epi32(_mm256_cvtps_epi32(f[2]), _mm256_cvtps_epi32(f[3]));

@@ -40,6 +40,15 @@ NF_INLINE inline __m512i in_order(__m512i x) {
   return _mm512_permutexvar_epi32(order, x);
 }
 
+// The first bytes of a vector; stores with a mask of bytes cost many times as much.
+template <int V>
+NF_INLINE inline void put(uint8_t* y, __m512i codes, __mmask64 mask, bool whole) {
+  if (!whole || V == 3) return _mm512_mask_storeu_epi8(y, mask, codes);
+  if (V == 4) _mm512_storeu_si512(y, codes);
+  else if (V == 2) _mm256_storeu_si256(reinterpret_cast<__m256i*>(y), _mm512_castsi512_si256(codes));
+  else _mm_storeu_si128(reinterpret_cast<__m128i*>(y), _mm512_castsi512_si128(codes));
+}
+
 inline void look_up(const uint8_t* table, uint8_t* y, int64_t n) {
   for (int64_t i = 0; i < n; ++i) y[i] = table[y[i]];
 }
@@ -68,9 +77,11 @@ inline void tile_of(const CodesTile& t, int64_t pixel, int64_t panel) {
     }
   }
   const int64_t left = t.outputs - output;
-  const __mmask64 mask = first_bytes(left < 16 * V ? left : 16 * V);
+  const bool whole = left >= 16 * V, bounded = t.low > 0 || t.high < 255;
+  const __mmask64 mask = first_bytes(whole ? 16 * V : left);
   const __m512i low = _mm512_set1_epi8(static_cast<char>(t.low)), high = _mm512_set1_epi8(static_cast<char>(t.high));
   const __m512 by = _mm512_set1_ps(t.residual_scale);
+  const Behind behind(t.function, t.gain, t.offset);
   __m512 scale[V], bias[V];
   NF_UNROLL for (int v = 0; v < V; ++v) {
     scale[v] = _mm512_loadu_ps(t.scale + output + 16 * v);
@@ -84,17 +95,18 @@ inline void tile_of(const CodesTile& t, int64_t pixel, int64_t panel) {
         _mm512_add_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(acc[p * V + v]), scale[v]), bias[v]);
     if (r) {
       NF_UNROLL for (int v = 0; v < V; ++v) {
-        const __m128i u = _mm_maskz_loadu_epi8(static_cast<__mmask16>(mask >> (16 * v)), r + 16 * v);
+        const __m128i u = whole ? _mm_loadu_si128(reinterpret_cast<const __m128i*>(r + 16 * v))
+                                : _mm_maskz_loadu_epi8(static_cast<__mmask16>(mask >> (16 * v)), r + 16 * v);
         f[v] = _mm512_add_ps(f[v], _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(u)), by));
       }
       r += t.stride;
     }
     if (t.function) {
-      NF_UNROLL for (int v = 0; v < V; ++v) f[v] = behind_function(t.function, F32{f[v]}, t.gain, t.offset).v;
+      NF_UNROLL for (int v = 0; v < V; ++v) f[v] = behind(F32{f[v]}).v;
     }
     __m512i codes = in_order(packed_codes(f[0], f[V > 1 ? 1 : 0], f[V > 2 ? 2 : 0], f[V > 3 ? 3 : 0]));
-    codes = _mm512_min_epu8(_mm512_max_epu8(codes, low), high);
-    _mm512_mask_storeu_epi8(y, mask, codes);
+    if (bounded) codes = _mm512_min_epu8(_mm512_max_epu8(codes, low), high);
+    put<V>(y, codes, mask, whole);
   }
   if (t.table) {
     const int64_t n = left < 16 * V ? left : 16 * V;
@@ -175,15 +187,16 @@ inline void depthwise_row(const CodesDepthwise& d, int64_t oy, int64_t block) {
   };
   const float *scale = d.scale_columns + c0, *bias = d.bias_columns + c0;
   const __m512i low = _mm512_set1_epi8(static_cast<char>(v.low)), high = _mm512_set1_epi8(static_cast<char>(v.high));
+  const Behind behind(v.function, v.gain, v.offset);
   const auto finish = [&](const __m512i* acc, uint8_t* y) NF_INLINE {
     __m512 f[4];
     NF_UNROLL for (int i = 0; i < 4; ++i) f[i] = _mm512_add_ps(
         _mm512_mul_ps(_mm512_cvtepi32_ps(acc[i]), _mm512_loadu_ps(scale + 16 * i)), _mm512_loadu_ps(bias + 16 * i));
     if (v.function) {
-      NF_UNROLL for (int i = 0; i < 4; ++i) f[i] = behind_function(v.function, F32{f[i]}, v.gain, v.offset).v;
+      NF_UNROLL for (int i = 0; i < 4; ++i) f[i] = behind(F32{f[i]}).v;
     }
     const __m512i codes = _mm512_min_epu8(_mm512_max_epu8(packed_codes(f[0], f[1], f[2], f[3]), low), high);
-    _mm512_mask_storeu_epi8(y, mask, codes);
+    put<4>(y, codes, mask, n == kCodesBlock);
     if (d.table) look_up(d.table, y, n);
   };
   uint8_t* y = d.y + oy * d.ow * v.c + c0;

@@ -71,7 +71,8 @@ struct CodesKernels {
   void (*max_pool)(const CodesPool&);
   // y = clamp(rne(x / scale) + zero); whole vectors are written, up to kCodesSlack bytes beyond count
   void (*quantize)(const float* x, int64_t count, float scale, int32_t zero, int32_t top, uint8_t* y);
-  void (*dequantize)(const uint8_t* x, int64_t c, int64_t pixels, float scale, int32_t zero, float* y, int64_t plane);
+  // y = (x - zero) · scale
+  void (*dequantize)(const uint8_t* x, int64_t count, float scale, int32_t zero, float* y);
   void (*add)(const uint8_t* a, const uint8_t* b, int64_t count, float a_scale, float b_scale, float bias, int32_t low,
               int32_t high, uint8_t* y);
   // sums[c] += over pixels

@@ -69,6 +69,25 @@ bool quantize_band(const float* x, int64_t plane, int64_t c, int64_t pixels, Ste
   return true;
 }
 
+// Channels beside each other, to pixels of planes that lie `plane` floats apart. False: no memory.
+bool dequantize_band(const uint8_t* x, int64_t plane, int64_t c, int64_t pixels, Steps s, float* y) {
+  constexpr int64_t kPixels = 64;  // that are turned together
+  const CodesKernels& kernels = active_kernels().codes;
+  int8_t* codes = thread_scratch<Planes>().of<int8_t>(2 * kPixels * c + kCodesSlack);
+  if (!codes) return false;
+  int8_t* turned = codes + kPixels * c + kCodesSlack;  // bytes behind the last row are read
+  int32_t order[kPixels];
+  for (int32_t i = 0; i < kPixels; ++i) order[i] = i;
+  for (int64_t first = 0; first < pixels; first += kPixels) {
+    const int64_t n = std::min(kPixels, pixels - first);
+    std::memcpy(codes, x + first * c, static_cast<size_t>(n * c));
+    transpose_bytes(codes, codes, c, order, n, c, turned);
+    for (int64_t i = 0; i < c; ++i)
+      kernels.dequantize(reinterpret_cast<uint8_t*>(turned + i * n), n, s.scale, s.zero, y + i * plane + first);
+  }
+  return true;
+}
+
 // Pixels of a task.
 int64_t pixels_of(int64_t c, int64_t pixels) { return std::min(pixels, std::max<int64_t>(64, kTask / c / 64 * 64)); }
 
@@ -123,13 +142,13 @@ NF_EXPORT const char* nf_codes_dequantize(const nf_threads* threads, const uint8
   if (!is_code(zero)) return "codes: zero must be 0..255";
   if (batch && (!x || !y)) return "codes: x or y is missing";
   const int64_t step = pixels_of(c, pixels), tasks = ceil_div(pixels, step);
-  const CodesKernels& kernels = active_kernels().codes;
+  std::atomic<bool> full{false};
   parallel(threads, batch * tasks, [&](int64_t i) {
     const int64_t image = i / tasks, first = i % tasks * step;
-    kernels.dequantize(x + (image * pixels + first) * c, c, std::min(step, pixels - first), scale, zero,
-                       y + image * c * pixels + first, pixels);
+    full = full | !dequantize_band(x + (image * pixels + first) * c, pixels, c, std::min(step, pixels - first),
+                                   {scale, zero, 255}, y + image * c * pixels + first);
   });
-  return nullptr;
+  return full ? kNoMemory : nullptr;
 }
 
 NF_EXPORT const char* nf_codes_add(const nf_threads* threads, const uint8_t* a, const uint8_t* b, int64_t count,

@@ -14,16 +14,17 @@ inline uint8_t code_of(float v, int32_t low, int32_t high) {
 }
 
 // Codes of up to kCodesBlock values, of which there is memory for whole vectors.
-inline void codes_of(float* v, int64_t count, int32_t function, float gain, float offset, int32_t low, int32_t high,
-                     const uint8_t* table, uint8_t* y) {
-  if (function)
-    for (int64_t i = 0; i < count; i += F32::N) behind_function(function, F32::load(v + i), gain, offset).store(v + i);
+inline void codes_of(float* v, int64_t count, const Behind& behind, int32_t low, int32_t high, const uint8_t* table,
+                     uint8_t* y) {
+  if (behind.function)
+    for (int64_t i = 0; i < count; i += F32::N) behind(F32::load(v + i)).store(v + i);
   for (int64_t i = 0; i < count; ++i) y[i] = code_of(v[i], low, high);
   if (table)
     for (int64_t i = 0; i < count; ++i) y[i] = table[y[i]];
 }
 
-inline void finish_codes(const CodesTile& t, const int32_t* acc, int64_t output, int64_t count, int64_t pixel) {
+inline void finish_codes(const CodesTile& t, const Behind& behind, const int32_t* acc, int64_t output, int64_t count,
+                         int64_t pixel) {
   const float *scale = t.scale + output, *bias = t.bias + output;
   const uint8_t* r = t.residual ? t.residual + pixel * t.stride + output : nullptr;
   float v[kCodesPanel] = {};
@@ -31,10 +32,11 @@ inline void finish_codes(const CodesTile& t, const int32_t* acc, int64_t output,
     v[o] = static_cast<float>(acc[o]) * scale[o] + bias[o];
     if (r) v[o] = v[o] + static_cast<float>(r[o]) * t.residual_scale;
   }
-  codes_of(v, count, t.function, t.gain, t.offset, t.low, t.high, t.table, t.y + pixel * t.stride + output);
+  codes_of(v, count, behind, t.low, t.high, t.table, t.y + pixel * t.stride + output);
 }
 
 inline void tile_codes(const CodesTile& t) {
+  const Behind behind(t.function, t.gain, t.offset);
   for (int64_t panel = 0; panel < t.panels; ++panel) {
     const int64_t output = panel * kCodesPanel;
     const int64_t count = t.outputs - output < kCodesPanel ? t.outputs - output : kCodesPanel;
@@ -52,13 +54,14 @@ inline void tile_codes(const CodesTile& t) {
             acc[o] += s;
           }
       }
-      finish_codes(t, acc, output, count, i);
+      finish_codes(t, behind, acc, output, count, i);
     }
   }
 }
 
 inline void depthwise_codes(const CodesDepthwise& d) {
   const nf_codes_conv& v = *d.conv;
+  const Behind behind(v.function, v.gain, v.offset);
   for (int64_t oy = d.first; oy < d.last; ++oy)
     for (int64_t ox = 0; ox < d.ow; ++ox)
       for (int64_t c0 = 0; c0 < v.c; c0 += kCodesBlock) {
@@ -76,7 +79,7 @@ inline void depthwise_codes(const CodesDepthwise& d) {
           }
         float f[kCodesBlock] = {};
         for (int64_t c = 0; c < n; ++c) f[c] = static_cast<float>(acc[c]) * d.scale[c0 + c] + d.bias[c0 + c];
-        codes_of(f, n, v.function, v.gain, v.offset, v.low, v.high, d.table, d.y + (oy * d.ow + ox) * v.c + c0);
+        codes_of(f, n, behind, v.low, v.high, d.table, d.y + (oy * d.ow + ox) * v.c + c0);
       }
 }
 
@@ -114,14 +117,11 @@ inline void quantize_codes(const float* x, int64_t count, float scale, int32_t z
   }
 }
 
-inline void dequantize_codes(const uint8_t* x, int64_t c, int64_t pixels, float scale, int32_t zero, float* y,
-                             int64_t plane) {
-  constexpr int64_t kStep = 16;  // pixels: a line of each plane
-  for (int64_t p0 = 0; p0 < pixels; p0 += kStep) {
-    const int64_t n = pixels - p0 < kStep ? pixels - p0 : kStep;
-    for (int64_t i = 0; i < c; ++i)
-      for (int64_t p = 0; p < n; ++p) y[i * plane + p0 + p] = static_cast<float>(x[(p0 + p) * c + i] - zero) * scale;
-  }
+inline void dequantize_codes(const uint8_t* x, int64_t count, float scale, int32_t zero, float* y) {
+  const F32 by = F32::set(scale), nothing = F32::set(static_cast<float>(zero));
+  int64_t i = 0;
+  for (; i + F32::N <= count; i += F32::N) ((load_codes(x + i) - nothing) * by).store(y + i);
+  for (; i < count; ++i) y[i] = static_cast<float>(x[i] - zero) * scale;
 }
 
 inline void add_codes(const uint8_t* a, const uint8_t* b, int64_t count, float a_scale, float b_scale, float bias,

@@ -1,4 +1,5 @@
-// QuantizeCodes, DequantizeCodes, CodesConv2d, CodesAdd, CodesGate, CodesMaxPool2d, CodesMean.
+// QuantizeCodes, DequantizeCodes, CodesConv2d, CodesAdd, CodesGate, CodesMaxPool2d, CodesMean, CodesTake,
+// CodesUpsample.
 #include <memory>
 
 #include "ort/op.h"
@@ -155,6 +156,36 @@ struct MaxPool {
   }
 };
 
+struct Take {
+  int64_t first, count, groups;
+  explicit Take(const Info& info)
+      : first(info.integer("first", 0, 0, kMost)),
+        count(info.integer("count", 1, kMost)),
+        groups(info.integer("groups", 1, 1, kMost)) {}
+  void compute(const Context& c) const {
+    const Tensor x = c.input(0);
+    require_image(c, "x", x.shape);
+    const int64_t* d = x.shape.dim;
+    require(first + count <= d[3], c.at("x") + ": found " + x.shape.text() + ", expected at least " +
+                                       std::to_string(first + count) + " channels");
+    const Tensor y = c.output(0, shape_of(d[0], d[1], d[2], count));
+    done(nf_codes_take(c.threads(), x.as<uint8_t>(), d[0] * d[1] * d[2], d[3], first, count, groups, y.as<uint8_t>()));
+  }
+};
+
+struct Upsample {
+  std::vector<int64_t> times;
+  explicit Upsample(const Info& info) : times(info.integers("times", 2, 1, 1, 4096)) {}
+  void compute(const Context& c) const {
+    const Tensor x = c.input(0);
+    require_image(c, "x", x.shape);
+    const int64_t* d = x.shape.dim;
+    const Tensor y = c.output(0, shape_of(d[0], d[1] * times[0], d[2] * times[1], d[3]));
+    if (!y.shape.count()) return;
+    done(nf_codes_upsample(c.threads(), x.as<uint8_t>(), d[0] * d[1], d[2], d[3], times[0], times[1], y.as<uint8_t>()));
+  }
+};
+
 // Weights of bit strings, unpacked and laid out for the kernels.
 struct Packed {
   nf_codes_conv conv;
@@ -265,7 +296,10 @@ const std::vector<const Op*>& codes_ops() {
   static const Op gate = make<Gate>("CodesGate", kGated, kCodesOut);
   static const Op pool = make<MaxPool>("CodesMaxPool2d", kCodes, kCodesOut);
   static const Op mean = make<Mean>("CodesMean", kCodes, kFloatsOut);
-  static const std::vector<const Op*> all = {&quantize, &dequantize, &conv, &add, &gate, &pool, &mean};
+  static const Op take = make<Take>("CodesTake", kCodes, kCodesOut);
+  static const Op upsample = make<Upsample>("CodesUpsample", kCodes, kCodesOut);
+  static const std::vector<const Op*> all = {&quantize, &dequantize, &conv, &add,     &gate,
+                                             &pool,     &mean,       &take, &upsample};
   return all;
 }
 

@@ -566,7 +566,7 @@ void codes_others() {
   fill(x), fill(gate), fill(a), fill(b);
   const int32_t zero = some_code(), top = int32_t(between(zero, 255));
   const nf_threads* t = some_threads();
-  switch (between(0, 6)) {
+  switch (between(0, 9)) {
     case 0:
       expect(nf_codes_quantize(t, x.data(), batch, c, pixels, 0.02f, zero, top, y.data()), true);
       for (int64_t i = 0; i < count; ++i) check(y[i] <= top, "a code is out of range");
@@ -582,6 +582,25 @@ void codes_others() {
       expect(nf_codes_gate(t, a.data(), gate.data(), batch, c, pixels, 0.7f, zero, 9.f, 3, 200, y.data()), true);
       for (int64_t i = 0; i < count; ++i) check(y[i] >= 3 && y[i] <= 200, "a code is out of range");
       break;
+    case 6: {
+      const int64_t groups = between(1, c), each = between(1, c / groups), first = between(0, c - groups * each);
+      Buffer<uint8_t> taken(batch * pixels * groups * each);
+      expect(nf_codes_take(t, a.data(), batch * pixels, c, first, groups * each, groups, taken.data()), true);
+      for (int64_t i = 0; i < batch * pixels * groups * each; ++i) {
+        const int64_t p = i / (groups * each), at = i % (groups * each);
+        check(taken[i] == a[p * c + first + at % groups * each + at / groups], "a code is not the one that was taken");
+      }
+      break;
+    }
+    case 7: {
+      const int64_t tall = between(1, 3), wide = between(1, 3), line = wide * pixels * c;
+      Buffer<uint8_t> larger(batch * tall * line);
+      expect(nf_codes_upsample(t, a.data(), batch, pixels, c, tall, wide, larger.data()), true);
+      for (int64_t i = 0; i < batch * tall * line; ++i)
+        check(larger[i] == a[(i / line / tall * pixels + i % line / c / wide) * c + i % c], "a pixel is another one");
+      break;
+    }
+    case 8: expect(nf_codes_take(t, a.data(), batch * pixels, c, 1, c, 1, y.data()), false); break;
     case 5: expect(nf_codes_add(t, a.data(), b.data(), count, 1e9f, 1.f, 0.f, 0, 255, y.data()), false); break;
     default: expect(nf_codes_quantize(t, x.data(), batch, c, pixels, 0.f, zero, top, y.data()), false);
   }

@@ -18,7 +18,8 @@ for torch.compile and torch.export, and no backward.
                                  over the last axis, floats to floats
     add_rms_norm, add_crms_norm  the same behind a residual addition, whose sum they give too
     rms_norm_linear              a linear layer behind an RMSNorm, the division behind the product
-    quantize_codes, dequantize_codes, codes_conv2d, codes_add, codes_gate, codes_max_pool2d, codes_mean
+    quantize_codes, dequantize_codes, codes_conv2d, codes_add, codes_gate, codes_max_pool2d, codes_mean, codes_take,
+    codes_upsample
                                  what convolutional networks in codes are made of (`normfuse.ops.codes`)
 
 `OPERATORS` holds the record of each (`normfuse.ops.operator`). A file of this folder that states an `Operator` is all that it takes
@@ -35,6 +36,8 @@ from normfuse.ops.codes import (
     codes_gate,
     codes_max_pool2d,
     codes_mean,
+    codes_take,
+    codes_upsample,
     dequantize_codes,
     quantize_codes,
 )
@@ -52,9 +55,10 @@ from normfuse.stated import stated
 
 __all__ = [
     "OPERATORS", "Operator", "add_crms_norm", "add_rms_norm", "attention", "codes_add", "codes_conv2d", "codes_gate",
-    "codes_max_pool2d", "codes_mean", "conv_columns", "crms_norm", "dequantize_codes", "l1_norm", "norm_quantize",
-    "quantize_codes", "quantize_rows", "rms_norm", "rms_norm_linear", "shiftquant_attention", "shiftquant_conv2d",
-    "shiftquant_embedding", "shiftquant_linear", "shiftquant_matmul", "shiftquant_matmul_quantize", "two_pass_softmax",
+    "codes_max_pool2d", "codes_mean", "codes_take", "codes_upsample", "conv_columns", "crms_norm", "dequantize_codes",
+    "l1_norm", "norm_quantize", "quantize_codes", "quantize_rows", "rms_norm", "rms_norm_linear", "shiftquant_attention",
+    "shiftquant_conv2d", "shiftquant_embedding", "shiftquant_linear", "shiftquant_matmul", "shiftquant_matmul_quantize",
+    "two_pass_softmax",
 ]  # fmt: skip
 
 

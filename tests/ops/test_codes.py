@@ -20,10 +20,12 @@ from normfuse.ops import (
     codes_gate,
     codes_max_pool2d,
     codes_mean,
+    codes_take,
+    codes_upsample,
     dequantize_codes,
     quantize_codes,
 )
-from normfuse.ops.codes._codes import function_of
+from normfuse.ops.codes._codes import behind
 from normfuse.quant.packing import pack_rows
 
 ops = torch.ops.normfuse
@@ -66,6 +68,8 @@ SAMPLES = {
     "codes_gate": (_codes(2, 3, 4, 5), torch.rand(2, 5, 1, 1), 1.3, 7, 20.0, 20, 255),
     "codes_max_pool2d": (_codes(2, 6, 7, 5), [3, 2], [2, 1], [1, 0, 1, 1]),
     "codes_mean": (_codes(2, 6, 7, 5), 0.02, 3),
+    "codes_take": (_codes(2, 3, 4, 60), 7, 48, 3),
+    "codes_upsample": (_codes(2, 3, 4, 21), [3, 2]),
 }
 
 
@@ -132,10 +136,11 @@ def test_a_convolution_is_that_of_pytorch_in_float64(groups: int) -> None:
     assert float(found.std()) > 20
 
 
-@pytest.mark.parametrize(("name", "function"), [("hardswish", F.hardswish), ("silu", F.silu)])
-def test_functions_are_those_of_pytorch(name: str, function: Any) -> None:
+@pytest.mark.parametrize(("name", "function", "error"), [("hardswish", F.hardswish, 1e-5), ("silu", F.silu, 4.1e-4)])
+def test_functions_are_those_of_pytorch(name: str, function: Any, error: float) -> None:
     v = torch.cat([torch.linspace(-100, 100, 4001), torch.linspace(-8, 8, 4001)])
-    torch.testing.assert_close(function_of(name, v), function(v), rtol=2e-6, atol=2e-7)
+    torch.testing.assert_close(behind(name, v, 1.0, 0.0), function(v), rtol=1e-6, atol=error)
+    torch.testing.assert_close(behind(name, v, 20.0, 7.0), 20 * function(v) + 7, rtol=1e-6, atol=20 * error)
 
 
 def test_weights_that_change_are_read_again() -> None:
@@ -196,9 +201,21 @@ def test_a_depthwise_convolution_takes_no_residual() -> None:
 @pytest.mark.parametrize("name", [pytest.param(n, id=n) for n in SAMPLES])
 def test_kernels_are_the_definitions(name: str, isa: str) -> None:
     definition: Any = {
-        f.__name__: f for f in (codes_add, codes_conv2d, codes_gate, codes_max_pool2d, codes_mean, dequantize_codes, quantize_codes)
-    }[name]
+        f.__name__: f for f in (
+            codes_add, codes_conv2d, codes_gate, codes_max_pool2d, codes_mean, codes_take, codes_upsample, dequantize_codes,
+            quantize_codes,
+        )
+    }[name]  # fmt: skip
     assert torch.equal(getattr(ops, name)(*SAMPLES[name]), definition(*SAMPLES[name]))
+
+
+@pytest.mark.skipif(not ISAS, reason="no native kernels")
+@given(st.integers(1, 70), st.integers(0, 20), st.integers(0, 20), st.sampled_from((1, 1, 2, 3)), st.integers(1, 3))
+def test_codes_that_move_are_those_of_the_definition(each: int, before: int, behind: int, groups: int, times: int) -> None:
+    x = _codes(2, 3, 2, before + each * groups + behind)
+    taken = ops.codes_take(x, before, each * groups, groups)
+    assert torch.equal(taken, codes_take(x, before, each * groups, groups))
+    assert torch.equal(ops.codes_upsample(taken, [times, 2]), codes_upsample(taken, [times, 2]))
 
 
 def test_what_is_no_number_is_a_code(isa: str) -> None:
@@ -235,6 +252,9 @@ def test_empty_batches(name: str) -> None:
         (lambda: codes_gate(_codes(1, 2, 3, 4), torch.zeros(1, 5, 1, 1), 1.0, 0, 0.0, 0, 255), "gate"),
         (lambda: codes_max_pool2d(_codes(1, 2, 3, 4), [1, 1], [1, 1], [1, 0, 0, 0]), "less than the kernel"),
         (lambda: codes_max_pool2d(_codes(1, 2, 3, 4), [3, 3], [1, 1], [0, 0, 0, 0]), "does not fit"),
+        (lambda: codes_take(_codes(1, 2, 3, 4), 2, 3), "channels 2 to 5 of 4"),
+        (lambda: codes_take(_codes(1, 2, 3, 4), 0, 4, 3), "no multiple"),
+        (lambda: codes_upsample(_codes(1, 2, 3, 4), [2, 0]), "times"),
         (lambda: codes_mean(torch.zeros(1, 0, 3, 4, dtype=torch.uint8), 1.0, 0), "0 pixels"),
     ],
 )

@@ -12,6 +12,7 @@ from normfuse.export.ops.activations import ZERO
 from normfuse.export.ops.codes._numbers import FIRST, LAST, as_type, coded, decimal
 from normfuse.export.ops.emitter import Emitter, Op, number
 from normfuse.export.ops.weights import bit_rows
+from normfuse.ops.codes._codes import SILU
 from normfuse.quant.packing import unpack_rows
 
 __all__ = ["CODES_CONV2D"]
@@ -35,17 +36,27 @@ def _expand(at: Emitter, inputs: tuple[Any, ...], facts: Mapping[str, Any]) -> t
         more = at.op("Cast", at.op("Transpose", residual, perm=FIRST), to=1)
         y = at.op("Add", y, at.op("Mul", more, decimal(at, facts["residual_scale"])))
     if facts["function"] != "none":
-        half, sixth = at.const(np.float32(0.5)), at.const(np.float32(0.16666667))
-        if facts["function"] == "silu":  # a value on a tie may be the code beside it: a runtime has a sigmoid of its own
-            gate = at.op("Sigmoid", y)
-        else:
-            bounds = at.const(np.float32(0)), at.const(np.float32(1))
-            gate = at.op("Clip", at.op("Add", at.op("Mul", y, sixth), half), *bounds)
-        y = at.op("Add", at.op("Mul", at.op("Mul", y, gate), decimal(at, facts["gain"])), decimal(at, facts["offset"]))
+        y = _behind(at, y, facts)
     y = coded(at, y, facts["low"], facts["high"])
     if table is not None:
         y = at.op("Gather", table, at.op("Cast", y, to=6), axis=0)
     return (at.op("Transpose", y, perm=LAST),)
+
+
+def _behind(at: Emitter, y: Any, facts: Mapping[str, Any]) -> Any:
+    """`normfuse.ops.codes._codes.behind`, operation by operation."""
+    gain, offset, half = decimal(at, facts["gain"]), decimal(at, facts["offset"]), at.const(np.float32(0.5))
+    if facts["function"] == "hardswish":
+        bounds = at.const(np.float32(0)), at.const(np.float32(1))
+        gate = at.op("Clip", at.op("Add", at.op("Mul", y, at.const(np.float32(0.16666667))), half), *bounds)
+        return at.op("Add", at.op("Mul", at.op("Mul", y, gate), gain), offset)
+    a = at.op("Abs", y)
+    steps = at.op("Sub", at.op("Mul", a, at.const(np.float32(1.6))), half)
+    i = at.op("Cast", at.op("Round", at.op("Min", steps, at.const(np.float32(15)))), to=6)
+    c0, c1, c2 = (at.op("Mul", at.const(np.array(c, np.float32)), gain) for c in SILU)
+    even = at.op("Add", at.op("Mul", at.op("Gather", c2, i, axis=0), a), at.op("Gather", c1, i, axis=0))
+    even = at.op("Add", at.op("Mul", even, a), at.op("Gather", at.op("Add", c0, offset), i, axis=0))
+    return at.op("Add", at.op("Mul", y, at.op("Mul", gain, half)), even)
 
 
 def _known(weight: Any, shifts: Any, facts: Mapping[str, Any]) -> np.ndarray[Any, Any]:

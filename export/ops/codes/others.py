@@ -1,4 +1,4 @@
-"""`QuantizeCodes`, `DequantizeCodes`, `CodesAdd`, `CodesGate`, `CodesMaxPool2d`, `CodesMean`."""
+"""`QuantizeCodes`, `DequantizeCodes`, and what stands between convolutions of codes."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ from typing import Any
 import numpy as np
 
 from normfuse.export.ops.codes._numbers import FIRST, LAST, as_float, as_type, coded, decimal
-from normfuse.export.ops.emitter import Emitter, Op
+from normfuse.export.ops.emitter import Emitter, Op, number
 
-__all__ = ["CODES_ADD", "CODES_GATE", "CODES_MAX_POOL2D", "CODES_MEAN", "DEQUANTIZE_CODES", "QUANTIZE_CODES"]
+__all__ = [
+    "CODES_ADD", "CODES_GATE", "CODES_MAX_POOL2D", "CODES_MEAN", "CODES_TAKE", "CODES_UPSAMPLE", "DEQUANTIZE_CODES",
+    "QUANTIZE_CODES",
+]  # fmt: skip
 
 
 def _quantize(at: Emitter, inputs: tuple[Any, ...], facts: Mapping[str, Any]) -> tuple[Any]:
@@ -63,6 +66,29 @@ def _mean(at: Emitter, inputs: tuple[Any, ...], facts: Mapping[str, Any]) -> tup
     return (at.op("Transpose", at.op("Mul", sums, factor), perm=FIRST),)
 
 
+def _take(at: Emitter, inputs: tuple[Any, ...], facts: Mapping[str, Any]) -> tuple[Any]:
+    """y[…, j · groups + i] = x[…, first + i · (count / groups) + j]"""
+    one, first, count, groups = at.const(np.array([1], np.int64)), *(number(at, facts[k]) for k in ("first", "count", "groups"))
+    first, groups = at.op("Reshape", first, one), at.op("Reshape", groups, one)
+    last = at.op("Add", first, at.op("Reshape", count, one))
+    taken = at.op("Slice", inputs[0], first, last, at.const(np.array([3], np.int64)))
+    shape = at.op("Concat", at.op("Shape", taken, start=0, end=3), groups, at.const(np.array([-1], np.int64)), axis=0)
+    dealt = at.op("Transpose", at.op("Reshape", taken, shape), perm=[0, 1, 2, 4, 3])
+    return (at.op("Reshape", dealt, at.op("Shape", taken)),)
+
+
+def _upsample(at: Emitter, inputs: tuple[Any, ...], facts: Mapping[str, Any]) -> tuple[Any]:
+    """y[b, i, j] = x[b, i // times[0], j // times[1]]"""
+    x, one = inputs[0], at.const(np.array([1], np.int64))
+    rows, columns, channels = (at.op("Shape", x, start=i, end=i + 1) for i in (1, 2, 3))
+    batch, times = at.op("Shape", x, start=0, end=1), number(at, facts["times"])
+    tall, wide = (at.op("Slice", times, at.const(np.array([i])), at.const(np.array([i + 1]))) for i in (0, 1))
+    lone = at.op("Reshape", x, at.op("Concat", batch, rows, one, columns, one, channels, axis=0))
+    copies = at.op("Expand", lone, at.op("Concat", batch, rows, tall, columns, wide, channels, axis=0))
+    sizes = at.op("Mul", rows, tall), at.op("Mul", columns, wide)
+    return (at.op("Reshape", copies, at.op("Concat", batch, *sizes, channels, axis=0)),)
+
+
 _RANGE = {"low": "INT", "high": "INT"}
 
 QUANTIZE_CODES = Op(
@@ -85,3 +111,5 @@ CODES_MAX_POOL2D = Op(
     facts={"strides": lambda call: call.attributes["stride"], "pads": lambda call: call.attributes["padding"]},
 )
 CODES_MEAN = Op("CodesMean", ("codes_mean",), ("x",), ("y",), {"scale": "FLOAT", "zero": "INT"}, _mean)
+CODES_TAKE = Op("CodesTake", ("codes_take",), ("x",), ("y",), {"first": "INT", "count": "INT", "groups": "INT"}, _take)
+CODES_UPSAMPLE = Op("CodesUpsample", ("codes_upsample",), ("x",), ("y",), {"times": "INTS"}, _upsample)

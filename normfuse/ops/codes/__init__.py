@@ -11,9 +11,11 @@ from __future__ import annotations
 from normfuse.ops.codes.borders import DEQUANTIZE_CODES, QUANTIZE_CODES, dequantize_codes, quantize_codes
 from normfuse.ops.codes.conv2d import CODES_CONV2D, codes_conv2d
 from normfuse.ops.codes.elementwise import CODES_ADD, CODES_GATE, codes_add, codes_gate
+from normfuse.ops.codes.moves import CODES_TAKE, CODES_UPSAMPLE, codes_take, codes_upsample
 from normfuse.ops.codes.pools import CODES_MAX_POOL2D, CODES_MEAN, codes_max_pool2d, codes_mean
 
 __all__ = [
-    "CODES_ADD", "CODES_CONV2D", "CODES_GATE", "CODES_MAX_POOL2D", "CODES_MEAN", "DEQUANTIZE_CODES", "QUANTIZE_CODES", "codes_add",
-    "codes_conv2d", "codes_gate", "codes_max_pool2d", "codes_mean", "dequantize_codes", "quantize_codes",
+    "CODES_ADD", "CODES_CONV2D", "CODES_GATE", "CODES_MAX_POOL2D", "CODES_MEAN", "CODES_TAKE", "CODES_UPSAMPLE", "DEQUANTIZE_CODES",
+    "QUANTIZE_CODES", "codes_add", "codes_conv2d", "codes_gate", "codes_max_pool2d", "codes_mean", "codes_take", "codes_upsample",
+    "dequantize_codes", "quantize_codes",
 ]  # fmt: skip

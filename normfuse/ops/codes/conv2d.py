@@ -14,7 +14,7 @@ from normfuse import native
 from normfuse.errors import UsageError
 from normfuse.ops._prepared import state
 from normfuse.ops._shapes import check_bits, check_vector
-from normfuse.ops.codes._codes import check_codes, check_range, check_window, coded, function_of, single, window
+from normfuse.ops.codes._codes import behind, check_codes, check_range, check_window, coded, single, window
 from normfuse.ops.operator import Operator
 from normfuse.quant.packing import row_bytes, unpack_rows
 from normfuse.words import FUNCTIONS
@@ -69,7 +69,7 @@ def codes_conv2d(
     if residual is not None:
         y = y + residual.float() * single(residual_scale).to(x.device)
     if function != "none":
-        y = function_of(function, y) * single(gain).to(x.device) + single(offset).to(x.device)
+        y = behind(function, y, gain, offset)
     codes = coded(y, low, high)
     return (codes if table is None else table[codes.long()]).contiguous()
 

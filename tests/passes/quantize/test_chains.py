@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,39 +21,7 @@ from normfuse.ir.passes import Run
 from normfuse.passes.quantize.shiftquant import ShiftQuantize
 from normfuse.passes.quantize.shiftquant.chains import chains
 from normfuse.passes.quantize.speed import Speed
-
-SIZE = (2, 3, 20, 18)
-
-
-def _spec(**given: Any) -> normfuse.ShiftQuant:
-    chosen: dict[str, Any] = {"weight_bits": 8, "activations": "static", "chains": True, "prefer": "size", "rounding": "nearest"}
-    return normfuse.ShiftQuant(**(chosen | given))
-
-
-def _data(count: int = 4) -> list[Tensor]:
-    g = torch.Generator().manual_seed(1)
-    return [torch.randn(SIZE, generator=g) for _ in range(count)]
-
-
-def _quantized(model: nn.Module, **given: Any) -> fx.GraphModule:
-    torch.manual_seed(0)
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight)
-            nn.init.normal_(module.bias, 0, 0.1)
-    data = _data()
-    return normfuse.optimize(model.eval(), (data[0],), quantize=_spec(**given), calibration=data)
-
-
-def _operators(module: fx.GraphModule) -> Counter[str]:
-    return Counter(n.target._opname for n in module.graph.nodes if n.op == "call_function")
-
-
-def _sqnr(model: nn.Module, fast: nn.Module) -> float:
-    x = _data(5)[4]
-    with torch.no_grad():
-        y, found = model(x), fast(x)
-    return float(10 * torch.log10(y.square().sum() / (y - found).square().sum()))
+from tests.passes.quantize.chained import images, operators, quantized, spec, sqnr, value_of
 
 
 def _refused(module: fx.GraphModule) -> dict[str, str]:
@@ -105,24 +72,24 @@ class Mobile(nn.Module):
 
 def test_a_residual_network_is_one_chain() -> None:
     model = Residual()
-    fast = _quantized(model)
-    assert _operators(fast) == {
+    fast = quantized(model)
+    assert operators(fast) == {
         "quantize_codes": 1, "codes_conv2d": 6, "codes_max_pool2d": 1, "codes_mean": 1, "flatten": 1, "shiftquant_linear": 1,
     }  # fmt: skip
     (site,) = [s for p in normfuse.report(fast).passes for s in p.applied if s.rule == "codes"]
     assert site.path == "stem"
     assert "6 convolutions" in site.note
     assert {q.path for q in normfuse.report(fast).quantization if q.kind == "conv2d" and not q.kept} >= {"stem", "blocks.0.down"}
-    layers = _quantized(Residual(), chains=False)
-    assert _sqnr(model, fast) > max(28.0, _sqnr(model, layers) - 0.5)
+    layers = quantized(Residual(), chains=False)
+    assert sqnr(model, fast) > max(28.0, sqnr(model, layers) - 0.5)
 
 
 @pytest.mark.parametrize("bits", [4, 6])
 def test_fewer_bits(bits: int) -> None:
     model = Residual()
     chained, layers = (
-        _sqnr(model, _quantized(model, weight_bits=bits)),
-        _sqnr(model, _quantized(Residual(), weight_bits=bits, chains=False)),
+        sqnr(model, quantized(model, weight_bits=bits)),
+        sqnr(model, quantized(Residual(), weight_bits=bits, chains=False)),
     )
     assert chained > layers - 1.5
 
@@ -130,13 +97,13 @@ def test_fewer_bits(bits: int) -> None:
 @pytest.mark.parametrize("activation", [pytest.param(f, id=f.__name__) for f in (F.relu, F.relu6, F.hardswish, F.silu)])
 def test_activations_gates_and_sums(activation: Callable[[Tensor], Tensor]) -> None:
     model = Mobile(activation)
-    fast = _quantized(model)
-    found = _operators(fast)
+    fast = quantized(model)
+    found = operators(fast)
     assert found["codes_conv2d"] == 5
     assert found["codes_gate"] == found["codes_mean"] == found["quantize_codes"] == found["dequantize_codes"] == 1
     assert not {"silu", "hardswish", "relu6", "hardtanh", "add"} & set(found)
     assert set(_refused(fast)) == {"squeeze", "excite"}
-    assert _sqnr(model, fast) > 24
+    assert sqnr(model, fast) > 24
 
 
 @pytest.mark.skipif(not native.available(), reason=native.why_not() or "there")
@@ -144,31 +111,17 @@ def test_activations_gates_and_sums(activation: Callable[[Tensor], Tensor]) -> N
 def test_every_instruction_set_and_the_definition_give_the_same_codes(
     model: Callable[[], nn.Module], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fast, x = _quantized(model()), _data(5)[4]
-    conv = [n for n in fast.graph.nodes if n.op == "call_function" and n.target._opname == "codes_conv2d"][-1]
+    fast, x = quantized(model()), images(5)[4]
+    conv = [n for n in fast.graph.nodes if getattr(n.target, "_opname", "") == "codes_conv2d"][-1]
     found = []
     for isa in native.isas():
         native.force_isa(isa)
-        found.append(_value_of(fast, conv, x))
+        found.append(value_of(fast, conv, x))
     native.force_isa(None)
     monkeypatch.setattr(native, "available", lambda: False)
-    expected = _value_of(fast, conv, x)
+    expected = value_of(fast, conv, x)
     assert all(torch.equal(y, expected) for y in found)
     assert float(expected.float().std()) > 5
-
-
-def _value_of(module: fx.GraphModule, node: fx.Node, x: Tensor) -> Tensor:
-    class _Until(fx.Interpreter):
-        def run_node(self, n: fx.Node) -> Any:
-            value = super().run_node(n)
-            if n is node:
-                self.kept = value
-            return value
-
-    with torch.no_grad():
-        until = _Until(module)
-        until.run(x)
-    return until.kept
 
 
 @pytest.mark.skipif(not native.available(), reason=native.why_not() or "there")
@@ -176,7 +129,7 @@ def _value_of(module: fx.GraphModule, node: fx.Node, x: Tensor) -> Tensor:
 @pytest.mark.parametrize("bits", [4, 8])
 def test_files_compute_the_module(model: Callable[[], nn.Module], bits: int, tmp_path: Path) -> None:
     ort = pytest.importorskip("onnxruntime")
-    fast, x = _quantized(model(), weight_bits=bits), _data(5)[4]
+    fast, x = quantized(model(), weight_bits=bits), images(5)[4]
     with torch.no_grad():
         y = fast(x)
     for form in ("native", "integer"):
@@ -204,13 +157,13 @@ class Islands(nn.Module):
 
 def test_islands_stay_in_float() -> None:
     model = Islands()
-    fast = _quantized(model)
-    found = _operators(fast)
+    fast = quantized(model)
+    found = operators(fast)
     assert found["codes_conv2d"] == 4
     assert found["cumsum"] == 1
     assert found["codes_add"] == 1  # one of its operands is quantized for it
     assert found["quantize_codes"] == 2
-    assert _sqnr(model, fast) > 25
+    assert sqnr(model, fast) > 25
 
 
 class Branches(nn.Module):
@@ -230,21 +183,21 @@ class Branches(nn.Module):
 
 def test_concatenated_codes_are_worth_the_same() -> None:
     model = Branches()
-    fast = _quantized(model)
-    found = _operators(fast)
+    fast = quantized(model)
+    found = operators(fast)
     assert found["cat"] == found["codes_max_pool2d"] == 1
     assert found["dequantize_codes"] == 2
-    x = _data(5)[4]
+    x = images(5)[4]
     with torch.no_grad():
         for y, z in zip(model(x), fast(x), strict=True):
             assert float((y - z).norm() / y.norm()) < 0.05
 
 
 def test_other_batches_and_sizes() -> None:
-    model, data = Residual(), _data()
+    model, data = Residual(), images()
     batch = torch.export.Dim("batch")
     fast = normfuse.optimize(
-        model.eval(), (data[0],), quantize=_spec(), calibration=data, dynamic_shapes={"x": {0: batch}}, verify="off"
+        model.eval(), (data[0],), quantize=spec(), calibration=data, dynamic_shapes={"x": {0: batch}}, verify="off"
     )
     x = torch.cat(data)
     with torch.no_grad():
@@ -257,14 +210,23 @@ def test_weights_stay_within_pairs_where_products_are_taken_in_16_bits(monkeypat
     model, fast = Residual(), []
     for isa in (None, "avx2"):
         native.force_isa(isa)
-        fast.append(_quantized(model, prefer="speed", keep=("head",)))
+        fast.append(quantized(model, prefer="speed", keep=("head",)))
     native.force_isa(None)
     for module, limited in zip(fast, (False, True), strict=True):
         codes = (module.get_submodule("blocks.0.b").codes ^ 128).view(torch.int8).int()
         pairs = codes.reshape(len(codes), -1, 2)
         most = torch.maximum(pairs.clamp_min(0).sum(-1), -pairs.clamp_max(0).sum(-1)).max()
         assert bool(most <= 128) is limited
-    assert abs(_sqnr(model, fast[0]) - _sqnr(model, fast[1])) < 3
+    assert abs(sqnr(model, fast[0]) - sqnr(model, fast[1])) < 3
+
+
+def test_the_mean_of_an_output_stays_where_it_was() -> None:
+    model, moved = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3)), []
+    for corrected in (False, True):
+        fast = quantized(model, weight_bits=3, bias_correction=corrected)
+        with torch.no_grad():
+            moved.append(torch.cat([model(x) - fast(x) for x in images()]).mean((0, 2, 3)).abs().mean())
+    assert moved[1] < moved[0] / 2
 
 
 # -- what stays out ------------------------------------------------------------------------------------------------------
@@ -272,20 +234,20 @@ def test_weights_stay_within_pairs_where_products_are_taken_in_16_bits(monkeypat
 
 def test_a_convolution_alone_is_a_layer() -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8 * 18 * 16, 4))
-    fast = _quantized(model)
-    assert _operators(fast) == {"shiftquant_conv2d": 1, "flatten": 1, "shiftquant_linear": 1}
+    fast = quantized(model)
+    assert operators(fast) == {"shiftquant_conv2d": 1, "flatten": 1, "shiftquant_linear": 1}
     assert "alone" in _refused(fast)["0"]
 
 
 def test_what_is_kept_stays_in_float() -> None:
-    fast = _quantized(Residual(), keep=("blocks.0.b",))
-    assert _operators(fast)["conv2d"] == 1
+    fast = quantized(Residual(), keep=("blocks.0.b",))
+    assert operators(fast)["conv2d"] == 1
     assert "keep='blocks.0.b'" in _refused(fast)["blocks.0.b"]
-    assert _operators(fast)["codes_conv2d"] == 5
+    assert operators(fast)["codes_conv2d"] == 5
 
 
 def test_one_layer_with_other_bits() -> None:
-    fast = _quantized(Residual(), weight_bits=4, overrides={"stem": {"weight_bits": 8}})
+    fast = quantized(Residual(), weight_bits=4, overrides={"stem": {"weight_bits": 8}})
     assert {q.path: q.weight_bits for q in normfuse.report(fast).quantization}["stem"] == 8
 
 
@@ -299,12 +261,12 @@ def test_values_that_are_no_numbers_refuse_the_chain() -> None:
             return self.b(F.relu(self.a(x.log())))
 
     with pytest.raises(UsageError, match="holds NaN or Inf in the calibration data"):
-        _quantized(Log())
+        quantized(Log())
 
 
 def test_other_dtypes_stay_out() -> None:
-    data = [x.bfloat16() for x in _data()]
-    fast = normfuse.optimize(Residual().eval().bfloat16(), (data[0],), quantize=_spec(), calibration=data, verify="off")
+    data = [x.bfloat16() for x in images()]
+    fast = normfuse.optimize(Residual().eval().bfloat16(), (data[0],), quantize=spec(), calibration=data, verify="off")
     assert "float32" in _refused(fast)["stem"]
 
 
@@ -318,16 +280,16 @@ def test_other_dtypes_stay_out() -> None:
 )
 def test_what_chains_do_not_go_with(given: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        _spec(**given)
+        spec(**given)
 
 
 @pytest.mark.parametrize("ratio", [0.5, 2.0])
 def test_a_chain_that_does_not_pay_stays_out(ratio: float) -> None:
     """The timer says that everything with a chain in it is so much faster, and every layer by itself twice as fast."""
-    data = [[x] for x in _data()]
+    data = [[x] for x in images()]
     graph = Graph.of(capture(Residual().eval(), (data[0][0],), None).gm)
     told = iter([ratio])
-    report = ShiftQuantize(_spec(prefer="speed"), lambda integers, floats: next(told, 2.0))(graph, Run(data))
+    report = ShiftQuantize(spec(prefer="speed"), lambda integers, floats: next(told, 2.0))(graph, Run(data))
     found = [n.target._opname for n in graph.fx.nodes if n.op == "call_function"]
     assert ("codes_conv2d" in found) is (ratio > 1)
     assert ("shiftquant_conv2d" in found) is (ratio < 1)
@@ -336,7 +298,7 @@ def test_a_chain_that_does_not_pay_stays_out(ratio: float) -> None:
 
 
 def test_a_file_with_float_activations_holds_no_chain(tmp_path: Path) -> None:
-    fast = _quantized(Residual())
+    fast = quantized(Residual())
     with pytest.raises(UsageError, match=r"leaves activations in float, and .* reads or writes their codes"):
         to_onnx(fast, tmp_path / "model.onnx", form="weight_only", target="tensorrt")
 
@@ -344,13 +306,13 @@ def test_a_file_with_float_activations_holds_no_chain(tmp_path: Path) -> None:
 @pytest.mark.parametrize("observer", ["percentile", "mse"])
 def test_observers(observer: str) -> None:
     model = Residual()
-    assert _sqnr(model, _quantized(model, observer=observer)) > 20
+    assert sqnr(model, quantized(model, observer=observer)) > 20
 
 
 def test_the_proof_runs_it() -> None:
-    model, data = Residual().eval(), _data()
-    fast = normfuse.optimize(model, (data[0],), quantize=_spec(), calibration=data)
+    model, data = Residual().eval(), images()
+    fast = normfuse.optimize(model, (data[0],), quantize=spec(), calibration=data)
     found = normfuse.report(fast)
-    assert _operators(fast)["codes_conv2d"] > 1
+    assert operators(fast)["codes_conv2d"] > 1
     assert found.sqnr is not None
     assert found.sqnr > 25

@@ -15,6 +15,7 @@ from normfuse.ir.graph import Graph
 from normfuse.ir.passes import Rewriting, Samples
 from normfuse.numerics.evaluate import evaluate
 from normfuse.passes.quantize.layers.conv2d import Conv2d
+from normfuse.passes.quantize.shiftquant.chains.errors import mean_errors
 from normfuse.passes.quantize.shiftquant.chains.find import Chain, find_chains
 from normfuse.passes.quantize.shiftquant.chains.functions import KERNELS, values
 from normfuse.passes.quantize.shiftquant.chains.ranges import Extent, Range, common, extents, merged, range_of, single
@@ -103,6 +104,8 @@ class _Plan:
         self.ranges = {root: range_of(extent, spec, spec.activation_bits) for root, extent in whole.items()}
         self.inner = {s: self._inner(s, found[self._before(s)]) for s in chain.steps if s.function and not self._kernel(s)}
         self.weights = self._integers()
+        corrected = {s.layer: (w, self.range(s.layer.x)) for s, w in self.weights.items() if s.layer.spec.bias_correction}
+        self.errors = mean_errors(graph, samples, corrected)
         self.convs = {step: self._coded(step) for step in chain.convolutions}
 
     def _carried(self) -> list[fx.Node]:
@@ -154,7 +157,9 @@ class _Plan:
         writes, kernel = self.range(step.tail), self._kernel(step)
         computed = Range(1.0, 0, writes.top) if kernel else self.inner.get(step, writes)
         residual = None if step.residual is None else self.range(step.residual)
-        bias = None if step.layer.bias is None else step.layer.bias.value
+        bias = None if step.layer.bias is None else step.layer.bias.value.double()
+        if (error := self.errors.get(step.layer)) is not None:
+            bias = error if bias is None else bias + error.to(bias.device)
         scale, offset, by = floats(self.weights[step], bias, self.range(step.layer.x), computed, residual)
         folder = step.layer.weight.name.rpartition(".")[0] or "quantized"
         if kernel:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,20 @@ from normfuse.ir import views
 from normfuse.ir.graph import Graph, Refuse
 from normfuse.passes.quantize.layers.conv2d import read_conv2d
 from normfuse.passes.quantize.shiftquant.chains.functions import bounds, is_function
-from normfuse.passes.quantize.shiftquant.chains.steps import Add, Cat, Conv, Gate, MaxPool, Mean, Step, with_function
+from normfuse.passes.quantize.shiftquant.chains.moves import read_taken, read_times
+from normfuse.passes.quantize.shiftquant.chains.steps import (
+    Add,
+    AvgPool,
+    Cat,
+    Conv,
+    Gate,
+    MaxPool,
+    Mean,
+    Step,
+    Take,
+    Upsample,
+    with_function,
+)
 from normfuse.quant.spec import ShiftQuant
 
 __all__ = ["Chain", "Found", "find_chains"]
@@ -169,21 +183,42 @@ class _Finder:
 
     def _max_pool(self, node: fx.Node) -> Step | None:
         op = self.graph.view(node, 1)
-        if not isinstance(op, views.MaxPool) or not self._known(node.args[0]) or op.ceil_mode or _pair(op.dilation) != (1, 1):
+        if not isinstance(op, views.MaxPool) or not self._known(node.args[0]) or _pair(op.dilation) != (1, 1):
             return None
-        kernel = _pair(op.kernel)
-        x: fx.Node = node.args[0]  # type: ignore[assignment]
-        stride = _pair(op.stride) if op.stride else kernel
-        return MaxPool(node, self.graph.path(node), node, x, kernel, stride, _pair(op.padding), taken=(node,))
+        window = _window(node, op)
+        return None if window is None else MaxPool(node, self.graph.path(node), node, _read_by(node), *window, taken=(node,))
+
+    def _avg_pool(self, node: fx.Node) -> Step | None:
+        op = self.graph.view(node, 1)
+        if not isinstance(op, views.AvgPool) or not self._known(node.args[0]):
+            return None
+        window, x = _window(node, op), _read_by(node)
+        padded = any(_pair(op.padding))
+        # windows over the border would have divisors of their own
+        if window is None or (padded and not op.count_include_pad) or window[2][2:] != window[2][:2]:
+            return None
+        kernel = window[0]
+        if not isinstance(x.meta["val"].shape[1], int) or x.meta["val"].shape[1] == 1:
+            return None
+        divisor = op.divisor or kernel[0] * kernel[1]
+        return AvgPool(node, self.graph.path(node), node, x, *window, divisor, taken=(node,))
 
     def _cat(self, node: fx.Node) -> Step | None:
         op = self.graph.view(node, 1)
         if not isinstance(op, views.Cat) or op.dim not in (1, -3):
             return None
-        xs = tuple(node.all_input_nodes)
-        if len(xs) != len(op.xs) or not all(self._known(x) for x in xs):
+        xs = tuple(n for n in node.args[0] if isinstance(n, fx.Node))  # type: ignore[union-attr]
+        if len(xs) != len(op.xs) or not any(self._known(x) for x in xs) or not all(_is_image(x) for x in xs):
             return None
         return Cat(node, self.graph.path(node), node, xs, taken=(node,))
+
+    def _take(self, node: fx.Node) -> Step | None:
+        taking = read_taken(node, self._known)
+        return None if taking is None else Take(node, self.graph.path(node), node, taking, taken=taking.through)
+
+    def _upsample(self, node: fx.Node) -> Step | None:
+        times = read_times(node) if self._known(node.args[0]) else None
+        return None if times is None else Upsample(node, self.graph.path(node), node, _read_by(node), times, taken=(node,))
 
     def _mean(self, node: fx.Node) -> Step | None:
         op, x = self.graph.view(node, 1), node.args[0]
@@ -205,7 +240,17 @@ _READ = {
     aten.cat.default: _Finder._cat,
     aten.adaptive_avg_pool2d.default: _Finder._mean,
     aten.mean.dim: _Finder._mean,
-}
+    aten.avg_pool2d.default: _Finder._avg_pool,
+    aten.upsample_nearest2d.vec: _Finder._upsample,
+    aten._upsample_nearest_exact2d.vec: _Finder._upsample,
+    **dict.fromkeys(
+        (
+            operator.getitem, aten.slice.Tensor, aten.narrow.default, aten.channel_shuffle.default, aten.view.default,
+            aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints,
+        ),
+        _Finder._take,
+    ),
+}  # fmt: skip
 
 
 def _connected(steps: Sequence[Step]) -> Iterator[list[Step]]:
@@ -226,6 +271,28 @@ def _is_image(node: fx.Node) -> bool:
     """float32 of rank 4, or a mean of one."""
     val = node.meta.get("val")
     return isinstance(val, Tensor) and val.dtype is torch.float32 and (val.ndim == 4 or node.target is aten.mean.dim)
+
+
+def _read_by(node: fx.Node) -> fx.Node:
+    x = node.args[0]
+    assert isinstance(x, fx.Node)
+    return x
+
+
+def _window(
+    node: fx.Node, op: views.MaxPool | views.AvgPool
+) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int, int, int]] | None:
+    """Kernel, stride, and padding (top, left, bottom, right) of a pool; None where `ceil_mode` pads by sizes that are not known."""
+    kernel, (top, left) = _pair(op.kernel), _pair(op.padding)
+    stride = _pair(op.stride) if op.stride else kernel
+    ends = [top, left]
+    if op.ceil_mode:
+        for axis, begin in enumerate((top, left)):
+            size, out = _read_by(node).meta["val"].shape[2 + axis], node.meta["val"].shape[2 + axis]
+            if not isinstance(size, int) or not isinstance(out, int):
+                return None
+            ends[axis] = max(0, (out - 1) * stride[axis] + kernel[axis] - size - begin)
+    return kernel, stride, (top, left, ends[0], ends[1])
 
 
 def _same_shape(a: fx.Node, b: fx.Node) -> bool:

@@ -11,16 +11,21 @@ import torch
 from torch import fx
 
 import normfuse.ops  # noqa: F401 - registers the operators
+from normfuse.ir.constants import Constant
 from normfuse.ir.graph import Graph
 from normfuse.passes.quantize.layers.conv2d import Conv2d
 from normfuse.passes.quantize.shiftquant.chains.functions import Bounds
+from normfuse.passes.quantize.shiftquant.chains.moves import Taken
 from normfuse.passes.quantize.shiftquant.chains.ranges import Range, single
 from normfuse.passes.quantize.shiftquant.chains.weights import CodedConv
+from normfuse.quant.packing import pack_rows
 
-__all__ = ["Add", "Cat", "Conv", "Gate", "MaxPool", "Mean", "Step", "Writer"]
+__all__ = ["Add", "AvgPool", "Cat", "Conv", "Gate", "MaxPool", "Mean", "Step", "Take", "Upsample", "Writer"]
 
 ops = torch.ops.normfuse
 aten = torch.ops.aten
+
+_ONES = 2  # bits of a weight that is 1
 
 
 class Writer(Protocol):
@@ -175,7 +180,7 @@ class MaxPool(Step):
     x: fx.Node
     kernel: tuple[int, int]
     stride: tuple[int, int]
-    padding: tuple[int, int]
+    padding: tuple[int, int, int, int]
 
     @property
     def reads(self) -> tuple[fx.Node, ...]:
@@ -186,8 +191,81 @@ class MaxPool(Step):
         return self.x, self.tail
 
     def emit(self, at: Writer) -> fx.Node:
-        window = (list(self.kernel), list(self.stride), [*self.padding, *self.padding])
+        window = (list(self.kernel), list(self.stride), list(self.padding))
         return self.call(at, ops.codes_max_pool2d.default, at.codes(self.x, self), *window)
+
+
+@dataclass(frozen=True, eq=False)
+class AvgPool(Step):
+    """The sum of each window over a divisor: a depthwise convolution of ones.
+
+    Attributes:
+        padding: (top, left, bottom, right), of zeros.
+    """
+
+    x: fx.Node
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int, int, int]
+    divisor: int
+
+    bounded = True
+
+    @property
+    def reads(self) -> tuple[fx.Node, ...]:
+        return (self.x,)
+
+    def emit(self, at: Writer) -> fx.Node:
+        reads, writes = at.range(self.x), at.range(self.tail)
+        channels, taps = int(self.x.meta["val"].shape[1]), self.kernel[0] * self.kernel[1]
+        scale = torch.full((channels,), reads.scale / (writes.scale * self.divisor))
+        ones = {
+            "codes": pack_rows(torch.ones(channels, taps, dtype=torch.int8), _ONES), "scale": scale,
+            "shifts": torch.zeros(channels, dtype=torch.uint8), "bias": torch.full((channels,), float(writes.zero)),
+        }  # fmt: skip
+        made = {k: at.graph.emit_constant(Constant.of(t, f"{self.path or 'pool'}.{k}"), self.tail) for k, t in ones.items()}
+        return self.call(
+            at, ops.codes_conv2d.default, at.codes(self.x, self), made["codes"], made["shifts"], made["scale"], made["bias"], None,
+            None, _ONES, list(self.kernel), list(self.stride), list(self.padding), [1, 1], channels, reads.zero, *self.limits(at),
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class Take(Step):
+    """Some channels, or a shuffle of them."""
+
+    taking: Taken
+
+    @property
+    def reads(self) -> tuple[fx.Node, ...]:
+        return (self.taking.x,)
+
+    @property
+    def alike(self) -> tuple[fx.Node, ...]:
+        return self.taking.x, self.tail
+
+    def emit(self, at: Writer) -> fx.Node:
+        taking = self.taking
+        return self.call(at, ops.codes_take.default, at.codes(taking.x, self), taking.first, taking.count, taking.groups)
+
+
+@dataclass(frozen=True, eq=False)
+class Upsample(Step):
+    """Every pixel several times."""
+
+    x: fx.Node
+    times: tuple[int, int]
+
+    @property
+    def reads(self) -> tuple[fx.Node, ...]:
+        return (self.x,)
+
+    @property
+    def alike(self) -> tuple[fx.Node, ...]:
+        return self.x, self.tail
+
+    def emit(self, at: Writer) -> fx.Node:
+        return self.call(at, ops.codes_upsample.default, at.codes(self.x, self), list(self.times))
 
 
 @dataclass(frozen=True, eq=False)

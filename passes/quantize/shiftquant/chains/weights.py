@@ -42,6 +42,12 @@ class Integers:
     scale: Tensor
     bits: int
 
+    def matrix(self, layer: Conv2d) -> Tensor:
+        """What it is worth: float64 [groups, outputs, taps · channels of a group]."""
+        codes = self.codes.double().reshape(layer.groups, -1, layer.taps, layer.channels)
+        shifted = codes * (2.0 ** self.shifts.double()).reshape(layer.groups, 1, 1, layer.channels)
+        return (shifted.flatten(2) * self.scale.reshape(layer.groups, -1, 1)).to(layer.weight.value.device)
+
 
 @dataclass(frozen=True, eq=False)
 class CodedConv:
