@@ -62,6 +62,11 @@ class _Site:
         assert key is not None
         return int(query[1] or 0), int(key[1] or 0), int(key[3] or 0)
 
+    def joined(self, at: Build) -> list[Any]:
+        """Query, key and value with their heads side by side, [batch, new, heads x width]."""
+        heads, kv, width = self.heads
+        return [heads_joined(at, self.inputs[n], count * width) for n, count in (("query", heads), ("key", kv), ("value", kv))]
+
 
 def lower_cache(model: Any, form: str, *, left: bool = True) -> None:
     """Write every cached attention of `model` in `form`.
@@ -248,10 +253,8 @@ class _Shared:
 
 
 def _group_query(model: Any, site: _Site, shared: _Shared) -> None:
-    at, inputs, (heads, kv, width) = shared.build, site.inputs, site.heads
-    query, key, value = (
-        heads_joined(at, inputs[n], n_heads * width) for n, n_heads in (("query", heads), ("key", kv), ("value", kv))
-    )
+    at, inputs, (heads, kv, _) = shared.build, site.inputs, site.heads
+    query, key, value = site.joined(at)
     given = [query, key, value, inputs["past_key"], inputs["past_value"], shared.seqlens(), shared.total()]
     given += [inputs["cosines"], inputs["sines"], None, shared.bias(query.dtype, inputs["distances"])]
     while given[-1] is None:
@@ -270,11 +273,10 @@ def _group_query(model: Any, site: _Site, shared: _Shared) -> None:
 
 
 def _cached(model: Any, site: _Site, shared: _Shared) -> None:
-    at, inputs, (heads, kv, width) = shared.build, site.inputs, site.heads
-    joined = (("query", heads), ("key", kv), ("value", kv))
-    query, key, value = (heads_joined(at, inputs[name], count * width) for name, count in joined)
-    whole = _cut_out_of([query, key, value])
-    parts = [query, key, value] if whole is None else [whole] * 3
+    at, inputs, parts = shared.build, site.inputs, site.joined(shared.build)
+    whole = _cut_out_of(parts)
+    if whole is not None:
+        parts = [whole] * 3
     given = [*parts, inputs["past_key"], inputs["past_value"], shared.mask, inputs["cosines"], inputs["sines"]]
     facts = {name: site.fact(name) for name in ("scale", "window", "softcap")} | {"interleaved": int(site.fact("interleaved"))}
     made = native_node(at, "CachedAttention", given, facts | {"packed": int(whole is not None)}, count=3)
