@@ -20,7 +20,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "Folder of a language model": ("with_past", "last_logits", "padding", "max_length", "proof_tokens", "no_tokenizer"),
     "Model repository": ("repository", "name", "model_version", "backend"),
     "Claim": ("against", "challenger", "at_least"),
-    "Measuring": ("device", "graph", "threads", "seconds", "rounds", "warmup"),
+    "Measuring": ("device", "graph", "threads", "seconds", "rounds", "warmup", "prompt_tokens", "new_tokens"),
     "Text": ("prompt", "ids", "temperature", "top_p", "top_k"),
 }
 EXAMPLES = {
