@@ -286,7 +286,7 @@ def shiftquant_model(shape: Shape, w: Weights, layers: dict[str, Packed]) -> onn
         up = product("ShiftQuantMatMulQuantize", f"{i}.up", normed(x), 2, epilogue="gelu_tanh", out_bits=8)
         x = product("ShiftQuantMatMul", f"{i}.down", up, residual=x)
     product("ShiftQuantMatMul", "head", normed(x), ["logits"])
-    scalars = [("position", [1]), ("mask", [1, "slots"])]
+    scalars: list[tuple[str, list[int | str | None]]] = [("position", [1]), ("mask", [1, "slots"])]
     return g.model([helper.make_tensor_value_info(name, TensorProto.INT64, size) for name, size in scalars])
 
 

@@ -12,6 +12,7 @@ import gc
 import tempfile
 import threading
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
@@ -48,7 +49,8 @@ def main(layers: int, hidden: int, inner: int, heads: int, vocabulary: int, quan
         num_key_value_heads=2, max_position_embeddings=4096, tie_word_embeddings=True,
     )  # fmt: skip
     torch.set_default_dtype(torch.bfloat16)
-    model = transformers.Qwen2ForCausalLM(config).eval()
+    made_of: Any = transformers.Qwen2ForCausalLM(config)
+    model = made_of.eval()
     torch.set_default_dtype(torch.float32)
     gc.collect()
     weights = sum(2 * p.numel() for p in model.parameters())

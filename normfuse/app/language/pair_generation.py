@@ -125,12 +125,13 @@ class PairWriter:
     def _allowed(self, logits: NDArray[Any], at: int) -> NDArray[Any]:
         """The logits of what may be the token `at`: some are never written, and the first one may be given."""
         forced = self.said.get("forced_bos_token_id")
-        if at == 0 and isinstance(forced, int):
+        if at == 0 and isinstance(forced, int) and 0 <= forced < len(logits):
             only = np.full_like(logits, -np.inf)
             only[forced] = 0
             return only
         allowed = logits.copy()
-        allowed[[*self.never, *(self.never_first if at == 0 else ())]] = -np.inf
+        never = [*self.never, *(self.never_first if at == 0 else ())]
+        allowed[[token for token in never if 0 <= token < len(logits)]] = -np.inf
         return allowed
 
     def text(self, prompt: str, new: int, sampling: Sampling | None = None, rates: Rates | None = None) -> Iterator[str]:
@@ -151,6 +152,10 @@ class PairWriter:
             yield from (f"{token} " for token in tokens)
 
     def _features(self, samples: Features) -> Features:
+        if not (self.folder / "preprocessor_config.json").is_file():
+            raise UsageError(
+                f"{self.folder} does not say how a recording becomes features: there is no preprocessor_config.json in it"
+            )
         extractor = need("transformers", extra="hf").WhisperFeatureExtractor.from_pretrained(self.folder, local_files_only=True)
         found = extractor(samples, sampling_rate=_RATE, return_tensors="np")["input_features"][0]
         return np.asarray(found, np.float32)

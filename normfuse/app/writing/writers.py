@@ -131,7 +131,7 @@ class OpenVino:
         found = self._pipeline.generate(
             self._given((ids, np.ones_like(ids))), max_new_tokens=tokens + 1, ignore_eos=True, do_sample=False
         )
-        times = found.perf_metrics
+        times: Any = found.perf_metrics
         return times.get_ttft().mean / 1e3, times.get_tpot().mean / 1e3
 
 
