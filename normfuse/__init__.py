@@ -7,7 +7,7 @@ print(normfuse.report(fast))
 
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.8.0"
+__version__ = "0.9.0"
 
 __all__ = [
     "CaptureError",
