@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+import normfuse.ops  # noqa: F401 - registers the operators
 from normfuse.ir.decode import arguments
 from normfuse.passes.attention.heads import Size, sizes_of
 
