@@ -120,7 +120,8 @@ def _plain_int4(source: Path, folder: Path) -> None:
 def engines(who: Named, lengths: Lengths) -> tuple[Engine, Engine]:
     """One whose call takes a prompt, and one whose call takes a step behind it."""
     if who.kind == "openvino":
-        return tuple(Engine(who.name, partial(_open_whole, who.path, lengths, i)) for i in (0, 1))  # type: ignore[return-value]
+        prompts, steps = (Engine(who.name, partial(_open_whole, who.path, lengths, part)) for part in (0, 1))
+        return prompts, steps
     path = f"hf:{who.path}" if who.kind == "hf" else str(who.path.resolve())
     return (
         Engine(who.name, partial(_open_prompt, who.kind, path, lengths)),

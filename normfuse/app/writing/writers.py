@@ -123,15 +123,22 @@ class OpenVino:
             self._pipeline = genai.LLMPipeline(path, "CPU", INFERENCE_NUM_THREADS=threads)
         except Exception as e:  # OpenVINO raises plain exceptions
             raise NormfuseError(f"OpenVINO GenAI cannot open {path}: {' '.join(str(e).split())[:300]}") from e
-        self._given = lambda ids: genai.TokenizedInputs(*(need("openvino", extra="against").Tensor(x) for x in ids))
+        self._inputs: Callable[..., Any] = genai.TokenizedInputs
+        self._tensor: Callable[..., Any] = need("openvino", extra="against").Tensor
 
     def run(self, prompt: list[int], tokens: int) -> tuple[float, float]:
         """Seconds of the prompt, and of one step after it."""
         ids = np.array([prompt], np.int64)
+<<<<<<< HEAD
         found = self._pipeline.generate(
             self._given((ids, np.ones_like(ids))), max_new_tokens=tokens + 1, ignore_eos=True, do_sample=False
         )
         times: Any = found.perf_metrics
+=======
+        given = self._inputs(self._tensor(ids), self._tensor(np.ones_like(ids)))
+        found = self._pipeline.generate(given, max_new_tokens=tokens + 1, ignore_eos=True, do_sample=False)
+        times = found.perf_metrics
+>>>>>>> cached
         return times.get_ttft().mean / 1e3, times.get_tpot().mean / 1e3
 
 
