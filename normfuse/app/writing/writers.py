@@ -129,16 +129,9 @@ class OpenVino:
     def run(self, prompt: list[int], tokens: int) -> tuple[float, float]:
         """Seconds of the prompt, and of one step after it."""
         ids = np.array([prompt], np.int64)
-<<<<<<< HEAD
-        found = self._pipeline.generate(
-            self._given((ids, np.ones_like(ids))), max_new_tokens=tokens + 1, ignore_eos=True, do_sample=False
-        )
-        times: Any = found.perf_metrics
-=======
         given = self._inputs(self._tensor(ids), self._tensor(np.ones_like(ids)))
         found = self._pipeline.generate(given, max_new_tokens=tokens + 1, ignore_eos=True, do_sample=False)
-        times = found.perf_metrics
->>>>>>> cached
+        times: Any = found.perf_metrics
         return times.get_ttft().mean / 1e3, times.get_tpot().mean / 1e3
 
 
