@@ -28,7 +28,6 @@ from tests.export.decoder.models import VOCABULARY, prompts, tokenizer
 from tests.export.decoder.pairs import SPEECH_KIND, TEXT_KINDS, tiny_pair, written
 from tests.export.decoder.readers import genai_writes
 
-
 _FRAMES = {"max_source_positions": 1500}  # genai takes 30 seconds alone, 3000 frames
 
 
