@@ -28,6 +28,8 @@ from tests.export.decoder.models import VOCABULARY, prompts, tokenizer
 from tests.export.decoder.pairs import SPEECH_KIND, TEXT_KINDS, tiny_pair, written
 from tests.export.decoder.readers import genai_writes
 
+_FRAMES = {"max_source_positions": 1500}  # genai takes 30 seconds alone, 3000 frames
+
 
 def _folder(model: Any, folder: Path, **options: Any) -> Any:
     return normfuse.export.to_decoder(model, folder, threads=1, verify="off", **options)
@@ -45,7 +47,7 @@ def t5(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def whisper(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pairs") / "whisper"
-    made = _folder(tiny_pair(SPEECH_KIND), folder, proof_tokens=12)
+    made = _folder(tiny_pair(SPEECH_KIND, **_FRAMES), folder, proof_tokens=12)
     assert made.proof.error < 1e-5
     assert made.proof.bindings == ("growing", "shared", "chunks", "batch")
     return folder
@@ -288,8 +290,8 @@ def test_from_the_command_line(run: Run, tmp_path: Path) -> None:
 
 
 def test_genai_writes_the_same(whisper: Path) -> None:
-    model, head = tiny_pair(SPEECH_KIND), [0, 5, 7]
-    features = np.random.default_rng(0).standard_normal((2, 80, 40)).astype(np.float32)
+    model, head = tiny_pair(SPEECH_KIND, **_FRAMES), [0, 5, 7]
+    features = np.random.default_rng(0).standard_normal((2, 80, 3000)).astype(np.float32)
     wanted = written(model, 16, head, input_features=torch.from_numpy(features))
     for share in (True, False):
         for rows in (1, 2):
