@@ -25,7 +25,7 @@ class Scaled(nn.Module):
         self.layer, self.scale = linear(16, 16, static=0.03), scale
 
     def forward(self, x: Tensor) -> Tensor:
-        held = {name: getattr(self.layer, name) for name in ("w", "e", "s", "b")}
+        held = {name: getattr(self.layer, name) for name in ("w", "e", "s", "b", "m")}
         out: Tensor = self.layer.f(x, **held, i=self.scale(x))  # type: ignore[operator]
         return out
 
