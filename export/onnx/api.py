@@ -40,8 +40,10 @@ from normfuse.export.runtimes import Release, parse_runtime, spelled_runtime
 from normfuse.export.targets import MIN_OPSET, AttentionForm, Target
 from normfuse.extras import need
 from normfuse.files import atomic, check_target
+from normfuse.ir.passes import Pass
 from normfuse.passes.attention.eager import EagerAttention
 from normfuse.passes.attention.static_masks import StaticMasks
+from normfuse.passes.fuse.softmaxes import DividedLast, FlatSoftmax
 from normfuse.passes.streams.half_range import HalfRange
 from normfuse.reports.model import Form
 from normfuse.surroundings import undisturbed
@@ -199,7 +201,7 @@ def _lowered(found: Program, options: ExportOptions, kept: Sequence[str], folder
         layers = [each for each in every if each.operator not in kept]
         forms = possible_forms(layers, options.where, opset, options.form, int4=options.int4_initializers)
         half = (HalfRange(),) if _computes_in_half(found, options) else ()
-        passes = (StaticMasks(), *half, EagerAttention(), *passes_of(forms))
+        passes = (StaticMasks(), *half, EagerAttention(), *passes_of(forms), *_softmaxes(options))
         program = lowered(found.exported, passes, [list(found.flat_inputs())])
         chosen = choose(program, found, opset, options, forms, folder, partial(_translated, found, options.where, opset, kept=kept))
         oldest, reason = max(needs(chosen.model))
@@ -315,6 +317,13 @@ def _computes_in_half(found: Program, options: ExportOptions) -> bool:
 
 def _too_new(runtime: str | None, oldest: Release, reason: str) -> UsageError:
     return UsageError(f"runtime={runtime!r}: the file needs ONNX Runtime {spelled_runtime(oldest)}, for {reason}")
+
+
+def _softmaxes(options: ExportOptions) -> tuple[Pass, ...]:
+    """The layouts that its CPU kernels are fast in; in a file of halves softmax stays one operator, whose sum is in float32."""
+    if not options.where.runs_here:
+        return ()
+    return (DividedLast(), FlatSoftmax()) if options.computes_in in (None, "fp32") else (FlatSoftmax(),)
 
 
 def _is_float32(found: Program) -> bool:
