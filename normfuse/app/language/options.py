@@ -23,8 +23,8 @@ class DecoderOptions:
     """How a folder is written.
 
     Attributes:
-        attention: `gqa` (GroupQueryAttention of ONNX Runtime), `portable` (standard ops alone) or `native` (normfuse's own, which
-            takes a third to two thirds of the time on a CPU); default: `native` where weights are for normfuse's kernels and
+        attention: `gqa` (GroupQueryAttention of ONNX Runtime), `portable` (standard ops alone) or `native` (normfuse's own,
+            faster on a CPU unless a layer's cache is larger than what the processor keeps); default: `native` where weights are for normfuse's kernels and
             these are built, so that a folder holds them anyway, else `gqa`. A model with an encoder has the first two alone.
         padding: `both`: rows may be padded on either side; `right` leaves out what padding on the left costs, 8 to 16 % of the
             attention of a chunk behind a long past.
