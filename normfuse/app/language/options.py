@@ -23,9 +23,10 @@ class DecoderOptions:
     """How a folder is written.
 
     Attributes:
-        attention: `gqa` (GroupQueryAttention of ONNX Runtime), `portable` (standard ops alone) or `native` (normfuse's own,
-            faster on a CPU unless a layer's cache is larger than what the processor keeps); default: `native` where weights are for normfuse's kernels and
-            these are built, so that a folder holds them anyway, else `gqa`. A model with an encoder has the first two alone.
+        attention: `gqa` (GroupQueryAttention of ONNX Runtime), `portable` (standard ops alone) or `native` (normfuse's own, faster
+            on a CPU unless a layer's cache is larger than what the processor keeps); default: `native` where weights are for
+            normfuse's kernels and these are built, so that a folder holds them anyway, else `gqa`. A model with an encoder has
+            the first two alone.
         padding: `both`: rows may be padded on either side; `right` leaves out what padding on the left costs, 8 to 16 % of the
             attention of a chunk behind a long past.
         last_logits: logits of each row's newest token alone, [batch, 1, vocabulary]; a prompt then costs less.
