@@ -88,7 +88,7 @@ def write_pair(model: nn.Module, path: Path, tokenizer: Any, pair: Pair, *, forc
         raise UsageError(f"last_logits=True: the decoder of {type(model).__name__} starts with a token or few; leave it out")
     if pair.attention == "native":
         raise UsageError(f"attention='native': {type(model).__name__} has an encoder; expected gqa or portable")
-    found, start = encoder_decoder(model), _start(model)
+    found, start, sources = encoder_decoder(model), _start(model), _sources(model, tokenizer, pair)
     speech = not found.masked and model.get_encoder().main_input_name == "input_features"  # type: ignore[operator]
     names = SPEECH_FILES if speech else TEXT_FILES
     with untouched(model):
@@ -98,7 +98,7 @@ def write_pair(model: nn.Module, path: Path, tokenizer: Any, pair: Pair, *, forc
     with placed(path, force=force) as work:
         for name, half in zip(names, halves, strict=True):
             save_model(half.written.model, work / name, limit=pair.how.external_data_above)
-        proof = _proof((work / names[0], work / names[1]), model, tokenizer, pair, start)
+        proof = _proof((work / names[0], work / names[1]), model, sources, pair, start)
         library = copy_kernels(native.path(), work) if native_form else None
         _configure(work, model, tokenizer, found, pair, library if speech else None, speech=speech)
         form = next((half.written.form for half in halves if half.written.form), None)
@@ -145,14 +145,14 @@ def _half(module: Any, layout: Layout, pair: Pair) -> _Half:
     )
 
 
-def _proof(files: tuple[Path, Path], model: Any, tokenizer: Any, pair: Pair, start: int) -> Proof | None:
+def _proof(files: tuple[Path, Path], model: Any, sources: list[Source], pair: Pair, start: int) -> Proof | None:
     how = pair.how
     room = longest(model) - 1
     if not how.proof_tokens:
         return None
     log.info("comparing %d tokens", how.proof_tokens)
     return prove_pair(
-        files, model, _sources(model, tokenizer, pair), [start], tokens=min(how.proof_tokens, room), tolerance=how.tolerance,
+        files, model, sources, [start], tokens=min(how.proof_tokens, room), tolerance=how.tolerance,
         quantized=pair.quantized, threads=how.threads,
     )  # fmt: skip
 

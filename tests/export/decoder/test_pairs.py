@@ -273,6 +273,7 @@ def test_tokens_that_a_model_is_told_to_write(t5: Path, tmp_path: Path) -> None:
     assert free[0] not in found[1:]
 
 
+@pytest.mark.slow
 def test_from_the_command_line(run: Run, tmp_path: Path) -> None:
     source = _saved(tiny_pair("bart"), tmp_path / "hf")
     arguments = ("export", f"hf:{source}", "-o", "out", "--with-past", "--proof-tokens", "8", "--verify", "off")
@@ -289,6 +290,7 @@ def test_from_the_command_line(run: Run, tmp_path: Path) -> None:
 # -- speech ----------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_genai_writes_the_same(whisper: Path) -> None:
     model, head = tiny_pair(SPEECH_KIND, **_FRAMES), [0, 5, 7]
     features = np.random.default_rng(0).standard_normal((2, 80, 3000)).astype(np.float32)
