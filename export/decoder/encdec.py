@@ -176,13 +176,19 @@ def encoder_decoder(model: nn.Module) -> Found:
 
     Raises:
         UsageError: its encoder reads something other than text or speech.
-        CaptureError: a layer's attention is not of a kind that can be written; the message names the layer.
+        CaptureError: a layer's attention or table of positions is not of a kind that can be written; the message names the layer.
     """
     reads = getattr(model.get_encoder(), "main_input_name", _TEXT)  # type: ignore[operator]
     if reads not in (_TEXT, _SPEECH):
         raise UsageError(f"{type(model).__name__} has an encoder of {reads}: only encoders of text and of speech are written")
     if reads == _SPEECH and model.config.model_type != "whisper":  # type: ignore[union-attr]
         raise UsageError(f"{type(model).__name__} has an encoder of speech of its own kind: only those of Whisper are written")
+    growing = next((f"{path} ({type(m).__name__})" for path, m in model.named_modules() if hasattr(m, "make_weights")), None)
+    if growing is not None:
+        raise CaptureError(
+            f"{growing} makes a longer table of positions where a text needs one, which a graph cannot: models with tables of a "
+            "fixed length, and with positions that are computed, are written"
+        )
     refused: CaptureError | None = None
     for route in ROUTES:
         try:
@@ -283,8 +289,9 @@ class TextEncoder(nn.Module):
         return example_source(self.model)
 
     def dynamic_shapes(self) -> tuple[Any, Any]:
-        """Rows and their length may vary."""
-        sizes = {0: torch.export.Dim("batch_size"), 1: torch.export.Dim("encoder_sequence_length")}
+        """Rows and their length may vary, up to the table of positions where there is one."""
+        most = getattr(self.model.config, "max_position_embeddings", None)
+        sizes = {0: torch.export.Dim("batch_size"), 1: torch.export.Dim("encoder_sequence_length", max=most)}
         return sizes, sizes
 
 

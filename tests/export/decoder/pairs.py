@@ -20,7 +20,7 @@ _BART = {
 }  # fmt: skip
 _OWN: dict[str, dict[str, Any]] = {
     "t5": _T5, "mt5": _T5, "umt5": _T5,
-    "bart": _BART, "mbart": _BART, "marian": _BART, "m2m_100": _BART, "pegasus": _BART, "blenderbot": _BART,
+    "bart": _BART, "mbart": _BART, "marian": _BART, "pegasus": _BART, "blenderbot": _BART,
     "blenderbot-small": _BART,
     "whisper": {**_BART, "max_target_positions": 64, "max_source_positions": 20, "num_mel_bins": 80},
 }  # fmt: skip

@@ -138,6 +138,7 @@ _HALVES = {"d_model": 64, "encoder_layers": 2, "decoder_layers": 2, "encoder_att
         ("prophetnet", {"hidden_size": 64, "num_encoder_attention_heads": 4, "num_decoder_attention_heads": 4,
                         "num_encoder_layers": 1, "num_decoder_layers": 1}, CaptureError, r"prophetnet\.decoder\.layers\.0"),
         ("speech_to_text", _HALVES, UsageError, "only those of Whisper"),
+        ("m2m_100", _HALVES, CaptureError, r"embed_positions \(M2M100SinusoidalPositionalEmbedding\) makes a longer table"),
     ],
 )  # fmt: skip
 def test_others_are_refused(kind: str, sizes: dict[str, object], error: type[Exception], said: str) -> None:
