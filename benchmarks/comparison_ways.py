@@ -136,7 +136,7 @@ WAYS = (
     ),
     Way(
         "ONNX Runtime, int8 static (QDQ)", "onnxruntime.quantization.quantize_static(…, QuantFormat.QDQ, per_channel=True)",
-        partial(_baseline, "ort_static", "ort_static_False.onnx"), exact=False,
+        partial(_baseline, "ort_static", "ort_static.onnx"), exact=False,
     ),
     Way(
         "OpenVINO, int8 (NNCF)", "nncf.quantize(model, nncf.Dataset(samples))",
