@@ -14,7 +14,7 @@ from torch import nn
 
 from normfuse.export.decoder.encdec import states_of
 from normfuse.export.decoder.encdec_session import EncoderDecoder, Writing
-from normfuse.export.decoder.proof import CHUNKS, Logits, Proof, agreed, compare, different, greedy, sqnr
+from normfuse.export.decoder.proof import CHUNKS, Logits, Proof, different, greedy, hold
 from normfuse.export.decoder.session import padded
 from normfuse.extras import need
 
@@ -55,20 +55,11 @@ def prove_pair(
     """
     wanted = _generated(model, sources, list(head), tokens)
     pair = EncoderDecoder(*files, threads=threads)
-    bindings = SPEECH_BINDINGS if pair.speech else TEXT_BINDINGS
-    noise = share = None
-    choices, held = wanted.tokens, wanted.logits
-    if quantized:
-        held = [logits for _, logits in _run(pair, "growing", wanted)]
-        noise, share = sqnr(held, wanted.logits), agreed(held, wanted.tokens)
-        choices, tolerance = [logits.argmax(-1).tolist() for logits in held], max(tolerance, 10 ** (-noise / 20))
-    error, ties = 0.0, 0
-    for binding in bindings:
-        for at, found in _run(pair, binding, wanted):
-            here = f"binding {binding!r}, source {at + 1}"
-            worst, undecided = compare(found, held[at], choices[at], tolerance, here, lambda: _where(pair, model, wanted))
-            error, ties = max(error, worst), max(ties, undecided)
-    return Proof(bindings, len(sources), tokens, error, ties, noise, share)
+    return hold(
+        lambda binding: _run(pair, binding, wanted), wanted.tokens, wanted.logits,
+        bindings=SPEECH_BINDINGS if pair.speech else TEXT_BINDINGS, called="source",
+        tolerance=tolerance, quantized=quantized, where=lambda: _where(pair, model, wanted),
+    )  # fmt: skip
 
 
 def _generated(model: Any, sources: Sequence[Source], head: list[int], tokens: int) -> _Wanted:

@@ -22,7 +22,7 @@ from normfuse.errors import ExportError
 from normfuse.export.decoder.session import Cache, Decoder, Ids, padded
 from normfuse.extras import need
 
-__all__ = ["BINDINGS", "CHUNKS", "Logits", "Proof", "agreed", "compare", "different", "greedy", "prove", "sqnr"]
+__all__ = ["BINDINGS", "CHUNKS", "Logits", "Proof", "different", "greedy", "hold", "prove"]
 
 #: Ways of binding the cache: it grows with each token; one buffer is past and present; the prompt comes in pieces; rows of several
 #: lengths are padded on either side.
@@ -88,21 +88,10 @@ def prove(
     """
     wanted = _generated(model, prompts, tokens)
     decoder = Decoder(file, threads=threads)
-    noise = share = None
-    if quantized:
-        own = [next(_growing(decoder, [p], [t])) for p, t in zip(wanted.prompts, wanted.tokens, strict=True)]
-        noise, share = sqnr(own, wanted.logits), agreed(own, wanted.tokens)
-        choices = [logits.argmax(-1).tolist() for logits in own]
-        held, tolerance = own, max(tolerance, 10 ** (-noise / 20))
-    else:
-        choices, held = wanted.tokens, wanted.logits
-    error, ties = 0.0, 0
-    for binding in bindings:
-        for at, found in _run(decoder, binding, wanted):
-            here = f"binding {binding!r}, prompt {at + 1}"
-            worst, undecided = compare(found, held[at], choices[at], tolerance, here, lambda: _where(decoder, model, wanted))
-            error, ties = max(error, worst), max(ties, undecided)
-    return Proof(tuple(bindings), len(prompts), tokens, error, ties, noise, share)
+    return hold(
+        lambda binding: _run(decoder, binding, wanted), wanted.tokens, wanted.logits, bindings=bindings, called="prompt",
+        tolerance=tolerance, quantized=quantized, where=lambda: _where(decoder, model, wanted),
+    )  # fmt: skip
 
 
 # -- the model -------------------------------------------------------------------------------------------------------------
@@ -183,6 +172,33 @@ def _followed(cache: Cache, first: Logits, tokens: Ids) -> Iterator[Logits]:
 
 
 # -- comparing ---------------------------------------------------------------------------------------------------------------
+
+
+def hold(
+    run: Callable[[str], Iterator[tuple[int, Logits]]], tokens: list[list[int]], logits: list[Logits], *, bindings: Sequence[str],
+    called: str, tolerance: float, quantized: bool, where: Callable[[], str],
+) -> Proof:  # fmt: skip
+    """Hold what files give against what a model wrote; see `prove`.
+
+    Args:
+        run: by binding, `growing` among them: the number of a text, and the logits in front of each of its tokens.
+        tokens: what the model wrote, by text; `logits` are those in front of them.
+        called: what a text is written of.
+        where: says more of a difference.
+    """
+    noise = share = None
+    choices, held = tokens, logits
+    if quantized:
+        held = [found for _, found in run("growing")]
+        noise, share = sqnr(held, logits), agreed(held, tokens)
+        choices, tolerance = [found.argmax(-1).tolist() for found in held], max(tolerance, 10 ** (-noise / 20))
+    error, ties = 0.0, 0
+    for binding in bindings:
+        for at, found in run(binding):
+            here = f"binding {binding!r}, {called} {at + 1}"
+            worst, undecided = compare(found, held[at], choices[at], tolerance, here, where)
+            error, ties = max(error, worst), max(ties, undecided)
+    return Proof(tuple(bindings), len(tokens), len(tokens[0]), error, ties, noise, share)
 
 
 def compare(

@@ -19,7 +19,7 @@ from normfuse.export.runtimes import parse_runtime
 from normfuse.extras import need
 from normfuse.telemetry import no_telemetry
 
-__all__ = ["Rates", "Sampling", "Writer", "check_runtime", "json_in", "pieces", "tokenizer_of"]
+__all__ = ["Rates", "Sampling", "Writer", "check_runtime", "end_tokens", "json_in", "pieces", "tokenizer_of"]
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,11 @@ class Rates:
         return f"prompt {self.prompt} tokens, {self.prefill:.1f} tokens/s; written {self.written} tokens{decode}"
 
 
+def end_tokens(said: Any) -> frozenset[int]:
+    """Tokens that end a text: a configuration names one, several or none."""
+    return frozenset(int(t) for t in (said if isinstance(said, list) else [] if said is None else [said]))
+
+
 class Writer:
     """Writes on from prompts.
 
@@ -101,11 +106,10 @@ class Writer:
         config = json_in(self.folder, CONFIG)
         try:
             model = config["model"]
-            self.longest, ends = int(model["context_length"]), model["eos_token_id"]
+            self.longest, self.ends = int(model["context_length"]), end_tokens(model["eos_token_id"])
             file = self.folder / Path(str(model["decoder"].get("filename", MODEL))).name  # nothing outside the folder
         except (KeyError, TypeError, ValueError, AttributeError) as e:
             raise UsageError(f"{self.folder / CONFIG} is broken: {type(e).__name__}: {e}") from e
-        self.ends = frozenset(int(t) for t in (ends if isinstance(ends, list) else [ends]))
         if not file.is_file():
             raise UsageError(f"{self.folder} is no folder of a decoder: there is no {file.name} in it")
         check_runtime(self.folder)

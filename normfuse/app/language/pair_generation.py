@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from normfuse.app.generation import Rates, Sampling, check_runtime, json_in, pieces, tokenizer_of
+from normfuse.app.generation import Rates, Sampling, check_runtime, end_tokens, json_in, pieces, tokenizer_of
 from normfuse.errors import UsageError
 from normfuse.export.decoder.encdec_session import EncoderDecoder, Writing, files_in
 from normfuse.export.decoder.folder import MANIFEST
@@ -49,8 +49,7 @@ class PairWriter:
         start: Any = said.get("decoder_start_token_id", said.get("bos_token_id"))
         try:
             self.longest, self.start = int(json_in(self.folder, MANIFEST)["positions"]), int(start)
-            ends = said.get("eos_token_id")
-            self.ends = frozenset(int(t) for t in (ends if isinstance(ends, list) else [] if ends is None else [ends]))
+            self.ends = end_tokens(said.get("eos_token_id"))
             self.never, self.never_first = _never(said)
         except (KeyError, TypeError, ValueError) as e:
             raise UsageError(f"the configuration in {self.folder} is broken: {type(e).__name__}: {e}") from e

@@ -76,8 +76,10 @@ def test_prompts_that_do_not_fit(folder: Path, run: Run, tmp_path: Path) -> None
         code, _, err = run("generate", *arguments)
         assert (code, said in err) == (2, True), err
     shutil.copytree(folder, tmp_path / "broken")
-    (tmp_path / "broken" / "genai_config.json").write_text('{"model": {}}')
-    assert run("generate", str(tmp_path / "broken"), "--prompt", "a")[0] == 2
+    for content in ('{"model": {}}', '{"model": {"context_length": 256, "eos_token_id": "end", "decoder": {}}}'):
+        (tmp_path / "broken" / "genai_config.json").write_text(content)
+        code, _, err = run("generate", str(tmp_path / "broken"), "--prompt", "a")
+        assert (code, "genai_config.json is broken" in err) == (2, True), err
 
 
 def test_a_file_that_is_no_decoder(folder: Path, run: Run, tmp_path: Path) -> None:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, fx, nn
 
 import normfuse
+from normfuse import native
+from normfuse.export import to_onnx
 
-__all__ = ["images", "operators", "quantized", "spec", "sqnr", "value_of"]
+__all__ = ["files_agree", "images", "operators", "quantized", "spec", "sqnr", "value_of"]
 
 _SIZE = (2, 3, 20, 18)
 
@@ -44,6 +48,22 @@ def sqnr(model: nn.Module, fast: nn.Module) -> float:
     with torch.no_grad():
         y, found = model(x), fast(x)
     return float(10 * torch.log10(y.square().sum() / (y - found).square().sum()))
+
+
+def files_agree(fast: fx.GraphModule, folder: Path, tolerance: float = 1e-4) -> None:
+    """The native and the integer file of a module give its outputs, up to `tolerance` of the largest."""
+    ort = pytest.importorskip("onnxruntime")
+    x = images(5)[4]
+    with torch.no_grad():
+        y = fast(x)
+    for form in ("native", "integer"):
+        to_onnx(fast, folder / f"{form}.onnx", form=form)
+        options = ort.SessionOptions()
+        if form == "native":
+            options.register_custom_ops_library(str(native.path()))
+        session = ort.InferenceSession(folder / f"{form}.onnx", options, providers=["CPUExecutionProvider"])
+        (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+        torch.testing.assert_close(torch.from_numpy(found), y, rtol=1e-4, atol=tolerance * float(y.abs().max()))
 
 
 def value_of(module: fx.GraphModule, node: fx.Node, x: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from normfuse.ir.passes import Run
 from normfuse.passes.quantize.shiftquant import ShiftQuantize
 from normfuse.passes.quantize.shiftquant.chains import chains
 from normfuse.passes.quantize.speed import Speed
-from tests.passes.quantize.chained import images, operators, quantized, spec, sqnr, value_of
+from tests.passes.quantize.chained import files_agree, images, operators, quantized, spec, sqnr, value_of
 
 
 def _refused(module: fx.GraphModule) -> dict[str, str]:
@@ -128,18 +128,7 @@ def test_every_instruction_set_and_the_definition_give_the_same_codes(
 @pytest.mark.parametrize("model", [pytest.param(m, id=m.__name__) for m in (Residual, Mobile)])
 @pytest.mark.parametrize("bits", [4, 8])
 def test_files_compute_the_module(model: Callable[[], nn.Module], bits: int, tmp_path: Path) -> None:
-    ort = pytest.importorskip("onnxruntime")
-    fast, x = quantized(model(), weight_bits=bits), images(5)[4]
-    with torch.no_grad():
-        y = fast(x)
-    for form in ("native", "integer"):
-        to_onnx(fast, tmp_path / f"{form}.onnx", form=form)
-        options = ort.SessionOptions()
-        if form == "native":
-            options.register_custom_ops_library(str(native.path()))
-        session = ort.InferenceSession(tmp_path / f"{form}.onnx", options, providers=["CPUExecutionProvider"])
-        (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
-        torch.testing.assert_close(torch.from_numpy(found), y, rtol=1e-4, atol=1e-4 * float(y.abs().max()))
+    files_agree(quantized(model(), weight_bits=bits), tmp_path)
 
 
 class Islands(nn.Module):

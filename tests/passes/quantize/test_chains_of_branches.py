@@ -14,8 +14,7 @@ from torch import Tensor, nn
 import normfuse
 from normfuse import native
 from normfuse.app.random_norms import randomise_norms
-from normfuse.export import to_onnx
-from tests.passes.quantize.chained import images, operators, quantized, spec, sqnr, value_of
+from tests.passes.quantize.chained import files_agree, images, operators, quantized, spec, sqnr, value_of
 
 
 def conv(channels: int, outputs: int, kernel: int = 1, stride: int = 1) -> nn.Module:
@@ -231,18 +230,8 @@ def test_kernels_and_definitions_give_the_same_codes(name: str, monkeypatch: pyt
 @pytest.mark.skipif(not native.available(), reason=native.why_not() or "there")
 @pytest.mark.parametrize("name", MODELS)
 def test_files_compute_the_module(name: str, tmp_path: Path) -> None:
-    ort = pytest.importorskip("onnxruntime")
-    fast, x = quantized(MODELS[name]()), images(5)[4]
-    with torch.no_grad():
-        y = fast(x)
-    for form in ("native", "integer"):
-        to_onnx(fast, tmp_path / f"{form}.onnx", form=form)
-        options = ort.SessionOptions()
-        if form == "native":
-            options.register_custom_ops_library(str(native.path()))
-        session = ort.InferenceSession(tmp_path / f"{form}.onnx", options, providers=["CPUExecutionProvider"])
-        (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
-        torch.testing.assert_close(torch.from_numpy(found), y, rtol=1e-4, atol=2e-2 * float(y.abs().max()))
+    # behind attention in float, whose kernels are others on each machine, a value may round to the next code, or the one behind it
+    files_agree(quantized(MODELS[name]()), tmp_path, 2e-2 if name == "detector" else 1e-4)
 
 
 @pytest.mark.slow
