@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 __all__ = ["convert", "refuse_model_flags"]
 
+_CHANGES = ("target", "opset", "runtime", "dtype")  # options that make another file of one that is exported
+
 
 def refuse_model_flags(model: Model, pipeline: Pipeline, more: dict[str, Any]) -> None:
     """Raises UsageError for a flag that needs the PyTorch model; `more` are flags of the command with their values."""
@@ -41,13 +43,29 @@ def refuse_model_flags(model: Model, pipeline: Pipeline, more: dict[str, Any]) -
 def convert(model: Model, folder: Folder, options: Any, output: Path, telling: Telling) -> None:
     """Write the file, proven against the one that is given, and tell what differs."""
     source = Path(model.source)
-    exported = folder.convert(source, output, file_inputs(source, model.options), options)
+    inputs = file_inputs(source, model.options)
+    _check_asked(source, output, options)
+    exported = folder.convert(source, output, inputs, options)
     if telling.as_json:
         told = {"schema": 1, "source": model.source, "export": dataclasses.asdict(exported)}
         click.echo(json.dumps(told, indent=2, default=str))
     elif not telling.quiet:
         run = textwrap.indent(exported.how_to_run.rstrip(), "    ")
         click.echo(f"{exported}\n\n{_before_and_after(source, exported)}\n\nrun it:\n\n{run}")
+
+
+def _check_asked(source: Path, output: Path, options: Any) -> None:
+    """Raises UsageError for a file of normfuse's own that would stay what it is: its model was optimized, and it is simplified."""
+    from normfuse.export.onnx.inspect import provenance
+
+    flags = {f"--{f.name.replace('_', '-')}": f for f in dataclasses.fields(options) if f.name in _CHANGES}
+    if output.suffix != source.suffix or any(getattr(options, f.name) != f.default for f in flags.values()):
+        return
+    if provenance(source):
+        raise UsageError(
+            f"{source} was written by normfuse, and nothing of it would change: pass {', '.join(flags)}, or name the model that "
+            "it was made of"
+        )
 
 
 def _before_and_after(source: Path, exported: Exported) -> str:

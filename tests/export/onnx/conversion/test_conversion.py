@@ -188,6 +188,10 @@ def test_export_from_the_command_line(run: Run) -> None:
     assert (code, err) == (0, "")
     assert ["BatchNormalization", "1", "-"] in [line.split() for line in out.splitlines()]
     assert "ort.InferenceSession(" in out
+    code, _, err = run("export", "new.onnx", "-o", "again.onnx")
+    assert code == 2
+    assert "new.onnx was written by normfuse, and nothing of it would change: pass --dtype, --opset, --target, --runtime, " in err
+    assert run("export", "new.onnx", "-o", "older.onnx", "--opset", "18")[0] == 0
     code, out, err = run("export", "given.onnx", "-o", "half.onnx", "--dtype", "fp16", "--json", "--batch", "3")
     assert (code, err) == (0, "")
     assert json.loads(out)["export"]["ops"]["Cast"] == 4  # in and out, and around the mean
